@@ -151,7 +151,7 @@ def sets_of(scope: str, segment_ids: ArrayLike, *, micro_batches: int = 1, ep_gr
 
 
 def assignment_of(logits: ArrayLike, expert_ids: ArrayLike, score_fn: str, assignment: str) -> I64:
-  """Who counts. 'dispatched': the experts that were used. 'unbiased': M° of DeepSeek-V3 eq. 18, the top K of s.
+  """Who counts. 'dispatched': the experts that were used. 'unbiased': M° of DeepSeek-V3 eq. 18, top K of s.
 
   M° knows neither bias nor groups.
   """
@@ -186,7 +186,7 @@ def set_losses(logits: ArrayLike, expert_ids: ArrayLike, mask: ArrayLike, sets: 
 
 def balance_loss(logits: ArrayLike, expert_ids: ArrayLike, mask: ArrayLike, sets: I64, *,
                  score_fn: str, assignment: str) -> float:
-  """The plain mean of L_g over the non-empty sets; 0 where no token counts (ours: the papers have no empty batch)."""
+  """The plain mean of L_g over the non-empty sets; 0 where no token counts (the papers have no such batch)."""
   losses = set_losses(logits, expert_ids, mask, sets, score_fn=score_fn, assignment=assignment)
   return math.fsum(losses) / len(losses) if losses else 0.0
 
@@ -201,7 +201,7 @@ def router_z(logits: ArrayLike, mask: ArrayLike) -> float:
 def accumulated_balance_loss(scope: str, logits: ArrayLike, expert_ids: ArrayLike, mask: ArrayLike,
                              segment_ids: ArrayLike, *, micro_batches: int, score_fn: str,
                              assignment: str) -> float:
-  """The loss of a batch whose rows come in micro-batches, put together from parts that each see one micro-batch only.
+  """The loss of a batch of micro-batches, put together from parts that each see one of them only.
 
   Derived here: for the sequence and micro-batch scopes sums of L_g and of set counts add up. For the global
   batch L is linear in p once the counts c of the whole batch are known: E/(K n²) Σ_e c_e Σ_t p_te add up.
@@ -237,7 +237,7 @@ def sign_rule(bias: ArrayLike, counts: ArrayLike, rate: float) -> F64:
 
 
 def proportional_rule(bias: ArrayLike, counts: ArrayLike, rate: float) -> F64:
-  """b += u (1 - c / c̄); a step in which no token counts moves nothing (derived: the error of nothing is 0)."""
+  """b += u (1 - c / c̄); a step in which no token counts moves nothing (derived: no error)."""
   counts = np.asarray(counts, np.float64)
   error = 1 - counts / counts.mean() if counts.sum() > 0 else np.zeros_like(counts)
   return np.asarray(bias, np.float64) + rate * error
@@ -284,7 +284,7 @@ def kept_copies(expert_ids: ArrayLike, priority: ArrayLike, num_experts: int, ca
 
 def moe(x: ArrayLike, expert_ids: ArrayLike, weights: ArrayLike, experts: tuple[F64, F64, F64],
         kept: Bool | None = None, shared: Sequence[tuple[F64, F64, F64]] = ()) -> F64:
-  """y_t = Σ_k w_tk FFN_{e_tk}(x_t) over the copies kept, weights as they are, + Σ shared FFN(x_t); x [T, D]."""
+  """y_t = Σ_k w_tk FFN_{e_tk}(x_t) over copies kept, weights as they are, + Σ shared FFN(x_t); x [T, D]."""
   x = np.asarray(x, np.float64)
   expert_ids, weights = np.asarray(expert_ids), np.asarray(weights, np.float64)
   gate, up, down = (np.asarray(w, np.float64) for w in experts)
@@ -341,7 +341,7 @@ def entropy(p: ArrayLike) -> float:
 
 
 def router_entropies(p: ArrayLike, mask: ArrayLike) -> tuple[float, float]:
-  """mean_t H(p_t) and I(expert; token) = H(mean_t p_t) - mean_t H(p_t), over the tokens that count. p [B, S, E]."""
+  """mean_t H(p_t) and I(expert; token) = H(mean_t p_t) - mean_t H(p_t), tokens that count; p [B, S, E]."""
   rows = [np.asarray(p, np.float64)[t] for t in np.ndindex(np.asarray(mask).shape) if np.asarray(mask)[t]]
   mean = math.fsum(entropy(row) for row in rows) / len(rows)
   return mean, entropy(np.mean(rows, axis=0)) - mean
@@ -357,7 +357,7 @@ def rms_norm(x: ArrayLike, weight: ArrayLike, eps: float) -> F64:
 
 
 def rope(x: ArrayLike, positions: ArrayLike, theta: float) -> F64:
-  """Rotate-half RoPE on x [B, S, H, d]: the pair (x_i, x_{i + d/2}) turns by the angle position * theta^(-2i/d)."""
+  """Rotate-half RoPE, x [B, S, H, d]: the pair (x_i, x_{i + d/2}) turns by position * theta^(-2i/d)."""
   x, positions = np.asarray(x, np.float64), np.asarray(positions)
   d = x.shape[-1]
   y = np.zeros_like(x)
@@ -386,7 +386,8 @@ def attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, segment_ids: ArrayLike) 
   return y
 
 
-def cross_entropy(logits: ArrayLike, targets: ArrayLike, z_coefficient: float = 0.0) -> tuple[float, float, int]:
+def cross_entropy(logits: ArrayLike, targets: ArrayLike,
+                  z_coefficient: float = 0.0) -> tuple[float, float, int]:
   """(Σ (logsumexp - target's logit), Σ z_coefficient logsumexp², tokens); target -100 counts nowhere."""
   logits, targets = np.asarray(logits, np.float64), np.asarray(targets)
   nll, z = [], []
