@@ -186,7 +186,7 @@ def set_losses(logits: ArrayLike, expert_ids: ArrayLike, mask: ArrayLike, sets: 
 
 def balance_loss(logits: ArrayLike, expert_ids: ArrayLike, mask: ArrayLike, sets: I64, *,
                  score_fn: str, assignment: str) -> float:
-  """The plain mean of L_g over the non-empty sets; 0 where no token counts (the papers have no such batch)."""
+  """The plain mean of L_g over the non-empty sets; 0 where no token counts (no paper says)."""
   losses = set_losses(logits, expert_ids, mask, sets, score_fn=score_fn, assignment=assignment)
   return math.fsum(losses) / len(losses) if losses else 0.0
 
