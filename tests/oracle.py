@@ -5,8 +5,8 @@ equation number is cited only where the paper was read; what is derived says so.
 Letters: B batch S sequence D model F hidden E experts K experts per token C capacity G groups T = B*S.
 """
 
-from collections.abc import Callable, Sequence
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +31,12 @@ def finite_difference(f: Callable[[F64], float], x: ArrayLike, eps: float = 1e-5
     x[i] = centre
     gradient[i] = (above - below) / (2 * eps)
   return gradient
+
+
+def slope(f: Callable[[F64], float], x: ArrayLike, direction: F64, eps: float = 1e-5) -> float:
+  """Derivative of f at x along a direction; a gradient wrong anywhere fails along a random one."""
+  x = np.asarray(x, np.float64)
+  return (f(x + eps * direction) - f(x - eps * direction)) / (2 * eps)
 
 
 # Scores and probabilities of one token, z [E].
@@ -101,16 +107,15 @@ def choose(choice: F64, top_k: int, num_groups: int, top_groups: int) -> list[in
 
 def route(logits: ArrayLike, bias: ArrayLike, *, top_k: int, score_fn: str, num_groups: int = 1,
           top_groups: int = 1, renormalise: bool = True, scale: float = 1.0) -> Routing:
-  """Choose with s + b, weigh with s; 1e-20 guards the sum of scores that underflow (sigmoid scores only)."""
+  """Choose with s + b, weigh with s; 1e-20 guards the sum, for chosen scores that all underflow."""
   logits, bias = np.asarray(logits, np.float64), np.asarray(bias, np.float64)
   s = scores(logits, score_fn)
   expert_ids = np.zeros((*s.shape[:-1], top_k), np.int64)
   weights = np.zeros(expert_ids.shape)
-  guard = 1e-20 if score_fn == 'sigmoid' else 0.0
   for t in np.ndindex(s.shape[:-1]):
     expert_ids[t] = choose(s[t] + bias, top_k, num_groups, top_groups)
     w = np.array([s[t][e] for e in expert_ids[t]])
-    weights[t] = scale * (w / (w.sum() + guard) if renormalise else w)
+    weights[t] = scale * (w / (w.sum() + 1e-20) if renormalise else w)
   return Routing(logits, s, expert_ids, weights)
 
 
@@ -382,7 +387,7 @@ def attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, segment_ids: ArrayLike) 
   for b, s, h in np.ndindex(q.shape[:3]):
     seen = [j for j in range(s + 1) if segment_ids[b, j] == segment_ids[b, s]]
     p = softmax(np.array([q[b, s, h] @ k[b, j, h // per_kv] for j in seen]) / math.sqrt(q.shape[-1]))
-    y[b, s, h] = sum(w * v[b, j, h // per_kv] for w, j in zip(p, seen))
+    y[b, s, h] = sum(w * v[b, j, h // per_kv] for w, j in zip(p, seen, strict=True))
   return y
 
 
@@ -415,7 +420,7 @@ def adamw(params: dict[str, F64], steps: Sequence[dict[str, F64]], *, rates: Seq
   """
   p = {k: np.array(v, np.float64) for k, v in params.items()}
   m, v = ({k: np.zeros_like(a) for k, a in p.items()} for _ in range(2))
-  for n, (gradients, rate) in enumerate(zip(steps, rates), start=1):
+  for n, (gradients, rate) in enumerate(zip(steps, rates, strict=True), start=1):
     norm = global_norm(gradients)
     shrink = clip / norm if 0 < clip < norm else 1.0
     for k in p:
