@@ -22,7 +22,7 @@ def to_config_dict(cfg: object) -> ConfigDict:
 
 
 def from_config_dict(cls: type[T], d: Mapping | ConfigDict) -> T:
-  """The checked dataclass or one ConfigError with every problem of it; what `d` leaves out has its default."""
+  """The checked dataclass, or a ConfigError of all its problems; what `d` leaves out has its default."""
   problems: list[str] = []
   config = _build(cls, d, 'config', problems)
   check(*problems)

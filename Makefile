@@ -1,0 +1,36 @@
+# Every target sets itself up: a virtual environment in .venv, made again only when pyproject.toml changes.
+#   make train [ARGS="--config.steps=100"]    make test [ARGS="-k balance"]    PYTHON=python3.12 VENV=.venv-312
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+PY = $(VENV)/bin/python
+install = $(PY) -m pip install --quiet --disable-pip-version-check -e
+
+.PHONY: train test fast bench lint
+
+train: $(VENV)/.dev
+	$(PY) train.py $(ARGS)
+
+test: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m pytest --durations=10 $(ARGS)
+
+fast: $(VENV)/.dev
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+bench: $(VENV)/.bench
+	$(PY) benchmarks/moe_layer.py
+	$(PY) benchmarks/train_step.py
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check .
+
+$(VENV)/.dev: pyproject.toml
+	@echo "setting up $(VENV) with $(PYTHON): a minute or two, once"
+	$(PYTHON) -m venv $(VENV)
+	$(install) '.[dev]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(install) '.[bench]'
+	@touch $@
