@@ -105,18 +105,26 @@ def choose(choice: F64, top_k: int, num_groups: int, top_groups: int) -> list[in
   return best(allowed, top_k)
 
 
+def weigh(logits: ArrayLike, expert_ids: ArrayLike, score_fn: str, renormalise: bool = True,
+          scale: float = 1.0) -> F64:
+  """Weights of the experts chosen, from s without the bias; 1e-20 guards a sum of zeros."""
+  s, expert_ids = scores(logits, score_fn), np.asarray(expert_ids)
+  weights = np.zeros(expert_ids.shape)
+  for t in np.ndindex(expert_ids.shape[:-1]):
+    w = np.array([s[t][e] for e in expert_ids[t]])
+    weights[t] = scale * (w / (w.sum() + 1e-20) if renormalise else w)
+  return weights
+
+
 def route(logits: ArrayLike, bias: ArrayLike, *, top_k: int, score_fn: str, num_groups: int = 1,
           top_groups: int = 1, renormalise: bool = True, scale: float = 1.0) -> Routing:
-  """Choose with s + b, weigh with s; 1e-20 guards the sum, for chosen scores that all underflow."""
+  """Choose with s + b, weigh with s."""
   logits, bias = np.asarray(logits, np.float64), np.asarray(bias, np.float64)
   s = scores(logits, score_fn)
   expert_ids = np.zeros((*s.shape[:-1], top_k), np.int64)
-  weights = np.zeros(expert_ids.shape)
   for t in np.ndindex(s.shape[:-1]):
     expert_ids[t] = choose(s[t] + bias, top_k, num_groups, top_groups)
-    w = np.array([s[t][e] for e in expert_ids[t]])
-    weights[t] = scale * (w / (w.sum() + 1e-20) if renormalise else w)
-  return Routing(logits, s, expert_ids, weights)
+  return Routing(logits, s, expert_ids, weigh(logits, expert_ids, score_fn, renormalise, scale))
 
 
 def load(expert_ids: ArrayLike, mask: ArrayLike, num_experts: int) -> F64:

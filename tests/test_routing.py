@@ -1,0 +1,182 @@
+"""Routing against the oracle: scores, probabilities, choice and weights, and the gradients through them."""
+
+import functools
+import itertools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax import Array
+
+from moejax.config import ConfigError
+from moejax.moe.routing import SCORE_FNS, RouterConfig, Routing, route, router_logits
+
+SHAPES = list(itertools.product((4, 8), (1, 2)))
+
+
+def cases(num_experts: int) -> np.ndarray:
+  """Two rows of logits a case: plain, steep, ties, equal, ±1e4, one expert far ahead, all very low. [16, 3, E]."""
+  rng = np.random.default_rng(num_experts)
+  shape = (2, 3, num_experts)
+  plain = rng.normal(size=shape)
+  ahead = plain.copy()
+  ahead[..., 1] = 1e4
+  return np.concatenate([
+    plain, 5 * plain[:, ::-1], rng.integers(0, 2, shape), np.zeros(shape),
+    rng.choice([-1e4, 0.0, 1e4], shape), ahead, plain - 50, np.full(shape, -1e4),
+  ]).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames='cfg')
+def route_and_gradients(logits: Array, bias: Array, to_weights: Array, to_probs: Array,
+                        cfg: RouterConfig) -> tuple[Routing, Array, Array]:
+  """The routing, and the gradients of weights · to_weights and probs · to_probs to (logits, bias)."""
+  routing, pull = jax.vjp(lambda z, b: route(z, b, cfg), logits, bias)
+  no_ids = np.zeros(routing.expert_ids.shape, jax.dtypes.float0)
+  nothing = jax.tree.map(jnp.zeros_like, routing)._replace(expert_ids=no_ids)
+  return routing, pull(nothing._replace(weights=to_weights)), pull(nothing._replace(probs=to_probs))
+
+
+def biases(num_experts: int) -> list[np.ndarray]:
+  """No bias; one that decides; one that is negative everywhere, where 0 outside the kept groups would win."""
+  rng = np.random.default_rng(7)
+  some = rng.normal(size=num_experts).astype(np.float32)
+  return [np.zeros(num_experts, np.float32), some, some - 5]
+
+
+def check_slopes(gradient: Array, f: Callable[[np.ndarray], np.ndarray], logits: np.ndarray) -> None:
+  """Holds a gradient [..., E] against the slope of the oracle's f: [..., E] -> [..., n], token by token.
+
+  A token's outputs depend on its own logits alone, so two evaluations give the slope of every token at once.
+  """
+  direction = np.random.default_rng(2).normal(size=logits.shape)
+  above, below = (f(logits + h * direction).sum(-1) for h in (1e-5, -1e-5))
+  np.testing.assert_allclose((np.asarray(gradient, np.float64) * direction).sum(-1), (above - below) / 2e-5,
+                             rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize('groups', [(1, 1), (2, 1), (4, 2)])
+@pytest.mark.parametrize(('num_experts', 'top_k'), SHAPES)
+@pytest.mark.parametrize('score_fn', sorted(SCORE_FNS))
+def test_routing_and_gradients_are_the_oracles(score_fn: str, num_experts: int, top_k: int,
+                                               groups: tuple[int, int]) -> None:
+  renormalise, scale = groups[0] != 2, 2.5 if groups[0] == 4 else 1.0
+  cfg = RouterConfig(num_experts, top_k, score_fn, *groups, renormalise, scale)
+  logits = cases(num_experts)
+  rng = np.random.default_rng(1)
+  to_weights = rng.normal(size=(*logits.shape[:2], top_k)).astype(np.float32)
+  to_probs = rng.normal(size=logits.shape).astype(np.float32)
+  for bias in biases(num_experts):
+    got, from_weights, from_probs = route_and_gradients(logits, bias, to_weights, to_probs, cfg)
+    want = oracle.route(logits, bias, top_k=top_k, score_fn=score_fn, num_groups=groups[0],
+                        top_groups=groups[1], renormalise=renormalise, scale=scale)
+    np.testing.assert_array_equal(got.expert_ids, want.expert_ids)
+    np.testing.assert_array_equal(got.logits, logits)
+    np.testing.assert_allclose(got.scores, want.scores, rtol=3e-6, atol=1e-37)
+    np.testing.assert_allclose(got.probs, oracle.probabilities(logits, score_fn), rtol=3e-6, atol=1e-37)
+    check_slopes(from_probs[0], lambda z: oracle.probabilities(z, score_fn) * to_probs, logits)
+    # Where all chosen scores underflow, weights are 0 / 0: whatever guards that must leave all finite.
+    known = np.take_along_axis(want.scores, want.expert_ids, -1).sum(-1) > 1e-12
+    ids, to = want.expert_ids[known], to_weights[known]
+    np.testing.assert_allclose(got.weights[known], want.weights[known], rtol=3e-6, atol=1e-37)
+    assert np.isfinite(got.weights).all() and np.isfinite(from_weights[0]).all()
+    check_slopes(from_weights[0][known],
+                 lambda z, ids=ids, to=to: oracle.weigh(z, ids, score_fn, renormalise, scale) * to, logits[known])
+    assert not np.any(from_weights[1]) and not np.any(from_probs[1]), 'the bias chooses; it has no gradient'
+
+
+@pytest.mark.parametrize('score_fn', sorted(SCORE_FNS))
+def test_probabilities_sum_to_one_however_extreme_the_logits(score_fn: str) -> None:
+  probs = route(cases(8), jnp.zeros(8), RouterConfig(8, 2, score_fn)).probs
+  np.testing.assert_allclose(np.asarray(probs, np.float64).sum(-1), 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize('score_fn', sorted(SCORE_FNS))
+def test_bias_moves_the_choice_and_nothing_else(score_fn: str) -> None:
+  logits = cases(8)
+  cfg = RouterConfig(8, 2, score_fn, renormalise=False)
+  plain, biased = (route(logits, jnp.zeros(8).at[5].set(b), cfg) for b in (0.0, 3.0))
+  assert (np.asarray(biased.expert_ids)[..., 0] == 5).all()
+  np.testing.assert_array_equal(plain.scores, biased.scores)
+  np.testing.assert_array_equal(plain.probs, biased.probs)
+  np.testing.assert_array_equal(biased.weights,
+                                np.take_along_axis(np.asarray(plain.scores), biased.expert_ids, -1))
+  # The same for all experts: nothing changes, not even the order.
+  shifted = route(cases(8)[:4], jnp.full(8, -2.0), cfg)
+  np.testing.assert_array_equal(shifted.expert_ids, plain.expert_ids[:4])
+
+
+@pytest.mark.parametrize('score_fn', sorted(SCORE_FNS))
+def test_renaming_experts_renames_the_choice(score_fn: str) -> None:
+  logits, bias = cases(8)[:4], biases(8)[1]
+  old_name = np.random.default_rng(3).permutation(8)  # of each new one
+  cfg = RouterConfig(8, 2, score_fn)
+  one, two = route(logits, bias, cfg), route(logits[..., old_name], bias[old_name], cfg)
+  np.testing.assert_array_equal(one.expert_ids, old_name[np.asarray(two.expert_ids)])
+  np.testing.assert_allclose(one.weights, two.weights, rtol=1e-6)
+  np.testing.assert_allclose(np.asarray(one.probs)[..., old_name], two.probs, rtol=1e-6)
+
+
+def test_ties_go_to_the_lowest_index_of_experts_and_of_groups() -> None:
+  flat = route(jnp.zeros((1, 1, 8)), jnp.zeros(8), RouterConfig(8, 3))
+  np.testing.assert_array_equal(flat.expert_ids[0, 0], [0, 1, 2])
+  bias = jnp.zeros(8).at[:2].set(-1.0)
+  grouped = route(jnp.zeros((1, 1, 8)), bias, RouterConfig(8, 3, num_groups=4, top_groups=2))
+  np.testing.assert_array_equal(grouped.expert_ids[0, 0], [2, 3, 4])
+
+
+def test_a_group_is_worth_its_two_best_and_the_rest_is_out_of_reach() -> None:
+  # The first group would win by its best alone, and by the sum of all its three.
+  scores = jnp.asarray([[[0.20, 0.05, 0.05, 0.16, 0.12, 0.01]]])
+  logits = jnp.log(scores / (1 - scores))
+  cfg = RouterConfig(6, 3, 'sigmoid', num_groups=2, top_groups=1)
+  # Every choice is negative: an entry of 0 outside the group would win over all of it.
+  for bias in (0.0, -1.0):
+    np.testing.assert_array_equal(route(logits, jnp.full(6, bias), cfg).expert_ids[0, 0], [3, 4, 5])
+
+
+@pytest.mark.parametrize('score_fn', sorted(SCORE_FNS))
+def test_token_choice_is_causal(score_fn: str) -> None:
+  logits, bias = cases(8), biases(8)[1]
+  cfg = RouterConfig(8, 2, score_fn, num_groups=4, top_groups=2)
+  changed = np.concatenate([logits[:, :2], -logits[:, 2:]], 1)
+  before, after = route(logits, bias, cfg), route(changed, bias, cfg)
+  assert not np.array_equal(before.expert_ids, after.expert_ids)
+  for one, two in zip(before, after, strict=True):
+    np.testing.assert_array_equal(one[:, :2], two[:, :2])
+
+
+def test_router_is_float32_whatever_the_activations_are() -> None:
+  rng = np.random.default_rng(5)
+  x = jnp.asarray(rng.normal(size=(2, 3, 16)), jnp.bfloat16)
+  w = jnp.asarray(rng.normal(size=(16, 4)), jnp.float32)
+  logits = router_logits(x, w)
+  assert logits.dtype == jnp.float32
+  exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+  np.testing.assert_allclose(logits, exact, rtol=1e-5, atol=1e-5)
+  routing = route(logits, jnp.zeros(4), RouterConfig(4, 2, 'sigmoid'))
+  assert {leaf.dtype for leaf in jax.tree.leaves(routing)} == {jnp.dtype('float32'), jnp.dtype('int32')}
+  # A bias of 1e-3 decides between equals of about 0.7, where bfloat16 steps by 4e-3.
+  near = route(jnp.full((1, 1, 4), 0.85), jnp.zeros(4).at[3].set(1e-3), RouterConfig(4, 1, 'sigmoid'))
+  assert int(near.expert_ids[0, 0, 0]) == 3
+
+
+@pytest.mark.parametrize(('fields', 'named'), [
+  ({'num_experts': 0}, 'num_experts=0'), ({'top_k': 0}, 'top_k=0'), ({'top_k': 9}, 'top_k=9'),
+  ({'score_fn': 'relu'}, "score_fn='relu' is not one of"), ({'num_groups': 3}, 'num_groups=3'),
+  ({'num_groups': 0}, 'num_groups=0'), ({'num_groups': 4, 'top_groups': 5}, 'top_groups=5'),
+  ({'num_groups': 4, 'top_k': 3}, 'top_k=3'), ({'scale': 0.0}, 'scale=0.0'),
+])
+def test_a_router_that_cannot_be_is_one_clear_error(fields: dict[str, int | str | float], named: str) -> None:
+  with pytest.raises(ConfigError) as error:
+    RouterConfig(**fields)
+  assert error.value.problems[0].startswith(named)
+
+
+def test_all_problems_of_a_router_come_at_once() -> None:
+  with pytest.raises(ConfigError) as error:
+    RouterConfig(num_experts=8, top_k=9, score_fn='relu', num_groups=3, scale=-1.0)
+  assert len(error.value.problems) == 4
