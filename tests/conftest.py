@@ -1,0 +1,13 @@
+"""For every test, and every process that a test starts: eight virtual CPU devices and a compilation cache.
+
+All by environment variables, set before anything imports jax: a test that needs no jax does not pay for it.
+"""
+import os
+from pathlib import Path
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+os.environ['JAX_COMPILATION_CACHE_DIR'] = str(Path(__file__).parents[1] / '.cache' / 'jax')
+# Most of our programs are too small and too quick to compile for the defaults to keep them.
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
