@@ -1,0 +1,96 @@
+"""One experiment: the root of the config tree, the checks that span its parts, and its file in a run directory."""
+
+import dataclasses
+import json
+import pathlib
+
+from moejax.checkpoint import CheckpointConfig
+from moejax.config import check, from_config_dict
+from moejax.losses import LossConfig
+from moejax.moe.balance import BalanceConfig
+from moejax.optim import OptimConfig
+from moejax.sharding import MeshConfig
+from moejax.sources import DataConfig
+from moejax.transformer import ModelConfig
+
+CONFIG_FILE = 'config.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """Validation `every` so many steps, 0: at the end only, on `batches` batches of the held-out text, 0: all of it."""
+
+  every: int = 100
+  batches: int = 0
+
+  def __post_init__(self) -> None:
+    check(*(f'{name}={value}: use 0 or more' for name, value in (('every', self.every), ('batches', self.batches))
+            if value < 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+  """All that decides a run.
+
+  batch_size: rows in a step, of seq_len tokens each, over all devices, in `micro_batches` equal parts.
+  seed: of initialisation and of the order of the data.
+  stop_after_skips: steps in a row with a non-finite loss or gradient, each skipped, after which the run gives up.
+  workdir: where everything is written; the same one resumes.  init_from: a model to start from; '' for random.
+  """
+
+  steps: int = 500
+  seed: int = 0
+  batch_size: int = 16
+  seq_len: int = 256
+  micro_batches: int = 1
+  log_every: int = 10
+  stop_after_skips: int = 10
+  sample_prompt: str = 'def '
+  init_from: str = ''
+  workdir: str = 'runs/default'
+  data: DataConfig = DataConfig()
+  model: ModelConfig = ModelConfig()
+  loss: LossConfig = LossConfig()
+  balance: BalanceConfig = BalanceConfig()
+  optim: OptimConfig = OptimConfig()
+  mesh: MeshConfig = MeshConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  eval: EvalConfig = EvalConfig()
+
+  def __post_init__(self) -> None:
+    positive = ('steps', 'batch_size', 'seq_len', 'micro_batches', 'log_every', 'stop_after_skips')
+    check(
+      *(f'{name}={getattr(self, name)}: use 1 or more' for name in positive if getattr(self, name) < 1),
+      f'seed={self.seed}: use 0 or more' if self.seed < 0 else '',
+      'workdir=\'\': name a directory for the run' if not self.workdir else '',
+      f'micro_batches={self.micro_batches} does not divide batch_size={self.batch_size}: use a divisor of it'
+      if self.micro_batches > 0 and self.batch_size % self.micro_batches else '',
+      self._ep_groups_problem(),
+    )
+
+  def _ep_groups_problem(self) -> str:
+    groups, parts = self.balance.ep_groups, max(1, self.micro_batches)
+    if 'ep_group' not in self.balance.active() or groups < 1:
+      return ''
+    if self.batch_size % groups or (groups % parts and parts % groups):
+      return (f'balance.ep_groups={groups}: use a divisor of batch_size={self.batch_size} that divides, or is a '
+              f'multiple of, micro_batches={self.micro_batches}')
+    return ''
+
+
+def write_config(cfg: ExperimentConfig) -> None:
+  """Leaves the config in its run directory, for whoever reads the run later."""
+  path = pathlib.Path(cfg.workdir) / CONFIG_FILE
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + '\n')
+
+
+def read_config(workdir: str) -> ExperimentConfig:
+  """The config of an existing run.
+
+  Raises:
+    ConfigError: there is none, or it does not fit this version.
+  """
+  path = pathlib.Path(workdir) / CONFIG_FILE
+  check('' if path.is_file() else f'workdir={workdir!r} holds no {CONFIG_FILE}: name the directory of a run')
+  return from_config_dict(ExperimentConfig, json.loads(path.read_text()) | {'workdir': workdir})

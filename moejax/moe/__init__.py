@@ -1,0 +1,1 @@
+"""The heart: routing, balance and dispatch."""

@@ -1,0 +1,119 @@
+"""The device mesh, and the one table that says which mesh axis each logical axis is split over.
+
+Mathematics elsewhere names logical axes only: `constrain(x, 'batch', 'sequence', 'embed')`. Outside a mesh (a unit
+test, a notebook cell) constraints do nothing, so every function also runs on plain arrays.
+"""
+
+import dataclasses
+import math
+from typing import TypeVar
+
+from flax import nnx
+import jax
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moejax.config import ConfigError, check
+
+Tree = TypeVar('Tree')
+
+MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
+
+# Tokens are split over `expert` too: expert parallelism divides the same tokens that data parallelism would, and
+# exchanges them only inside a dispatcher.
+RULES: dict[str, tuple[str, ...]] = {
+  'batch': ('data', 'fsdp', 'expert'),
+  'sequence': (),
+  'embed': ('fsdp',),
+  'heads': ('tensor',),
+  'mlp': ('tensor',),
+  'expert': ('expert',),
+  'vocab': ('tensor',),
+  'layer': (),
+  'norm': (),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each mesh axis; `data = 0` takes whatever the other three leave."""
+
+  data: int = 0
+  fsdp: int = 1
+  expert: int = 1
+  tensor: int = 1
+
+  def __post_init__(self) -> None:
+    check(
+      f'data={self.data}: use 0 (the devices that are left) or more' if self.data < 0 else '',
+      *(f'{name}={size}: use 1 or more'
+        for name, size in (('fsdp', self.fsdp), ('expert', self.expert), ('tensor', self.tensor)) if size < 1),
+    )
+
+
+def make_mesh(cfg: MeshConfig, num_devices: int = 0) -> Mesh:
+  """A mesh over `num_devices` devices (0: all there are).
+
+  Raises:
+    ConfigError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices()[:num_devices or None]
+  others = cfg.fsdp * cfg.expert * cfg.tensor
+  data = cfg.data or max(1, len(devices) // others)
+  if data * others != len(devices):
+    raise ConfigError(
+      f'mesh data={data} * fsdp={cfg.fsdp} * expert={cfg.expert} * tensor={cfg.tensor} = {data * others}, '
+      f'but there are {len(devices)} devices: use sizes whose product is {len(devices)}')
+  shape = (data, cfg.fsdp, cfg.expert, cfg.tensor)
+  return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+
+
+def platform() -> str:
+  """'cpu', 'gpu' or 'tpu': what the program being traced will run on, also when it is compiled for absent chips."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device is not None else jax.default_backend()
+
+
+def batch_shards(cfg: MeshConfig, num_devices: int) -> int:
+  """Into how many pieces the rows of a batch are cut."""
+  return num_devices // cfg.tensor
+
+
+def spec(*axes: str) -> PartitionSpec:
+  """The mesh axes of these logical axes; '' leaves a dimension whole."""
+  return PartitionSpec(*(RULES[axis] or None if axis else None for axis in axes))
+
+
+def constrain(x: Array, *axes: str) -> Array:
+  """`x` with its dimensions laid out as RULES says; `x` itself where there is no mesh or only one device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(*axes))
+
+
+def is_param(node: object) -> bool:
+  """For `jax.tree.map(..., is_leaf=is_param)`: stop at a parameter, where its logical axes are written."""
+  return isinstance(node, nnx.Variable)
+
+
+def param_spec(param: nnx.Variable) -> PartitionSpec:
+  """The spec of a parameter; a stack of layers made by `jax.vmap` has axes that its metadata does not know."""
+  axes = param.get_metadata('axes')
+  stacked = len(param.shape) - len(axes)
+  return spec(*('layer',) * stacked, *axes)
+
+
+def shardings(tree: Tree, mesh: Mesh) -> Tree:
+  """The sharding of every leaf of `tree`, in its structure: parameters by their axes, anything else replicated."""
+
+  def of(node: object) -> object:
+    where = param_spec(node) if is_param(node) else PartitionSpec()
+    return jax.tree.map(lambda _: NamedSharding(mesh, where), node)
+
+  return jax.tree.map(of, tree, is_leaf=is_param)
+
+
+def size(tree: object) -> int:
+  """Numbers in all the arrays of a tree."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
