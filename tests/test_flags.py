@@ -174,3 +174,17 @@ runpy.run_path('train.py', run_name='__main__')
   done = subprocess.Popen([sys.executable, '-c', code], env=env, cwd=root, stdout=subprocess.PIPE, text=True)
   out = done.communicate()[0]
   assert out.startswith(f"{done.pid} ['-c'") and out.strip().endswith('glibc.malloc.hugetlb=1')
+
+
+def test_a_real_process_tells_all_problems_and_exits_2_before_anything_runs(tmp_path: Path) -> None:
+  path = tmp_path / 'real.py'
+  path.write_text('from moejax.config import to_config_dict\nfrom moejax.experiment import ExperimentConfig\n\n\n'
+                  'def get_config():\n  return to_config_dict(ExperimentConfig())\n')
+  argv = [f'--config={path}', f'--workdir={tmp_path / "run"}', 'steps=9', '--config.model.d_modle=3',
+          '--config.steps=x', '--config.batch_size=8', '--config.micro_batches=3']
+  done = subprocess.run([sys.executable, 'train.py', *argv], cwd=Path(train.__file__).parent, capture_output=True,
+                        text=True)
+  assert done.returncode == 2 and not done.stdout and 'Traceback' not in done.stderr
+  for part in ('steps=9', 'd_modle', 'config.model.d_model', '--config.steps=x', 'micro_batches=3', 'batch_size=8'):
+    assert part in done.stderr
+  assert not (tmp_path / 'run').exists()
