@@ -178,13 +178,13 @@ runpy.run_path('train.py', run_name='__main__')
 
 def test_a_real_process_tells_all_problems_and_exits_2_before_anything_runs(tmp_path: Path) -> None:
   path = tmp_path / 'real.py'
-  path.write_text('from moejax.config import to_config_dict\nfrom moejax.experiment import ExperimentConfig\n\n\n'
-                  'def get_config():\n  return to_config_dict(ExperimentConfig())\n')
+  path.write_text('from moejax import config, experiment\n\n\n'
+                  'def get_config():\n  return config.to_config_dict(experiment.ExperimentConfig())\n')
   argv = [f'--config={path}', f'--workdir={tmp_path / "run"}', 'steps=9', '--config.model.d_modle=3',
           '--config.steps=x', '--config.batch_size=8', '--config.micro_batches=3']
-  done = subprocess.run([sys.executable, 'train.py', *argv], cwd=Path(train.__file__).parent, capture_output=True,
-                        text=True)
+  root = Path(train.__file__).parent
+  done = subprocess.run([sys.executable, 'train.py', *argv], cwd=root, capture_output=True, text=True)
   assert done.returncode == 2 and not done.stdout and 'Traceback' not in done.stderr
-  for part in ('steps=9', 'd_modle', 'config.model.d_model', '--config.steps=x', 'micro_batches=3', 'batch_size=8'):
+  for part in ('steps=9', 'd_modle', 'config.model.d_model', '--config.steps=x', 'micro_batches=3', '_size=8'):
     assert part in done.stderr
   assert not (tmp_path / 'run').exists()
