@@ -185,6 +185,6 @@ def test_a_real_process_tells_all_problems_and_exits_2_before_anything_runs(tmp_
   root = Path(train.__file__).parent
   done = subprocess.run([sys.executable, 'train.py', *argv], cwd=root, capture_output=True, text=True)
   assert done.returncode == 2 and not done.stdout and 'Traceback' not in done.stderr
-  for part in ('steps=9', 'd_modle', 'config.model.d_model', '--config.steps=x', 'micro_batches=3', '_size=8'):
+  for part in ('steps=9', 'd_modle', 'config.model.d_model', '--config.steps=x', 'micro_batches=3', 'size=8'):
     assert part in done.stderr
   assert not (tmp_path / 'run').exists()
