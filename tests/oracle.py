@@ -211,6 +211,15 @@ def router_z(logits: ArrayLike, mask: ArrayLike) -> float:
   return math.fsum(squares) / len(squares) if squares else 0.0
 
 
+def loss(name: str, logits: ArrayLike, expert_ids: ArrayLike, mask: ArrayLike, segment_ids: ArrayLike, *,
+         score_fn: str, assignment: str, micro_batches: int = 1, ep_groups: int = 1) -> float:
+  """The loss of this name, without coefficient, on a whole batch."""
+  if name == 'router_z':
+    return router_z(logits, mask)
+  sets = sets_of(name, segment_ids, micro_batches=micro_batches, ep_groups=ep_groups)
+  return balance_loss(logits, expert_ids, mask, sets, score_fn=score_fn, assignment=assignment)
+
+
 def accumulated_balance_loss(scope: str, logits: ArrayLike, expert_ids: ArrayLike, mask: ArrayLike,
                              segment_ids: ArrayLike, *, micro_batches: int, score_fn: str,
                              assignment: str) -> float:

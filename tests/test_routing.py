@@ -18,7 +18,7 @@ SHAPES = list(itertools.product((4, 8), (1, 2)))
 
 
 def cases(num_experts: int) -> np.ndarray:
-  """Two rows of logits a case: plain, steep, ties, equal, ±1e4, one expert far ahead, all very low. [16, 3, E]."""
+  """Two rows of logits a case: plain, steep, ties, equal, ±1e4, one far ahead, all very low. [16, 3, E]."""
   rng = np.random.default_rng(num_experts)
   shape = (2, 3, num_experts)
   plain = rng.normal(size=shape)
@@ -84,7 +84,8 @@ def test_routing_and_gradients_are_the_oracles(score_fn: str, num_experts: int, 
     np.testing.assert_allclose(got.weights[known], want.weights[known], rtol=3e-6, atol=1e-37)
     assert np.isfinite(got.weights).all() and np.isfinite(from_weights[0]).all()
     check_slopes(from_weights[0][known],
-                 lambda z, ids=ids, to=to: oracle.weigh(z, ids, score_fn, renormalise, scale) * to, logits[known])
+                 lambda z, ids=ids, to=to: oracle.weigh(z, ids, score_fn, renormalise, scale) * to,
+                 logits[known])
     assert not np.any(from_weights[1]) and not np.any(from_probs[1]), 'the bias chooses; it has no gradient'
 
 
