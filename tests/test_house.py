@@ -253,8 +253,9 @@ def test_the_rule_objects(rule: Callable[[str, str], Iterator[str]], path: str, 
 
 
 def test_no_tracked_file_names_a_place_on_one_machine() -> None:
-  tracked = subprocess.run(['git', '-c', 'safe.directory=*', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-  files = [p for p in tracked.split('\n') if p != 'tests/test_house.py' and (ROOT / p).is_file()]
+  git = ['git', '-c', 'safe.directory=*', 'ls-files']
+  tracked = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\n')
+  files = [p for p in tracked if p != 'tests/test_house.py' and (ROOT / p).is_file()]
   broken = [f'{p}:{x}' for p in files for x in this_machine(p, (ROOT / p).read_text(errors='replace'))]
   assert files and not broken, '\n' + '\n'.join(broken)
   for bad in ('/root/x', '/home/me', '/work/main', 'https://pypi.org/simple', '/opt/wheels'):
