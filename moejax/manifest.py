@@ -1,0 +1,94 @@
+"""What a checkpoint says of its arrays, sealed: names (ours, not Flax's), kinds, digests of the bits."""
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Meta(NamedTuple):
+  """All of a checkpoint but the arrays."""
+  metric: float                # lower is better; inf: not measured, or not finite
+  fingerprint: dict[str, str]  # of the data
+  versions: dict[str, str]
+  kinds: dict[str, str]        # path -> 'float32[4, 8]'
+  digests: dict[str, str]
+
+
+def flatten(tree: object) -> dict[str, jax.Array]:
+  """{'model/blocks/moe/gate': leaf} in the tree's order, whatever containers hold the leaves."""
+  leaves: dict[str, jax.Array] = {}
+  for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    is_param = keys and keys[-1] == jax.tree_util.GetAttrKey('value')  # how nnx.Param holds its array
+    path = jax.tree_util.keystr(keys[:-1] if is_param else keys, simple=True, separator='/')
+    if path in leaves:
+      raise TypeError(f'{path}: two leaves have this name; rename one')
+    if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
+      raise TypeError(f'{path} is {type(leaf).__name__}; make it a jax.Array')
+    leaves[path] = leaf
+  return leaves
+
+
+def kinds(tree: object) -> dict[str, str]:
+  """path -> 'float32[4, 8]'."""
+  return {path: f'{leaf.dtype.name}{list(leaf.shape)}' for path, leaf in flatten(tree).items()}
+
+
+def digests(tree: object) -> dict[str, str]:
+  """path -> digest of the leaf's bits (its kind is not in it), the same on every mesh."""
+  sums = jax.device_get({path: _sums(leaf) for path, leaf in flatten(tree).items()})
+  return {path: ''.join(f'{int(word):08x}' for word in pair) for path, pair in sums.items()}
+
+
+def digest(tree: object) -> str:
+  """One digest of names, kinds and bits: equal for two runs that ended in the same state."""
+  return _sha256([kinds(tree), digests(tree)])
+
+
+def differences(what: str, old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+  """A line for each key whose value is another, or is on one side only."""
+  values = {k: [d[k] if k in d else 'absent' for d in (old, new)] for k in sorted({*old, *new})}
+  return [f'{what}{k}: {a} in the checkpoint, {b} in the config' for k, (a, b) in values.items() if a != b]
+
+
+def seal(meta: Meta) -> dict[str, object]:
+  """JSON with a digest of itself: damaged in a dtype or the fingerprint, it would pass for another config."""
+  body = meta._asdict() | {'metric': meta.metric if math.isfinite(meta.metric) else None}  # JSON has no inf
+  return {'sha256': _sha256(body), 'meta': body}
+
+
+def unseal(text: str) -> Meta:
+  """Raises ValueError where the text is damaged."""
+  try:
+    sealed = json.loads(text)
+    body, sha256 = sealed['meta'], sealed['sha256']
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f'meta/metadata is not JSON of ours ({type(error).__name__})') from None
+  if _sha256(body) != sha256:
+    raise ValueError('meta/metadata does not match its digest')
+  return Meta(**body | {'metric': math.inf if body['metric'] is None else body['metric']})
+
+
+def _sha256(value: object) -> str:
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@jax.jit
+def _sums(x: jax.Array) -> jax.Array:  # [2] u32
+  """Plain and position-weighted sum of the bits mod 2^32: no mesh, no order of summation shows in integers.
+
+  The plain sum sees any flipped bit; the weighted one what moved: a swapped block, a repeated one.
+  """
+  if x.dtype.name in ('bool', 'int4', 'uint4', 'int2', 'uint2'):
+    x = x.astype(jnp.int8)
+  words = jnp.dtype(f'uint{min(8 * x.dtype.itemsize, 32)}')  # 64 bits become two words in a last axis
+  bits = jax.lax.bitcast_convert_type(x, words).astype(jnp.uint32)
+  position, stride = jnp.ones(bits.shape, jnp.uint32), 1
+  for axis in reversed(range(bits.ndim)):  # an arange reshaped would gather a sharded array
+    position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * np.uint32(stride % 2**32)
+    stride *= bits.shape[axis]
+  return jnp.stack([bits.sum(dtype=jnp.uint32), (bits * position).sum(dtype=jnp.uint32)])
