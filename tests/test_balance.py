@@ -157,7 +157,7 @@ def old_maxtext_loss(logits: Array, mask: Array, cfg: RouterConfig) -> Array:
 
 
 def test_founding_correction_maxtext_full_softmax_before_top_k() -> None:
-  """The loss sees the softmax over all experts: every expert's logit gets a gradient, not only the top k's."""
+  """The loss sees the softmax over all experts; every expert's logit gets a gradient, chosen or not."""
   cfg, no_bias = RouterConfig(8, 2, 'softmax'), jnp.zeros(8)
   logits, _, mask, segments = cases(8)['plain']
   routing = jax.jit(route, static_argnums=2)(logits, no_bias, cfg)

@@ -45,7 +45,7 @@ def test_update_is_the_oracles(rule: str, num_experts: int) -> None:
 @pytest.mark.parametrize('num_experts', [3, 4, 5, 6, 7, 8, 10, 12, 60, 160])
 @rules
 def test_even_load_and_no_load_move_nothing(rule: str, num_experts: int) -> None:
-  """Also where E is no power of two: a mean that is off by a rounding would be a whole step of the sign rule."""
+  """Also where E is no power of two: a mean off by a rounding would be a whole step of the sign rule."""
   bias = some_bias(num_experts)
   for count in (0, 1, 7, 11, 4099):
     load = np.full(num_experts, count, np.float32)
