@@ -6,7 +6,7 @@ import sqlite3
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,9 +16,11 @@ import tokenizers
 
 from moejax import data as data_module
 from moejax import sources
+from moejax import tokenizer as tokenizer_module
 from moejax.config import ConfigError
-from moejax.data import IGNORE, Batch, Data, open_data
+from moejax.data import IGNORE, Batch, Data, Rows, open_data
 from moejax.sources import SOURCES, DataConfig
+from moejax.tokenizer import Tokenizer, load_tokenizer
 
 S, B = 32, 5
 
@@ -91,6 +93,12 @@ def test_every_token_is_predicted_once_an_epoch_in_another_order(folder: Path) -
 def test_seeds_do_not_share_epochs(folder: Path) -> None:
   epochs = {tuple(epoch) for seed in (0, 1, 2) for epoch in _epochs(_open(folder, seed=seed), 3)}
   assert len(epochs) == 9  # Grain shuffles epoch e of seed s by s + e
+
+
+def test_rows_have_a_target_for_each_input() -> None:
+  for n in range(40):
+    rows = [Rows(np.arange(n), 8)[i] for i in range(len(Rows(np.arange(n), 8)))]
+    assert [row.tolist() for row in rows] == [[*range(i, i + 9)] for i in range(0, n - 8, 8)]
 
 
 def _by_hand(tokens: list[int], eod: int) -> tuple[list[int], list[int]]:
@@ -183,7 +191,37 @@ def test_fingerprint_tells_all_that_shapes_the_stream(folder: Path) -> None:
     {'path': f'{folder}/text/[0-4]*'})]
   assert len({tuple(f.items()) for f in (base, *others)}) == 7
   assert _open(folder).fingerprint == base
+  assert [base[key] for key in ('source', 'tokenizer', 'batch_size', 'seq_len', 'seed')] == [
+    'text', 'bytes', str(B), str(S), '0']
   assert all(type(key) is type(value) is str for key, value in base.items())
+
+
+def test_a_tokenizer_learns_from_a_sample_of_the_training_text(
+    folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  train, held_out = _split_by_hand(folder, _open(folder))
+  seen = []
+
+  def load(spec: str, documents: Iterable[str]) -> Tokenizer:
+    seen.extend(documents)
+    return load_tokenizer(spec, seen)
+
+  monkeypatch.setattr(data_module, 'load_tokenizer', load)
+  _open(folder, tokenizer='bpe:300')
+  assert seen == train and held_out
+  monkeypatch.setattr(data_module, 'TOKENIZER_SAMPLE', 2000)
+  seen.clear()
+  _open(folder, tokenizer='bpe:301')
+  assert seen and set(seen) < set(train) and len(''.join(seen)) < 4000
+
+
+def test_pieces_and_groups_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  (folder / 'text' / 'long.py').write_text('x = 1\ny = f(x)\n' * 200)
+  before = _open(folder, tokenizer='bpe:300')
+  monkeypatch.setattr(tokenizer_module, 'PIECE', 50)
+  monkeypatch.setattr(data_module, 'GROUP', 200)
+  after = _open(folder, tokenizer='bpe:300', cache_dir=f'{folder}/cache2')
+  assert after.fingerprint == before.fingerprint
+  assert all(_equal(a, b) for a, b in zip(after.validation(), before.validation(), strict=True))
 
 
 # ---- cache
@@ -224,6 +262,15 @@ def test_a_cache_file_under_another_name_is_not_believed(folder: Path) -> None:
   assert _equal(_open(folder).batch(0), before.batch(0))
 
 
+def test_one_cache_for_many(folder: Path) -> None:
+  cases = [{'tokenizer': tokenizer, 'path': f'{folder}/text/{names}'}
+           for tokenizer in ('bytes', 'bpe:300', 'bpe:310') for names in ('[0-3]*', '[1-5]*')]
+  shared = [_open(folder, **case) for case in cases]
+  alone = [_open(folder, **case, cache_dir=f'{folder}/cache{i}') for i, case in enumerate(cases)]
+  assert all(_equal(a.batch(1), b.batch(1)) for a, b in zip(shared, alone, strict=True))
+  assert [a.fingerprint for a in shared] == [b.fingerprint for b in alone]
+
+
 def test_a_warm_start_neither_reads_nor_trains(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(data_module, 'RACY', 0)
   before = _open(folder, tokenizer='bpe:300')
@@ -240,8 +287,11 @@ def test_a_warm_start_neither_reads_nor_trains(folder: Path, monkeypatch: pytest
 def test_a_changed_source_is_noticed(
     folder: Path, wait: float, racy: float, monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(data_module, 'RACY', racy)
+  for path in (folder / 'text').iterdir():
+    os.utime(path, (1, 1))
   path = max((folder / 'text').iterdir(), key=os.path.getsize)
   before, times = _open(folder), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+  assert time.time() - SOURCES['text'](DataConfig(source='text', path=f'{folder}/text/*')).changed < 60
   time.sleep(wait)
   path.write_bytes(path.read_bytes().replace(b'alpha', b'omega'))
   os.utime(path, ns=times)  # size and modification time as before
@@ -305,8 +355,8 @@ def test_text_reads_every_suffix(folder: Path) -> None:
       content = gzip.compress(content) if packed else content
       (folder / 'kinds' / f'{i}{suffix}{packed}').write_bytes(content)
       documents += texts
-  found = SOURCES['text'](DataConfig(source='text', path=f'{folder}/kinds/**/*,{folder}/kinds/0*')).documents()
-  assert list(found) == documents
+  config = DataConfig(source='text', path=f'{folder}/kinds/**/*,{folder}/kinds/0*')
+  assert list(SOURCES['text'](config).documents()) == documents
 
 
 @pytest.mark.parametrize('name, content, words', [
@@ -335,6 +385,8 @@ def test_errors_of_paths(folder: Path) -> None:
       _open(folder, path=path)
   with pytest.raises(ConfigError, match='held-out text has .* less than one row of seq_len=2000'):
     _open(folder, seq_len=2000, batch_size=1)
+  with pytest.raises(ConfigError, match=r'batch_size=9999; give more text'):
+    _open(folder, batch_size=9999)
   with pytest.raises(ConfigError, match='data.cache_dir'):
     _open(folder, cache_dir=f'{folder}/text/00.txt')
 
