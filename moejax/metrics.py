@@ -1,0 +1,191 @@
+"""What a run measures and where it goes: router statistics, MFU, metrics.jsonl, TensorBoard.
+
+Letters: L layers, E experts, K experts per token.
+"""
+import json
+import math
+import os
+import socket
+import struct
+import time
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax import Array
+
+# Which layer is the worst.
+WORST = {'max_vio': 'max', 'expert_usage': 'min', 'dead_experts': 'max', 'load_entropy': 'min',
+         'balance_score': 'min'}
+# Dense bfloat16 FLOP/s of a JAX device by what its device_kind holds, first that fits (makers' data sheets).
+PEAK_FLOPS = {
+  'TPU v2': 22.5e12, 'TPU v3': 61.5e12, 'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12,
+  'TPU v5': 459e12, 'TPU v6': 918e12, 'TPU7x': 1153.5e12, 'A100': 312e12, 'H100 PCIe': 756e12, 'H100': 989e12,
+  'H200': 989e12, 'GH200': 989e12, 'B200': 2250e12, 'L40S': 362e12, 'NVIDIA L4': 121e12}
+
+
+def layer_statistics(load: Array, top_k: int) -> dict[str, Array]:
+  """Of each layer's load c [L, E] (counts). name -> [L]. NumPy in, NumPy out, and nothing to compile.
+
+  max_vio: max_e c_e / mean(c) - 1 (arXiv 2408.15664 eq. 4). expert_usage: share of experts with a token.
+  dead_experts: how many have below a tenth of the mean. load_entropy: of the shares c / sum(c), over ln E.
+  balance_score: 1 - std(c) / mean(c). noise_floor: sqrt(2 ln E (1 - K/E) / mean(c)), about the max_vio of
+  choices without a preference: the largest of E Gaussians. A layer without a token scores 0 in all but
+  dead_experts: never NaN.
+  """
+  xp, experts = load.__array_namespace__(), load.shape[-1]
+  mean = load.mean(axis=-1)
+  relative = load / xp.where(mean > 0, mean, 1)[:, None]  # 1 is balance
+  share = relative / experts
+  entropy = -(share * xp.log(xp.where(share > 0, share, 1))).sum(axis=-1)
+  floor = math.sqrt(2 * math.log(experts) * (1 - top_k / experts))
+  return {
+    'max_vio': xp.maximum(relative.max(axis=-1) - 1, 0),
+    'expert_usage': (load > 0).mean(axis=-1),
+    'dead_experts': (relative < 0.1).sum(axis=-1),
+    'load_entropy': entropy / math.log(experts) if experts > 1 else xp.where(mean > 0, 1.0, 0.0),
+    'balance_score': xp.where(mean > 0, 1 - relative.std(axis=-1), 0.0),
+    'noise_floor': floor * xp.where(mean > 0, mean, math.inf) ** -0.5}
+
+
+def router_statistics(load: Array, top_k: int) -> dict[str, Array]:
+  """`layer_statistics` over the layers: their mean by its name, and the worst layer as NAME_worst."""
+  layers = layer_statistics(load, top_k)
+  worst = {f'{name}_worst': getattr(layers[name], which)() for name, which in WORST.items()}
+  return {name: values.mean() for name, values in layers.items()} | worst
+
+
+def load_bars(load: np.ndarray) -> str:
+  """The load of each expert [E] as text: blank below a tenth of the mean, half high at the mean."""
+  relative = load / max(float(load.mean()), 1e-9)
+  return ''.join(' ▁▂▃▄▅▆▇█'[0 if x < 0.1 else max(1, min(round(4 * x), 8))] for x in relative)
+
+
+def load_image(history: np.ndarray) -> np.ndarray:
+  """One layer's load over time [steps, E] as a picture [height, width, 3] u8: time to the right, experts down.
+
+  White is the mean of its step, blue is less (darkest: nothing), red more (darkest: three times).
+  """
+  columns = np.stack([part.mean(axis=0) for part in np.array_split(history, min(len(history), 900))])
+  relative = (columns / np.maximum(columns.mean(axis=1, keepdims=True), 1e-9)).T  # [E, columns]
+  anchors = [0, 0.5, 0.9, 1, 1.1, 1.5, 2, 3]
+  colours = np.array([(10, 45, 125), (60, 130, 200), (205, 225, 245), (255, 255, 255), (255, 230, 205),
+                      (245, 150, 90), (215, 55, 45), (135, 0, 25)])
+  cells = np.stack([np.interp(relative, anchors, channel) for channel in colours.T], -1).astype(np.uint8)
+  high, wide = max(3, min(24, 512 // len(cells))), max(1, min(24, 900 // len(columns)))
+  picture = cells.repeat(high, axis=0).repeat(wide, axis=1)
+  if high > 4:
+    picture[high - 1::high] = 255  # a gap below each expert
+  return picture
+
+
+def png(image: np.ndarray) -> bytes:
+  """[height, width, 3] u8 as a PNG file."""
+  height, width, _ = image.shape
+  rows = np.pad(image.reshape(height, width * 3), ((0, 0), (1, 0)))  # a row begins with its filter: 0, none
+  head = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+  chunks = {b'IHDR': head, b'IDAT': zlib.compress(rows.tobytes()), b'IEND': b''}
+  return b'\x89PNG\r\n\x1a\n' + b''.join(
+    struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    for kind, data in chunks.items())
+
+
+def mfu(tokens_per_second: float, flops_per_token: float, devices: list[jax.Device]) -> float:
+  """Model FLOPs done over what the devices could do in bfloat16; 0 where that is not known, as on CPU."""
+  peaks = [flops for name, flops in PEAK_FLOPS.items() if name in devices[0].device_kind]
+  return tokens_per_second * flops_per_token / (peaks[0] * len(devices)) if peaks else 0.0
+
+
+class MetricsLog:
+  """A file of JSON objects, one a line, each with a `step`; NaN and infinities are null: JSON has none.
+
+  Opened at the step that a run goes on from. Lines of later steps, which the run will write again, are cut
+  away, and so is what is no line: the one that a killed process was writing.
+  """
+
+  def __init__(self, path: str | os.PathLike, step: int) -> None:
+    self._path = Path(path)
+    lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
+    stay = [line for line in lines if line.endswith(b'\n') and _step(line) <= step]
+    if stay != lines:
+      new = self._path.with_name(f'{self._path.name}.new')
+      new.write_bytes(b''.join(stay))
+      new.replace(self._path)
+    self._file = open(self._path, 'a', encoding='utf-8')
+
+  def write(self, row: Mapping[str, object]) -> None:
+    """When it returns the line has left the process: no kill takes it back."""
+    self._file.write(json.dumps(_finite(row), allow_nan=False) + '\n')
+    self._file.flush()
+
+  def rows(self) -> list[dict[str, object]]:
+    """All lines, of earlier processes too."""
+    return [json.loads(line) for line in self._path.read_text(encoding='utf-8').splitlines()]
+
+  def close(self) -> None:
+    """Nothing is left to be written."""
+    self._file.close()
+
+
+class TensorBoard:
+  """Events for TensorBoard by its own protos; its EventFileWriter would import TensorFlow where there is one.
+
+  Opened at the step that a run goes on from: TensorBoard forgets what was written of later ones before.
+  """
+
+  def __init__(self, directory: str | os.PathLike, step: int) -> None:
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    name = f'events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}'  # read in this order
+    self._file = open(Path(directory) / name, 'ab')
+    self._events = [{'file_version': 'brain.Event:2'}, {'step': step + 1, 'session_log': {'status': 'START'}}]
+
+  def scalars(self, step: int, row: Mapping[str, float]) -> None:
+    """name -> value."""
+    self._write(step, *({'tag': name, 'simple_value': value} for name, value in row.items()))
+
+  def text(self, tag: str, text: str, step: int) -> None:
+    """Shown as it is, and not as the Markdown that TensorBoard would take it for."""
+    code = ''.join(f'    {line}\n' for line in text.split('\n'))
+    self._write(step, {'tag': tag, 'metadata': {'plugin_data': {'plugin_name': 'text'}},
+                       'tensor': {'dtype': 'DT_STRING', 'string_val': [code.encode()]}})
+
+  def image(self, tag: str, image: np.ndarray, step: int) -> None:
+    """[height, width, 3] u8."""
+    height, width, _ = image.shape
+    self._write(step, {'tag': tag, 'image': {'height': height, 'width': width, 'colorspace': 3,
+                                             'encoded_image_string': png(image)}})
+
+  def close(self) -> None:
+    """Everything written is in the file before, too."""
+    self._file.close()
+
+  def _write(self, step: int, *values: Mapping[str, object]) -> None:
+    # Here, since the imports take a quarter of a second: by now the devices are at work on the next step.
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+    for event in [*self._events, {'step': step, 'summary': {'value': values}}]:
+      data = Event(wall_time=time.time(), **event).SerializeToString()
+      size = struct.pack('<Q', len(data))
+      sums = [struct.pack('<I', masked_crc32c(part)) for part in (size, data)]
+      self._file.write(size + sums[0] + data + sums[1])
+    self._events = []
+    self._file.flush()
+
+
+def _step(line: bytes) -> float:
+  try:
+    return json.loads(line)['step']
+  except (ValueError, KeyError, TypeError):
+    return math.inf
+
+
+def _finite(value: object) -> object:
+  if isinstance(value, Mapping):
+    return {key: _finite(v) for key, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_finite(v) for v in value]
+  if isinstance(value, (np.ndarray, np.generic, Array)):
+    return _finite(value.tolist())
+  return None if isinstance(value, float) and not math.isfinite(value) else value
