@@ -29,6 +29,7 @@ NOT_STDLIB = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '_
 
 @dataclass(frozen=True)
 class DataConfig:
+  """Which text, cut into which tokens."""
   source: str = 'stdlib'        # a row of SOURCES
   path: str = ''                # source text: globs of .txt .md .py .jsonl, each also .gz; commas between
   tokenizer: str = 'bpe:4096'   # bytes, bpe:N (eod included) or the path of a tokenizer.json
@@ -65,6 +66,7 @@ class Survey(NamedTuple):
 
 
 def digest_of(*parts: object) -> str:
+  """32 hex digits of anything whose repr tells all about it."""
   return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
