@@ -18,6 +18,7 @@ from moejax.moe.grouped_ffn import IMPLEMENTATIONS, Weights
 from moejax.moe.routing import Routing
 from moejax.sharding import MeshConfig, make_mesh
 
+QUICK = {'xla_backend_optimization_level': 0}   # programs run once or twice: compiling is all the time
 B, S, D, F = 4, 5, 6, 4
 T = B * S
 SHAPES = list(itertools.product((4, 8), (1, 2)))
@@ -25,8 +26,8 @@ DROPLESS = [DispatchConfig(name) for name in sorted(DISPATCHERS)]
 ROOMY = [DispatchConfig('dense_matmul', 8.0, drop_by) for drop_by in DROP_BY]   # C = N: room for all copies
 TIGHT = [DispatchConfig('dense_matmul', factor, drop_by) for factor in (0.4, 1.0) for drop_by in DROP_BY]
 # Every dispatcher at every shape; the two sides of dropping at the shapes that differ most, to compile less.
-JOBS = [(cfg, *shape) for shape in SHAPES for cfg in (*DROPLESS, ROOMY[0])]
-JOBS += [(cfg, *shape) for shape in ((4, 2), (8, 1)) for cfg in (ROOMY[1], *TIGHT)]
+JOBS = [(cfg, *shape) for shape in SHAPES for cfg in DROPLESS]
+JOBS += [(cfg, 4, 2) for cfg in (*ROOMY, *TIGHT)] + [(cfg, 8, 1) for cfg in TIGHT[:2]]
 
 
 def name_of(value: object) -> str:
@@ -76,7 +77,7 @@ def dispatch(cfg: DispatchConfig, job: Job, weights: Weights) -> tuple[Array, Ar
   return DISPATCHERS[cfg.dispatcher](job.x, routing, weights, cfg)
 
 
-@functools.partial(jax.jit, static_argnames='cfg')
+@functools.partial(jax.jit, static_argnames='cfg', compiler_options=QUICK)
 def run(cfg: DispatchConfig, job: Job, weights: Weights,
         dy: Array) -> tuple[Array, Array, tuple[Array, Array, Weights]]:
   """y, the dropped fraction, and the gradients of y · dy to x, to the routing weights and to the experts."""
@@ -142,7 +143,8 @@ def test_outputs_gradients_and_drops_are_the_oracles(cfg: DispatchConfig, num_ex
 @pytest.mark.parametrize(('num_experts', 'top_k'), SHAPES)
 def test_dispatchers_that_drop_nothing_agree(num_experts: int, top_k: int) -> None:
   for label in jobs(num_experts, top_k):
-    first, *others = (ran(cfg, num_experts, top_k, label) for cfg in (*DROPLESS, ROOMY[0]))
+    first, *others = (ran(cfg, num_experts, top_k, label) for cfg in
+                     (DROPLESS if (num_experts, top_k) != (4, 2) else [*DROPLESS, *ROOMY]))
     for other in others:
       assert other[1] == 0
       jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), first, other)
@@ -180,7 +182,7 @@ def test_grouped_ffn_over_many_blocks(implementation: str, to_one: bool) -> None
   kept = (ids >= 0) & (ids < num_experts)
   job, weights = Job(x, ids, x, rng.normal(size=ids.shape).astype(np.float32)), experts(num_experts)
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=QUICK)
   def both(x: Array, w: Array, weights: Weights,
            dy: Array) -> tuple[Array, tuple[Array, Array, Weights], Array]:
     copies, unsort = jax.vjp(lambda w: sort_copies(jnp.asarray(ids), w, num_experts), w)

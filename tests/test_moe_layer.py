@@ -17,6 +17,7 @@ from moejax.moe.dispatch import DISPATCHERS, DROP_BY, DispatchConfig
 from moejax.moe.layer import MoE, MoEAux, MoEConfig, Tokens
 from moejax.moe.routing import SCORE_FNS, RouterConfig
 
+QUICK = {'xla_backend_optimization_level': 0}   # programs run once or twice: compiling is all the time
 B, S, D, F = 2, 6, 8, 4
 DY = np.random.default_rng(2).normal(size=(B, S, D)).astype(np.float32)
 COEFFICIENTS = {name: 0.1 + 0.2 * i for i, name in enumerate(sorted(BALANCE_LOSSES))}
@@ -52,10 +53,10 @@ def given(num_experts: int) -> Given:
 @functools.cache
 def layer(cfg: MoEConfig) -> MoE:
   scopes = frozendict({name: Scope(BALANCE_LOSSES[name].rows(B, 2, 1), 'unbiased') for name in COEFFICIENTS})
-  return MoE(jax.random.key(1), D, cfg, scopes, std=0.5)
+  return jax.jit(lambda key: MoE(key, D, cfg, scopes, std=0.5), compiler_options=QUICK)(jax.random.key(1))
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=QUICK)
 def run(moe: MoE, x: Array, bias: Array, mask: Array, segments: Array,
         dy: Array) -> tuple[Array, MoEAux, tuple[MoE, Array, Array]]:
   """y, aux, and the gradients of y · dy + Σ coefficient · loss to the layer, to x and to the bias."""

@@ -14,7 +14,10 @@ from jax import Array
 from moejax.config import ConfigError
 from moejax.moe.routing import SCORE_FNS, RouterConfig, Routing, route, router_logits
 
+QUICK = {'xla_backend_optimization_level': 0}   # programs run once or twice: compiling is all the time
 SHAPES = list(itertools.product((4, 8), (1, 2)))
+
+routed = jax.jit(route, static_argnames='cfg', compiler_options=QUICK)
 
 
 def cases(num_experts: int) -> np.ndarray:
@@ -30,7 +33,7 @@ def cases(num_experts: int) -> np.ndarray:
   ]).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames='cfg')
+@functools.partial(jax.jit, static_argnames='cfg', compiler_options=QUICK)
 def route_and_gradients(logits: Array, bias: Array, to_weights: Array, to_probs: Array,
                         cfg: RouterConfig) -> tuple[Routing, Array, Array]:
   """The routing, and the gradients of weights · to_weights and probs · to_probs to (logits, bias)."""
@@ -58,12 +61,12 @@ def check_slopes(gradient: Array, f: Callable[[np.ndarray], np.ndarray], logits:
                              rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize('groups', [(1, 1), (2, 1), (4, 2)])
+@pytest.mark.parametrize('groups', [(1, 1), (4, 2)])
 @pytest.mark.parametrize(('num_experts', 'top_k'), SHAPES)
 @pytest.mark.parametrize('score_fn', sorted(SCORE_FNS))
 def test_routing_and_gradients_are_the_oracles(score_fn: str, num_experts: int, top_k: int,
                                                groups: tuple[int, int]) -> None:
-  renormalise, scale = groups[0] != 2, 2.5 if groups[0] == 4 else 1.0
+  renormalise, scale = groups[0] > 1 or num_experts > 4, 2.5 if groups[0] > 1 else 1.0
   cfg = RouterConfig(num_experts, top_k, score_fn, *groups, renormalise, scale)
   logits = cases(num_experts)
   rng = np.random.default_rng(1)
@@ -91,7 +94,7 @@ def test_routing_and_gradients_are_the_oracles(score_fn: str, num_experts: int, 
 
 @pytest.mark.parametrize('score_fn', sorted(SCORE_FNS))
 def test_probabilities_sum_to_one_however_extreme_the_logits(score_fn: str) -> None:
-  probs = route(cases(8), jnp.zeros(8), RouterConfig(8, 2, score_fn)).probs
+  probs = routed(cases(8), jnp.zeros(8), RouterConfig(8, 2, score_fn)).probs
   np.testing.assert_allclose(np.asarray(probs, np.float64).sum(-1), 1.0, rtol=1e-6)
 
 
@@ -99,14 +102,14 @@ def test_probabilities_sum_to_one_however_extreme_the_logits(score_fn: str) -> N
 def test_bias_moves_the_choice_and_nothing_else(score_fn: str) -> None:
   logits = cases(8)
   cfg = RouterConfig(8, 2, score_fn, renormalise=False)
-  plain, biased = (route(logits, jnp.zeros(8).at[5].set(b), cfg) for b in (0.0, 3.0))
+  plain, biased = (routed(logits, jnp.zeros(8).at[5].set(b), cfg) for b in (0.0, 3.0))
   assert (np.asarray(biased.expert_ids)[..., 0] == 5).all()
   np.testing.assert_array_equal(plain.scores, biased.scores)
   np.testing.assert_array_equal(plain.probs, biased.probs)
   np.testing.assert_array_equal(biased.weights,
                                 np.take_along_axis(np.asarray(plain.scores), biased.expert_ids, -1))
   # The same for all experts: nothing changes, not even the order.
-  shifted = route(cases(8)[:4], jnp.full(8, -2.0), cfg)
+  shifted = routed(cases(8)[:4], jnp.full(8, -2.0), cfg)
   np.testing.assert_array_equal(shifted.expert_ids, plain.expert_ids[:4])
 
 
@@ -115,17 +118,17 @@ def test_renaming_experts_renames_the_choice(score_fn: str) -> None:
   logits, bias = cases(8)[:4], biases(8)[1]
   old_name = np.random.default_rng(3).permutation(8)  # of each new one
   cfg = RouterConfig(8, 2, score_fn)
-  one, two = route(logits, bias, cfg), route(logits[..., old_name], bias[old_name], cfg)
+  one, two = routed(logits, bias, cfg), routed(logits[..., old_name], bias[old_name], cfg)
   np.testing.assert_array_equal(one.expert_ids, old_name[np.asarray(two.expert_ids)])
   np.testing.assert_allclose(one.weights, two.weights, rtol=1e-6)
   np.testing.assert_allclose(np.asarray(one.probs)[..., old_name], two.probs, rtol=1e-6)
 
 
 def test_ties_go_to_the_lowest_index_of_experts_and_of_groups() -> None:
-  flat = route(jnp.zeros((1, 1, 8)), jnp.zeros(8), RouterConfig(8, 3))
+  flat = routed(jnp.zeros((1, 1, 8)), jnp.zeros(8), RouterConfig(8, 3))
   np.testing.assert_array_equal(flat.expert_ids[0, 0], [0, 1, 2])
   bias = jnp.zeros(8).at[:2].set(-1.0)
-  grouped = route(jnp.zeros((1, 1, 8)), bias, RouterConfig(8, 3, num_groups=4, top_groups=2))
+  grouped = routed(jnp.zeros((1, 1, 8)), bias, RouterConfig(8, 3, num_groups=4, top_groups=2))
   np.testing.assert_array_equal(grouped.expert_ids[0, 0], [2, 3, 4])
 
 
@@ -136,7 +139,7 @@ def test_a_group_is_worth_its_two_best_and_the_rest_is_out_of_reach() -> None:
   cfg = RouterConfig(6, 3, 'sigmoid', num_groups=2, top_groups=1)
   # Every choice is negative: an entry of 0 outside the group would win over all of it.
   for bias in (0.0, -1.0):
-    np.testing.assert_array_equal(route(logits, jnp.full(6, bias), cfg).expert_ids[0, 0], [3, 4, 5])
+    np.testing.assert_array_equal(routed(logits, jnp.full(6, bias), cfg).expert_ids[0, 0], [3, 4, 5])
 
 
 @pytest.mark.parametrize('score_fn', sorted(SCORE_FNS))
@@ -144,7 +147,7 @@ def test_token_choice_is_causal(score_fn: str) -> None:
   logits, bias = cases(8), biases(8)[1]
   cfg = RouterConfig(8, 2, score_fn, num_groups=4, top_groups=2)
   changed = np.concatenate([logits[:, :2], -logits[:, 2:]], 1)
-  before, after = route(logits, bias, cfg), route(changed, bias, cfg)
+  before, after = routed(logits, bias, cfg), routed(changed, bias, cfg)
   assert not np.array_equal(before.expert_ids, after.expert_ids)
   for one, two in zip(before, after, strict=True):
     np.testing.assert_array_equal(one[:, :2], two[:, :2])
@@ -158,10 +161,10 @@ def test_router_is_float32_whatever_the_activations_are() -> None:
   assert logits.dtype == jnp.float32
   exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
   np.testing.assert_allclose(logits, exact, rtol=1e-5, atol=1e-5)
-  routing = route(logits, jnp.zeros(4), RouterConfig(4, 2, 'sigmoid'))
+  routing = routed(logits, jnp.zeros(4), RouterConfig(4, 2, 'sigmoid'))
   assert {leaf.dtype for leaf in jax.tree.leaves(routing)} == {jnp.dtype('float32'), jnp.dtype('int32')}
   # A bias of 1e-3 decides between equals of about 0.7, where bfloat16 steps by 4e-3.
-  near = route(jnp.full((1, 1, 4), 0.85), jnp.zeros(4).at[3].set(1e-3), RouterConfig(4, 1, 'sigmoid'))
+  near = routed(jnp.full((1, 1, 4), 0.85), jnp.zeros(4).at[3].set(1e-3), RouterConfig(4, 1, 'sigmoid'))
   assert int(near.expert_ids[0, 0, 0]) == 3
 
 
