@@ -13,7 +13,10 @@ from moejax.sharding import MeshConfig
 from moejax.sources import DataConfig
 from moejax.transformer import ModelConfig
 
+# What lies in a run directory.
 CONFIG_FILE = 'config.json'
+TOKENIZER_FILE = 'tokenizer.json'
+CHECKPOINTS = 'checkpoints'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,3 +97,15 @@ def read_config(workdir: str) -> ExperimentConfig:
   path = pathlib.Path(workdir) / CONFIG_FILE
   check('' if path.is_file() else f'workdir={workdir!r} holds no {CONFIG_FILE}: name the directory of a run')
   return from_config_dict(ExperimentConfig, json.loads(path.read_text()) | {'workdir': workdir})
+
+
+def resolved(cfg: ExperimentConfig, vocab_size: int) -> ExperimentConfig:
+  """The config with the tokenizer's vocabulary in the model's, where that is 0.
+
+  Raises:
+    ConfigError: the tokenizer has more tokens than the model; ids past the last are clamped without a word by XLA.
+  """
+  model = cfg.model
+  check(f'config.model.vocab_size={model.vocab_size} is less than the {vocab_size} tokens of '
+        f'data.tokenizer={cfg.data.tokenizer!r}: use 0 or {vocab_size}' if 0 < model.vocab_size < vocab_size else '')
+  return dataclasses.replace(cfg, model=dataclasses.replace(model, vocab_size=model.vocab_size or vocab_size))

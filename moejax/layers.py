@@ -89,4 +89,5 @@ class Embed(nnx.Module):
     self.table = param(key, (vocab_size, d_model), ('vocab', 'embed'), normal(std))
 
   def __call__(self, tokens: Array, dtype: jnp.dtype) -> Array:  # [B, S] i32 -> [B, S, D]
-    return self.table[...].astype(dtype)[tokens]
+    # Gathered whole over `embed` first: rows looked up from a split table would come back split, and be moved again.
+    return constrain(self.table[...].astype(dtype), 'vocab', '')[tokens]

@@ -1,0 +1,36 @@
+"""A small language model with experts, on the Python standard library's own sources: the first run of anybody.
+
+  python train.py                                   (or `make train`, which installs first)
+
+Hardware: two CPU cores, 2 GB. 10 M parameters, of which 5 M are active; 2 M tokens, a quarter of an epoch.
+"""
+
+from ml_collections import ConfigDict
+
+from moejax.attention import AttentionConfig
+from moejax.config import frozendict, to_config_dict
+from moejax.experiment import EvalConfig, ExperimentConfig
+from moejax.moe.balance import BalanceConfig
+from moejax.moe.layer import MoEConfig
+from moejax.moe.routing import RouterConfig
+from moejax.optim import OptimConfig
+from moejax.transformer import ModelConfig
+
+
+def get_config() -> ConfigDict:
+  """Sequence-wise balance loss, eight experts, top two."""
+  return to_config_dict(ExperimentConfig(
+    steps=500,
+    batch_size=16,
+    seq_len=256,
+    workdir='runs/tiny',
+    model=ModelConfig(
+      d_model=256,
+      num_layers=4,
+      attention=AttentionConfig(num_heads=4, num_kv_heads=2, d_head=64),
+      moe=MoEConfig(router=RouterConfig(num_experts=8, top_k=2), d_expert=256),
+    ),
+    balance=BalanceConfig(losses=frozendict(sequence='0.01')),
+    optim=OptimConfig(learning_rate=2e-3, warmup_steps=40),
+    eval=EvalConfig(every=100, batches=8),
+  ))

@@ -1,0 +1,111 @@
+"""What a run will be, before it is paid for: parameters, FLOPs, memory, data.
+
+Letters: D model, L layers, H heads, d head width, S sequence, V vocab.
+"""
+
+import dataclasses
+import importlib.metadata
+import math
+import platform
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from moejax.data import Data
+from moejax.experiment import ExperimentConfig
+from moejax.sharding import is_param, param_spec, size
+from moejax.step import TrainState
+from moejax.transformer import Transformer
+
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tokenizers', 'numpy')
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+  """Counts of numbers. `active` are those that one token's forward pass reads: K of E routed experts."""
+
+  total: int
+  active: int
+  embedding: int
+
+
+def count_parameters(model: Transformer, cfg: ExperimentConfig) -> Parameters:
+  """From the model or its ShapeDtypeStructs."""
+  total, routed = size(model), size(model.blocks.moe.experts)
+  router = cfg.model.moe.router
+  return Parameters(total, total - routed + routed * router.top_k // router.num_experts, size(model.embed))
+
+
+def flops_per_token(parameters: Parameters, cfg: ExperimentConfig) -> int:
+  """Forward and backward, matrix products only: 6 for each active number that multiplies, and causal attention.
+
+  An embedding is a lookup, unless it is also the head. Attention's two products over half a square of S make
+  2 * 2 * S / 2 * H * d a layer forward, three times that with the backward pass. Recomputation is not counted.
+  """
+  lookup = 0 if cfg.model.tie_embeddings else parameters.embedding
+  attention = cfg.model.attention
+  square = cfg.seq_len * attention.num_heads * attention.d_head * cfg.model.num_layers
+  return 6 * (parameters.active - lookup) + 6 * square
+
+
+def bytes_on_device(tree: object, mesh: Mesh) -> int:
+  """Of a state's arrays on one device, under the table of shardings."""
+
+  def of(node: object) -> int:
+    sharding = NamedSharding(mesh, param_spec(node)) if is_param(node) else None
+    return sum(math.prod(sharding.shard_shape(leaf.shape) if sharding else leaf.shape) * leaf.dtype.itemsize
+               for leaf in jax.tree.leaves(node))
+
+  return sum(of(node) for node in jax.tree.leaves(tree, is_leaf=is_param))
+
+
+def summarise(cfg: ExperimentConfig, state: TrainState, mesh: Mesh, data: Data, temporaries: int) -> dict[str, object]:
+  """summary.json. `state` may be of ShapeDtypeStructs; `temporaries` is the compiler's word on the compiled step."""
+  parameters = count_parameters(state.model, cfg)
+  tokens = cfg.steps * cfg.batch_size * cfg.seq_len
+  model_bytes, optimizer_bytes = (bytes_on_device(tree, mesh) for tree in (state.model, state.opt_state))
+  return {
+    'parameters': dataclasses.asdict(parameters),
+    'flops_per_token': flops_per_token(parameters, cfg),
+    'tokens': tokens,
+    'tokens_per_active_parameter': tokens / parameters.active,
+    'memory_per_device_bytes': {
+      'parameters': model_bytes, 'optimizer': optimizer_bytes, 'temporaries': temporaries,
+      'all': model_bytes + optimizer_bytes + temporaries},
+    'mesh': {name: int(n) for name, n in mesh.shape.items()},
+    'devices': f'{mesh.size} x {mesh.devices.flat[0].device_kind}',
+    'data': {
+      'source': cfg.data.source, 'tokenizer': data.tokenizer.name, 'vocab_size': data.vocab_size,
+      'train_tokens': data.train_tokens, 'train_bytes': data.train_bytes,
+      'validation_tokens': data.validation_tokens, 'validation_bytes': data.validation_bytes,
+      'epochs': tokens / data.train_tokens},
+    'drops_tokens': cfg.model.moe.dispatch.capacity_factor > 0,
+    'versions': {'python': platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
+  }
+
+
+def lines(summary: dict[str, object], cfg: ExperimentConfig) -> list[str]:
+  """The summary for a person."""
+  p, m, d = summary['parameters'], summary['memory_per_device_bytes'], summary['data']
+  router = cfg.model.moe.router
+  return [
+    f'model   {human(p["total"])} parameters, {human(p["active"])} active; {cfg.model.num_layers} layers, '
+    f'{router.num_experts} experts, top {router.top_k}, {cfg.model.moe.dispatch.dispatcher}',
+    f'compute {human(summary["flops_per_token"])}FLOP a token; {human(summary["tokens"])} tokens in {cfg.steps} steps, '
+    f'{summary["tokens_per_active_parameter"]:.2f} an active parameter',
+    f'memory  {human(m["all"], 1024)}B a device: parameters {human(m["parameters"], 1024)}B, '
+    f'optimiser {human(m["optimizer"], 1024)}B, step {human(m["temporaries"], 1024)}B',
+    f'devices {summary["devices"]}, mesh ' + ' x '.join(f'{k} {v}' for k, v in summary['mesh'].items()),
+    f'data    {d["source"]}: {human(d["train_bytes"])}B, {human(d["train_tokens"])} tokens of {d["tokenizer"]}, '
+    f'{d["epochs"]:.2f} epochs; {human(d["validation_bytes"])}B held out',
+  ] + (['causal  no: full experts drop copies by score, so a later token can change an earlier one']
+       if summary['drops_tokens'] and cfg.model.moe.dispatch.drop_by == 'probs' else [])
+
+
+def human(number: float, base: int = 1000) -> str:
+  """12_345_678 -> '12.3 M'; with base 1024, '11.8 Mi'."""
+  for unit in ('', 'k', 'M', 'G', 'T', 'P'):
+    if abs(number) < base or unit == 'P':
+      break
+    number /= base
+  return f'{number:.3g} {unit}{"i" if base == 1024 and unit else ""}'

@@ -1,0 +1,279 @@
+"""One optimiser step: how the batch is cut, sharded, padded, packed or recomputed changes nothing."""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+
+from moejax.attention import AttentionConfig
+from moejax.config import frozendict
+from moejax.data import IGNORE, Batch
+from moejax.experiment import ExperimentConfig
+from moejax.moe.balance import BALANCE_LOSSES, BalanceConfig
+from moejax.moe.bias import BIAS_RULES
+from moejax.moe.dispatch import DISPATCHERS, DispatchConfig
+from moejax.moe.layer import MoEConfig
+from moejax.moe.routing import SCORE_FNS, RouterConfig
+from moejax.sharding import MeshConfig, make_mesh, shardings, spec
+from moejax.step import TrainState, eval_step, gradients, init_state, train_step
+from moejax.transformer import REMAT_POLICIES, ModelConfig
+
+ROWS, LENGTH, VOCAB = 8, 12, 32
+# Of a gradient's largest entry: sums in another order, float32.
+TOLERANCE = 1e-6
+
+CONFIG = ExperimentConfig(
+  steps=20, batch_size=ROWS, seq_len=LENGTH,
+  model=ModelConfig(
+    vocab_size=VOCAB, d_model=16, num_layers=3, num_dense_layers=1, d_ff=16,
+    attention=AttentionConfig(num_heads=2, num_kv_heads=2, d_head=8),
+    moe=MoEConfig(router=RouterConfig(num_experts=4, top_k=2), d_expert=8, num_shared=1)),
+  balance=BalanceConfig(
+    losses=frozendict(sequence=0.1, ep_group=0.2, global_batch=0.3, router_z=0.01), bias_rule='sign', ep_groups=4))
+
+
+def replace(cfg: ExperimentConfig, **changes: object) -> ExperimentConfig:
+  """Fields of the model by their names, of the root otherwise."""
+  model = {k: v for k, v in changes.items() if k in ModelConfig.__dataclass_fields__}
+  root = {k: v for k, v in changes.items() if k not in model}
+  return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **model), **root)
+
+
+def with_moe(cfg: ExperimentConfig, **changes: object) -> ExperimentConfig:
+  return replace(cfg, moe=dataclasses.replace(cfg.model.moe, **changes))
+
+
+def make_batch(seed: int = 0) -> Batch:
+  """Documents of uneven lengths, one row half padding, one row all padding but a token."""
+  rng = np.random.default_rng(seed)
+  text = rng.integers(1, VOCAB, (ROWS, LENGTH + 1))
+  opens = rng.random((ROWS, LENGTH)) < 0.2
+  segments = np.cumsum(opens, 1) + 1
+  segments[2, LENGTH // 2:] = 0
+  segments[5, 1:] = 0
+  positions = np.zeros((ROWS, LENGTH), int)
+  for i in range(1, LENGTH):
+    positions[:, i] = np.where(segments[:, i] == segments[:, i - 1], positions[:, i - 1] + 1, 0)
+  targets = np.where(segments > 0, text[:, 1:], IGNORE)
+  return Batch(*(jnp.array(a, jnp.int32) for a in (text[:, :-1], targets)), jnp.array(targets != IGNORE),
+               jnp.array(segments, jnp.int32), jnp.array(positions, jnp.int32), jnp.zeros(ROWS, jnp.int32))
+
+
+def spread(state: TrainState) -> TrainState:
+  """Routers that choose unevenly, as trained ones do, and a bias that matters."""
+  w = state.model.blocks.moe.router
+  w[...] = 20 * w[...]
+  bias = 0.02 * jnp.arange(state.router.size, dtype=jnp.float32).reshape(state.router.shape)
+  return state._replace(router=bias % 0.07)
+
+
+@functools.cache
+def result(cfg: ExperimentConfig, mesh: MeshConfig | None = None) -> tuple[np.ndarray, object]:
+  """(gradient as one vector, sums) of the batch."""
+  state, batch = spread(init_state(cfg)), make_batch()
+  run = jax.jit(functools.partial(gradients, cfg=cfg))
+  if mesh is None:
+    grads, sums = run(state, batch)
+  else:
+    devices = make_mesh(mesh)
+    with jax.set_mesh(devices):
+      state = jax.device_put(state, shardings(state, devices))
+      grads, sums = run(state, jax.device_put(batch, NamedSharding(devices, spec('batch'))))
+  return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)]), jax.device_get(sums)
+
+
+def assert_same(one: tuple, other: tuple) -> None:
+  (grads, sums), (grads2, sums2) = one, other
+  np.testing.assert_allclose(grads2, grads, rtol=0, atol=TOLERANCE * np.abs(grads).max())
+  np.testing.assert_array_equal(sums2.load, sums.load)
+  np.testing.assert_allclose(sums2.loss, sums.loss, rtol=1e-6)
+  for name, value in sums.terms.items():
+    np.testing.assert_allclose(sums2.terms[name], value, rtol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize('micro_batches', [2, 4, 8])
+def test_micro_batches_change_nothing(micro_batches: int) -> None:
+  assert_same(result(CONFIG), result(replace(CONFIG, micro_batches=micro_batches)))
+
+
+def test_micro_batch_loss_is_the_one_that_depends_on_the_cut_by_definition() -> None:
+  balance = dataclasses.replace(CONFIG.balance, losses=frozendict(micro_batch=1.0))
+  one, two = (result(replace(CONFIG, micro_batches=n, balance=balance))[1].terms['balance/micro_batch'] for n in (1, 2))
+  assert abs(one - two) > 1e-3
+  halves = dataclasses.replace(balance, losses=frozendict(ep_group=1.0), ep_groups=2)
+  np.testing.assert_allclose(two, result(replace(CONFIG, balance=halves))[1].terms['balance/ep_group'], rtol=1e-6)
+
+
+@pytest.mark.parametrize('score_fn', SCORE_FNS)
+@pytest.mark.parametrize('name', sorted(set(BALANCE_LOSSES) - {'micro_batch'}))
+def test_each_balance_gradient_survives_accumulation(name: str, score_fn: str) -> None:
+  """MaxText's fault 1 in BALANCE.md: there the router's balance gradient falls with the number of tokens."""
+  balance = dataclasses.replace(CONFIG.balance, losses=frozendict({name: 100.0}), ep_groups=2)
+  cfg = with_moe(replace(CONFIG, balance=balance), router=dataclasses.replace(CONFIG.model.moe.router, score_fn=score_fn))
+  assert_same(result(cfg), result(replace(cfg, micro_batches=4)))
+
+
+@pytest.mark.parametrize('mesh', [
+  MeshConfig(8), MeshConfig(1, fsdp=8), MeshConfig(2, expert=4), MeshConfig(1, fsdp=2, expert=2, tensor=2)], ids=str)
+@pytest.mark.parametrize('dispatcher', DISPATCHERS)
+def test_meshes_change_nothing(dispatcher: str, mesh: MeshConfig) -> None:
+  cfg = with_moe(CONFIG, dispatch=DispatchConfig(dispatcher))
+  assert_same(result(CONFIG), result(cfg, mesh))
+
+
+@pytest.mark.parametrize('dispatch', [
+  DispatchConfig('dense_matmul'), DispatchConfig('dense_matmul', capacity_factor=4.0, drop_by='position')], ids=str)
+def test_dispatchers_change_nothing(dispatch: DispatchConfig) -> None:
+  assert_same(result(CONFIG), result(with_moe(CONFIG, dispatch=dispatch)))
+
+
+def test_a_mesh_with_capacity_and_micro_batches_changes_nothing() -> None:
+  dispatch = DispatchConfig('dense_matmul', capacity_factor=4.0)
+  cfg = with_moe(replace(CONFIG, micro_batches=2), dispatch=dispatch)
+  assert_same(result(CONFIG), result(cfg, MeshConfig(2, expert=2, tensor=2)))
+
+
+@pytest.mark.parametrize('remat', sorted(set(REMAT_POLICIES) - {'none'}))
+def test_remat_changes_nothing(remat: str) -> None:
+  assert_same(result(CONFIG), result(replace(CONFIG, remat=remat)))
+
+
+def test_unrolled_layers_change_nothing() -> None:
+  assert_same(result(CONFIG), result(replace(CONFIG, unroll=2)))
+
+
+def test_padding_rows_and_columns_change_nothing() -> None:
+  cfg, batch = CONFIG, make_batch()
+  wide = Batch(*(jnp.pad(a, ((0, 0), (0, 5)), constant_values=fill) for a, fill in
+                 zip(batch[:5], (7, IGNORE, False, 0, 0))), batch.task_ids)
+  state = spread(init_state(cfg))
+  with_padding = jax.jit(functools.partial(gradients, cfg=cfg))(state, wide)
+  flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(with_padding[0])])
+  assert_same(result(cfg), (flat, jax.device_get(with_padding[1])))
+
+
+def test_packing_documents_changes_nothing() -> None:
+  """A row of two documents, and the same two in rows of their own: one mean over documents, one over tokens."""
+  cfg = replace(CONFIG, batch_size=2, balance=dataclasses.replace(CONFIG.balance, losses=frozendict(sequence=0.1)))
+  tokens = np.arange(1, 13)
+  first, second = 5, 7
+
+  def row(*documents: np.ndarray) -> list[np.ndarray]:
+    pad = LENGTH - sum(map(len, documents))
+    columns = (np.concatenate([*documents, np.full(pad, 3)]),
+               np.concatenate([*(np.roll(d, -1) for d in documents), np.full(pad, IGNORE)]),
+               np.concatenate([*(np.full(len(d), i + 1) for i, d in enumerate(documents)), np.zeros(pad)]),
+               np.concatenate([*(np.arange(len(d)) for d in documents), np.zeros(pad)]))
+    return [c.astype(np.int32) for c in columns]
+
+  def batch(*rows: list[np.ndarray]) -> Batch:
+    tokens, targets, segments, positions = (jnp.stack(column) for column in zip(*rows))
+    return Batch(tokens, targets, targets != IGNORE, segments, positions, jnp.zeros(len(rows), jnp.int32))
+
+  state = spread(init_state(cfg))
+  packed = batch(row(tokens[:first], tokens[first:]), row())
+  apart = batch(row(tokens[:first]), row(tokens[first:first + second]))
+  run = jax.jit(functools.partial(gradients, cfg=cfg))
+  results = []
+  for b in (packed, apart):
+    grads, sums = run(state, b)
+    results.append((np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)]), jax.device_get(sums)))
+  assert_same(*results)
+
+
+def test_the_loss_logged_is_the_loss_differentiated() -> None:
+  _, sums = result(CONFIG)
+  losses = CONFIG.balance.losses
+  total = sums.terms['lm_loss'] + sum(float(losses[name]) * sums.terms[f'balance/{name}']
+                                      for name in CONFIG.balance.active())
+  np.testing.assert_allclose(sums.loss, total, rtol=1e-6)
+
+
+@functools.cache
+def stepper(cfg: ExperimentConfig):
+  return jax.jit(functools.partial(train_step, cfg=cfg))
+
+
+def test_training_learns_one_batch_by_heart() -> None:
+  cfg = replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, learning_rate=0.02, warmup_steps=2))
+  state, losses = init_state(cfg), []
+  for _ in range(20):
+    state, metrics = stepper(cfg)(state, make_batch())
+    losses.append(float(metrics['lm_loss']))
+  assert losses[-1] < 0.6 * losses[0], losses
+
+
+@pytest.mark.parametrize('bad', ['loss', 'gradient'])
+def test_a_non_finite_step_changes_nothing_but_the_count(bad: str) -> None:
+  state = spread(init_state(CONFIG))
+  state, _ = stepper(CONFIG)(state, make_batch())
+  value = jnp.inf if bad == 'loss' else 1e30   # 1e30 squared overflows in the gradient's norm, or in the loss
+  poisoned = jax.tree.map(lambda a: a, state.model)
+  poisoned.norm.scale[...] = poisoned.norm.scale[...].at[0].set(value)
+  before = state._replace(model=poisoned)
+  after, metrics = stepper(CONFIG)(before, make_batch())
+  assert metrics['skipped'] and int(after.step) == int(before.step) + 1
+  for name in ('model', 'opt_state', 'router'):
+    jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(before, name))
+
+
+def test_a_finite_step_is_not_skipped() -> None:
+  state, metrics = stepper(CONFIG)(spread(init_state(CONFIG)), make_batch())
+  assert not metrics['skipped'] and int(state.step) == 1
+
+
+@pytest.mark.parametrize('rule', BIAS_RULES)
+@pytest.mark.parametrize('micro_batches', [1, 4])
+def test_the_bias_moves_once_a_step_by_the_whole_batch(rule: str, micro_batches: int) -> None:
+  balance = dataclasses.replace(CONFIG.balance, bias_rule=rule, bias_rate='0.5, 0@50%')
+  cfg = replace(CONFIG, micro_batches=micro_batches, balance=balance)
+  before = spread(init_state(cfg))
+  after, metrics = stepper(cfg)(before, make_batch())
+  want = jax.vmap(lambda b, c: BIAS_RULES[rule].update(b, c, 0.5))(before.router, metrics['load'])
+  np.testing.assert_allclose(after.router, want, rtol=1e-6)
+  assert np.abs(np.asarray(after.router - before.router)).max() > 0.1
+  late, _ = stepper(cfg)(before._replace(step=jnp.int32(10)), make_batch())
+  np.testing.assert_array_equal(late.router, before.router)
+
+
+def test_router_bias_takes_no_gradient_and_no_optimiser_state() -> None:
+  state = spread(init_state(CONFIG))
+
+  def loss(router: jax.Array) -> jax.Array:
+    return gradients(state._replace(router=router), make_batch(), CONFIG)[1].loss
+
+  np.testing.assert_array_equal(jax.jit(jax.grad(loss))(state.router), np.zeros(state.router.shape))
+  shapes = {leaf.shape for leaf in jax.tree.leaves(state.opt_state)}
+  assert state.router.shape not in shapes
+
+
+def test_evaluation_moves_nothing_and_counts_what_training_would() -> None:
+  state = spread(init_state(CONFIG))
+  out = jax.jit(functools.partial(eval_step, cfg=CONFIG))(state.model, state.router, make_batch())
+  _, sums = result(CONFIG)
+  np.testing.assert_allclose(out['nll'] / out['tokens'], sums.terms['lm_loss'], rtol=1e-6)
+  np.testing.assert_array_equal(out['load'], sums.load)
+  counted = (make_batch().segment_ids > 0).sum() * 2
+  np.testing.assert_array_equal(out['load'].sum(-1), counted)
+
+
+def test_gradient_of_the_model_against_finite_differences() -> None:
+  """The whole objective, hand-written gradients and all, along random directions, in float32."""
+  state, batch = spread(init_state(CONFIG)), make_batch()
+  grads, _ = jax.jit(functools.partial(gradients, cfg=CONFIG))(state, batch)
+  value = jax.jit(lambda model: gradients(state._replace(model=model), batch, CONFIG)[1].loss)
+  for part in ('router', 'experts', 'shared'):
+    leaves = jax.tree.leaves(getattr(grads.blocks.moe, part))
+    norm = float(optax.global_norm(leaves))
+    moved = []
+    for sign in (1, -1):
+      model = jax.tree.map(lambda a: a, state.model)
+      setattr(model.blocks.moe, part, jax.tree.map(
+        lambda a, g, sign=sign: a + sign * 1e-2 / norm * g, getattr(model.blocks.moe, part),
+        getattr(grads.blocks.moe, part)))
+      moved.append(float(value(model)))
+    np.testing.assert_allclose((moved[0] - moved[1]) / 2e-2, norm, rtol=2e-2, err_msg=part)
