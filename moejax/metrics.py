@@ -64,7 +64,7 @@ def load_bars(load: np.ndarray) -> str:
 
 
 def load_image(history: np.ndarray) -> np.ndarray:
-  """One layer's load over time [steps, E] as a picture [height, width, 3] u8: time to the right, experts down.
+  """A layer's load over time [steps, E] as a picture [height, width, 3] u8: time goes right, experts down.
 
   White is the mean of its step, blue is less (darkest: nothing), red more (darkest: three times).
   """

@@ -266,9 +266,11 @@ def test_foreign_directories_are_ignored_with_a_warning(root: Path, caplog: pyte
   (root / '007').mkdir()
   assert read(root)[0] == 3
   assert [r.getMessage().split()[0].rpartition('/')[2] for r in caplog.records] == ['77', '88', '99']
+  caplog.clear()
   checkpoints = Checkpoints(root, CheckpointConfig(keep_latest=1))
   checkpoints.save(4, state(4), DATA)
   checkpoints.close()
+  assert len(caplog.records) == 3
   assert read(root)[0] == 4 and (root / '88' / 'notes.txt').exists() and (root / '77').exists()
 
 
@@ -317,6 +319,7 @@ def test_latest_best_and_every_kth_stay(tmp_path: Path) -> None:
 
 
 def test_kept_for_random_metrics() -> None:
+  assert kept({1: 2.0, 2: 2.0, 3: 9.0}, latest=1, every=0, best=True) == {2, 3}  # of equals the later
   rng = np.random.default_rng(0)
   for _ in range(300):
     steps = sorted({int(s) for s in rng.integers(1, 40, rng.integers(0, 9))})
