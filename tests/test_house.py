@@ -20,7 +20,7 @@ ALL = (*TYPED, 'tests/*')
 # Lines promised. A file that must break its promise wants to be two; then give the second its own row here.
 LINES = {
     'train.py': 40, 'moejax/__init__.py': 5, 'moejax/checks.py': 40, 'moejax/config.py': 60,
-    'moejax/flags.py': 120, 'moejax/experiment.py': 100, 'moejax/sharding.py': 150, 'moejax/layers.py': 130,
+    'moejax/flags.py': 120, 'moejax/experiment.py': 120, 'moejax/sharding.py': 150, 'moejax/layers.py': 130,
     'moejax/rope.py': 120, 'moejax/attention.py': 340, 'moejax/moe/__init__.py': 5,
     'moejax/moe/routing.py': 180, 'moejax/moe/balance.py': 220, 'moejax/moe/bias.py': 150,
     'moejax/moe/experts.py': 130, 'moejax/moe/grouped_ffn.py': 250, 'moejax/moe/dispatch.py': 330,
@@ -28,19 +28,21 @@ LINES = {
     'moejax/losses.py': 120, 'moejax/optim.py': 140, 'moejax/step.py': 200, 'moejax/data.py': 300,
     'moejax/sources.py': 220, 'moejax/tokenizer.py': 120, 'moejax/checkpoint.py': 160,
     'moejax/manifest.py': 100, 'moejax/rundir.py': 80, 'moejax/metrics.py': 200, 'moejax/trainer.py': 260,
+    'moejax/journal.py': 150, 'moejax/summary.py': 120, 'moejax/compressors.py': 30,
     'moejax/generate.py': 200, 'moejax/hf.py': 220, 'configs/*.py': 100, 'benchmarks/*.py': 200,
 }
 # Who stands where: a module imports from lower levels only, and from its own level by an arrow below.
 LEVELS = {
     'moejax': 0, 'checks': 0, 'config': 0,
     'sharding': 1, 'rope': 1, 'losses': 1, 'optim': 1, 'data': 1, 'sources': 1, 'tokenizer': 1,
-    'checkpoint': 1, 'manifest': 1, 'rundir': 1, 'metrics': 1, 'flags': 1,
+    'checkpoint': 1, 'manifest': 1, 'compressors': 1, 'rundir': 1, 'metrics': 1, 'flags': 1,
     'layers': 2, 'moe': 3, 'attention': 3, 'transformer': 4, 'families': 5, 'step': 5, 'experiment': 5,
-    'hf': 6, 'generate': 6, 'configs': 6, 'trainer': 6, 'train': 7,
+    'hf': 6, 'generate': 6, 'configs': 6, 'journal': 6, 'summary': 6, 'trainer': 6, 'train': 7,
 }
 ARROWS = {
     'config': {'checks'}, 'data': {'sources', 'tokenizer'}, 'sources': {'tokenizer'},
     'checkpoint': {'manifest', 'rundir'}, 'step': {'experiment'}, 'families': {'families.*'},
+    'trainer': {'journal', 'summary'},
     'moe.layer': {'moe.dispatch', 'moe.experts', 'moe.grouped_ffn', 'moe.balance', 'moe.bias', 'moe.routing'},
     'moe.dispatch': {'moe.experts', 'moe.grouped_ffn', 'moe.routing'},
     'moe.experts': {'moe.grouped_ffn', 'moe.routing'}, 'moe.grouped_ffn': {'moe.routing'},
