@@ -53,7 +53,6 @@ def _fields(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, object]
 def _split(argv: list[str], default: str, problems: list[str]) -> tuple[str, str, list[str]]:
   """(--config, --workdir, all other arguments)."""
   values = flags.FlagValues()
-  values.set_gnu_getopt(True)  # an argument that is no flag must not hide the flags after it
   flags.DEFINE_string('config', default, 'path of a config file', flag_values=values)
   flags.DEFINE_string('workdir', '', 'folder of the run', flag_values=values)
   try:
@@ -102,7 +101,7 @@ def _override(config: ConfigDict, arg: str, names: list[str]) -> list[str]:
 
 
 def _stray(arg: str, names: list[str]) -> str:
-  name, _, value = arg.lstrip('-').removeprefix('config.').partition('=')
+  name, _, value = arg.lstrip('-').partition('=')
   return f'{arg}: no such flag; {_nearest(name, names, value)}'
 
 

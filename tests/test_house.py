@@ -274,4 +274,4 @@ def test_what_is_allowed_passes() -> None:
       'configs/tiny.py': 'from moejax.experiment import ExperimentConfig\nfrom moejax.config import check\n',
       'train.py': 'from moejax import flags\nfrom moejax.trainer import train\n'}
   assert not [problem for path, source in good.items() for problem in layering(path, source)]
-  assert not list(silent_defaults('a.py', 'd.get(k)\nos.environ.get("A", "")\nx.at[i].get(mode="fill", fill_value=0)\n'))
+  assert not list(silent_defaults('a.py', 'd.get(k)\nos.environ.get("A", "")\nx.at[i].get(fill_value=0)\n'))
