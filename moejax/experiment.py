@@ -36,6 +36,7 @@ class ExperimentConfig:
   """All that decides a run.
 
   batch_size: rows in a step, of seq_len tokens each, over all devices, in `micro_batches` equal parts.
+  stop_after: end here, with a checkpoint, what is planned for `steps`; 0: do not.
   seed: of initialisation and of the order of the data.
   stop_after_skips: steps in a row with a non-finite loss or gradient, each skipped, after which the run gives up.
   workdir: where everything is written; the same one resumes.  init_from: a model to start from; '' for random.
@@ -47,6 +48,7 @@ class ExperimentConfig:
   seq_len: int = 256
   micro_batches: int = 1
   log_every: int = 10
+  stop_after: int = 0
   stop_after_skips: int = 10
   sample_prompt: str = 'def '
   init_from: str = ''
@@ -64,7 +66,7 @@ class ExperimentConfig:
     positive = ('steps', 'batch_size', 'seq_len', 'micro_batches', 'log_every', 'stop_after_skips')
     check(
       *(f'{name}={getattr(self, name)}: use 1 or more' for name in positive if getattr(self, name) < 1),
-      f'seed={self.seed}: use 0 or more' if self.seed < 0 else '',
+      *(f'{name}={getattr(self, name)}: use 0 or more' for name in ('seed', 'stop_after') if getattr(self, name) < 0),
       'workdir=\'\': name a directory for the run' if not self.workdir else '',
       f'micro_batches={self.micro_batches} does not divide batch_size={self.batch_size}: use a divisor of it'
       if self.micro_batches > 0 and self.batch_size % self.micro_batches else '',

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from moejax.compressors import gzip_bits_per_byte, xz_bits_per_byte
 from moejax.data import Data
 from moejax.experiment import ExperimentConfig
-from moejax.metrics import MetricsLog, TensorBoard, load_image, router_statistics
+from moejax.metrics import MetricsLog, TensorBoard, load_bars, load_image, mfu, router_statistics
 from moejax.step import Metrics
 
 BITS_PER_NAT = 1 / math.log(2)
@@ -29,9 +29,9 @@ BITS_PER_NAT = 1 / math.log(2)
 class Journal:
   """Opened for a run at the step it starts from; what an earlier process wrote after that step is cut away."""
 
-  def __init__(self, cfg: ExperimentConfig, data: Data, step: int) -> None:
+  def __init__(self, cfg: ExperimentConfig, data: Data, flops_per_token: int, step: int) -> None:
     self.workdir = pathlib.Path(cfg.workdir)
-    self.cfg, self.data, self.skips_in_a_row = cfg, data, 0
+    self.cfg, self.data, self.flops_per_token, self.skips_in_a_row = cfg, data, flops_per_token, 0
     self.metrics = MetricsLog(self.workdir / 'metrics.jsonl', step)
     self.loads = MetricsLog(self.workdir / 'load.jsonl', step)
     self.board = TensorBoard(self.workdir / 'tensorboard', step)
@@ -84,6 +84,7 @@ class Journal:
     row |= {name: float(value) for name, value in router_statistics(load, cfg.model.moe.router.top_k).items()}
     row['bits_per_byte'] = row['lm_loss'] * BITS_PER_NAT / self.data.bytes_per_token
     row['tokens_per_second'] = self.tokens / (time.perf_counter() - self.since)
+    row['mfu'] = mfu(row['tokens_per_second'], self.flops_per_token, jax.devices())
     self.metrics.write({'step': step} | row)
     self.loads.write({'step': step, 'load': load.astype(int).tolist()})
     self.board.scalars(step, row)
@@ -115,7 +116,8 @@ class Journal:
     self.board.text('sample', text, step)
     self.images(step)
     self.best = min(self.best, bpb) if math.isfinite(bpb) else self.best
-    self.usage = f'{100 * row["eval/expert_usage"]:.0f}% of experts used, MaxVio {row["eval/max_vio"]:.2f}'
+    self.usage = (f'{100 * row["eval/expert_usage"]:.0f}% of experts used, MaxVio {row["eval/max_vio"]:.2f}, load '
+                  + ' '.join(f'[{load_bars(layer)}]' for layer in sums['load']))
     others = ''.join(f', {name} {value:.3f}' for name, value in self.compressed.items())
     self.say(f'step {step}: {bpb:.4f} bits per byte of held-out text ({int(sums["tokens"])} tokens{others}); '
              f'{self.usage}')
@@ -134,7 +136,7 @@ class Journal:
     self.say(
       f'done. {self.best:.4f} bits per byte at best, {bpb:.4f} at the end' +
       ''.join(f'; {name} {value:.3f}' for name, value in self.compressed.items()),
-      f'experts  {self.usage} on held-out text',
+      f'experts  {self.usage}, on held-out text',
       f'state    digest {digest[:16]}',
       f'run      {self.workdir}: metrics.jsonl, tensorboard (tensorboard --logdir={self.workdir}), checkpoints',
       f'sample   {sys.executable} -m moejax.generate --workdir={self.workdir} --prompt="{self.cfg.sample_prompt}"')

@@ -27,7 +27,7 @@ from moejax.data import Batch, Data, open_data
 from moejax.experiment import CHECKPOINTS, TOKENIZER_FILE, ExperimentConfig, resolved, write_config
 from moejax.generate import SampleConfig, sample
 from moejax.journal import Journal
-from moejax.sharding import make_mesh, shardings, spec
+from moejax.sharding import make_mesh, platform, shardings, spec
 from moejax.step import Metrics, TrainState, eval_step, init_state, train_step
 from moejax.summary import lines, summarise
 
@@ -79,7 +79,7 @@ def run(cfg: ExperimentConfig, received: list[int]) -> int:
     data.tokenizer.save(workdir / TOKENIZER_FILE)
     about = summarise(full, programs.target, mesh, data, programs.temporaries)
     (workdir / 'summary.json').write_text(json.dumps(about, indent=2) + '\n')
-    with Journal(full, data, int(state.step)) as journal:
+    with Journal(full, data, about['flops_per_token'], int(state.step)) as journal:
       journal.say(*lines(about, full))
       if int(state.step):
         journal.say(f'resuming after step {int(state.step)} of {workdir}')
@@ -95,11 +95,13 @@ def loop(cfg: ExperimentConfig, data: Data, programs: Programs, checkpoints: Che
   def catch_up() -> None:
     while late:
       journal.step(*late.pop())
+      note_failed_save(checkpoints, journal)
       if journal.skips_in_a_row >= cfg.stop_after_skips:
         raise Diverged(f'the last {journal.skips_in_a_row} steps had a non-finite loss or gradient and were skipped: '
                        'lower optim.learning_rate, or look at the data of these steps')
 
-  while done < cfg.steps and not received:
+  end = min(cfg.steps, cfg.stop_after or cfg.steps)
+  while done < end and not received:
     state, metrics = programs.train(state, programs.put(data.batch(done)))
     catch_up()
     done += 1
@@ -112,29 +114,40 @@ def loop(cfg: ExperimentConfig, data: Data, programs: Programs, checkpoints: Che
         saved = save(checkpoints, done, state, data, score, journal) or saved
       journal.resume_clock()
   catch_up()
-  final = math.inf if received else validate(cfg, data, programs, state, journal, 0)
+  early = received or end < cfg.steps
+  final = math.inf if early else validate(cfg, data, programs, state, journal, 0)
   if saved < done and not save(checkpoints, done, state, data, final, journal):
     return 1
-  try:
-    checkpoints.close()
-  except SaveFailed as error:
-    journal.say(f'the last save failed: {error}')
+  if note_failed_save(checkpoints, journal, wait=True):
     return 1
-  if received:
-    journal.say(f'stopped by signal {received[0]} after step {done}, saved; the same command goes on from here')
-    return 128 + received[0]
+  checkpoints.close()
+  if early:
+    why = f'by signal {received[0]}' if received else 'by stop_after'
+    journal.say(f'stopped {why} after step {done} of {cfg.steps}, saved; the same command goes on from here')
+    return 128 + received[0] if received else 0
   journal.report(digest(state), final)
   return 0
 
 
 def save(checkpoints: Checkpoints, step: int, state: TrainState, data: Data, score: float, journal: Journal) -> int:
-  """Starts a save. Returns the step, or 0 when this save, or the one before it, failed: training goes on."""
+  """Starts a save. Returns the step, or 0 when that did not go well: training goes on, and the next may."""
+  note_failed_save(checkpoints, journal, wait=True)
   try:
     checkpoints.save(step, state, data.fingerprint, score)
   except SaveFailed as error:
-    journal.say(f'a save failed, training goes on: {error}')
+    journal.say(f'{error}')
     return 0
   return step
+
+
+def note_failed_save(checkpoints: Checkpoints, journal: Journal, wait: bool = False) -> bool:
+  """Says so if the last save did not reach the disk; returns whether that is so."""
+  try:
+    checkpoints.check(wait)
+  except SaveFailed as error:
+    journal.say(f'a save failed, training goes on: {error}')
+    return True
+  return False
 
 
 def validate(cfg: ExperimentConfig, data: Data, programs: Programs, state: TrainState, journal: Journal,
@@ -160,7 +173,11 @@ def compile_programs(cfg: ExperimentConfig, data: Data, mesh: Mesh) -> Programs:
     return jax.device_put(batch, rows)
 
   example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows), data.batch(0))
-  step = jax.jit(functools.partial(train_step, cfg=cfg), donate_argnums=0).lower(target, example).compile()
+  # On CPU this also takes a quarter off the temporaries; the default order lets virtual devices wait for each other
+  # forever, at two collectives that each meets in another order.
+  options = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'} if platform() == 'cpu' else {}
+  step = jax.jit(functools.partial(train_step, cfg=cfg), donate_argnums=0, compiler_options=options).lower(
+    target, example).compile()
   evaluate = jax.jit(functools.partial(eval_step, cfg=cfg))
   return Programs(target, step, evaluate, put, step.memory_analysis().temp_size_in_bytes)
 

@@ -1,0 +1,115 @@
+# ---
+# jupyter:
+#   accelerator: TPU
+#   colab:
+#     gpuType: V5E1
+#     name: moejax quickstart
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # moejax: the first run
+#
+# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/moejax/moejax/blob/main/notebooks/quickstart.ipynb)
+#
+# Train a small Mixture-of-Experts language model on the sources of Python's standard library, on whatever device is
+# here (a laptop's CPU will do), look at what its experts do, stop and resume, and have it write something.
+
+# %% [markdown]
+# ## Install
+#
+# Colab's TPU runtime has JAX, but not all that moejax stands on. If a package that is already loaded has to change, the
+# runtime restarts once: then run the cells again from the top.
+
+# %%
+import importlib.util
+import os
+import subprocess
+import sys
+
+if importlib.util.find_spec('moejax') is None:
+  before = subprocess.run([sys.executable, '-m', 'pip', 'freeze'], capture_output=True, text=True, check=True).stdout
+  if not os.path.exists('pyproject.toml'):
+    subprocess.run(['git', 'clone', '--quiet', 'https://github.com/moejax/moejax.git'], check=True)
+    os.chdir('moejax')
+  subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '-e', '.'], check=True)
+  after = subprocess.run([sys.executable, '-m', 'pip', 'freeze'], capture_output=True, text=True, check=True).stdout
+  if 'google.colab' in sys.modules and {line for line in before.splitlines() if line.startswith(('jax', 'numpy'))} != {
+      line for line in after.splitlines() if line.startswith(('jax', 'numpy'))}:
+    os.kill(os.getpid(), 9)  # Colab starts the runtime anew, with the new packages
+elif not os.path.exists('train.py'):
+  os.chdir('..')  # the repository's root, where train.py and configs are
+
+# %%
+import jax
+
+STEPS = int(os.environ.get('QUICKSTART_STEPS', '200'))
+WORKDIR = os.environ.get('QUICKSTART_WORKDIR', 'runs/quickstart')
+print(len(jax.devices()), 'x', jax.devices()[0].device_kind)
+
+# %% [markdown]
+# ## Train
+#
+# The same as `python train.py --workdir=...` in a shell: `configs/tiny.py`, with a few fields changed. We stop half-way
+# on purpose: `stop_after` steps are done, a checkpoint is written, and the process ends as if it had been told to.
+
+# %%
+from configs.tiny import get_config
+from moejax.config import from_config_dict
+from moejax.experiment import ExperimentConfig
+from moejax.trainer import train
+
+config = get_config()
+config.workdir = WORKDIR
+config.steps = STEPS
+config.stop_after = STEPS // 2
+config.log_every = max(1, STEPS // 40)
+config.checkpoint.every = max(1, STEPS // 4)
+config.eval.every = max(1, STEPS // 4)
+config.eval.batches = 2
+status = train(from_config_dict(ExperimentConfig, config))
+print('exit status', status)
+
+# %% [markdown]
+# ## What the experts do
+#
+# Each picture is a layer: time to the right, an expert a row. White is a fair share, red too much, blue too little.
+
+# %%
+from moejax.metrics import load_image, MetricsLog
+import numpy as np
+from PIL import Image
+from IPython.display import display
+
+history = np.array([row['load'] for row in MetricsLog(f'{WORKDIR}/load.jsonl', STEPS).rows()])
+for layer in range(history.shape[1]):
+  print(f'layer {layer}')
+  display(Image.fromarray(load_image(history[:, layer])))
+
+# %% [markdown]
+# ## Resume
+#
+# The same call again goes on from the checkpoint, to the same numbers that a run without the stop would have had.
+
+# %%
+config.stop_after = 0
+status = train(from_config_dict(ExperimentConfig, config))
+print('exit status', status)
+
+# %% [markdown]
+# ## Sample
+
+# %%
+from moejax.generate import SampleConfig, load, sample
+
+_, tokenizer, step, model, router = load(WORKDIR)
+print(f'step {step}:')
+print('def ' + ''.join(sample(model, router, tokenizer, 'def ', SampleConfig(max_tokens=120))))
