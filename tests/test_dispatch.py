@@ -24,7 +24,7 @@ T = B * S
 SHAPES = list(itertools.product((4, 8), (1, 2)))
 DROPLESS = [DispatchConfig(name) for name in sorted(DISPATCHERS)]
 ROOMY = [DispatchConfig('dense_matmul', 8.0, drop_by) for drop_by in DROP_BY]   # C = N: room for all copies
-TIGHT = [DispatchConfig('dense_matmul', factor, drop_by) for factor in (0.4, 1.0) for drop_by in DROP_BY]
+TIGHT = [DispatchConfig('dense_matmul', factor, drop_by) for factor in (0.45, 1.0) for drop_by in DROP_BY]
 # Every dispatcher at every shape; the two sides of dropping at the shapes that differ most, to compile less.
 JOBS = [(cfg, *shape) for shape in SHAPES for cfg in DROPLESS]
 JOBS += [(cfg, 4, 2) for cfg in (*ROOMY, *TIGHT)] + [(cfg, 8, 1) for cfg in TIGHT[:2]]
