@@ -22,6 +22,7 @@ from moejax.checkpoint import Checkpoints, NoLoadableCheckpoint
 from moejax.config import ConfigError, check
 from moejax.data import Batch
 from moejax.experiment import CHECKPOINTS, TOKENIZER_FILE, ExperimentConfig, read_config, resolved
+from moejax.sharding import row_shards
 from moejax.step import init_state
 from moejax.tokenizer import Tokenizer, load_tokenizer
 from moejax.transformer import Transformer, empty_caches
@@ -79,6 +80,8 @@ def advance(model: Transformer, router: Array, tokens: Array, starts: Array, cac
 def decode(model: Transformer, router: Array, prompts: Sequence[Sequence[int]], cfg: SampleConfig
            ) -> Iterator[np.ndarray]:
   """Yields the next token of every row, [B] i32, `max_tokens` times; prompts are padded on the left."""
+  rows = len(prompts)
+  prompts = [*prompts, *[prompts[0]] * (-rows % row_shards())]   # a mesh wants rows for all of its devices
   longest = -(-max(map(len, prompts)) // ROUND) * ROUND
   tokens = np.array([[0] * (longest - len(p)) + list(p) for p in prompts], np.int32)
   starts = jnp.array([longest - len(p) for p in prompts], jnp.int32)
@@ -87,7 +90,7 @@ def decode(model: Transformer, router: Array, prompts: Sequence[Sequence[int]], 
   key = jax.random.key(cfg.seed)
   for i in range(cfg.max_tokens):
     chosen = jax.jit(choose)(logits, jax.random.fold_in(key, i), cfg.temperature, cfg.top_p)
-    yield np.asarray(chosen)
+    yield np.asarray(chosen)[:rows]
     if i + 1 < cfg.max_tokens:
       logits, caches = advance(model, router, chosen[:, None], starts, caches)
 

@@ -111,7 +111,8 @@ class Journal:
     router = router_statistics(sums['load'], self.cfg.model.moe.router.top_k)
     row = {'eval/bits_per_byte': bpb, 'eval/lm_loss': nats_per_token} | {
       f'eval/{name}': float(value) for name, value in router.items()}
-    self.metrics.write({'step': step} | row)
+    if not any(old['step'] == step and 'eval/lm_loss' in old for old in self.metrics.rows()):  # a finished run, again
+      self.metrics.write({'step': step} | row)
     self.board.scalars(step, row)
     self.board.text('sample', text, step)
     self.images(step)

@@ -74,9 +74,10 @@ def platform() -> str:
   return device.platform if device is not None else jax.default_backend()
 
 
-def batch_shards(cfg: MeshConfig, num_devices: int) -> int:
-  """Into how many pieces the rows of a batch are cut."""
-  return num_devices // cfg.tensor
+def row_shards() -> int:
+  """Into how many pieces the mesh at hand cuts the rows of a batch; 1 without a mesh."""
+  sizes = jax.sharding.get_abstract_mesh().shape
+  return math.prod(sizes[axis] for axis in RULES['batch'] if axis in sizes)
 
 
 def spec(*axes: str) -> PartitionSpec:

@@ -139,7 +139,7 @@ def gradients(state: TrainState, batch: Batch, cfg: ExperimentConfig) -> tuple[T
 def train_step(state: TrainState, batch: Batch, cfg: ExperimentConfig) -> tuple[TrainState, Metrics]:
   """One step. A non-finite objective or gradient changes nothing but the step count: `skipped` is 1 then."""
   grads, sums = gradients(state, batch, cfg)
-  grad_norm = optax.global_norm(grads)
+  grad_norm = optax.tree.norm(grads)
   finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
   tx = optimizer(cfg.optim, cfg.steps)
 

@@ -53,11 +53,9 @@ class Programs(NamedTuple):
 
 def train(cfg: ExperimentConfig) -> int:
   """Trains, or goes on training, the run in cfg.workdir. Returns the exit status, see train.py."""
-  logging.basicConfig(format='%(message)s', stream=sys.stderr)
-  logging.getLogger('moejax').setLevel(logging.INFO)
   keep_compiled_programs()
   try:
-    with lock(cfg.workdir), stop_signals() as received:
+    with spoken_log(), lock(cfg.workdir), stop_signals() as received:
       return run(cfg, received)
   except tuple(EXIT_STATUS) as error:
     print(f'{type(error).__name__}: {error}', file=sys.stderr)
@@ -214,6 +212,21 @@ def keep_compiled_programs() -> None:
     jax.config.update('jax_compilation_cache_dir', str(cache / 'moejax' / 'xla'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+@contextlib.contextmanager
+def spoken_log() -> Iterator[None]:
+  """What moejax's own modules log, tokenising or a damaged checkpoint, is for the person at the terminal."""
+  logger, handler = logging.getLogger('moejax'), logging.StreamHandler()
+  before = logger.level, logger.propagate
+  logger.addHandler(handler)
+  logger.setLevel(logging.INFO)
+  logger.propagate = False
+  try:
+    yield
+  finally:
+    logger.removeHandler(handler)
+    logger.level, logger.propagate = before
 
 
 @contextlib.contextmanager

@@ -268,7 +268,7 @@ def test_gradient_of_the_model_against_finite_differences() -> None:
   value = jax.jit(lambda model: gradients(state._replace(model=model), batch, CONFIG)[1].loss)
   for part in ('router', 'experts', 'shared'):
     leaves = jax.tree.leaves(getattr(grads.blocks.moe, part))
-    norm = float(optax.global_norm(leaves))
+    norm = float(optax.tree.norm(leaves))
     moved = []
     for sign in (1, -1):
       model = jax.tree.map(lambda a: a, state.model)

@@ -1,0 +1,222 @@
+"""The loop as a real process: it resumes to the bit, stops when told, and says with its exit status how it ended."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moejax.trainer import train
+from moejax.attention import AttentionConfig
+from moejax.checkpoint import CheckpointConfig
+from moejax.config import from_config_dict, frozendict, to_config_dict
+from moejax.experiment import EvalConfig, ExperimentConfig, read_config
+from moejax.metrics import TensorBoard
+from moejax.moe.balance import BalanceConfig
+from moejax.moe.layer import MoEConfig
+from moejax.moe.routing import RouterConfig
+from moejax.optim import OptimConfig
+from moejax.sources import DataConfig
+from moejax.transformer import ModelConfig
+
+ROOT = Path(__file__).parents[1]
+CLOCK = ('tokens_per_second', 'mfu')   # what cannot be the same twice
+
+CONFIG = ExperimentConfig(
+  steps=12, batch_size=8, seq_len=32, log_every=2,
+  data=DataConfig(source='synthetic', tokenizer='bytes', synthetic_tokens=20_000),
+  model=ModelConfig(d_model=32, num_layers=2, num_dense_layers=1, d_ff=32,
+                    attention=AttentionConfig(num_heads=2, num_kv_heads=1, d_head=16),
+                    moe=MoEConfig(router=RouterConfig(num_experts=4, top_k=2), d_expert=16)),
+  balance=BalanceConfig(losses=frozendict(sequence=0.01), bias_rule='sign'),
+  optim=OptimConfig(warmup_steps=2), checkpoint=CheckpointConfig(every=4), eval=EvalConfig(every=4, batches=1))
+
+
+def config(workdir: Path, **changes: object) -> ExperimentConfig:
+  d = to_config_dict(CONFIG)
+  d.update_from_flattened_dict({'workdir': str(workdir), 'data.cache_dir': str(workdir.parent / 'cache')} | {
+    key.replace('__', '.'): value for key, value in changes.items()})
+  return from_config_dict(ExperimentConfig, d)
+
+
+def flags(workdir: Path, **changes: object) -> list[str]:
+  """The command line of `config(...)` as a process of its own."""
+  file = workdir.parent / 'config.py'
+  file.write_text('from tests.test_trainer import CONFIG\nfrom moejax.config import to_config_dict\n'
+                  'def get_config():\n  return to_config_dict(CONFIG)\n')
+  return [sys.executable, str(ROOT / 'train.py'), f'--config={file}', f'--workdir={workdir}',
+          f'--config.data.cache_dir={workdir.parent / "cache"}',
+          *(f'--config.{key.replace("__", ".")}={value}' for key, value in changes.items())]
+
+
+def spawn(command: list[str], **kwargs: object) -> subprocess.Popen:
+  return subprocess.Popen(command, env=os.environ | {'PYTHONPATH': str(ROOT)}, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs)
+
+
+def rows(workdir: Path) -> list[dict[str, object]]:
+  """metrics.jsonl without what the clock says."""
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
+
+
+def final_digest(workdir: Path) -> str:
+  return json.loads((workdir / 'report.json').read_text())['digest']
+
+
+def wait_for(process: subprocess.Popen, workdir: Path, step: int) -> None:
+  """Until metrics.jsonl holds a line of that step."""
+  file = workdir / 'metrics.jsonl'
+  for _ in range(1200):
+    if file.exists() and any(json.loads(line)['step'] >= step for line in file.read_text().splitlines(True)
+                             if line.endswith('\n')):
+      return
+    if process.poll() is not None:
+      break
+    time.sleep(0.05)
+  pytest.fail(f'no line of step {step}:\n{process.communicate()[0] if process.poll() is not None else "still running"}')
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """A run without any trouble."""
+  workdir = tmp_path_factory.mktemp('straight') / 'run'
+  assert train(config(workdir)) == 0
+  return workdir
+
+
+def test_a_run_leaves_what_it_promises(straight: Path) -> None:
+  logged = rows(straight)
+  assert [row['step'] for row in logged if 'loss' in row] == [1, 2, 4, 6, 8, 10, 12]
+  assert [row['step'] for row in logged if 'eval/bits_per_byte' in row] == [4, 8, 12]
+  names = {'step', 'lm_loss', 'loss', 'bits_per_byte', 'balance/sequence', 'max_vio', 'grad_norm', 'learning_rate'}
+  assert names <= set(logged[0])
+  first = json.loads((straight / 'metrics.jsonl').read_text().splitlines()[0])
+  assert first['tokens_per_second'] > 0
+  summary = json.loads((straight / 'summary.json').read_text())
+  assert summary['parameters']['active'] < summary['parameters']['total'] and summary['tokens'] == 12 * 8 * 32
+  memory = summary['memory_per_device_bytes']
+  assert memory['optimizer'] > 2 * memory['parameters'] > 0 and memory['temporaries'] > 0
+  loads = [json.loads(line) for line in (straight / 'load.jsonl').read_text().splitlines()]
+  assert all(np.sum(row['load']) == 8 * 32 * 2 for row in loads)
+  assert read_config(str(straight)).steps == 12
+  assert list((straight / 'tensorboard').iterdir()) and (straight / 'tokenizer.json').exists()
+
+
+def test_tensorboard_holds_scalars_pictures_and_text(straight: Path) -> None:
+  from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+  board = EventAccumulator(str(straight / 'tensorboard'), size_guidance={'tensors': 0, 'images': 0})
+  board.Reload()
+  assert {'lm_loss', 'max_vio', 'eval/bits_per_byte'} <= {*board.Tags()['scalars'], *board.Tags()['tensors']}
+  assert 'expert_load/layer_0' in {*board.Tags()['images'], *board.Tags()['tensors']}
+  assert 'sample' in board.Tags()['tensors']
+  assert TensorBoard.__module__ == 'moejax.metrics' and 'tensorflow' not in sys.modules
+
+
+def test_stopping_and_resuming_changes_no_bit(straight: Path, tmp_path: Path) -> None:
+  workdir = tmp_path / 'run'
+  assert train(config(workdir, stop_after=6)) == 0
+  assert [row['step'] for row in rows(workdir) if 'loss' in row][-1] == 6
+  assert train(config(workdir)) == 0
+  assert [row for row in rows(workdir)] == rows(straight)
+  assert final_digest(workdir) == final_digest(straight)
+
+
+def test_a_finished_run_says_so_again(straight: Path, capsys: pytest.CaptureFixture) -> None:
+  before, digest = rows(straight), final_digest(straight)
+  assert train(config(straight)) == 0
+  assert 'bits per byte' in capsys.readouterr().out
+  assert rows(straight) == before and final_digest(straight) == digest
+
+
+def test_other_data_on_resume_is_refused_naming_both(straight: Path, capsys: pytest.CaptureFixture) -> None:
+  assert train(config(straight, seed=1)) == 2
+  assert 'seed: 0 in the checkpoint, 1 in the config' in capsys.readouterr().err
+
+
+def test_a_vocabulary_too_small_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+  assert train(config(tmp_path / 'run', model__vocab_size=100)) == 2
+  assert 'vocab_size=100 is less than the 257 tokens' in capsys.readouterr().err
+
+
+def test_rows_that_do_not_divide_over_devices_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+  assert train(config(tmp_path / 'run', batch_size=6)) == 2
+  assert 'do not divide over data * fsdp * expert = 8' in capsys.readouterr().err
+
+
+def test_checkpoints_that_do_not_load_are_not_started_over(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+  workdir = tmp_path / 'run'
+  assert train(config(workdir, stop_after=4)) == 0
+  for file in (workdir / 'checkpoints').rglob('*'):
+    if file.is_file():
+      file.write_bytes(b'')
+  assert train(config(workdir)) == 3
+  assert 'none of [4] loads' in capsys.readouterr().err
+
+
+def test_divergence_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+  workdir = tmp_path / 'run'
+  status = train(config(workdir, optim__learning_rate=1e30, optim__clip_norm=0.0, optim__warmup_steps=0,
+                        stop_after_skips=3))
+  assert status == 4
+  out = capsys.readouterr()
+  assert 'skipped' in out.out and 'lower optim.learning_rate' in out.err
+
+
+@pytest.mark.slow
+def test_kill_9_and_resume_are_bit_equal(tmp_path: Path) -> None:
+  """A process killed outright, after a checkpoint and again after a second one, each time started by the same command."""
+  whole, workdir = tmp_path / 'whole', tmp_path / 'run'
+  few = {'steps': 200, 'log_every': 1, 'checkpoint__every': 40, 'eval__every': 60}
+  process = spawn(flags(whole, **few))
+  assert process.wait(timeout=300) == 0, process.communicate()[0]
+  for step in (40, 120):
+    process = spawn(flags(workdir, **few))
+    while not (workdir / 'checkpoints' / str(step)).exists():
+      assert process.poll() is None, process.communicate()[0]
+      time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+  process = spawn(flags(workdir, **few))
+  output = process.communicate(timeout=300)[0]
+  assert process.returncode == 0, output
+  assert any(f'resuming after step {step} ' in output for step in (120, 160)), output
+  assert rows(workdir) == rows(whole)
+  assert final_digest(workdir) == final_digest(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_with_its_status(tmp_path: Path, number: signal.Signals) -> None:
+  workdir = tmp_path / 'run'
+  process = spawn(flags(workdir, steps=100_000, log_every=1, checkpoint__every=100_000, eval__every=0))
+  wait_for(process, workdir, 3)
+  process.send_signal(number)
+  output = process.communicate(timeout=120)[0]
+  assert process.returncode == 128 + number, output
+  stopped = int(output.split(' after step ')[1].split()[0])
+  assert [path.name for path in (workdir / 'checkpoints').iterdir()] == [str(stopped)]
+
+
+@pytest.mark.slow
+def test_a_second_trainer_is_turned_away(tmp_path: Path) -> None:
+  workdir = tmp_path / 'run'
+  first = spawn(flags(workdir, steps=100_000, log_every=1))
+  wait_for(first, workdir, 1)
+  second = spawn(flags(workdir))
+  output = second.communicate(timeout=120)[0]
+  first.kill()
+  first.wait()
+  assert second.returncode == 5 and f'process {first.pid}' in output, output
+
+
+@pytest.mark.slow
+def test_generate_reads_the_run_of_another_process(straight: Path) -> None:
+  command = [sys.executable, '-m', 'moejax.generate', f'--workdir={straight}', '--prompt=ab', '--max_tokens=8']
+  done = subprocess.run(command, env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
+  assert done.returncode == 0 and done.stdout.startswith('ab'), done.stderr
+  assert f'step 12 of {straight}' in done.stderr
