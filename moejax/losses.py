@@ -45,7 +45,9 @@ class PerToken(NamedTuple):
 
 def chunk_loss(h: Array, head: Array, targets: Array, weights: Array, z_coef: float) -> tuple[Array, PerToken]:
   """`sum weight * (nll + z_coef * log_z^2)` of one chunk. h [B, s, D], head [D, V], targets and weights [B, s]."""
-  logits = jnp.einsum('bsd,dv->bsv', h, head.astype(h.dtype), preferred_element_type=jnp.float32)
+  # A flat list of tokens: see layers.matmul, of which this is the float32-out form.
+  logits = jnp.einsum('td,dv->tv', h.reshape(-1, h.shape[-1]), head.astype(h.dtype),
+                      preferred_element_type=jnp.float32).reshape(*h.shape[:-1], -1)
   log_z = jax.nn.logsumexp(logits, axis=-1)
   # A comparison instead of a gather: its transpose is a `where`, not a scatter into [B, s, V].
   label = jnp.where(jnp.arange(head.shape[1]) == targets[..., None], logits, 0.0).sum(-1)

@@ -178,4 +178,4 @@ def empty_caches(batch: int, length: int, cfg: ModelConfig) -> dict[str, KVCache
   """Room for `length` tokens in each of `batch` rows, for every layer. Stack of blocks -> [L, ...]."""
   one = empty_cache(batch, length, cfg.attention, jnp.dtype(cfg.dtype))
   stacks = {'dense_blocks': cfg.num_dense_layers, 'blocks': cfg.num_moe_layers}
-  return {name: jax.tree.map(lambda a: jnp.stack([a] * n), one) for name, n in stacks.items() if n}
+  return {name: jax.tree.map(lambda a, n=n: jnp.stack([a] * n), one) for name, n in stacks.items() if n}

@@ -42,11 +42,11 @@ LEVELS = {
 ARROWS = {
     'config': {'checks'}, 'data': {'sources', 'tokenizer'}, 'sources': {'tokenizer'},
     'checkpoint': {'manifest', 'rundir'}, 'step': {'experiment'}, 'families': {'families.*'},
-    'trainer': {'journal', 'summary'},
+    'optim': {'sharding'}, 'trainer': {'generate', 'journal', 'summary'},
     'moe.layer': {'moe.dispatch', 'moe.experts', 'moe.grouped_ffn', 'moe.balance', 'moe.bias', 'moe.routing'},
     'moe.dispatch': {'moe.experts', 'moe.grouped_ffn', 'moe.routing'},
     'moe.experts': {'moe.grouped_ffn', 'moe.routing'}, 'moe.grouped_ffn': {'moe.routing'},
-    'moe.balance': {'moe.routing'}, 'moe.bias': {'moe.routing'},
+    'moe.balance': {'moe.bias', 'moe.routing'}, 'moe.bias': {'moe.routing'},
 }
 NNX = {'jit', 'grad', 'value_and_grad', 'scan', 'vmap', 'remat', 'Optimizer', 'sow', 'pop'}
 FAMILY_NAMES = {'model_name', 'model_type', 'family', 'arch', 'architecture'}
@@ -198,7 +198,7 @@ RULES: dict[Callable[[str, str], Iterator[str]], tuple[tuple[str, ...], list[tup
         ('moejax/rope.py', 'from moejax.losses import x\n'),
         ('moejax/rope.py', 'from .config import x\n'),
         ('moejax/moe/routing.py', 'from moejax.moe.balance import load\n'),
-        ('moejax/moe/balance.py', 'from moejax.moe import bias\n'),
+        ('moejax/moe/balance.py', 'from moejax.moe import dispatch\n'),
         ('moejax/attention.py', 'from moejax.moe.layer import MoE\n'),
         ('moejax/tokenizer.py', 'from moejax import data\n'),
         ('moejax/experiment.py', 'from moejax import step\n'),

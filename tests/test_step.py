@@ -113,7 +113,8 @@ def test_micro_batch_loss_is_the_one_that_depends_on_the_cut_by_definition() -> 
 def test_each_balance_gradient_survives_accumulation(name: str, score_fn: str) -> None:
   """MaxText's fault 1 in BALANCE.md: there the router's balance gradient falls with the number of tokens."""
   balance = dataclasses.replace(CONFIG.balance, losses=frozendict({name: 100.0}), ep_groups=2)
-  cfg = with_moe(replace(CONFIG, balance=balance), router=dataclasses.replace(CONFIG.model.moe.router, score_fn=score_fn))
+  router = dataclasses.replace(CONFIG.model.moe.router, score_fn=score_fn)
+  cfg = with_moe(replace(CONFIG, balance=balance), router=router)
   assert_same(result(cfg), result(replace(cfg, micro_batches=4)))
 
 
@@ -273,7 +274,7 @@ def test_gradient_of_the_model_against_finite_differences() -> None:
     for sign in (1, -1):
       model = jax.tree.map(lambda a: a, state.model)
       setattr(model.blocks.moe, part, jax.tree.map(
-        lambda a, g, sign=sign: a + sign * 1e-2 / norm * g, getattr(model.blocks.moe, part),
+        lambda a, g, scale=sign * 1e-2 / norm: a + scale * g, getattr(model.blocks.moe, part),
         getattr(grads.blocks.moe, part)))
       moved.append(float(value(model)))
     np.testing.assert_allclose((moved[0] - moved[1]) / 2e-2, norm, rtol=2e-2, err_msg=part)

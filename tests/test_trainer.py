@@ -169,7 +169,7 @@ def test_divergence_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) 
 
 @pytest.mark.slow
 def test_kill_9_and_resume_are_bit_equal(tmp_path: Path) -> None:
-  """A process killed outright, after a checkpoint and again after a second one, each time started by the same command."""
+  """A process killed outright after a checkpoint, and again after a later one; each time the same command goes on."""
   whole, workdir = tmp_path / 'whole', tmp_path / 'run'
   few = {'steps': 200, 'log_every': 1, 'checkpoint__every': 40, 'eval__every': 60}
   process = spawn(flags(whole, **few))

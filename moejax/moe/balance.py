@@ -77,8 +77,8 @@ class BalanceConfig:
 
   def scopes(self, batch_size: int, micro_batches: int) -> frozendict:
     """Active loss -> its Scope in a step of `batch_size` rows."""
-    return frozendict({name: Scope(BALANCE_LOSSES[name].rows(batch_size, micro_batches, self.ep_groups), self.assignment)
-                       for name in self.active()})
+    sizes = {name: BALANCE_LOSSES[name].rows(batch_size, micro_batches, self.ep_groups) for name in self.active()}
+    return frozendict({name: Scope(rows, self.assignment) for name, rows in sizes.items()})
 
 
 def load(expert_ids: Array, mask: Array, num_experts: int) -> Array:

@@ -30,9 +30,10 @@ def zeros(num_experts: int) -> Array:
 def sign_update(bias: Array, load: Array, rate: Array) -> Array:
   """`b += rate * sign(mean load - load)` (2408.15664, Algorithm 1; DeepSeek-V3, section 2.1.2, its rate gamma 1e-3).
 
-  Every bias moves by the same step, so `rate` is in units of the score.
+  Every bias moves by the same step, so `rate` is in units of the score. Counts are compared as whole numbers: a mean
+  that rounds would push experts that stand exactly at it.
   """
-  return bias + rate * jnp.sign(load.mean() - load)
+  return bias + rate * jnp.sign(load.sum() - load.size * load)
 
 
 def proportional_update(bias: Array, load: Array, rate: Array) -> Array:

@@ -85,7 +85,7 @@ grouped_ffn.defvjp(grouped_ffn_fwd, grouped_ffn_bwd)
 
 
 def rows_per_block(num_copies: int, num_experts: int) -> int:
-  """128 from 256 rows an expert on, 64 below: measured, see benchmarks/moe_layer.py; larger ones waste the last block."""
+  """128 from 256 rows an expert on, 64 below: measured by benchmarks/moe_layer.py; larger ones waste the last block."""
   return min(num_copies, 128 if num_copies // num_experts >= 256 else 64)
 
 
@@ -157,17 +157,22 @@ def blocked_backward(residuals: Residuals, dy: Array) -> tuple[Array, Array, Wei
       d_hidden = dy_block @ w.down.T                                     # of the output before its weight
       d_copy = (d_hidden * hidden).sum(-1).astype(jnp.float32)
       d_gate, d_up = pull(d_hidden * copy_weights)
-      dw = Weights(dw.gate + x_block.T @ d_gate, dw.up + x_block.T @ d_up,
-                   dw.down + (hidden * copy_weights).T @ dy_block)
+      dw = Weights(dw.gate + outer(x_block, d_gate), dw.up + outer(x_block, d_up),
+                   dw.down + outer(hidden * copy_weights, dy_block))
       d_copies = put(d_copies, jnp.where(mine[:, 0], d_copy, take(d_copies)), at)
       return dx.at[tokens].add(d_gate @ w.gate.T + d_up @ w.up.T), d_copies, dw
 
-    start = jax.tree.map(lambda one: zeros(one, *one.shape), w)
+    start = jax.tree.map(lambda one: zeros(one.astype(jnp.float32), *one.shape), w)
     dx, d_copies, dw = for_blocks(copies, rows, e, body, (dx, d_copies, start))
-    return dx, d_copies, jax.tree.map(lambda stacked, one: stacked.at[e].set(one), d_weights, dw)
+    return dx, d_copies, jax.tree.map(lambda stacked, one: stacked.at[e].set(one.astype(x.dtype)), d_weights, dw)
 
   carry = (zeros(x, *x.shape), zeros(copies.weights, num_copies), jax.tree.map(lambda a: zeros(a, *a.shape), weights))
   return jax.lax.fori_loop(0, num_experts, expert, carry)
+
+
+def outer(a: Array, b: Array) -> Array:
+  """`a^T b` in float32: blocks of an expert add up, and bfloat16 would lose the small ones."""
+  return jnp.einsum('ri,rj->ij', a, b, preferred_element_type=jnp.float32)
 
 
 def put(buffer: Array, block: Array, at: Array) -> Array:
@@ -205,13 +210,13 @@ def ragged_backward(residuals: Residuals, dy: Array) -> tuple[Array, Array, Weig
   def back(d: Array, w: Array) -> Array:
     return jnp.where(mine, jax.lax.ragged_dot(d, w.swapaxes(1, 2), copies.load), 0)
 
-  def outer(a: Array, b: Array) -> Array:
+  def ragged_outer(a: Array, b: Array) -> Array:
     return jax.lax.ragged_dot_general(a, b, copies.load, RAGGED_OUTER)
 
   hidden, pull = jax.vjp(swiglu, gates, ups)
   d_hidden = back(dy_rows, weights.down)
   d_gate, d_up = pull(d_hidden * copy_weights)
-  d_weights = Weights(outer(rows, d_gate), outer(rows, d_up), outer(hidden * copy_weights, dy_rows))
+  d_weights = Weights(*(ragged_outer(a, b) for a, b in ((rows, d_gate), (rows, d_up), (hidden * copy_weights, dy_rows))))
   dx = jnp.zeros_like(x).at[copies.tokens].add(back(d_gate, weights.gate) + back(d_up, weights.up))
   return dx, (d_hidden * hidden).sum(-1).astype(jnp.float32), d_weights
 

@@ -93,40 +93,21 @@ def route(logits: Array, bias: Array, cfg: RouterConfig) -> Routing:
 
   Ties go to the lowest expert index.
   """
-  scores = SCORE_FNS[cfg.score_fn](logits)
+  log_scores = SCORE_FNS[cfg.score_fn](logits)
+  scores = jnp.exp(log_scores)
   choice = jax.lax.stop_gradient(scores) + bias
   if cfg.num_groups > 1:
     choice = limit_to_groups(choice, cfg.num_groups, cfg.top_groups)
   expert_ids = jax.lax.top_k(choice, cfg.top_k)[1]
-  weights = jnp.take_along_axis(scores, expert_ids, axis=-1)
-  if cfg.renormalise:
-    # Sigmoid scores can all underflow, and then the sum is 0; softmax ones cannot.
-    weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
-  return Routing(logits, scores, PROB_FNS[cfg.score_fn](logits), expert_ids, weights * cfg.scale)
+  chosen = jnp.take_along_axis(log_scores, expert_ids, axis=-1)
+  weights = jax.nn.softmax(chosen, axis=-1) if cfg.renormalise else jnp.exp(chosen)
+  return Routing(logits, scores, jax.nn.softmax(log_scores, axis=-1), expert_ids, weights * cfg.scale)
 
 
-def softmax(logits: Array) -> Array:
-  """Over all experts. [B, S, E]."""
-  return jax.nn.softmax(logits, axis=-1)
-
-
-def normalised_sigmoid(logits: Array) -> Array:
-  """sigmoid(z) / sum over *all* experts of sigmoid(z). [B, S, E].
-
-  By way of logarithms, so that rows sum to 1 however small the sigmoids are: with an epsilon in the denominator,
-  logits near -50 make rows that sum to far less, and a balance loss below its balanced value.
-  """
-  return jax.nn.softmax(jax.nn.log_sigmoid(logits), axis=-1)
-
-
-# name -> logits to scores
+# name -> logits [B, S, E] to the logarithm of the scores. Both normalisations, over all experts for a loss and over the
+# chosen ones for weights, are a softmax of it: rows sum to 1 however small the scores are. Dividing by a sum with a
+# tiny epsilon lets logits near -50 shrink a balance loss below its balanced value, and overflows in the gradient.
 SCORE_FNS: dict[str, Callable[[Array], Array]] = {
-  'sigmoid': jax.nn.sigmoid,
-  'softmax': softmax,
-}
-
-# name of the score function -> logits to its scores normalised over all experts
-PROB_FNS: dict[str, Callable[[Array], Array]] = {
-  'sigmoid': normalised_sigmoid,
-  'softmax': softmax,
+  'sigmoid': jax.nn.log_sigmoid,
+  'softmax': jax.nn.log_softmax,
 }
