@@ -1,0 +1,65 @@
+"""What a run will cost, against sums done by hand on a small model."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moejax.attention import AttentionConfig
+from moejax.experiment import ExperimentConfig
+from moejax.moe.layer import MoEConfig
+from moejax.moe.routing import RouterConfig
+from moejax.sharding import MeshConfig, make_mesh
+from moejax.summary import Parameters, bytes_on_device, count_parameters, flops_per_token, human
+from moejax.transformer import ModelConfig, Transformer
+
+CONFIG = ExperimentConfig(seq_len=12, model=ModelConfig(
+  vocab_size=32, d_model=16, num_layers=3, num_dense_layers=1, d_ff=20,
+  attention=AttentionConfig(num_heads=4, num_kv_heads=2, d_head=8),
+  moe=MoEConfig(RouterConfig(8, 2), d_expert=10, num_shared=1)))
+TIED = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, tie_embeddings=True))
+
+ATTENTION = 16 * 32 + 2 * 16 * 16 + 32 * 16 + 2 * 16   # q; k and v; out; and the two norms of the block
+DENSE = ATTENTION + 3 * 16 * 20
+EXPERT = 3 * 16 * 10
+MOE = ATTENTION + 16 * 8 + 8 * EXPERT + EXPERT         # the router; eight routed; one shared
+EMBEDDING = 32 * 16
+TOTAL = EMBEDDING + DENSE + 2 * MOE + 16 + EMBEDDING   # the last norm, and the head
+IDLE = 2 * 6 * EXPERT                                  # six of eight experts, in each of two layers
+
+
+def model_of(cfg: ExperimentConfig) -> Transformer:
+  """Shapes only."""
+  return jax.eval_shape(lambda key: Transformer(key, cfg.model), jax.random.key(0))
+
+
+@pytest.mark.parametrize(('cfg', 'less'), [(CONFIG, 0), (TIED, EMBEDDING)], ids=['apart', 'tied'])
+def test_parameters_total_and_active(cfg: ExperimentConfig, less: int) -> None:
+  assert count_parameters(model_of(cfg), cfg) == Parameters(TOTAL - less, TOTAL - less - IDLE, EMBEDDING)
+
+
+def test_flops_of_a_token() -> None:
+  """Six for each active number that multiplies; a token sees six others on average, in four heads of eight."""
+  products = TOTAL - IDLE - EMBEDDING
+  attention = 3 * (2 * 2 * 6 * 4 * 8) * 3   # three passes; q k and p v; three layers
+  for cfg in (CONFIG, TIED):   # tied, the table multiplies: as the head
+    parameters = count_parameters(model_of(cfg), cfg)
+    assert flops_per_token(parameters, cfg) == 6 * products + attention
+
+
+def test_bytes_on_a_device() -> None:
+  model = model_of(CONFIG)
+  state = {'model': model, 'count': jnp.zeros((), jnp.int32), 'bias': jax.ShapeDtypeStruct((2, 8), jnp.bfloat16)}
+  assert bytes_on_device(state, make_mesh(MeshConfig())) == 4 * TOTAL + 4 + 2 * 16, 'data parallelism holds all'
+  split = 4 * 2 * 8 * EXPERT * 3 // 4   # of the routed experts a quarter stays
+  assert bytes_on_device(model, make_mesh(MeshConfig(2, expert=4))) == 4 * TOTAL - split
+  norms = 4 * 16 * (2 * 3 + 1)
+  assert bytes_on_device(model, make_mesh(MeshConfig(1, fsdp=8))) == (4 * TOTAL - norms) // 8 + norms
+
+
+@pytest.mark.parametrize(('number', 'base', 'told'), [
+  (0, 1000, '0 '), (999, 1000, '999 '), (1000, 1000, '1 k'), (12_345_678, 1000, '12.3 M'),
+  (12_345_678, 1024, '11.8 Mi'), (1023, 1024, '1.02e+03 '), (5e9, 1000, '5 G'), (7e15, 1000, '7 P'),
+  (2.5e18, 1000, '2.5e+03 P')])
+def test_numbers_for_people(number: float, base: int, told: str) -> None:
+  assert human(number, base) == told

@@ -1,0 +1,259 @@
+"""The whole model against the oracle, layer by layer; who reaches whom in it; the same by scan, loop and remat."""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from moejax.attention import AttentionConfig
+from moejax.config import ConfigError
+from moejax.data import Batch
+from moejax.moe import layer as moe_layer
+from moejax.moe.dispatch import DispatchConfig
+from moejax.moe.layer import MoEConfig
+from moejax.moe.routing import RouterConfig, Routing
+from moejax.transformer import REMAT_POLICIES, ModelConfig, Output, Transformer, empty_caches
+
+RNG = np.random.default_rng
+QUICK = {'xla_backend_optimization_level': 0}   # programs run once or twice: compiling is all the time
+B, S, V, D, E = 2, 8, 32, 16, 4
+CONFIG = ModelConfig(
+  vocab_size=V, d_model=D, num_layers=3, num_dense_layers=1, d_ff=20, init_std=0.3,
+  attention=AttentionConfig(num_heads=2, num_kv_heads=1, d_head=8),
+  moe=MoEConfig(RouterConfig(E, 2), DispatchConfig('dense_matmul'), d_expert=8, num_shared=1))
+# A token each, so that a row of the table is one place; row 0 ends in padding, row 1 begins in it.
+TOKENS = RNG(0).permutation(V)[:B * S].reshape(B, S).astype(np.int32)
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 0, 0], [0, 1, 1, 1, 1, 2, 3, 3]], np.int32)
+POSITIONS = np.array([[0, 1, 2, 0, 1, 2, 0, 1], [0, 0, 1, 2, 3, 0, 0, 1]], np.int32)
+REAL = SEGMENTS > 0
+BATCH = Batch(TOKENS, TOKENS, REAL, SEGMENTS, POSITIONS, np.zeros(B, np.int32))
+
+
+def replace(**changes: object) -> ModelConfig:
+  return dataclasses.replace(CONFIG, **changes)
+
+
+SHAPES = {
+  'mixed': CONFIG,
+  'experts everywhere': replace(num_dense_layers=0),
+  'one with experts, tied': replace(num_dense_layers=2, tie_embeddings=True),
+}
+
+
+@functools.cache
+def model_of(cfg: ModelConfig) -> Transformer:
+  """As initialised, but that each norm has a scale of its own: one in another's place shows."""
+  model, rng = jax.jit(lambda key: Transformer(key, cfg), compiler_options=QUICK)(jax.random.key(0)), RNG(3)
+
+  def scaled(path: tuple, a: jax.Array) -> np.ndarray | jax.Array:
+    return rng.uniform(0.5, 2, a.shape).astype(np.float32) if 'scale' in jax.tree_util.keystr(path) else a
+
+  return jax.tree_util.tree_map_with_path(scaled, model)
+
+
+def biases(cfg: ModelConfig) -> np.ndarray:
+  """Of each layer its own, and large enough to decide something."""
+  return RNG(1).normal(scale=0.2, size=(cfg.num_moe_layers, E)).astype(np.float32)
+
+
+forward = jax.jit(lambda model, batch, router: model(batch, router), compiler_options=QUICK)
+
+
+@functools.cache
+def ran(cfg: ModelConfig) -> Output:
+  return forward(model_of(cfg), BATCH, biases(cfg))
+
+
+def w64(layer: object, *names: str) -> list[np.ndarray]:
+  return [np.asarray(getattr(layer, name)[...], np.float64) for name in names]
+
+
+def oracle_attention(layer: object, x: np.ndarray, cfg: AttentionConfig) -> np.ndarray:
+  q, k, v = ((x @ w64(p, 'w')[0]).reshape(B, S, -1, cfg.d_head) for p in (layer.q, layer.k, layer.v))
+  q, k = (oracle.rope(a, POSITIONS, cfg.rope.theta) for a in (q, k))
+  return oracle.attention(q, k, v, SEGMENTS).reshape(B, S, -1) @ w64(layer.out, 'w')[0]
+
+
+def oracle_moe(layer: object, x: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  routing = oracle.route(x @ w64(layer, 'router')[0], bias, top_k=2, score_fn='softmax')
+  ids, weights = (a.reshape(B * S, 2) for a in (routing.expert_ids, routing.weights))
+  y = oracle.moe(x.reshape(B * S, D), ids, weights, tuple(w64(layer.experts, 'gate', 'up', 'down')),
+                 np.broadcast_to(REAL.reshape(-1, 1), ids.shape), [tuple(w64(layer.shared, 'gate', 'up', 'down'))])
+  return y.reshape(x.shape), oracle.load(routing.expert_ids, REAL, E)
+
+
+def oracle_model(model: Transformer, cfg: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+  """Hidden states after the final norm, and the load of each MoE layer; a loop over layers."""
+  def norm(x: np.ndarray, this: object) -> np.ndarray:
+    return oracle.rms_norm(x, this.scale[...], cfg.norm_eps)
+
+  def layers(stack: object, count: int) -> list[object]:
+    return [jax.tree.map(lambda a, i=i: a[i], stack) for i in range(count)]
+
+  x, loads = w64(model.embed, 'table')[0][TOKENS], []
+  for block in layers(model.dense_blocks, cfg.num_dense_layers) if cfg.num_dense_layers else []:
+    x = x + oracle_attention(block.attention, norm(x, block.attention_norm), cfg.attention)
+    tokens = norm(x, block.ffn_norm).reshape(B * S, D)
+    x = x + np.stack([oracle.swiglu(t, *w64(block.ffn, 'gate', 'up', 'down')) for t in tokens]).reshape(x.shape)
+  for block, bias in zip(layers(model.blocks, cfg.num_moe_layers), biases(cfg), strict=True):
+    x = x + oracle_attention(block.attention, norm(x, block.attention_norm), cfg.attention)
+    y, load = oracle_moe(block.moe, norm(x, block.moe_norm), bias)
+    x, loads = x + y, [*loads, load]
+  return norm(x, model.norm), np.stack(loads)
+
+
+@pytest.mark.parametrize('name', SHAPES)
+def test_the_model_is_the_oracles(name: str) -> None:
+  cfg = SHAPES[name]
+  model, out = model_of(cfg), ran(cfg)
+  hidden, loads = oracle_model(model, cfg)
+  np.testing.assert_array_equal(out.aux.load, loads)
+  np.testing.assert_allclose(out.hidden[REAL], hidden[REAL], rtol=1e-4, atol=1e-4)
+  assert out.hidden.shape == (B, S, D) and out.cache is None and np.isfinite(out.hidden).all()
+  head = model.embed.table[...].T if cfg.tie_embeddings else model.head.w[...]
+  np.testing.assert_allclose(jax.jit(lambda m, h: m.logits(h))(model, out.hidden)[REAL],
+                             (hidden @ np.asarray(head, np.float64))[REAL], rtol=1e-3, atol=1e-3)
+
+
+def test_scan_is_a_loop_over_the_layers() -> None:
+  model, cfg = model_of(CONFIG), CONFIG
+
+  @functools.partial(jax.jit, compiler_options=QUICK)
+  def loop(model: Transformer) -> tuple[jax.Array, list[jax.Array]]:
+    x, loads = model.embed(TOKENS, jnp.float32), []
+    for i in range(cfg.num_dense_layers):
+      x, _ = jax.tree.map(lambda a, i=i: a[i], model.dense_blocks)(x, BATCH, None)
+    for i in range(cfg.num_moe_layers):
+      x, _, aux = jax.tree.map(lambda a, i=i: a[i], model.blocks)(x, BATCH, None, biases(cfg)[i], {})
+      loads.append(aux.load)
+    return model.norm(x), loads
+
+  hidden, loads = loop(model)
+  np.testing.assert_allclose(hidden, ran(cfg).hidden, rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(loads, ran(cfg).aux.load)
+  np.testing.assert_allclose(ran(replace(unroll=2)).hidden, hidden, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_differ_from_each_other() -> None:
+  for w in (model_of(CONFIG).blocks.moe.experts.gate, model_of(CONFIG).blocks.attention.q.w):
+    assert not np.allclose(w[0], w[1])
+
+
+@pytest.mark.parametrize('dispatcher', ['dense_matmul', 'sparse_matmul'])
+def test_a_token_reaches_later_ones_of_its_document_and_nobody_else(dispatcher: str) -> None:
+  """By gradient, exactly 0 or not: of each place's output to the row of the table that each place reads."""
+  cfg = replace(moe=dataclasses.replace(CONFIG.moe, dispatch=DispatchConfig(dispatcher)))
+  direction = RNG(2).normal(size=(B, S, D)).astype(np.float32)
+
+  @functools.partial(jax.jit, compiler_options=QUICK)
+  def reach(model: Transformer) -> jax.Array:
+    def one(place: jax.Array) -> jax.Array:
+      def output(table: jax.Array) -> jax.Array:
+        moved = jax.tree.map(lambda a: a, model)
+        moved.embed.table[...] = table
+        return (moved(BATCH, biases(cfg)).hidden * direction).reshape(B * S, D)[place].sum()
+      return jax.grad(output)(model.embed.table[...])[TOKENS.ravel()].any(-1)
+    return jax.lax.map(one, jnp.arange(B * S))
+
+  found = np.asarray(reach(model_of(cfg))).reshape(B, S, B, S)
+  want = np.zeros_like(found)
+  for b, s, at in np.ndindex(B, S, S):
+    want[b, s, b, at] = at <= s and SEGMENTS[b, s] == SEGMENTS[b, at]
+  np.testing.assert_array_equal(found[REAL], want[REAL])
+
+
+@pytest.mark.parametrize('dispatcher', ['dense_matmul', 'sparse_matmul'])
+def test_other_tokens_later_or_in_other_documents_change_nothing(dispatcher: str) -> None:
+  """By perturbation: it also sees a leak through the choice of experts, which has no gradient."""
+  cfg = replace(moe=dataclasses.replace(CONFIG.moe, dispatch=DispatchConfig(dispatcher)))
+  before = np.asarray(ran(cfg).hidden)
+  for b, at in np.ndindex(B, S):
+    tokens = TOKENS.copy()
+    tokens[b, at] = (tokens[b, at] + 7) % V
+    after = forward(model_of(cfg), BATCH._replace(tokens=tokens), biases(cfg)).hidden
+    moved = np.abs(np.asarray(after) - before).max(-1) > 1e-5
+    want = np.zeros_like(moved)
+    want[b, at:] = SEGMENTS[b, at:] == SEGMENTS[b, at]
+    np.testing.assert_array_equal(moved[REAL], want[REAL], err_msg=f'{b=} {at=}')
+
+
+@functools.partial(jax.jit, static_argnums=1, compiler_options=QUICK)
+def differentiate(model: Transformer, cfg: ModelConfig) -> tuple[jax.Array, Transformer]:
+  """The remat policy is the model's own: `cfg` is what tells the programs apart."""
+  assert model.cfg == cfg
+  def loss(model: Transformer) -> jax.Array:
+    return jnp.square(model.logits(model(BATCH, biases(cfg)).hidden)).mean()
+  return jax.value_and_grad(loss)(model)
+
+
+@pytest.mark.parametrize('remat', sorted(set(REMAT_POLICIES) - {'none'}))
+def test_remat_changes_nothing(remat: str) -> None:
+  cfg = replace(remat=remat)
+  (value, gradient), (value2, gradient2) = (differentiate(model_of(c), c) for c in (CONFIG, cfg))
+  np.testing.assert_allclose(value2, value, rtol=1e-6)
+  for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(gradient2), strict=True):
+    np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-6)
+
+
+def test_remat_recomputes() -> None:
+  """The more products in the program, the fewer kept for its backward pass."""
+  products = {}
+  for remat in REMAT_POLICIES:
+    cfg = replace(remat=remat)
+    products[remat] = str(differentiate.trace(model_of(cfg), cfg).jaxpr).count('dot_general')
+  assert products['none'] < products['dots'] < products['full'], products
+
+
+def test_tied_embeddings_are_one_parameter_with_both_gradients() -> None:
+  tied = replace(num_dense_layers=2, tie_embeddings=True)
+  model = model_of(tied)
+  assert not hasattr(model, 'head')
+  np.testing.assert_array_equal(model.head_weights(), np.asarray(model.embed.table[...]).T)
+  untied = dataclasses.replace(tied, tie_embeddings=False)
+  apart = jax.tree.map(lambda a: a, model_of(untied))
+  apart.embed.table[...], apart.head.w[...] = model.embed.table[...], model.head_weights()
+  value, gradient = differentiate(model, tied)
+  value2, gradient2 = differentiate(apart, untied)
+  np.testing.assert_allclose(value, value2, rtol=1e-6)
+  want = gradient2.embed.table[...] + gradient2.head.w[...].T
+  np.testing.assert_allclose(gradient.embed.table[...], want, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_computes_so_and_keeps_parameters_and_routing_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+  cfg, routed, original = replace(dtype='bfloat16'), [], moe_layer.route
+
+  def spy(logits: jax.Array, bias: jax.Array, router: RouterConfig) -> Routing:
+    routed.append((logits.dtype, bias.dtype))
+    return original(logits, bias, router)
+
+  monkeypatch.setattr(moe_layer, 'route', spy)
+  model = model_of(cfg)
+  assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype('float32')}
+  out = ran(cfg)
+  assert routed and {*routed} == {(jnp.dtype('float32'),) * 2}
+  assert out.hidden.dtype == jnp.bfloat16 and out.aux.load.dtype == jnp.float32
+  assert jax.eval_shape(model.logits, out.hidden).dtype == jnp.float32
+  np.testing.assert_allclose(out.hidden.astype(jnp.float32)[REAL], ran(CONFIG).hidden[REAL], atol=0.3)
+  kinds = jax.eval_shape(functools.partial(differentiate.__wrapped__, cfg=cfg), model)
+  assert {leaf.dtype for leaf in jax.tree.leaves(kinds)} == {jnp.dtype('float32')}
+
+
+def test_caches_have_room_for_each_layer_in_the_compute_dtype() -> None:
+  caches = jax.eval_shape(lambda: empty_caches(B, 5, replace(dtype='bfloat16')))
+  assert {name: cache.k.shape for name, cache in caches.items()} == {
+    'dense_blocks': (1, B, 5, 1, 8), 'blocks': (2, B, 5, 1, 8)}
+  assert caches['blocks'].v.dtype == jnp.bfloat16
+  assert set(jax.eval_shape(lambda: empty_caches(B, 5, replace(num_dense_layers=0)))) == {'blocks'}
+
+
+def test_a_config_that_cannot_be_is_one_clear_error() -> None:
+  with pytest.raises(ConfigError) as error:
+    ModelConfig(vocab_size=-1, d_model=0, num_layers=2, num_dense_layers=2, d_ff=0, norm_eps=0.0, init_std=-1.0,
+                dtype='float16', remat='some', unroll=0)
+  assert [problem.split(':')[0] for problem in error.value.problems] == [
+    'vocab_size=-1', 'd_model=0', 'd_ff=0', 'unroll=0', 'num_dense_layers=2', 'norm_eps=0.0', 'init_std=-1.0',
+    "dtype='float16' is not one of ['bfloat16', 'float32']",
+    "remat='some' is not one of ['dots', 'full', 'none']"]
