@@ -42,7 +42,7 @@ def our_step() -> tuple[int, Step]:
   from moejax.moe.layer import MoEConfig
   from moejax.moe.routing import RouterConfig
   from moejax.optim import OptimConfig
-  from moejax.step import init_state, train_step
+  from moejax.step import compile_step, init_state
   from moejax.transformer import ModelConfig
   model = ModelConfig(vocab_size=V, d_model=D, num_layers=L, unroll=L,
                       attention=AttentionConfig(num_heads=H, num_kv_heads=H, d_head=D // H),
@@ -54,7 +54,7 @@ def our_step() -> tuple[int, Step]:
   batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((B, S), bool), np.ones((B, S), np.int32),
                 np.tile(np.arange(S, dtype=np.int32), (B, 1)), np.zeros(B, np.int32))
   state = jax.jit(functools.partial(init_state, cfg))()
-  step = jax.jit(functools.partial(train_step, cfg=cfg), donate_argnums=0).lower(state, batch).compile()
+  step = compile_step(cfg, state, batch)
 
   def run() -> float:
     nonlocal state

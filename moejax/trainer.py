@@ -27,8 +27,8 @@ from moejax.data import Batch, Data, open_data
 from moejax.experiment import CHECKPOINTS, TOKENIZER_FILE, ExperimentConfig, resolved, write_config
 from moejax.generate import SampleConfig, sample
 from moejax.journal import Journal
-from moejax.sharding import make_mesh, platform, shardings, spec
-from moejax.step import Metrics, TrainState, eval_step, init_state, train_step
+from moejax.sharding import make_mesh, shardings, spec
+from moejax.step import Metrics, TrainState, compile_step, eval_step, init_state
 from moejax.summary import lines, summarise
 
 SAMPLE_TOKENS = 96
@@ -171,11 +171,7 @@ def compile_programs(cfg: ExperimentConfig, data: Data, mesh: Mesh) -> Programs:
     return jax.device_put(batch, rows)
 
   example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows), data.batch(0))
-  # On CPU this also takes a quarter off the temporaries; the default order lets virtual devices wait for each other
-  # forever, at two collectives that each meets in another order.
-  options = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'} if platform() == 'cpu' else {}
-  step = jax.jit(functools.partial(train_step, cfg=cfg), donate_argnums=0, compiler_options=options).lower(
-    target, example).compile()
+  step = compile_step(cfg, target, example)
   evaluate = jax.jit(functools.partial(eval_step, cfg=cfg))
   return Programs(target, step, evaluate, put, step.memory_analysis().temp_size_in_bytes)
 

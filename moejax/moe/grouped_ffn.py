@@ -42,7 +42,7 @@ class Weights(NamedTuple):
   down: Array  # [E, F, D]
 
 
-Residuals = tuple[Array, Copies, Weights, Array, Array]   # x, copies, weights, gate x [N, F], up x [N, F]
+Residuals = tuple[Array, Copies, Weights, Array, Array]   # x, copies, weights, gate x, up x: [N or more, F]
 Forward = Callable[[Array, Copies, Weights], tuple[Array, Array, Array]]
 Backward = Callable[[Residuals, Array], tuple[Array, Array, Weights]]
 
@@ -62,7 +62,7 @@ def grouped_ffn(x: Array, copies: Copies, weights: Weights) -> Array:
 
 
 def forward(x: Array, copies: Copies, weights: Weights) -> tuple[Array, Array, Array]:
-  """(y [T, D], gate x [N, F], up x [N, F]), for the platform at hand."""
+  """(y [T, D], gate x, up x [N or more, F]), for the platform at hand."""
   return IMPLEMENTATIONS[BEST[platform()]][0](x, copies, weights)
 
 
@@ -84,9 +84,16 @@ grouped_ffn.defvjp(grouped_ffn_fwd, grouped_ffn_bwd)
 # ---- blocked: the nested loop ----
 
 
-def rows_per_block(num_copies: int, num_experts: int) -> int:
-  """128 from 256 rows an expert on, 64 below: measured by benchmarks/moe_layer.py; larger ones waste the last block."""
-  return min(num_copies, 128 if num_copies // num_experts >= 256 else 64)
+def block_sizes(num_copies: int, num_experts: int) -> tuple[int, ...]:
+  """Rows of a block, ascending: whole blocks have the last size, an expert's rest the first one that holds it.
+
+  Measured by benchmarks/moe_layer.py: larger blocks add weight gradients up less often, and smaller ones for the
+  rest compute fewer rows in vain. The largest is 256 rows where an expert has as many, 128 below.
+  """
+  largest = 256 if num_copies // num_experts >= 256 else 128
+  sizes = [size for size in (32, 64, 128, 256) if size <= largest]
+  enough = next((i for i, size in enumerate(sizes) if size >= num_copies), len(sizes) - 1)
+  return tuple(sizes[:enough + 1])
 
 
 def zeros(like: Array, *shape: int) -> Array:
@@ -94,46 +101,56 @@ def zeros(like: Array, *shape: int) -> Array:
   return jax.lax.full_like(like, 0, shape=shape)
 
 
-def for_blocks(copies: Copies, rows: int, expert: Array, body: Callable, carry: tuple) -> tuple:
-  """`body(at, mine, carry) -> carry` for each block of an expert; `mine` [R, 1] marks the rows that are this expert's.
+def padded(copies: Copies, rows: int) -> Copies:
+  """With room for a block that begins at the last copy."""
+  return copies._replace(tokens=jnp.pad(copies.tokens, (0, rows)), weights=jnp.pad(copies.weights, (0, rows)))
 
-  A block that would reach past the last copy begins earlier; then its first rows are not `mine`.
+
+def for_blocks(load: Array, sizes: tuple[int, ...], e: Array, body: Callable, carry: tuple) -> tuple:
+  """`carry = body(rows, at, mine, rest, carry)` for each block of expert e: its rest first, then its whole blocks.
+
+  A block is the `rows` (static) copies from `at`; `mine` [rows] marks those that are this expert's. Rows past its
+  last belong to later experts, or to the padding: what is written there is overwritten, or never read. `rest`
+  (static) is True for the one block that comes first.
   """
-  ends = jnp.cumsum(copies.load)
-  begin, end = ends[expert] - copies.load[expert], ends[expert]
-  last = copies.tokens.shape[0] - rows
+  end, rows = jnp.cumsum(load)[e], load[e]
+  begin, whole = end - rows, jnp.maximum(rows - 1, 0) // sizes[-1]
+  left = rows - whole * sizes[-1]
 
-  def block(i: Array, carry: tuple) -> tuple:
-    want = begin + i * rows
-    at = jnp.minimum(want, last)
-    row = at + jnp.arange(rows, dtype=at.dtype)
-    return body(at, ((row >= want) & (row < end))[:, None], carry)
+  def block(size: int, start: Array, rest: bool, i: Array, carry: tuple) -> tuple:
+    at = start + i * size
+    return body(size, at, at + jnp.arange(size, dtype=at.dtype) < end, rest, carry)
 
-  return jax.lax.fori_loop(0, (end - begin + rows - 1) // rows, block, carry)
+  # Loops of no or one turn, not `switch`: XLA copies the buffers that a conditional writes to.
+  for smaller, size in zip((0, *sizes), sizes):
+    turns = ((left > smaller) & (left <= size)).astype(jnp.int32)
+    carry = jax.lax.fori_loop(0, turns, functools.partial(block, size, begin + whole * sizes[-1], True), carry)
+  return jax.lax.fori_loop(0, whole, functools.partial(block, sizes[-1], begin, False), carry)
 
 
 def blocked_forward(x: Array, copies: Copies, weights: Weights) -> tuple[Array, Array, Array]:
-  """See the top of the file. -> y [T, D], gate x [N, F], up x [N, F]."""
+  """See the top of the file. -> y [T, D]; gate x and up x [N + largest block, F]."""
   num_copies, (num_experts, _, d_ff) = copies.tokens.shape[0], weights.gate.shape
-  rows = rows_per_block(num_copies, num_experts)
+  sizes = block_sizes(num_copies, num_experts)
+  tokens, copy_weights, load = padded(copies, sizes[-1])
 
   def expert(e: Array, carry: tuple) -> tuple:
     w = jax.tree.map(lambda stacked: stacked[e], weights)
 
-    def body(at: Array, mine: Array, carry: tuple) -> tuple:
+    def body(rows: int, at: Array, mine: Array, rest: bool, carry: tuple) -> tuple:
+      del rest
       y, gates, ups = carry
       take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=at, slice_size=rows)
-      tokens = take(copies.tokens)
-      x_block = x[tokens]
+      here = take(tokens)
+      x_block = x[here]
       gate, up = x_block @ w.gate, x_block @ w.up                        # [R, F]
-      out = jnp.where(mine, take(copies.weights)[:, None].astype(x.dtype), 0) * (swiglu(gate, up) @ w.down)
-      gates = put(gates, jnp.where(mine, gate, take(gates)), at)
-      ups = put(ups, jnp.where(mine, up, take(ups)), at)
-      return y.at[tokens].add(out), gates, ups
+      scale = jnp.where(mine, take(copy_weights), 0)[:, None].astype(x.dtype)
+      y = y.at[here].add(scale * (swiglu(gate, up) @ w.down))
+      return y, put(gates, gate, at), put(ups, up, at)
 
-    return for_blocks(copies, rows, e, body, carry)
+    return for_blocks(load, sizes, e, body, carry)
 
-  empty = zeros(x, num_copies, d_ff)
+  empty = zeros(x, num_copies + sizes[-1], d_ff)
   return jax.lax.fori_loop(0, num_experts, expert, (zeros(x, *x.shape), empty, empty))
 
 
@@ -141,33 +158,36 @@ def blocked_backward(residuals: Residuals, dy: Array) -> tuple[Array, Array, Wei
   """-> dx [T, D], gradient of the copies' weights [N] f32, gradients of the projections."""
   x, copies, weights, gates, ups = residuals
   num_copies, num_experts = copies.tokens.shape[0], weights.gate.shape[0]
-  rows = rows_per_block(num_copies, num_experts)
+  sizes = block_sizes(num_copies, num_experts)
+  tokens, copy_weights, load = padded(copies, sizes[-1])
 
   def expert(e: Array, carry: tuple) -> tuple:
     dx, d_copies, d_weights = carry
     w = jax.tree.map(lambda stacked: stacked[e], weights)
 
-    def body(at: Array, mine: Array, carry: tuple) -> tuple:
-      dx, d_copies, dw = carry
+    def body(rows: int, at: Array, mine: Array, rest: bool, carry: tuple) -> tuple:
+      dx, d_copies, total = carry
       take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=at, slice_size=rows)
-      tokens = take(copies.tokens)
-      x_block, dy_block = x[tokens], dy[tokens]
-      copy_weights = jnp.where(mine, take(copies.weights)[:, None].astype(x.dtype), 0)
+      here = take(tokens)
+      x_block, dy_block = x[here], dy[here]
+      scale = jnp.where(mine, take(copy_weights), 0)[:, None].astype(x.dtype)
       hidden, pull = jax.vjp(swiglu, take(gates), take(ups))             # [R, F]
       d_hidden = dy_block @ w.down.T                                     # of the output before its weight
-      d_copy = (d_hidden * hidden).sum(-1).astype(jnp.float32)
-      d_gate, d_up = pull(d_hidden * copy_weights)
-      dw = Weights(dw.gate + outer(x_block, d_gate), dw.up + outer(x_block, d_up),
-                   dw.down + outer(hidden * copy_weights, dy_block))
-      d_copies = put(d_copies, jnp.where(mine[:, 0], d_copy, take(d_copies)), at)
-      return dx.at[tokens].add(d_gate @ w.gate.T + d_up @ w.up.T), d_copies, dw
+      d_copies = put(d_copies, (d_hidden * hidden).sum(-1).astype(jnp.float32), at)
+      d_gate, d_up = pull(d_hidden * scale)
+      dw = Weights(outer(x_block, d_gate), outer(x_block, d_up), outer(hidden * scale, dy_block))
+      # The first block is the sum so far: an addition less, of arrays as large as an expert.
+      total = dw if rest else jax.tree.map(jnp.add, total, dw)
+      return dx.at[here].add(d_gate @ w.gate.T + d_up @ w.up.T), d_copies, total
 
-    start = jax.tree.map(lambda one: zeros(one.astype(jnp.float32), *one.shape), w)
-    dx, d_copies, dw = for_blocks(copies, rows, e, body, (dx, d_copies, start))
+    nothing = jax.tree.map(lambda one: zeros(one.astype(jnp.float32), *one.shape), w)
+    dx, d_copies, dw = for_blocks(load, sizes, e, body, (dx, d_copies, nothing))
     return dx, d_copies, jax.tree.map(lambda stacked, one: stacked.at[e].set(one.astype(x.dtype)), d_weights, dw)
 
-  carry = (zeros(x, *x.shape), zeros(copies.weights, num_copies), jax.tree.map(lambda a: zeros(a, *a.shape), weights))
-  return jax.lax.fori_loop(0, num_experts, expert, carry)
+  carry = (zeros(x, *x.shape), zeros(copy_weights, num_copies + sizes[-1]),
+           jax.tree.map(lambda a: zeros(a, *a.shape), weights))
+  dx, d_copies, d_weights = jax.lax.fori_loop(0, num_experts, expert, carry)
+  return dx, jnp.where(owned(copies)[:, 0], d_copies[:num_copies], 0), d_weights
 
 
 def outer(a: Array, b: Array) -> Array:
