@@ -18,7 +18,7 @@ from moejax.transformer import ModelConfig
 
 
 def get_config() -> ConfigDict:
-  """Sequence-wise balance loss, eight experts, top two."""
+  """Eight experts, top two, kept even by a bias that follows the load and by a sequence-wise balance loss."""
   return to_config_dict(ExperimentConfig(
     steps=500,
     batch_size=16,
@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
       attention=AttentionConfig(num_heads=4, num_kv_heads=2, d_head=64),
       moe=MoEConfig(router=RouterConfig(num_experts=8, top_k=2), d_expert=256),
     ),
-    balance=BalanceConfig(losses=frozendict(sequence='0.01')),
+    balance=BalanceConfig(losses=frozendict(sequence='0.01'), bias_rule='sign'),
     optim=OptimConfig(learning_rate=2e-3, warmup_steps=40),
     eval=EvalConfig(every=100, batches=8),
   ))

@@ -10,7 +10,6 @@ Letters: B batch, S sequence, D model, V vocab.
 
 import dataclasses
 import functools
-import math
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -106,8 +105,9 @@ cross_entropy.defvjp(cross_entropy_fwd, cross_entropy_bwd)
 
 
 def split(tree: Tree, chunks: int) -> Tree:
-  """[B, S, ...] -> [chunks, B, S / chunks, ...], with fewer chunks where they do not divide S."""
-  chunks = math.gcd(chunks, jax.tree.leaves(tree)[0].shape[1])
+  """[B, S, ...] -> [chunks, B, S / chunks, ...]; where they do not divide S, with the next number that does."""
+  length = jax.tree.leaves(tree)[0].shape[1]
+  chunks = next(n for n in range(min(chunks, length), length + 1) if length % n == 0)
   return jax.tree.map(
     lambda a: jnp.moveaxis(a.reshape(a.shape[0], chunks, -1, *a.shape[2:]), 1, 0), tree)
 

@@ -117,7 +117,7 @@ def pieces(spec: str | float) -> list[tuple[float, float]]:
       raise ValueError(spec)
     found.append((float(start[:-1]) / 100 if at else 0.0, float(value)))
   starts = [start for start, _ in found]
-  if starts != sorted(starts) or starts[-1] > 1 or any(value < 0 or not value < float('inf') for _, value in found):
+  if starts != sorted(starts) or any(not 0 <= start <= 1 for start in starts) or any(value < 0 or not value < float('inf') for _, value in found):
     raise ValueError(spec)
   return found
 

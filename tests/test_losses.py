@@ -135,7 +135,7 @@ def test_split_and_join() -> None:
   np.testing.assert_array_equal(parts[0][1], H[:, 3:6])
   for a, b in zip(join(parts), (H, TARGETS)):
     np.testing.assert_array_equal(a, b)
-  assert [split(H, n).shape[0] for n in CUTS] == [1, 4, 12, 1, 4], 'fewer where they do not divide'
+  assert [split(H, n).shape[0] for n in CUTS] == [1, 4, 12, 6, 12], 'more where they do not divide'
 
 
 def test_a_config_that_cannot_be_is_one_clear_error() -> None:

@@ -144,7 +144,7 @@ def test_pieces_of_a_schedule(spec: str | float, want: list[tuple[float, float]]
 
 @pytest.mark.parametrize('spec', [
   '', 'x', '0.1,', '0.1, 0.2', '0.1@10%', '0.1, 0.2@10', '0.1, 0.2@x%', '0.1, 0.2@%', '0.1, 0.2@70%, 0.3@10%',
-  '0.1, 0.2@101%', '0.1, 0.2@-1%', -0.1, '-0.1', '0.1, -0.2@10%', 'nan', 'inf', math.inf,
+  '0.1, 0.2@nan%', '0.1, 0.2@101%', '0.1, 0.2@-1%', -0.1, '-0.1', '0.1, -0.2@10%', 'nan', 'inf', math.inf,
   math.nan], ids=repr)
 def test_what_is_no_schedule_is_told(spec: str | float) -> None:
   with pytest.raises(ValueError):

@@ -1,6 +1,7 @@
 """One optimiser step: how the batch is cut, sharded, padded, packed or recomputed changes nothing."""
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +30,11 @@ TOLERANCE = 1e-6
 CONFIG = ExperimentConfig(
   steps=20, batch_size=ROWS, seq_len=LENGTH,
   model=ModelConfig(
-    vocab_size=VOCAB, d_model=16, num_layers=3, num_dense_layers=1, d_ff=16,
+    vocab_size=VOCAB, d_model=16, num_layers=2,
     attention=AttentionConfig(num_heads=2, num_kv_heads=2, d_head=8),
-    moe=MoEConfig(router=RouterConfig(num_experts=4, top_k=2), d_expert=8, num_shared=1)),
+    # The dispatcher that compiles fastest; the others are compared with it.
+    moe=MoEConfig(router=RouterConfig(num_experts=4, top_k=2), dispatch=DispatchConfig('dense_matmul'), d_expert=8,
+                  num_shared=1)),
   balance=BalanceConfig(
     losses=frozendict(sequence=0.1, ep_group=0.2, global_batch=0.3, router_z=0.01), bias_rule='sign', ep_groups=4))
 
@@ -63,8 +66,19 @@ def make_batch(seed: int = 0) -> Batch:
                jnp.array(segments, jnp.int32), jnp.array(positions, jnp.int32), jnp.zeros(ROWS, jnp.int32))
 
 
-def spread(state: TrainState) -> TrainState:
-  """Routers that choose unevenly, as trained ones do, and a bias that matters."""
+# Half the time of these tests would be LLVM's, on programs that run for a millisecond.
+QUICK = {'xla_backend_optimization_level': 0}
+
+
+@functools.cache
+def leaves() -> list[jax.Array]:
+  """The numbers of a fresh state, whatever its config says of how to compute with them."""
+  return jax.tree.leaves(jax.jit(functools.partial(init_state, CONFIG), compiler_options=QUICK)())
+
+
+def start(cfg: ExperimentConfig) -> TrainState:
+  """A state with routers that choose unevenly, as trained ones do, and a bias that matters."""
+  state = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(functools.partial(init_state, cfg))), leaves())
   w = state.model.blocks.moe.router
   w[...] = 20 * w[...]
   bias = 0.02 * jnp.arange(state.router.size, dtype=jnp.float32).reshape(state.router.shape)
@@ -72,10 +86,18 @@ def spread(state: TrainState) -> TrainState:
 
 
 @functools.cache
-def result(cfg: ExperimentConfig, mesh: MeshConfig | None = None) -> tuple[np.ndarray, object]:
+def differentiate(cfg: ExperimentConfig):
+  return jax.jit(functools.partial(gradients, cfg=cfg), compiler_options=QUICK)
+
+
+def flat(grads: object) -> np.ndarray:
+  return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])
+
+
+@functools.cache
+def result(cfg: ExperimentConfig, mesh: MeshConfig | None = None, step: int = 0) -> tuple[np.ndarray, object]:
   """(gradient as one vector, sums) of the batch."""
-  state, batch = spread(init_state(cfg)), make_batch()
-  run = jax.jit(functools.partial(gradients, cfg=cfg))
+  state, batch, run = start(cfg)._replace(step=jnp.int32(step)), make_batch(), differentiate(cfg)
   if mesh is None:
     grads, sums = run(state, batch)
   else:
@@ -83,7 +105,7 @@ def result(cfg: ExperimentConfig, mesh: MeshConfig | None = None) -> tuple[np.nd
     with jax.set_mesh(devices):
       state = jax.device_put(state, shardings(state, devices))
       grads, sums = run(state, jax.device_put(batch, NamedSharding(devices, spec('batch'))))
-  return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)]), jax.device_get(sums)
+  return flat(grads), jax.device_get(sums)
 
 
 def assert_same(one: tuple, other: tuple) -> None:
@@ -95,11 +117,12 @@ def assert_same(one: tuple, other: tuple) -> None:
     np.testing.assert_allclose(sums2.terms[name], value, rtol=2e-6, err_msg=name)
 
 
-@pytest.mark.parametrize('micro_batches', [2, 4, 8])
+@pytest.mark.parametrize('micro_batches', [2, 4])
 def test_micro_batches_change_nothing(micro_batches: int) -> None:
   assert_same(result(CONFIG), result(replace(CONFIG, micro_batches=micro_batches)))
 
 
+@pytest.mark.slow
 def test_micro_batch_loss_is_the_one_that_depends_on_the_cut_by_definition() -> None:
   balance = dataclasses.replace(CONFIG.balance, losses=frozendict(micro_batch=1.0))
   one, two = (result(replace(CONFIG, micro_batches=n, balance=balance))[1].terms['balance/micro_batch'] for n in (1, 2))
@@ -109,17 +132,29 @@ def test_micro_batch_loss_is_the_one_that_depends_on_the_cut_by_definition() -> 
 
 
 @pytest.mark.parametrize('score_fn', SCORE_FNS)
-@pytest.mark.parametrize('name', sorted(set(BALANCE_LOSSES) - {'micro_batch'}))
-def test_each_balance_gradient_survives_accumulation(name: str, score_fn: str) -> None:
-  """MaxText's fault 1 in BALANCE.md: there the router's balance gradient falls with the number of tokens."""
-  balance = dataclasses.replace(CONFIG.balance, losses=frozendict({name: 100.0}), ep_groups=2)
+def test_each_balance_gradient_survives_accumulation(score_fn: str) -> None:
+  """Where it fails the router's balance gradient falls with the number of tokens, and the log looks right.
+
+  One after the other holds the whole coefficient, by schedules: one program for all, and for 1 and 4 micro-batches.
+  """
+  names = sorted(set(BALANCE_LOSSES) - {'micro_batch'})
+  part = 100 // len(names)
+  schedules = {name: f'0, 100@{i * part}%, 0@{(i + 1) * part}%' for i, name in enumerate(names)}
+  balance = dataclasses.replace(CONFIG.balance, losses=frozendict(schedules), ep_groups=2)
   router = dataclasses.replace(CONFIG.model.moe.router, score_fn=score_fn)
-  cfg = with_moe(replace(CONFIG, balance=balance), router=router)
-  assert_same(result(cfg), result(replace(cfg, micro_batches=4)))
+  cfg = with_moe(replace(CONFIG, balance=balance, steps=100), router=router)
+  gradients_of = []
+  for i, name in enumerate(names):
+    one, four = (result(replace(cfg, micro_batches=n), step=i * part) for n in (1, 4))
+    assert_same(one, four)
+    np.testing.assert_allclose(one[1].loss - one[1].terms['lm_loss'], 100 * one[1].terms[f'balance/{name}'], rtol=1e-5)
+    gradients_of.append(one[0])
+  assert all(np.abs(a - b).max() > 0.1 for a, b in itertools.combinations(gradients_of, 2)), 'the same loss twice'
 
 
 @pytest.mark.parametrize('mesh', [
-  MeshConfig(8), MeshConfig(1, fsdp=8), MeshConfig(2, expert=4), MeshConfig(1, fsdp=2, expert=2, tensor=2)], ids=str)
+  pytest.param(MeshConfig(8), marks=pytest.mark.slow), pytest.param(MeshConfig(1, fsdp=8), marks=pytest.mark.slow),
+  pytest.param(MeshConfig(2, expert=4), marks=pytest.mark.slow), MeshConfig(1, fsdp=2, expert=2, tensor=2)], ids=str)
 @pytest.mark.parametrize('dispatcher', DISPATCHERS)
 def test_meshes_change_nothing(dispatcher: str, mesh: MeshConfig) -> None:
   cfg = with_moe(CONFIG, dispatch=DispatchConfig(dispatcher))
@@ -127,11 +162,12 @@ def test_meshes_change_nothing(dispatcher: str, mesh: MeshConfig) -> None:
 
 
 @pytest.mark.parametrize('dispatch', [
-  DispatchConfig('dense_matmul'), DispatchConfig('dense_matmul', capacity_factor=4.0, drop_by='position')], ids=str)
+  DispatchConfig('sparse_matmul'), DispatchConfig('dense_matmul', capacity_factor=4.0, drop_by='position')], ids=str)
 def test_dispatchers_change_nothing(dispatch: DispatchConfig) -> None:
   assert_same(result(CONFIG), result(with_moe(CONFIG, dispatch=dispatch)))
 
 
+@pytest.mark.slow
 def test_a_mesh_with_capacity_and_micro_batches_changes_nothing() -> None:
   dispatch = DispatchConfig('dense_matmul', capacity_factor=4.0)
   cfg = with_moe(replace(CONFIG, micro_batches=2), dispatch=dispatch)
@@ -151,10 +187,9 @@ def test_padding_rows_and_columns_change_nothing() -> None:
   cfg, batch = CONFIG, make_batch()
   wide = Batch(*(jnp.pad(a, ((0, 0), (0, 5)), constant_values=fill) for a, fill in
                  zip(batch[:5], (7, IGNORE, False, 0, 0))), batch.task_ids)
-  state = spread(init_state(cfg))
-  with_padding = jax.jit(functools.partial(gradients, cfg=cfg))(state, wide)
-  flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(with_padding[0])])
-  assert_same(result(cfg), (flat, jax.device_get(with_padding[1])))
+  state = start(cfg)
+  with_padding = differentiate(cfg)(state, wide)
+  assert_same(result(cfg), (flat(with_padding[0]), jax.device_get(with_padding[1])))
 
 
 def test_packing_documents_changes_nothing() -> None:
@@ -175,15 +210,11 @@ def test_packing_documents_changes_nothing() -> None:
     tokens, targets, segments, positions = (jnp.stack(column) for column in zip(*rows))
     return Batch(tokens, targets, targets != IGNORE, segments, positions, jnp.zeros(len(rows), jnp.int32))
 
-  state = spread(init_state(cfg))
+  state = start(cfg)
   packed = batch(row(tokens[:first], tokens[first:]), row())
   apart = batch(row(tokens[:first]), row(tokens[first:first + second]))
-  run = jax.jit(functools.partial(gradients, cfg=cfg))
-  results = []
-  for b in (packed, apart):
-    grads, sums = run(state, b)
-    results.append((np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)]), jax.device_get(sums)))
-  assert_same(*results)
+  results = [differentiate(cfg)(state, b) for b in (packed, apart)]
+  assert_same(*((flat(grads), jax.device_get(sums)) for grads, sums in results))
 
 
 def test_the_loss_logged_is_the_loss_differentiated() -> None:
@@ -196,12 +227,12 @@ def test_the_loss_logged_is_the_loss_differentiated() -> None:
 
 @functools.cache
 def stepper(cfg: ExperimentConfig):
-  return jax.jit(functools.partial(train_step, cfg=cfg))
+  return jax.jit(functools.partial(train_step, cfg=cfg), compiler_options=QUICK)
 
 
 def test_training_learns_one_batch_by_heart() -> None:
   cfg = replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, learning_rate=0.02, warmup_steps=2))
-  state, losses = init_state(cfg), []
+  state, losses = start(cfg), []
   for _ in range(20):
     state, metrics = stepper(cfg)(state, make_batch())
     losses.append(float(metrics['lm_loss']))
@@ -210,7 +241,7 @@ def test_training_learns_one_batch_by_heart() -> None:
 
 @pytest.mark.parametrize('bad', ['loss', 'gradient'])
 def test_a_non_finite_step_changes_nothing_but_the_count(bad: str) -> None:
-  state = spread(init_state(CONFIG))
+  state = start(CONFIG)
   state, _ = stepper(CONFIG)(state, make_batch())
   value = jnp.inf if bad == 'loss' else 1e30   # 1e30 squared overflows in the gradient's norm, or in the loss
   poisoned = jax.tree.map(lambda a: a, state.model)
@@ -223,16 +254,15 @@ def test_a_non_finite_step_changes_nothing_but_the_count(bad: str) -> None:
 
 
 def test_a_finite_step_is_not_skipped() -> None:
-  state, metrics = stepper(CONFIG)(spread(init_state(CONFIG)), make_batch())
+  state, metrics = stepper(CONFIG)(start(CONFIG), make_batch())
   assert not metrics['skipped'] and int(state.step) == 1
 
 
 @pytest.mark.parametrize('rule', BIAS_RULES)
-@pytest.mark.parametrize('micro_batches', [1, 4])
-def test_the_bias_moves_once_a_step_by_the_whole_batch(rule: str, micro_batches: int) -> None:
+def test_the_bias_moves_once_a_step_by_the_whole_batch(rule: str) -> None:
   balance = dataclasses.replace(CONFIG.balance, bias_rule=rule, bias_rate='0.5, 0@50%')
-  cfg = replace(CONFIG, micro_batches=micro_batches, balance=balance)
-  before = spread(init_state(cfg))
+  cfg = replace(CONFIG, micro_batches=2, balance=balance)
+  before = start(cfg)
   after, metrics = stepper(cfg)(before, make_batch())
   want = jax.vmap(lambda b, c: BIAS_RULES[rule].update(b, c, 0.5))(before.router, metrics['load'])
   np.testing.assert_allclose(after.router, want, rtol=1e-6)
@@ -242,7 +272,7 @@ def test_the_bias_moves_once_a_step_by_the_whole_batch(rule: str, micro_batches:
 
 
 def test_router_bias_takes_no_gradient_and_no_optimiser_state() -> None:
-  state = spread(init_state(CONFIG))
+  state = start(CONFIG)
 
   def loss(router: jax.Array) -> jax.Array:
     return gradients(state._replace(router=router), make_batch(), CONFIG)[1].loss
@@ -253,7 +283,7 @@ def test_router_bias_takes_no_gradient_and_no_optimiser_state() -> None:
 
 
 def test_evaluation_moves_nothing_and_counts_what_training_would() -> None:
-  state = spread(init_state(CONFIG))
+  state = start(CONFIG)
   out = jax.jit(functools.partial(eval_step, cfg=CONFIG))(state.model, state.router, make_batch())
   _, sums = result(CONFIG)
   np.testing.assert_allclose(out['nll'] / out['tokens'], sums.terms['lm_loss'], rtol=1e-6)
@@ -264,9 +294,8 @@ def test_evaluation_moves_nothing_and_counts_what_training_would() -> None:
 
 def test_gradient_of_the_model_against_finite_differences() -> None:
   """The whole objective, hand-written gradients and all, along random directions, in float32."""
-  state, batch = spread(init_state(CONFIG)), make_batch()
-  grads, _ = jax.jit(functools.partial(gradients, cfg=CONFIG))(state, batch)
-  value = jax.jit(lambda model: gradients(state._replace(model=model), batch, CONFIG)[1].loss)
+  state, batch = start(CONFIG), make_batch()
+  grads, _ = differentiate(CONFIG)(state, batch)
   for part in ('router', 'experts', 'shared'):
     leaves = jax.tree.leaves(getattr(grads.blocks.moe, part))
     norm = float(optax.tree.norm(leaves))
@@ -274,7 +303,7 @@ def test_gradient_of_the_model_against_finite_differences() -> None:
     for sign in (1, -1):
       model = jax.tree.map(lambda a: a, state.model)
       setattr(model.blocks.moe, part, jax.tree.map(
-        lambda a, g, scale=sign * 1e-2 / norm: a + scale * g, getattr(model.blocks.moe, part),
+        lambda a, g, scale=sign * 1e-3 / norm: a + scale * g, getattr(model.blocks.moe, part),
         getattr(grads.blocks.moe, part)))
-      moved.append(float(value(model)))
-    np.testing.assert_allclose((moved[0] - moved[1]) / 2e-2, norm, rtol=2e-2, err_msg=part)
+      moved.append(float(differentiate(CONFIG)(state._replace(model=model), batch)[1].loss))
+    np.testing.assert_allclose((moved[0] - moved[1]) / 2e-3, norm, rtol=3e-2, err_msg=part)
