@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 2
 PY = $(VENV)/bin/python
 install = $(PY) -m pip install --quiet --disable-pip-version-check -e
 
@@ -13,10 +14,10 @@ train: $(VENV)/.dev
 
 test: $(VENV)/.dev
 	$(PY) -m ruff check .
-	$(PY) -m pytest --durations=10 $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --durations=10 $(ARGS)
 
 fast: $(VENV)/.dev
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
 
 bench: $(VENV)/.bench
 	$(PY) benchmarks/moe_layer.py

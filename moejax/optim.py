@@ -117,7 +117,8 @@ def pieces(spec: str | float) -> list[tuple[float, float]]:
       raise ValueError(spec)
     found.append((float(start[:-1]) / 100 if at else 0.0, float(value)))
   starts = [start for start, _ in found]
-  if starts != sorted(starts) or any(not 0 <= start <= 1 for start in starts) or any(value < 0 or not value < float('inf') for _, value in found):
+  usable = all(0 <= start <= 1 and 0 <= value < float('inf') for start, value in found)   # False for nan, too
+  if not usable or starts != sorted(starts):
     raise ValueError(spec)
   return found
 

@@ -84,15 +84,18 @@ print('exit status', status)
 # Each picture is a layer: time to the right, an expert a row. White is a fair share, red too much, blue too little.
 
 # %%
-from moejax.metrics import load_image, MetricsLog
-import numpy as np
-from PIL import Image
-from IPython.display import display
+import json
 
-history = np.array([row['load'] for row in MetricsLog(f'{WORKDIR}/load.jsonl', STEPS).rows()])
+from IPython.display import Image, display
+import numpy as np
+
+from moejax.metrics import load_image, png
+
+with open(f'{WORKDIR}/load.jsonl') as file:
+  history = np.array([json.loads(line)['load'] for line in file])  # [steps logged, L, E]
 for layer in range(history.shape[1]):
   print(f'layer {layer}')
-  display(Image.fromarray(load_image(history[:, layer])))
+  display(Image(png(load_image(history[:, layer]))))
 
 # %% [markdown]
 # ## Resume

@@ -326,7 +326,7 @@ def test_what_a_killed_writer_left_is_removed_once_it_is_old(folder: Path) -> No
 def test_ids_that_jax_would_clamp_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   for bad, words in ((257, 'above its 257'), (256, 'end of document')):
     ids = [np.array([1, bad])]
-    monkeypatch.setattr(data_module.Tokenizer, 'encode_batch', lambda self, texts: ids * len(texts))
+    monkeypatch.setattr(data_module.Tokenizer, 'encode_batch', lambda self, texts, ids=ids: ids * len(texts))
     with pytest.raises(ConfigError, match=words):
       _open(folder)
   assert not [path for path in (folder / 'cache').iterdir() if path.name.startswith('tokens')]

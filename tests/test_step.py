@@ -174,11 +174,13 @@ def test_a_mesh_with_capacity_and_micro_batches_changes_nothing() -> None:
   assert_same(result(CONFIG), result(cfg, MeshConfig(2, expert=2, tensor=2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remat', sorted(set(REMAT_POLICIES) - {'none'}))
 def test_remat_changes_nothing(remat: str) -> None:
   assert_same(result(CONFIG), result(replace(CONFIG, remat=remat)))
 
 
+@pytest.mark.slow
 def test_unrolled_layers_change_nothing() -> None:
   assert_same(result(CONFIG), result(replace(CONFIG, unroll=2)))
 

@@ -148,6 +148,7 @@ def test_rows_that_do_not_divide_over_devices_are_refused(tmp_path: Path, capsys
   assert 'do not divide over data * fsdp * expert = 8' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_checkpoints_that_do_not_load_are_not_started_over(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
   workdir = tmp_path / 'run'
   assert train(config(workdir, stop_after=4)) == 0
@@ -158,6 +159,7 @@ def test_checkpoints_that_do_not_load_are_not_started_over(tmp_path: Path, capsy
   assert 'none of [4] loads' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_divergence_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
   workdir = tmp_path / 'run'
   status = train(config(workdir, optim__learning_rate=1e30, optim__clip_norm=0.0, optim__warmup_steps=0,

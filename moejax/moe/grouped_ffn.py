@@ -236,7 +236,8 @@ def ragged_backward(residuals: Residuals, dy: Array) -> tuple[Array, Array, Weig
   hidden, pull = jax.vjp(swiglu, gates, ups)
   d_hidden = back(dy_rows, weights.down)
   d_gate, d_up = pull(d_hidden * copy_weights)
-  d_weights = Weights(*(ragged_outer(a, b) for a, b in ((rows, d_gate), (rows, d_up), (hidden * copy_weights, dy_rows))))
+  d_weights = Weights(ragged_outer(rows, d_gate), ragged_outer(rows, d_up),
+                      ragged_outer(hidden * copy_weights, dy_rows))
   dx = jnp.zeros_like(x).at[copies.tokens].add(back(d_gate, weights.gate) + back(d_up, weights.up))
   return dx, (d_hidden * hidden).sum(-1).astype(jnp.float32), d_weights
 
