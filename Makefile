@@ -22,6 +22,7 @@ fast: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(PY) benchmarks/moe_layer.py
 	$(PY) benchmarks/train_step.py
+	$(PY) benchmarks/start_up.py
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

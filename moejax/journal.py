@@ -6,6 +6,7 @@ uninterrupted one would have written, bit for bit.
 
 import json
 import math
+import os
 import pathlib
 import sys
 import threading
@@ -35,11 +36,11 @@ class Journal:
     self.metrics = MetricsLog(self.workdir / 'metrics.jsonl', step)
     self.loads = MetricsLog(self.workdir / 'load.jsonl', step)
     self.board = TensorBoard(self.workdir / 'tensorboard', step)
-    self.console = Console(highlight=False, soft_wrap=True)
+    self.console = Console(highlight=False, soft_wrap=True, force_jupyter=False)  # plain lines in a notebook, too
     self.bar = Progress(TextColumn('{task.description}'), BarColumn(bar_width=20), console=self.console,
                         disable=not self.console.is_terminal)
     self.task = self.bar.add_task('compiling', total=cfg.steps, completed=step)
-    self.best, self.last, self.usage = math.inf, {}, ''
+    self.usage, self.text = '', ''
     self.compressed: dict[str, float] = {}
     self.resume_clock()
 
@@ -56,8 +57,7 @@ class Journal:
 
   def say(self, *lines: str) -> None:
     """Lines for the person at the terminal, above the progress bar where there is one."""
-    for line in lines:
-      self.console.print(line, markup=False)
+    self.console.print(*lines, sep='\n', markup=False)
 
   def compress(self) -> None:
     """What gzip and xz make of the held-out text, found in the background."""
@@ -71,17 +71,16 @@ class Journal:
 
   def step(self, step: int, metrics: Metrics) -> None:
     """Reads a step's metrics, waiting for it if need be; writes them where they are due."""
-    cfg = self.cfg
     self.skips_in_a_row = self.skips_in_a_row + 1 if metrics['skipped'] else 0
     if metrics['skipped']:
       self.say(f'step {step} skipped: its loss or gradient is not finite ({self.skips_in_a_row} in a row)')
-    self.tokens += cfg.batch_size * cfg.seq_len
-    if step > 1 and step % cfg.log_every and step != cfg.steps:
+    self.tokens += self.cfg.batch_size * self.cfg.seq_len
+    if step > 1 and step % self.cfg.log_every and step != self.cfg.steps:
       return
     metrics = jax.device_get(metrics)
     load = metrics.pop('load')
     row = {name: float(value) for name, value in metrics.items()}
-    row |= {name: float(value) for name, value in router_statistics(load, cfg.model.moe.router.top_k).items()}
+    row |= {name: float(value) for name, value in router_statistics(load, self.cfg.model.moe.router.top_k).items()}
     row['bits_per_byte'] = row['lm_loss'] * BITS_PER_NAT / self.data.bytes_per_token
     row['tokens_per_second'] = self.tokens / (time.perf_counter() - self.since)
     row['mfu'] = mfu(row['tokens_per_second'], self.flops_per_token, jax.devices())
@@ -89,7 +88,6 @@ class Journal:
     self.loads.write({'step': step, 'load': load.astype(int).tolist()})
     self.board.scalars(step, row)
     self.show(step, row)
-    self.last = row
 
   def show(self, step: int, row: dict[str, float]) -> None:
     """The progress line."""
@@ -105,9 +103,8 @@ class Journal:
 
   def validation(self, step: int, sums: dict[str, np.ndarray], text: str) -> float:
     """Writes what validation found; returns bits per byte of the held-out text."""
-    data = self.data
     nats_per_token = float(sums['nll']) / float(sums['tokens'])
-    bpb = nats_per_token * BITS_PER_NAT * data.validation_tokens / data.validation_bytes
+    bpb = nats_per_token * BITS_PER_NAT * self.data.validation_tokens / self.data.validation_bytes
     router = router_statistics(sums['load'], self.cfg.model.moe.router.top_k)
     row = {'eval/bits_per_byte': bpb, 'eval/lm_loss': nats_per_token} | {
       f'eval/{name}': float(value) for name, value in router.items()}
@@ -116,7 +113,7 @@ class Journal:
     self.board.scalars(step, row)
     self.board.text('sample', text, step)
     self.images(step)
-    self.best = min(self.best, bpb) if math.isfinite(bpb) else self.best
+    self.text = text
     self.usage = (f'{100 * row["eval/expert_usage"]:.0f}% of experts used, MaxVio {row["eval/max_vio"]:.2f}, load '
                   + ' '.join(f'[{load_bars(layer)}]' for layer in sums['load']))
     others = ''.join(f', {name} {value:.3f}' for name, value in self.compressed.items())
@@ -132,15 +129,19 @@ class Journal:
 
   def report(self, digest: str, bpb: float) -> None:
     """The last words, also as report.json."""
-    report = {'bits_per_byte': bpb, 'best_bits_per_byte': self.best, 'digest': digest, **self.compressed}
+    found = [row['eval/bits_per_byte'] for row in self.metrics.rows() if 'eval/bits_per_byte' in row]
+    best = min((value for value in found if value is not None), default=bpb)   # null: it was not finite
+    report = {'bits_per_byte': bpb, 'best_bits_per_byte': best, 'digest': digest, **self.compressed}
+    python = min(sys.executable, os.path.relpath(sys.executable), key=len)
     (self.workdir / 'report.json').write_text(json.dumps(report, indent=2) + '\n')
     self.say(
-      f'done. {self.best:.4f} bits per byte at best, {bpb:.4f} at the end' +
+      'it writes:', '', *(f'  {line}' for line in self.text.split('\n')), '',
+      f'done. {best:.4f} bits per byte at best, {bpb:.4f} at the end' +
       ''.join(f'; {name} {value:.3f}' for name, value in self.compressed.items()),
       f'experts  {self.usage}, on held-out text',
       f'state    digest {digest[:16]}',
       f'run      {self.workdir}: metrics.jsonl, tensorboard (tensorboard --logdir={self.workdir}), checkpoints',
-      f'sample   {sys.executable} -m moejax.generate --workdir={self.workdir} --prompt="{self.cfg.sample_prompt}"')
+      f'sample   {python} -m moejax.generate --workdir={self.workdir} --prompt="{self.cfg.sample_prompt}"')
 
 
 def clock(seconds: float) -> str:

@@ -153,7 +153,8 @@ def train_step(state: TrainState, batch: Batch, cfg: ExperimentConfig) -> tuple[
 
   new = TrainState(state.step + 1, *jax.lax.cond(finite, apply, skip))
   metrics = sums.terms | {
-    'loss': sums.loss, 'grad_norm': grad_norm, 'skipped': ~finite, 'load': sums.load, 'dropped': sums.dropped,
+    'loss': sums.loss, 'grad_norm': grad_norm, 'load': sums.load, 'dropped': sums.dropped,
+    'skipped': ~finite, 'skipped_total': new.step - updates_made(new.opt_state),
     'learning_rate': learning_rate(cfg.optim, cfg.steps)(updates_made(state.opt_state)),
     'router_bias_max': jnp.abs(new.router).max()}
   return new, metrics
