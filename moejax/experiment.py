@@ -39,7 +39,8 @@ class ExperimentConfig:
   stop_after: end here, with a checkpoint, what is planned for `steps`; 0: do not.
   seed: of initialisation and of the order of the data.
   stop_after_skips: steps in a row with a non-finite loss or gradient, each skipped, after which the run gives up.
-  workdir: where everything is written; the same one resumes.  init_from: a model to start from; '' for random.
+  workdir: where everything is written; the same one resumes.  init_from: directory of a run whose
+    model and router bias this one starts from, with a fresh optimiser; '' for random numbers.
   """
 
   steps: int = 500

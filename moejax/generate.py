@@ -23,7 +23,7 @@ from moejax.config import ConfigError, check
 from moejax.data import Batch
 from moejax.experiment import CHECKPOINTS, TOKENIZER_FILE, ExperimentConfig, read_config, resolved
 from moejax.sharding import row_shards
-from moejax.step import init_state
+from moejax.step import TrainState, init_state
 from moejax.tokenizer import Tokenizer, load_tokenizer
 from moejax.transformer import Transformer, empty_caches
 
@@ -113,13 +113,21 @@ def load(workdir: str) -> tuple[ExperimentConfig, Tokenizer, int, Transformer, A
   """The newest verified step of a run. -> config, tokenizer, step, model, router bias."""
   cfg, tokenizer = read_config(workdir), load_tokenizer(str(pathlib.Path(workdir) / TOKENIZER_FILE))
   cfg = resolved(cfg, tokenizer.vocab_size)
-  target = jax.eval_shape(lambda: init_state(cfg))
+  return cfg, tokenizer, *read_model(workdir, jax.eval_shape(lambda: init_state(cfg)), cfg)
+
+
+def read_model(workdir: str, target: TrainState, cfg: ExperimentConfig) -> tuple[int, Transformer, Array]:
+  """Step, model and router bias of the newest verified checkpoint of a run, on the shardings of `target`.
+
+  Raises:
+    ConfigError: that run's model has other shapes than `target`.
+    NoLoadableCheckpoint: there is none, or none that verifies.
+  """
   checkpoints = Checkpoints(pathlib.Path(workdir) / CHECKPOINTS, cfg.checkpoint, readonly=True)
   found = checkpoints.restore({'model': target.model, 'router': target.router}, {}, only=('model', 'router'))
   if found is None:
     raise NoLoadableCheckpoint(f'workdir={workdir!r} has no checkpoint yet: train it first')
-  step, tree, _ = found
-  return cfg, tokenizer, step, tree['model'], tree['router']
+  return found[0], found[1]['model'], found[1]['router']
 
 
 def main(argv: Sequence[str]) -> int:

@@ -25,7 +25,7 @@ from moejax.checkpoint import Checkpoints, NoLoadableCheckpoint, RunInUse, SaveF
 from moejax.config import ConfigError, check
 from moejax.data import Batch, Data, open_data
 from moejax.experiment import CHECKPOINTS, TOKENIZER_FILE, ExperimentConfig, resolved, write_config
-from moejax.generate import SampleConfig, sample
+from moejax.generate import SampleConfig, read_model, sample
 from moejax.journal import Journal
 from moejax.sharding import make_mesh, shardings, spec
 from moejax.step import Metrics, TrainState, compile_step, eval_step, init_state
@@ -177,10 +177,15 @@ def compile_programs(cfg: ExperimentConfig, data: Data, mesh: Mesh) -> Programs:
 
 
 def initialised(cfg: ExperimentConfig, target: TrainState) -> TrainState:
-  """A fresh state on the target's shardings; XLA's optimiser has nothing to win there, and takes a second to see it."""
+  """A fresh state on the target's shardings, with the model of `init_from` where that is given."""
   where = jax.tree.map(lambda a: a.sharding, target)
+  # XLA has nothing to win in an initialisation, and takes a second to see it.
   options = {'xla_backend_optimization_level': 1}
-  return jax.jit(functools.partial(init_state, cfg), out_shardings=where, compiler_options=options)()
+  state = jax.jit(functools.partial(init_state, cfg), out_shardings=where, compiler_options=options)()
+  if not cfg.init_from:
+    return state
+  _, model, router = read_model(cfg.init_from, target, cfg)
+  return state._replace(model=model, router=router)
 
 
 def restored(target: TrainState, checkpoints: Checkpoints, data: Data) -> TrainState | None:

@@ -149,6 +149,17 @@ def test_rows_that_do_not_divide_over_devices_are_refused(tmp_path: Path, capsys
 
 
 @pytest.mark.slow
+def test_a_run_can_start_from_anothers_model(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+  workdir = tmp_path / 'run'
+  assert train(config(workdir, init_from=str(straight), stop_after=2)) == 0
+  first, last = rows(workdir)[0], [row for row in rows(straight) if 'lm_loss' in row][-1]
+  assert first['lm_loss'] < last['lm_loss'] + 0.05 and first['learning_rate'] == rows(straight)[0]['learning_rate']
+  assert train(config(tmp_path / 'other', init_from=str(straight), model__d_model=64)) == 2
+  assert 'model/embed/table' in capsys.readouterr().err
+  assert train(config(tmp_path / 'none', init_from=str(tmp_path / 'nowhere'))) == 3
+
+
+@pytest.mark.slow
 def test_checkpoints_that_do_not_load_are_not_started_over(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
   workdir = tmp_path / 'run'
   assert train(config(workdir, stop_after=4)) == 0
