@@ -16,7 +16,7 @@ from types import TracebackType
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import Progress, TextColumn
 
 from moejax.compressors import gzip_bits_per_byte, xz_bits_per_byte
 from moejax.data import Data
@@ -37,8 +37,7 @@ class Journal:
     self.loads = MetricsLog(self.workdir / 'load.jsonl', step)
     self.board = TensorBoard(self.workdir / 'tensorboard', step)
     self.console = Console(highlight=False, soft_wrap=True, force_jupyter=False)  # plain lines in a notebook, too
-    self.bar = Progress(TextColumn('{task.description}'), BarColumn(bar_width=20), console=self.console,
-                        disable=not self.console.is_terminal)
+    self.bar = Progress(TextColumn('{task.description}'), console=self.console, disable=not self.console.is_terminal)
     self.task = self.bar.add_task('compiling', total=cfg.steps, completed=step)
     self.usage, self.text = '', ''
     self.compressed: dict[str, float] = {}
@@ -97,7 +96,7 @@ class Journal:
     line = (f'step {step:>{len(str(self.cfg.steps))}}/{self.cfg.steps}  loss {row["lm_loss"]:.3f}  '
             f'bpb {row["bits_per_byte"]:.3f}{balance}  MaxVio {row["max_vio"]:.2f}  '
             f'{row["tokens_per_second"] / 1000:.1f}k tok/s  {clock(left)} left')
-    self.bar.update(self.task, completed=step, description=line)
+    self.bar.update(self.task, completed=step, description=line.removesuffix(' left'))   # 80 columns hold that
     if not self.console.is_terminal:
       self.say(line)
 
