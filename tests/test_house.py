@@ -30,23 +30,28 @@ LINES = {
     'moejax/manifest.py': 100, 'moejax/rundir.py': 80, 'moejax/metrics.py': 200, 'moejax/trainer.py': 260,
     'moejax/journal.py': 150, 'moejax/summary.py': 120, 'moejax/compressors.py': 30,
     'moejax/generate.py': 200, 'moejax/hf.py': 220, 'configs/*.py': 100, 'benchmarks/*.py': 200,
+    'moejax/moe/selection.py': 200, 'moejax/moe/sets.py': 120, 'moejax/moe/statistics.py': 180,
+    'moejax/moe/shazeer.py': 120, 'moejax/stability.py': 60, 'moejax/certify/*.py': 300,
 }
 # Who stands where: a module imports from lower levels only, and from its own level by an arrow below.
 LEVELS = {
     'moejax': 0, 'checks': 0, 'config': 0,
     'sharding': 1, 'rope': 1, 'losses': 1, 'optim': 1, 'data': 1, 'sources': 1, 'tokenizer': 1,
-    'checkpoint': 1, 'manifest': 1, 'compressors': 1, 'rundir': 1, 'metrics': 1, 'flags': 1,
+    'checkpoint': 1, 'manifest': 1, 'compressors': 1, 'rundir': 1, 'metrics': 1, 'flags': 1, 'stability': 1,
     'layers': 2, 'moe': 3, 'attention': 3, 'transformer': 4, 'families': 5, 'step': 5, 'experiment': 5,
-    'hf': 6, 'generate': 6, 'configs': 6, 'journal': 6, 'summary': 6, 'trainer': 6, 'train': 7,
+    'certify': 6, 'hf': 6, 'generate': 6, 'configs': 6, 'journal': 6, 'summary': 6, 'trainer': 6, 'train': 7,
 }
 ARROWS = {
     'config': {'checks'}, 'data': {'sources', 'tokenizer'}, 'sources': {'tokenizer'},
     'checkpoint': {'manifest', 'rundir'}, 'step': {'experiment'}, 'families': {'families.*'},
     'optim': {'sharding'}, 'trainer': {'generate', 'journal', 'summary'},
-    'moe.layer': {'moe.dispatch', 'moe.experts', 'moe.grouped_ffn', 'moe.balance', 'moe.bias', 'moe.routing'},
+    'moe.layer': {'moe.selection', 'moe.statistics', 'moe.sets', 'moe.dispatch',
+                  'moe.experts', 'moe.grouped_ffn', 'moe.balance', 'moe.bias', 'moe.routing'},
     'moe.dispatch': {'moe.experts', 'moe.grouped_ffn', 'moe.routing'},
     'moe.experts': {'moe.grouped_ffn', 'moe.routing'}, 'moe.grouped_ffn': {'moe.routing'},
-    'moe.balance': {'moe.bias', 'moe.routing'}, 'moe.bias': {'moe.routing'},
+    'moe.balance': {'moe.bias', 'moe.routing', 'moe.sets', 'moe.shazeer'}, 'moe.bias': {'moe.routing'},
+    'moe.sets': {'moe.routing'}, 'moe.shazeer': {'moe.routing', 'moe.sets'}, 'moe.statistics': {'moe.routing'},
+    'moe.routing': {'moe.selection'}, 'certify.__main__': {'certify.*'},
 }
 NNX = {'jit', 'grad', 'value_and_grad', 'scan', 'vmap', 'remat', 'Optimizer', 'sow', 'pop'}
 FAMILY_NAMES = {'model_name', 'model_type', 'family', 'arch', 'architecture'}

@@ -1,0 +1,1 @@
+"""Proof that routing and balance are right: `python -m moejax.certify`."""
