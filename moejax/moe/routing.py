@@ -1,6 +1,6 @@
 """Which experts a token goes to, and with what weight.
 
-  logits -> scores (over all experts) -> choice = scores + bias -> top-k -> expert_ids -> weights, from the scores
+  logits -> scores (over all experts) -> choice = scores + bias -> selection -> expert_ids -> weights, from the scores
 
 Everything here is float32 whatever the compute dtype: a bias step of 1e-3 is below the spacing of bfloat16 around 0.5.
 
@@ -16,24 +16,33 @@ from jax import Array
 import jax.numpy as jnp
 
 from moejax.config import check
+from moejax.moe.selection import SELECTIONS, Tokens, keep_second, limit_to_groups, margin, noisy, without_some
 
 
 class Routing(NamedTuple):
   """What the router decided; it flows on to balance and dispatch."""
 
-  logits: Array      # [B, S, E] f32  what the router computed
+  logits: Array      # [B, S, E] f32  what the scores are made from, noise included
   scores: Array      # [B, S, E] f32  score_fn(logits), over all experts, before top-k
   probs: Array       # [B, S, E] f32  scores normalised over all experts: what a balance loss calls P
-  expert_ids: Array  # [B, S, K] i32  the experts chosen, best first
-  weights: Array     # [B, S, K] f32  what their outputs are multiplied by
+  expert_ids: Array  # [B, S, K] i32  the experts chosen, best first; E: nobody
+  weights: Array     # [B, S, K] f32  what their outputs are multiplied by; 0 for nobody
+  margin: Array      # [B, S]    f32  least choice taken minus best one not taken: how far from flipping
+  likely: Array      # [B, S, E] f32  P(expert is chosen | noise); zeros without noise
+  router: Array      # [D, E]    f32  the router's own weights, where there are any ([0, E] else)
 
 
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
-  """How experts are scored and chosen.
+  """How experts are scored, chosen and weighed.
 
-  `num_groups` > 1 limits the choice to the experts of the `top_groups` best groups (DeepSeek-V3, section 2.1.2).
-  `renormalise` divides the chosen weights by their sum; `scale` multiplies them afterwards.
+  selection: a row of SELECTIONS; all but 'top_k' ignore the router bias, and two are not causal.
+  `num_groups` > 1 limits the choice to the experts of the `top_groups` best groups (DeepSeek-V3, section 2.1.2), a
+    group being worth the sum of its `group_best` best entries.
+  weigh: a row of WEIGHTS. `renormalise` divides the chosen scores by their sum; `scale` multiplies the weights last.
+  jitter: epsilon of a factor U(1 - epsilon, 1 + epsilon) on the router's input.  noisy: learnt noise on the logits.
+  expert_dropout: part of the experts that a layer may not choose in a step.  random_second: GShard's second expert.
+    All four in training only.
   """
 
   num_experts: int = 8
@@ -43,6 +52,13 @@ class RouterConfig:
   top_groups: int = 1
   renormalise: bool = True
   scale: float = 1.0
+  weigh: str = 'scores'
+  group_best: int = 2
+  selection: str = 'top_k'
+  jitter: float = 0.0
+  noisy: bool = False
+  expert_dropout: float = 0.0
+  random_second: bool = False
 
   def __post_init__(self) -> None:
     experts, groups = self.num_experts, max(1, self.num_groups)
@@ -50,15 +66,41 @@ class RouterConfig:
     check(
       f'num_experts={experts}: use 1 or more' if experts < 1 else '',
       f'top_k={self.top_k}: use 1 to num_experts={experts}' if not 1 <= self.top_k <= experts else '',
-      f'score_fn={self.score_fn!r} is not one of {sorted(SCORE_FNS)}' if self.score_fn not in SCORE_FNS else '',
+      *(f'{name}={value!r} is not one of {sorted(rows)}' for name, value, rows in (
+        ('score_fn', self.score_fn, SCORE_FNS), ('selection', self.selection, SELECTIONS),
+        ('weigh', self.weigh, WEIGHTS)) if value not in rows),
       f'num_groups={self.num_groups} does not divide num_experts={experts}: use a divisor of it'
       if self.num_groups < 1 or experts % groups else '',
       f'top_groups={self.top_groups}: use 1 to num_groups={self.num_groups}'
       if not 1 <= self.top_groups <= groups else '',
       f'top_k={self.top_k} is more than the {reachable} experts of top_groups={self.top_groups} groups: '
       'raise top_groups or lower top_k' if self.top_k > reachable and self.top_k <= experts else '',
+      f'group_best={self.group_best}: use 1 (a group is worth its best expert) or more' if self.group_best < 1 else '',
+      'weigh=\'softmax\' always adds up to 1: use renormalise=True'
+      if self.weigh == 'softmax' and not self.renormalise else '',
       f'scale={self.scale}: use a number above 0' if self.scale <= 0 else '',
+      f'jitter={self.jitter}: use 0 (off) or more, below 1' if not 0 <= self.jitter < 1 else '',
+      f'noisy=True needs an expert that is not chosen: use top_k below num_experts={experts}'
+      if self.noisy and self.top_k >= experts else '',
+      self._dropout_problem(),
+      f'random_second=True is for two experts per token, not top_k={self.top_k}: use top_k=2'
+      if self.random_second and self.top_k != 2 else '',
+      f'num_groups={self.num_groups} limits a choice that selection={self.selection!r} does not make: use num_groups=1'
+      if self.num_groups > 1 and self.selection in SELECTIONS and not SELECTIONS[self.selection].takes_bias else '',
     )
+
+  def _dropout_problem(self) -> str:
+    left = self.num_experts - round(self.expert_dropout * self.num_experts)
+    if not 0 <= self.expert_dropout < 1 or left < self.top_k:
+      return (f'expert_dropout={self.expert_dropout} leaves {left} of num_experts={self.num_experts}: use 0 (off) or '
+              f'more, so that top_k={self.top_k} are left')
+    return ('expert_dropout with num_groups > 1 can empty a group: use one of them'
+            if self.expert_dropout and self.num_groups > 1 else '')
+
+  @property
+  def random(self) -> bool:
+    """Whether training draws random numbers."""
+    return bool(self.jitter or self.noisy or self.expert_dropout or self.random_second)
 
 
 def router_logits(x: Array, w: Array) -> Array:
@@ -71,37 +113,52 @@ def router_logits(x: Array, w: Array) -> Array:
   return jnp.einsum('bsd,de->bse', x.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST)
 
 
-def limit_to_groups(choice: Array, num_groups: int, top_groups: int) -> Array:
-  """`choice` with -inf outside the best `top_groups` groups of neighbouring experts. [B, S, E] -> [B, S, E].
-
-  A group is worth the sum of its two best entries: what DeepSeek-V3's code does; its text says the best K/M, which
-  is the same for K/M = 2. Outside it is -inf, not 0: with a negative bias 0 would win.
-  """
-  grouped = choice.reshape(*choice.shape[:-1], num_groups, -1)                       # [B, S, M, E/M]
-  worth = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)               # [B, S, M]
-  kept = jax.lax.top_k(worth, top_groups)[1]                                         # [B, S, top_groups]
-  inside = jax.nn.one_hot(kept, num_groups, dtype=jnp.bool_).any(-2)                 # [B, S, M]
-  return jnp.where(inside[..., None], grouped, -jnp.inf).reshape(choice.shape)
-
-
-def route(logits: Array, bias: Array, cfg: RouterConfig) -> Routing:
+def route(logits: Array, bias: Array, cfg: RouterConfig, tokens: Tokens | None = None,
+          noise_std: Array | None = None) -> Routing:
   """Scores all experts, chooses by score plus bias, weighs by score alone (2408.15664, section 3; DeepSeek-V3 eq. 16).
 
   Args:
     logits: [B, S, E] f32.
     bias: [E] f32, zeros when there is no bias rule. No gradient passes: top-k has none, and weights never see it.
+    tokens: what selections other than top-k, and all randomness, look at.
+    noise_std: [B, S, E] f32 for cfg.noisy.
 
+  Recorded expert_ids in `tokens.replayed` are used as they are, and weighed by the scores of now.
   Ties go to the lowest expert index.
   """
+  num_experts, likely = logits.shape[-1], jnp.zeros_like(logits)
+  if cfg.noisy:
+    logits, likely = noisy(logits, noise_std, tokens, cfg.top_k)
   log_scores = SCORE_FNS[cfg.score_fn](logits)
   scores = jnp.exp(log_scores)
   choice = jax.lax.stop_gradient(scores) + bias
   if cfg.num_groups > 1:
-    choice = limit_to_groups(choice, cfg.num_groups, cfg.top_groups)
-  expert_ids = jax.lax.top_k(choice, cfg.top_k)[1]
-  chosen = jnp.take_along_axis(log_scores, expert_ids, axis=-1)
-  weights = jax.nn.softmax(chosen, axis=-1) if cfg.renormalise else jnp.exp(chosen)
-  return Routing(logits, scores, jax.nn.softmax(log_scores, axis=-1), expert_ids, weights * cfg.scale)
+    choice = limit_to_groups(choice, cfg.num_groups, cfg.top_groups, cfg.group_best)
+  if cfg.expert_dropout:
+    choice = without_some(choice, tokens, cfg.expert_dropout)
+  if tokens is not None and tokens.replayed is not None:
+    expert_ids = tokens.replayed
+  else:
+    expert_ids = SELECTIONS[cfg.selection].choose(jax.lax.stop_gradient(log_scores), choice, tokens, cfg.top_k)
+  weights = weights_of(WEIGHTS[cfg.weigh](log_scores, logits), expert_ids, cfg.renormalise)
+  if cfg.random_second:
+    kept = keep_second(jax.lax.stop_gradient(weights), tokens)
+    expert_ids, weights = jnp.where(kept, expert_ids, num_experts), jnp.where(kept, weights, 0.0)
+  return Routing(logits, scores, jax.nn.softmax(log_scores, axis=-1), expert_ids, weights * cfg.scale,
+                 margin(choice, expert_ids), likely, jnp.zeros((0, num_experts)))
+
+
+def weights_of(log_weights: Array, expert_ids: Array, renormalise: bool) -> Array:
+  """What the outputs of the chosen are multiplied by, from [B, S, E] logarithms of all. Nobody gets 0. [B, S, K]."""
+  somebody = expert_ids < log_weights.shape[-1]
+  chosen = jnp.where(somebody, jnp.take_along_axis(log_weights, expert_ids, axis=-1, mode='clip'), -1e30)
+  return jnp.where(somebody, jax.nn.softmax(chosen, axis=-1) if renormalise else jnp.exp(chosen), 0.0)
+
+
+def log_sqrt_softplus(logits: Array) -> Array:
+  """log sqrt(log(1 + exp z)) (DeepSeek-V4's score), which is z / 2 where exp z is lost beside 1."""
+  low = logits < -15
+  return 0.5 * jnp.where(low, logits, jnp.log(jax.nn.softplus(jnp.where(low, 0.0, logits))))
 
 
 # name -> logits [B, S, E] to the logarithm of the scores. Both normalisations, over all experts for a loss and over the
@@ -110,4 +167,12 @@ def route(logits: Array, bias: Array, cfg: RouterConfig) -> Routing:
 SCORE_FNS: dict[str, Callable[[Array], Array]] = {
   'sigmoid': jax.nn.log_sigmoid,
   'softmax': jax.nn.log_softmax,
+  'sqrt_softplus': log_sqrt_softplus,
+}
+
+# name -> (log scores, logits) to what the chosen are weighed by, as a logarithm. 'softmax' is softmax after top-k, over
+# the chosen logits alone (gpt-oss); for softmax scores that is the same as renormalising them.
+WEIGHTS: dict[str, Callable[[Array, Array], Array]] = {
+  'scores': lambda log_scores, logits: log_scores,
+  'softmax': lambda log_scores, logits: logits,
 }

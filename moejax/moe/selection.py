@@ -1,0 +1,177 @@
+"""Which experts are chosen, when it is not simply the best: limits, noise, and selections that do not look at scores.
+
+  choice (scores + bias) -> limit to groups, drop experts -> a row of SELECTIONS -> expert_ids
+
+Randomness is a pure function of (seed, step, layer, row of the global batch, place in the row): it is the same however
+the batch is cut, sharded or padded, there is nothing to save, and evaluation, which has no key, has none.
+
+Letters: B batch, S sequence, D model, E experts, K experts per token, M groups of experts.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+SINKHORN_ROUNDS = 8
+JITTER, NOISE, EXPERT_DROPOUT, SECOND = range(4)   # what a key is drawn for
+
+
+class Tokens(NamedTuple):
+  """What a router may know of the tokens besides their activations."""
+
+  ids: Array                     # [B, S] i32, of the vocabulary
+  mask: Array                    # [B, S] bool, False for padding
+  segments: Array                # [B, S] i32, document of each token in its row
+  rows: Array                    # [B] i32, each row's number in the global batch
+  key: Array | None = None       # of this layer in this step; None: nothing random
+  replayed: Array | None = None  # [B, S, K] i32, recorded expert_ids to use again
+
+
+def row_keys(tokens: Tokens, purpose: int) -> Array:
+  """A key for each row. [B]."""
+  key = jax.random.fold_in(tokens.key, purpose)
+  return jax.vmap(lambda row: jax.random.fold_in(key, row))(tokens.rows)
+
+
+def jittered(x: Array, tokens: Tokens, epsilon: float) -> Array:
+  """`x` times U(1 - epsilon, 1 + epsilon), entry by entry (Switch Transformer's input jitter). [B, S, D]."""
+  if not epsilon or tokens.key is None:
+    return x
+  factor = jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:], jnp.float32, 1 - epsilon, 1 + epsilon))
+  return x * factor(row_keys(tokens, JITTER)).astype(x.dtype)
+
+
+def noisy(logits: Array, std: Array, tokens: Tokens, top_k: int) -> tuple[Array, Array]:
+  """Logits with noise, and how likely each expert is to be chosen when its own noise is drawn anew.
+
+  H = z + N(0, 1) std, and P(e) = Phi((z_e - k-th largest H of the others) / std_e): Shazeer et al. 2017 (1701.06538),
+  section on noisy top-k gating, derived here from what it says: e is chosen when its H is above that of all but K - 1
+  of the others. std comes from a learnt projection of the input. All [B, S, E].
+  """
+  if tokens.key is None:
+    return logits, jnp.zeros_like(logits)
+  draw = jax.vmap(lambda key: jax.random.normal(key, logits.shape[1:]))(row_keys(tokens, NOISE))
+  h = logits + draw * std
+  best = jax.lax.top_k(h, top_k + 1)[0]
+  kth, next_one = best[..., top_k - 1:top_k], best[..., top_k:]
+  threshold = jnp.where(h >= kth, next_one, kth)
+  return h, jax.scipy.stats.norm.cdf((logits - threshold) / jnp.maximum(std, 1e-6))
+
+
+def limit_to_groups(choice: Array, num_groups: int, top_groups: int, group_best: int) -> Array:
+  """`choice` with -inf outside the best `top_groups` groups of neighbouring experts. [B, S, E] -> [B, S, E].
+
+  A group is worth the sum of its `group_best` best entries: 2 in DeepSeek-V3's code (its text says the best K/M, which
+  is the same for K/M = 2), 1, the largest, in DeepSeek-V2. Outside it is -inf, not 0: with a negative bias 0 would win.
+  """
+  grouped = choice.reshape(*choice.shape[:-1], num_groups, -1)                       # [B, S, M, E/M]
+  worth = jax.lax.top_k(grouped, min(group_best, grouped.shape[-1]))[0].sum(-1)      # [B, S, M]
+  kept = jax.lax.top_k(worth, top_groups)[1]                                         # [B, S, top_groups]
+  inside = jax.nn.one_hot(kept, num_groups, dtype=jnp.bool_).any(-2)                 # [B, S, M]
+  return jnp.where(inside[..., None], grouped, -jnp.inf).reshape(choice.shape)
+
+
+def without_some(choice: Array, tokens: Tokens, fraction: float) -> Array:
+  """Expert dropout: `choice` with -inf for round(fraction * E) experts, drawn for the layer and step."""
+  dropped = round(fraction * choice.shape[-1])
+  if not dropped or tokens.key is None:
+    return choice
+  order = jax.random.permutation(jax.random.fold_in(tokens.key, EXPERT_DROPOUT), choice.shape[-1])
+  return jnp.where(order < dropped, -jnp.inf, choice)
+
+
+def keep_second(weights: Array, tokens: Tokens) -> Array:
+  """GShard (2006.16668): a second expert of weight g2 is used with probability min(1, 2 g2). [B, S, 2] -> bool."""
+  everything = jnp.ones(weights.shape, jnp.bool_)
+  if tokens.key is None:
+    return everything
+  draw = jax.vmap(lambda key: jax.random.uniform(key, weights.shape[1:2]))(row_keys(tokens, SECOND))
+  return everything.at[..., 1].set(draw < 2 * weights[..., 1])
+
+
+def top_k_experts(log_scores: Array, choice: Array, tokens: Tokens | None, top_k: int) -> Array:
+  """The K largest entries of `choice`; ties go to the lowest index."""
+  del log_scores, tokens
+  return jax.lax.top_k(choice, top_k)[1]
+
+
+def expert_choice(log_scores: Array, choice: Array, tokens: Tokens, top_k: int) -> Array:
+  """Each expert takes its best tokens, ceil(n K / E) of each row's n (Zhou et al., 2202.09368). **Not causal.**
+
+  The paper takes them from the whole batch; here a row is the set, so that the routing of a row does not depend on
+  how the batch is cut. A token has 0 to E experts, so there are E places. Whether a token is taken depends on the
+  tokens after it: such a model cannot be sampled from as it was trained.
+  """
+  num_experts = choice.shape[-1]
+  ranked = jnp.where(tokens.mask[..., None], -log_scores, jnp.inf)
+  rank = jnp.argsort(jnp.argsort(ranked, axis=1, stable=True), axis=1)                # [B, S, E]
+  quota = -(-tokens.mask.sum(1) * top_k // num_experts)
+  taken = (rank < quota[:, None, None]) & tokens.mask[..., None]
+  return jnp.where(taken, jnp.arange(num_experts), num_experts)
+
+
+def sinkhorn(log_scores: Array, choice: Array, tokens: Tokens, top_k: int) -> Array:
+  """Top-K of the scores after Sinkhorn's normalisation of each row's [S, E] matrix. **Not causal.**
+
+  Tokens are scaled to sum to 1 and experts to sum to n / E, in turns, SINKHORN_ROUNDS times, in log space: the
+  transport that S-BASE routers take greedily from. A token's scale depends on all tokens of its row.
+  """
+  counts = tokens.mask[..., None]
+  log_share = jnp.log(jnp.maximum(counts.sum(1, keepdims=True), 1) / choice.shape[-1])
+  # Raw scores can be 0 to float32; a floor far below anything else keeps differences of infinities out.
+  plan = jnp.maximum(log_scores, -1e6)
+  for _ in range(SINKHORN_ROUNDS):
+    plan = plan - jax.nn.logsumexp(jnp.where(counts, plan, -1e9), axis=1, keepdims=True) + log_share
+    plan = plan - jax.nn.logsumexp(plan, axis=2, keepdims=True)
+  return jax.lax.top_k(plan, top_k)[1]
+
+
+def hashed(log_scores: Array, choice: Array, tokens: Tokens, top_k: int) -> Array:
+  """K experts fixed for each token of the vocabulary (Roller et al. 2021, hash layers, in their random form).
+
+  The K largest of E pseudo-random numbers made from (token id, expert): murmur3's finaliser, whose avalanche is good
+  enough to spread neighbouring ids.
+  """
+  del log_scores
+  num_experts = choice.shape[-1]
+  h = tokens.ids[..., None].astype(jnp.uint32) * jnp.uint32(num_experts) + jnp.arange(num_experts, dtype=jnp.uint32)
+  for factor in (0x85ebca6b, 0xc2b2ae35):
+    h = (h ^ (h >> 16)) * jnp.uint32(factor)
+  return jax.lax.top_k(((h ^ (h >> 16)) >> 1).astype(jnp.int32), top_k)[1]
+
+
+def uniform(log_scores: Array, choice: Array, tokens: Tokens, top_k: int) -> Array:
+  """Experts in turn, whatever the token: a perfectly even load, to measure speed with."""
+  del log_scores
+  place = jnp.arange(tokens.mask.shape[1])[:, None] * top_k + jnp.arange(top_k)
+  return jnp.broadcast_to(place % choice.shape[-1], (*tokens.mask.shape, top_k)).astype(jnp.int32)
+
+
+def margin(choice: Array, expert_ids: Array) -> Array:
+  """Least choice taken minus the best one not taken, [B, S]; 1 where there is nothing to compare."""
+  taken = jax.nn.one_hot(expert_ids, choice.shape[-1], dtype=jnp.bool_).any(-2)
+  gap = jnp.where(taken, choice, jnp.inf).min(-1) - jnp.where(taken, -jnp.inf, choice).max(-1)
+  return jnp.where(jnp.isfinite(gap), gap, 1.0)
+
+
+class Selection(NamedTuple):
+  """`choose(log_scores [B, S, E], choice [B, S, E], tokens, top_k) -> expert_ids [B, S, K]`, id E for nobody.
+
+  causal: tokens after t change nothing at t.  takes_bias: the router bias has a say.
+  """
+
+  choose: Callable[[Array, Array, Tokens, int], Array]
+  causal: bool
+  takes_bias: bool
+
+
+SELECTIONS: dict[str, Selection] = {
+  'expert_choice': Selection(expert_choice, causal=False, takes_bias=False),
+  'hash': Selection(hashed, causal=True, takes_bias=False),
+  'sinkhorn': Selection(sinkhorn, causal=False, takes_bias=False),
+  'top_k': Selection(top_k_experts, causal=True, takes_bias=True),
+  'uniform': Selection(uniform, causal=True, takes_bias=False),
+}
