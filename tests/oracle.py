@@ -2,7 +2,7 @@
 
 Loops over tokens and experts stand where the equation has a sum; nothing here is meant to be fast. An
 equation number is cited only where the paper was read; what is derived says so. Routing, balance and the bias
-rules are `moejax/certify/oracle.py`, which the certificate carries with it; their names are found here, too.
+rules are `moejax/certify/oracle*.py`, which the certificate carries with it; their names are found here, too.
 Letters: B batch S sequence D model F hidden E experts K experts per token C capacity T = B*S.
 """
 
@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from moejax.certify.oracle import *
 from moejax.certify.oracle import F64, Bool, logsumexp, sigmoid, softmax
+from moejax.certify.oracle_bias import *
 
 IGNORE = -100
 

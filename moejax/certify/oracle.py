@@ -62,9 +62,15 @@ def sigmoid(z: F64) -> F64:
   return np.exp(log_sigmoid(z))
 
 
-SCORES: dict[str, Callable[[F64], F64]] = {'softmax': softmax, 'sigmoid': sigmoid}
+def log_sqrt_softplus(z: F64) -> F64:
+  """log sqrt(log(1 + exp z)), entry by entry; log(1 + x) is x to float64 where x = exp z is below exp(-37)."""
+  return np.array([v / 2 if v < -37 else math.log(max(v, 0.0) + math.log1p(math.exp(-abs(v)))) / 2 for v in z])
+
+
+SCORES: dict[str, Callable[[F64], F64]] = {
+    'softmax': softmax, 'sigmoid': sigmoid, 'sqrt_softplus': lambda z: np.exp(log_sqrt_softplus(z))}
 LOG_SCORES: dict[str, Callable[[F64], F64]] = {
-    'softmax': lambda z: z - logsumexp(z), 'sigmoid': log_sigmoid}
+    'softmax': lambda z: z - logsumexp(z), 'sigmoid': log_sigmoid, 'sqrt_softplus': log_sqrt_softplus}
 
 
 def scores(logits: ArrayLike, score_fn: str) -> F64:
@@ -252,22 +258,3 @@ def accumulated_balance_loss(scope: str, logits: ArrayLike, expert_ids: ArrayLik
       if mask[r][t]:
         total += num_experts / (top_k * n**2) * math.fsum(counts * p[t])
   return total
-
-
-# Loss-free bias rules: b, c [E]; counts of the global batch; c̄ = T K / E is the mean count.
-
-
-def sign_rule(bias: ArrayLike, counts: ArrayLike, rate: float) -> F64:
-  """b += u sign(c̄ - c): 2408.15664 Alg. 1."""
-  counts = np.asarray(counts, np.float64)
-  return np.asarray(bias, np.float64) + rate * np.sign(counts.mean() - counts)
-
-
-def proportional_rule(bias: ArrayLike, counts: ArrayLike, rate: float) -> F64:
-  """b += u (1 - c / c̄); a step in which no token counts moves nothing (derived: no error)."""
-  counts = np.asarray(counts, np.float64)
-  error = 1 - counts / counts.mean() if counts.sum() > 0 else np.zeros_like(counts)
-  return np.asarray(bias, np.float64) + rate * error
-
-
-BIAS_RULES = {'sign': sign_rule, 'proportional': proportional_rule}
