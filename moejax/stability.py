@@ -1,0 +1,62 @@
+"""Is training stable: spikes of the loss and of the gradient norm, and how much the loss fluctuates about its trend.
+
+Its state is part of TrainState, so that a resumed run says what an uninterrupted one would have said.
+"""
+
+from typing import NamedTuple
+
+from jax import Array
+import jax.numpy as jnp
+
+# Ours, and no paper's. Averages reach back over 1 / RATE steps, and mean nothing before there were as many. Gaussian
+# noise alone makes a spike in one of 5000 steps.
+RATE, SIGMAS = 0.05, 4.0
+LARGEST = 1e15   # a distance from the trend is cut to this: its square is finite in float32
+
+
+class Stability(NamedTuple):
+  """Moving averages, f32. Entries [2]: loss, gradient norm."""
+
+  steps: Array    # scalar, taken in: skipped ones are not
+  trend: Array    # [2], average of the values
+  gap: Array      # [2], average of value - trend before it: below 0 while the loss falls, for an average lags
+  square: Array   # [2], average of (value - trend before it)^2
+  spikes: Array   # [2], so far
+
+
+def init() -> Stability:
+  """Nothing seen."""
+  return Stability(jnp.zeros(()), *(jnp.zeros(2) for _ in range(4)))
+
+
+def update(state: Stability, loss: Array, grad_norm: Array, skipped: Array) -> tuple[Stability, dict[str, Array]]:
+  """One step taken in; scalars. A skipped step, or one that is not finite, changes nothing: a NaN would never leave.
+
+  loss_spike, grad_norm_spike: 1 where value > trend + gap + SIGMAS * std of the steps before, std^2 = square - gap^2;
+    and NAME_spikes, how many so far. A spike is averaged in only up to that limit, or it would hide the next.
+  stability: std of the loss, which a stable run has below 0.1.  loss_trend: its trend.
+  """
+  values = jnp.stack([loss, grad_norm])
+  good = ~jnp.asarray(skipped, bool) & jnp.isfinite(values).all()
+  values = jnp.where(good, values, state.trend)
+  std = jnp.sqrt(jnp.maximum(state.square - state.gap ** 2, 0))
+  limit = state.trend + state.gap + SIGMAS * std
+  warm = state.steps >= 1 / RATE
+  spike = (good & warm & (values > limit)).astype(jnp.float32)
+  # At a std of 0 the least room lets a new level in.
+  seen = jnp.where(warm, jnp.minimum(values, limit + 1e-6 * jnp.abs(state.trend)), values)
+  gap = jnp.clip(seen - state.trend, -LARGEST, LARGEST)
+
+  def averaged(old: Array, new: Array, count: Array) -> Array:
+    return old + jnp.maximum(RATE, 1 / jnp.maximum(count, 1)) * (new - old)   # of few values the plain mean
+
+  first = state.steps == 0   # no trend yet to be away from
+  new = Stability(
+    state.steps + 1, averaged(state.trend, state.trend + gap, state.steps + 1),
+    jnp.where(first, 0, averaged(state.gap, gap, state.steps)),
+    jnp.where(first, 0, averaged(state.square, gap ** 2, state.steps)), state.spikes + spike)
+  new = Stability(*(jnp.where(good, b, a) for a, b in zip(state, new, strict=True)))
+  return new, {
+    'stability': jnp.sqrt(jnp.maximum(new.square - new.gap ** 2, 0))[0], 'loss_trend': new.trend[0],
+    'loss_spike': spike[0], 'grad_norm_spike': spike[1],
+    'loss_spikes': new.spikes[0], 'grad_norm_spikes': new.spikes[1]}
