@@ -5,6 +5,7 @@ Its state is part of TrainState, so that a resumed run says what an uninterrupte
 
 from typing import NamedTuple
 
+import jax
 from jax import Array
 import jax.numpy as jnp
 
@@ -38,7 +39,6 @@ def update(state: Stability, loss: Array, grad_norm: Array, skipped: Array) -> t
   """
   values = jnp.stack([loss, grad_norm])
   good = ~jnp.asarray(skipped, bool) & jnp.isfinite(values).all()
-  values = jnp.where(good, values, state.trend)
   std = jnp.sqrt(jnp.maximum(state.square - state.gap ** 2, 0))
   limit = state.trend + state.gap + SIGMAS * std
   warm = state.steps >= 1 / RATE
@@ -55,8 +55,7 @@ def update(state: Stability, loss: Array, grad_norm: Array, skipped: Array) -> t
     state.steps + 1, averaged(state.trend, state.trend + gap, state.steps + 1),
     jnp.where(first, 0, averaged(state.gap, gap, state.steps)),
     jnp.where(first, 0, averaged(state.square, gap ** 2, state.steps)), state.spikes + spike)
-  new = Stability(*(jnp.where(good, b, a) for a, b in zip(state, new, strict=True)))
-  return new, {
-    'stability': jnp.sqrt(jnp.maximum(new.square - new.gap ** 2, 0))[0], 'loss_trend': new.trend[0],
-    'loss_spike': spike[0], 'grad_norm_spike': spike[1],
-    'loss_spikes': new.spikes[0], 'grad_norm_spikes': new.spikes[1]}
+  new = jax.tree.map(lambda old, new: jnp.where(good, new, old), state, new)
+  return new, {'stability': jnp.sqrt(jnp.maximum(new.square - new.gap ** 2, 0))[0], 'loss_trend': new.trend[0],
+               'loss_spike': spike[0], 'loss_spikes': new.spikes[0],
+               'grad_norm_spike': spike[1], 'grad_norm_spikes': new.spikes[1]}
