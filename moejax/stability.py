@@ -43,9 +43,8 @@ def update(state: Stability, loss: Array, grad_norm: Array, skipped: Array) -> t
   limit = state.trend + state.gap + SIGMAS * std
   warm = state.steps >= 1 / RATE
   spike = (good & warm & (values > limit)).astype(jnp.float32)
-  # At a std of 0 the least room lets a new level in.
-  seen = jnp.where(warm, jnp.minimum(values, limit + 1e-6 * jnp.abs(state.trend)), values)
-  gap = jnp.clip(seen - state.trend, -LARGEST, LARGEST)
+  most = jnp.where(warm, limit + 1e-6 * jnp.abs(state.trend), jnp.inf)   # at a std of 0 a new level still gets in
+  gap = jnp.clip(jnp.minimum(values, most) - state.trend, -LARGEST, LARGEST)
 
   def averaged(old: Array, new: Array, count: Array) -> Array:
     return old + jnp.maximum(RATE, 1 / jnp.maximum(count, 1)) * (new - old)   # of few values the plain mean
