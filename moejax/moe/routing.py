@@ -25,8 +25,9 @@ class Routing(NamedTuple):
   logits: Array      # [B, S, E] f32  what the scores are made from, noise included
   scores: Array      # [B, S, E] f32  score_fn(logits), over all experts, before top-k
   probs: Array       # [B, S, E] f32  scores normalised over all experts: what a balance loss calls P
-  expert_ids: Array  # [B, S, K] i32  the experts chosen, best first; E: nobody
+  expert_ids: Array  # [B, S, K] i32  the experts chosen, top-k's best first; E: nobody
   weights: Array     # [B, S, K] f32  what their outputs are multiplied by; 0 for nobody
+  best_ids: Array    # [B, S, K] i32  the top-K of the scores alone: no bias, no groups, no selection
   margin: Array      # [B, S]    f32  least choice taken minus best one not taken: how far from flipping
   likely: Array      # [B, S, E] f32  P(expert is chosen | noise); zeros without noise
   router: Array      # [D, E]    f32  the router's own weights, where there are any ([0, E] else)
@@ -62,7 +63,7 @@ class RouterConfig:
 
   def __post_init__(self) -> None:
     experts, groups = self.num_experts, max(1, self.num_groups)
-    reachable = experts // groups * self.top_groups
+    reachable, left = experts // groups * self.top_groups, experts - round(self.expert_dropout * experts)
     check(
       f'num_experts={experts}: use 1 or more' if experts < 1 else '',
       f'top_k={self.top_k}: use 1 to num_experts={experts}' if not 1 <= self.top_k <= experts else '',
@@ -82,20 +83,17 @@ class RouterConfig:
       f'jitter={self.jitter}: use 0 (off) or more, below 1' if not 0 <= self.jitter < 1 else '',
       f'noisy=True needs an expert that is not chosen: use top_k below num_experts={experts}'
       if self.noisy and self.top_k >= experts else '',
-      self._dropout_problem(),
+      f'expert_dropout={self.expert_dropout} leaves {left} of num_experts={experts}: use 0 (off), or what leaves '
+      f'top_k={self.top_k} to {experts - 1}' if self.expert_dropout and not self.top_k <= left < experts else '',
+      f'expert_dropout={self.expert_dropout} with num_groups={self.num_groups} can empty a group: use one of them'
+      if self.expert_dropout and self.num_groups > 1 else '',
       f'random_second=True is for two experts per token, not top_k={self.top_k}: use top_k=2'
       if self.random_second and self.top_k != 2 else '',
-      f'num_groups={self.num_groups} limits a choice that selection={self.selection!r} does not make: use num_groups=1'
-      if self.num_groups > 1 and self.selection in SELECTIONS and not SELECTIONS[self.selection].takes_bias else '',
+      *(f'{name}={value} is about a choice that selection={self.selection!r} does not make: use {name}={off}'
+        for name, value, off in (('num_groups', self.num_groups, 1), ('expert_dropout', self.expert_dropout, 0.0),
+                                 ('noisy', self.noisy, False), ('random_second', self.random_second, False))
+        if value > off and self.selection in SELECTIONS and not SELECTIONS[self.selection].takes_bias),
     )
-
-  def _dropout_problem(self) -> str:
-    left = self.num_experts - round(self.expert_dropout * self.num_experts)
-    if not 0 <= self.expert_dropout < 1 or left < self.top_k:
-      return (f'expert_dropout={self.expert_dropout} leaves {left} of num_experts={self.num_experts}: use 0 (off) or '
-              f'more, so that top_k={self.top_k} are left')
-    return ('expert_dropout with num_groups > 1 can empty a group: use one of them'
-            if self.expert_dropout and self.num_groups > 1 else '')
 
   @property
   def random(self) -> bool:
@@ -123,7 +121,8 @@ def route(logits: Array, bias: Array, cfg: RouterConfig, tokens: Tokens | None =
     tokens: what selections other than top-k, and all randomness, look at.
     noise_std: [B, S, E] f32 for cfg.noisy.
 
-  Recorded expert_ids in `tokens.replayed` are used as they are, and weighed by the scores of now.
+  Recorded expert_ids in `tokens.replayed` are used as they are, and weighed by the scores of now. A second expert that
+  GShard's draw left out is not in the record: the first one is then renormalised alone.
   Ties go to the lowest expert index.
   """
   num_experts, likely = logits.shape[-1], jnp.zeros_like(logits)
@@ -136,15 +135,17 @@ def route(logits: Array, bias: Array, cfg: RouterConfig, tokens: Tokens | None =
     choice = limit_to_groups(choice, cfg.num_groups, cfg.top_groups, cfg.group_best)
   if cfg.expert_dropout:
     choice = without_some(choice, tokens, cfg.expert_dropout)
-  if tokens is not None and tokens.replayed is not None:
-    expert_ids = tokens.replayed
+  replayed = None if tokens is None else tokens.replayed
+  if replayed is not None:
+    expert_ids = replayed
   else:
     expert_ids = SELECTIONS[cfg.selection].choose(jax.lax.stop_gradient(log_scores), choice, tokens, cfg.top_k)
   weights = weights_of(WEIGHTS[cfg.weigh](log_scores, logits), expert_ids, cfg.renormalise)
-  if cfg.random_second:
+  if cfg.random_second and replayed is None:
     kept = keep_second(jax.lax.stop_gradient(weights), tokens)
     expert_ids, weights = jnp.where(kept, expert_ids, num_experts), jnp.where(kept, weights, 0.0)
-  return Routing(logits, scores, jax.nn.softmax(log_scores, axis=-1), expert_ids, weights * cfg.scale,
+  best_ids = jax.lax.top_k(jax.lax.stop_gradient(scores), cfg.top_k)[1]
+  return Routing(logits, scores, jax.nn.softmax(log_scores, axis=-1), expert_ids, weights * cfg.scale, best_ids,
                  margin(choice, expert_ids), likely, jnp.zeros((0, num_experts)))
 
 

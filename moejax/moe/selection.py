@@ -49,7 +49,7 @@ def noisy(logits: Array, std: Array, tokens: Tokens, top_k: int) -> tuple[Array,
 
   H = z + N(0, 1) std, and P(e) = Phi((z_e - k-th largest H of the others) / std_e): Shazeer et al. 2017 (1701.06538),
   section on noisy top-k gating, derived here from what it says: e is chosen when its H is above that of all but K - 1
-  of the others. std comes from a learnt projection of the input. All [B, S, E].
+  of the others; a bias that is in the choice is not in it. std is a learnt projection of the input. All [B, S, E].
   """
   if tokens.key is None:
     return logits, jnp.zeros_like(logits)
@@ -121,7 +121,7 @@ def sinkhorn(log_scores: Array, choice: Array, tokens: Tokens, top_k: int) -> Ar
   """
   counts = tokens.mask[..., None]
   log_share = jnp.log(jnp.maximum(counts.sum(1, keepdims=True), 1) / choice.shape[-1])
-  # Raw scores can be 0 to float32; a floor far below anything else keeps differences of infinities out.
+  # The floor keeps what counts above the -1e9 of what does not.
   plan = jnp.maximum(log_scores, -1e6)
   for _ in range(SINKHORN_ROUNDS):
     plan = plan - jax.nn.logsumexp(jnp.where(counts, plan, -1e9), axis=1, keepdims=True) + log_share
@@ -138,23 +138,22 @@ def hashed(log_scores: Array, choice: Array, tokens: Tokens, top_k: int) -> Arra
   del log_scores
   num_experts = choice.shape[-1]
   h = tokens.ids[..., None].astype(jnp.uint32) * jnp.uint32(num_experts) + jnp.arange(num_experts, dtype=jnp.uint32)
-  for factor in (0x85ebca6b, 0xc2b2ae35):
-    h = (h ^ (h >> 16)) * jnp.uint32(factor)
+  for shift, factor in ((16, 0x85ebca6b), (13, 0xc2b2ae35)):
+    h = (h ^ (h >> shift)) * jnp.uint32(factor)
   return jax.lax.top_k(((h ^ (h >> 16)) >> 1).astype(jnp.int32), top_k)[1]
 
 
 def uniform(log_scores: Array, choice: Array, tokens: Tokens, top_k: int) -> Array:
-  """Experts in turn, whatever the token: a perfectly even load, to measure speed with."""
+  """Experts in turn, whatever the token: a row's load is even to one copy, to measure speed with."""
   del log_scores
   place = jnp.arange(tokens.mask.shape[1])[:, None] * top_k + jnp.arange(top_k)
   return jnp.broadcast_to(place % choice.shape[-1], (*tokens.mask.shape, top_k)).astype(jnp.int32)
 
 
 def margin(choice: Array, expert_ids: Array) -> Array:
-  """Least choice taken minus the best one not taken, [B, S]; 1 where there is nothing to compare."""
+  """Least choice taken minus the best one not taken, [B, S]; inf where there is nothing to compare."""
   taken = jax.nn.one_hot(expert_ids, choice.shape[-1], dtype=jnp.bool_).any(-2)
-  gap = jnp.where(taken, choice, jnp.inf).min(-1) - jnp.where(taken, -jnp.inf, choice).max(-1)
-  return jnp.where(jnp.isfinite(gap), gap, 1.0)
+  return jnp.where(taken, choice, jnp.inf).min(-1) - jnp.where(taken, -jnp.inf, choice).max(-1)
 
 
 class Selection(NamedTuple):
