@@ -143,16 +143,16 @@ def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> D
   for task, text in enumerate(texts):
     with _naming(cfg, text.component):
       train, validation = (_stream(text, tokenizer, cache, held_out) for held_out in (False, True))
-      rows, size = Rows(train, seq_len), text.survey
+      rows, survey = Rows(train, seq_len), text.survey
       _check_lengths(rows, Rows(validation, seq_len), batch_size, text.component.weight)
     order = ('order', seed) if task == 0 else ('order', seed, task)
     order = int(digest_of(*order)[:8], 16)  # not the seed: Grain adds the epoch, 0 and 1 would overlap
     datasets.append(grain.MapDataset.source(rows).shuffle(seed=order).repeat().map(_labelled(task)))
     streams.append((train, validation))
-    sizes.append(Size(len(rows) * seq_len, size.train_bytes, len(validation) - 1, size.validation_bytes,
-                      size.train_bytes / (len(train) - 1)))
+    sizes.append(Size(len(rows) * seq_len, survey.train_bytes, len(validation) - 1, survey.validation_bytes,
+                      survey.train_bytes / (len(train) - 1)))
   weights = [component.weight for component, _, _ in texts]
-  batches = grain.MapDataset.mix(datasets, weights).batch(batch_size)  # ratios to 1% of the smallest weight
+  batches = grain.MapDataset.mix(datasets, weights).batch(batch_size)  # cuts weights to 1% of the least
   fingerprint = {
     'source': cfg.source, 'source_digest': _digest(texts), 'tokenizer': Path(cfg.tokenizer).name,
     'tokenizer_digest': tokenizer.digest, 'train_tokens': str(sum(len(train) for train, _ in streams)),
@@ -181,7 +181,7 @@ def _texts(cfg: DataConfig, cache: Path) -> list[Text]:
   held = sorted({*lone, *(key for text in texts for key in text.survey.held)})
   texts = [Text(of, source, _surveyed(of.config, source, cache, held)) for of, source, _ in texts]
   check(*(f'mixture.{text.component.task}: holds the only document of mixture.{lone[key]}, which trains on most of '
-          'it; leave it out of one of the two' for text in texts for key in text.survey.shared if key in lone))
+          'it; leave it out of one of the two' for text in texts for key in text.survey.held if key in lone))
   return texts
 
 
