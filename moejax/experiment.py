@@ -7,7 +7,7 @@ import pathlib
 from moejax.checkpoint import CheckpointConfig
 from moejax.config import check, from_config_dict
 from moejax.losses import LossConfig
-from moejax.moe.balance import BalanceConfig
+from moejax.moe.balance import BalanceConfig, misfits
 from moejax.optim import OptimConfig
 from moejax.sharding import MeshConfig
 from moejax.sources import DataConfig
@@ -72,6 +72,9 @@ class ExperimentConfig:
       f'micro_batches={self.micro_batches} does not divide batch_size={self.batch_size}: use a divisor of it'
       if self.micro_batches > 0 and self.batch_size % self.micro_batches else '',
       self._ep_groups_problem(),
+      *(f'loss.task_weights.{task} is not a task of data: use one of {list(self.data.tasks)}'
+        for task in self.loss.task_weights if task not in self.data.tasks),
+      *misfits(self.balance, self.model.moe.router, self.micro_batches),
     )
 
   def _ep_groups_problem(self) -> str:

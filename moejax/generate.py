@@ -22,8 +22,9 @@ from moejax.checkpoint import Checkpoints, NoLoadableCheckpoint
 from moejax.config import ConfigError, check
 from moejax.data import Batch
 from moejax.experiment import CHECKPOINTS, TOKENIZER_FILE, ExperimentConfig, read_config, resolved
+from moejax.moe.bias import BiasState
 from moejax.sharding import row_shards
-from moejax.step import TrainState, init_state
+from moejax.state import TrainState, init_state
 from moejax.tokenizer import Tokenizer, load_tokenizer
 from moejax.transformer import Transformer, empty_caches
 
@@ -109,15 +110,15 @@ def sample(model: Transformer, router: Array, tokenizer: Tokenizer, prompt: str,
       shown = text
 
 
-def load(workdir: str) -> tuple[ExperimentConfig, Tokenizer, int, Transformer, Array]:
-  """The newest verified step of a run. -> config, tokenizer, step, model, router bias."""
+def load(workdir: str) -> tuple[ExperimentConfig, Tokenizer, int, Transformer, BiasState]:
+  """The newest verified step of a run. -> config, tokenizer, step, model, router."""
   cfg, tokenizer = read_config(workdir), load_tokenizer(str(pathlib.Path(workdir) / TOKENIZER_FILE))
   cfg = resolved(cfg, tokenizer.vocab_size)
   return cfg, tokenizer, *read_model(workdir, jax.eval_shape(lambda: init_state(cfg)), cfg)
 
 
-def read_model(workdir: str, target: TrainState, cfg: ExperimentConfig) -> tuple[int, Transformer, Array]:
-  """Step, model and router bias of the newest verified checkpoint of a run, on the shardings of `target`.
+def read_model(workdir: str, target: TrainState, cfg: ExperimentConfig) -> tuple[int, Transformer, BiasState]:
+  """Step, model and router of the newest verified checkpoint of a run, on the shardings of `target`.
 
   Raises:
     ConfigError: that run's model has other shapes than `target`.
@@ -147,7 +148,7 @@ def main(argv: Sequence[str]) -> int:
     return 2 if isinstance(error, ConfigError) else 3
   print(f'step {step} of {workdir}', file=sys.stderr)
   print(prompt, end='', flush=True)
-  for piece in sample(model, router, tokenizer, prompt, cfg):
+  for piece in sample(model, router.bias, tokenizer, prompt, cfg):
     print(piece, end='', flush=True)
   print()
   return 0

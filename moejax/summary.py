@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from moejax.data import Data
 from moejax.experiment import ExperimentConfig
 from moejax.sharding import is_param, param_spec, size
-from moejax.step import TrainState
+from moejax.state import TrainState
 from moejax.transformer import Transformer
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tokenizers', 'numpy')

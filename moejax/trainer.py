@@ -17,9 +17,7 @@ from types import FrameType
 from typing import NamedTuple
 
 import jax
-from jax import Array
 from jax.sharding import Mesh, NamedSharding
-import numpy as np
 
 from moejax.checkpoint import Checkpoints, NoLoadableCheckpoint, RunInUse, SaveFailed, digest, lock
 from moejax.config import ConfigError, check
@@ -27,9 +25,12 @@ from moejax.data import Batch, Data, open_data
 from moejax.experiment import CHECKPOINTS, TOKENIZER_FILE, ExperimentConfig, resolved, write_config
 from moejax.generate import SampleConfig, read_model, sample
 from moejax.journal import Journal
+from moejax.moe.bias import BiasState
 from moejax.sharding import make_mesh, shardings, spec
-from moejax.step import Metrics, TrainState, compile_step, eval_step, init_state
+from moejax.state import TrainState, init_state
+from moejax.step import Metrics, compile_step, eval_step
 from moejax.summary import lines, summarise
+from moejax.transformer import Transformer
 
 SAMPLE_TOKENS = 96
 
@@ -46,7 +47,7 @@ class Programs(NamedTuple):
 
   target: TrainState                                            # ShapeDtypeStructs with shardings
   train: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-  evaluate: Callable[[Array, Array, Batch], Metrics]
+  evaluate: Callable[[Transformer, BiasState, Batch], Metrics]
   put: Callable[[Batch], Batch]                                 # NumPy -> device
   temporaries: int                                              # bytes on one device while a step runs
 
@@ -151,11 +152,11 @@ def note_failed_save(checkpoints: Checkpoints, journal: Journal, wait: bool = Fa
 def validate(cfg: ExperimentConfig, data: Data, programs: Programs, state: TrainState, journal: Journal,
              batches: int) -> float:
   """Bits per byte of the held-out text, 0 for all of its batches; also has the model write something."""
-  sums = {'nll': 0.0, 'tokens': 0.0, 'load': np.zeros(state.router.shape)}
+  sums = {'task_nll': 0.0, 'task_tokens': 0.0, 'load': 0.0}
   for batch in data.validation(batches):
     result = jax.device_get(programs.evaluate(state.model, state.router, programs.put(batch)))
     sums = {name: sums[name] + result[name] for name in sums}
-  text = ''.join(sample(state.model, state.router, data.tokenizer, cfg.sample_prompt,
+  text = ''.join(sample(state.model, state.router.bias, data.tokenizer, cfg.sample_prompt,
                         SampleConfig(max_tokens=SAMPLE_TOKENS, seed=cfg.seed)))
   return journal.validation(int(state.step), sums, cfg.sample_prompt + text)
 

@@ -16,7 +16,8 @@ from moejax.attention import Attention, AttentionConfig, KVCache, empty_cache
 from moejax.config import check, frozendict
 from moejax.data import Batch
 from moejax.layers import Embed, Linear, RMSNorm, SwiGLU
-from moejax.moe.layer import MoE, MoEAux, MoEConfig, Tokens
+from moejax.moe.layer import MoE, MoEAux, MoEConfig
+from moejax.moe.selection import Tokens
 from moejax.sharding import constrain
 
 DTYPES = ('bfloat16', 'float32')
@@ -77,6 +78,14 @@ class Output(NamedTuple):
   hidden: Array                     # [B, S, D] after the final norm
   aux: MoEAux                       # of each MoE layer, stacked: [L, ...]
   cache: dict[str, KVCache] | None  # stack of blocks -> [L, ...]
+  mtp_hidden: tuple[Array, ...] = ()   # of each depth of multi-token prediction, [B, S, D]
+
+
+class Draws(NamedTuple):
+  """What random numbers of a step follow from: never from how its batch is cut."""
+
+  key: Array    # of the step
+  rows: Array   # [B] i32, each row's number in the global batch
 
 
 class DenseBlock(nnx.Module):
@@ -98,18 +107,18 @@ class DenseBlock(nnx.Module):
 class MoEBlock(nnx.Module):
   """x + attention(norm x), then x + MoE(norm x)."""
 
-  def __init__(self, key: Array, cfg: ModelConfig, scopes: frozendict) -> None:
+  def __init__(self, key: Array, cfg: ModelConfig, scopes: frozendict, bias_rule: str) -> None:
     keys = jax.random.split(key, 4)
     self.attention_norm = RMSNorm(keys[0], cfg.d_model, cfg.norm_eps)
     self.attention = Attention(keys[1], cfg.d_model, cfg.attention, cfg.init_std)
     self.moe_norm = RMSNorm(keys[2], cfg.d_model, cfg.norm_eps)
-    self.moe = MoE(keys[3], cfg.d_model, cfg.moe, scopes, cfg.init_std)
+    self.moe = MoE(keys[3], cfg.d_model, cfg.moe, scopes, bias_rule, cfg.init_std)
 
-  def __call__(self, x: Array, batch: Batch, cache: KVCache | None, bias: Array, set_loads: dict[str, Array]
-               ) -> tuple[Array, KVCache | None, MoEAux]:
+  def __call__(self, x: Array, batch: Batch, cache: KVCache | None, bias: Array, tokens: Tokens,
+               whole: dict[str, Array]) -> tuple[Array, KVCache | None, MoEAux]:
     y, cache = self.attention(self.attention_norm(x), batch.segment_ids, batch.positions, cache)
     x = constrain(x + y, 'batch', 'sequence', '')
-    y, aux = self.moe(self.moe_norm(x), bias, Tokens(batch.segment_ids > 0, batch.segment_ids, set_loads))
+    y, aux = self.moe(self.moe_norm(x), bias, tokens, whole)
     return constrain(x + y, 'batch', 'sequence', ''), cache, aux
 
 
@@ -117,15 +126,18 @@ class Transformer(nnx.Module):
   """A decoder with experts.
 
   scopes: the balance losses that MoE layers compute, from BalanceConfig.scopes; empty outside training.
+  bias_rule: whose observations they make.
   """
 
-  def __init__(self, key: Array, cfg: ModelConfig, scopes: frozendict = frozendict()) -> None:
+  mtp_depth = 0   # how many hidden states of multi-token prediction an Output holds
+
+  def __init__(self, key: Array, cfg: ModelConfig, scopes: frozendict = frozendict(), bias_rule: str = '') -> None:
     keys = jax.random.split(key, 5)
     self.cfg = cfg
     self.embed = Embed(keys[0], cfg.vocab_size, cfg.d_model, cfg.init_std)
     if cfg.num_dense_layers:
       self.dense_blocks = jax.vmap(lambda k: DenseBlock(k, cfg))(jax.random.split(keys[1], cfg.num_dense_layers))
-    self.blocks = jax.vmap(lambda k: MoEBlock(k, cfg, scopes))(jax.random.split(keys[2], cfg.num_moe_layers))
+    self.blocks = jax.vmap(lambda k: MoEBlock(k, cfg, scopes, bias_rule))(jax.random.split(keys[2], cfg.num_moe_layers))
     self.norm = RMSNorm(keys[3], cfg.d_model, cfg.norm_eps)
     if not cfg.tie_embeddings:
       self.head = Linear(keys[4], (cfg.d_model, cfg.vocab_size), ('embed', 'vocab'), cfg.init_std)
@@ -140,30 +152,36 @@ class Transformer(nnx.Module):
                       preferred_element_type=jnp.float32)
 
   def __call__(self, batch: Batch, router: Array, cache: dict[str, KVCache] | None = None,
-               set_loads: dict[str, Array] = frozendict()) -> Output:
+               whole: dict[str, Array] = frozendict(), draws: Draws | None = None, replayed: Array | None = None
+               ) -> Output:
     """Runs all layers.
 
     Args:
       batch: tokens, segment_ids and positions are read; segment 0 is padding, which counts nowhere.
       router: [L, E] f32, the bias of each MoE layer.
       cache: from `empty_caches`, to go on from; None to attend within the batch alone.
-      set_loads: loss -> [L, E] f32, for balance losses whose sets span micro-batches.
+      whole: loss -> [L, E] f32, for balance losses whose sets are larger than the batch.
+      draws: what routers draw random numbers from; None: nothing is random.
+      replayed: [L, B, S, K] i32, expert_ids to use instead of choosing any (`MoEAux.expert_ids` of another run).
     """
-    cfg, caches = self.cfg, {}
+    cfg, caches, layers = self.cfg, {}, self.cfg.num_moe_layers
     x = constrain(self.embed(batch.tokens, jnp.dtype(cfg.dtype)), 'batch', 'sequence', '')
+    rows = draws.rows if draws else jnp.arange(batch.tokens.shape[0])
+    keys = jax.vmap(lambda layer: jax.random.fold_in(draws.key, layer))(jnp.arange(layers)) if draws else None
+    tokens = Tokens(batch.tokens, batch.segment_ids > 0, batch.segment_ids, rows)
 
     def dense(x: Array, layer: tuple[DenseBlock, KVCache | None]) -> tuple[Array, KVCache | None]:
       return layer[0](x, batch, layer[1])
 
     def moe(x: Array, layer: tuple) -> tuple[Array, tuple[KVCache | None, MoEAux]]:
-      block, layer_cache, bias, loads = layer
-      x, layer_cache, aux = block(x, batch, layer_cache, bias, loads)
+      block, layer_cache, bias, layer_whole, key, ids = layer
+      x, layer_cache, aux = block(x, batch, layer_cache, bias, tokens._replace(key=key, replayed=ids), layer_whole)
       return x, (layer_cache, aux)
 
     if cfg.num_dense_layers:
       x, caches['dense_blocks'] = self.scan(dense, x, (self.dense_blocks, cache and cache['dense_blocks']))
     x, (caches['blocks'], aux) = self.scan(
-      moe, x, (self.blocks, cache and cache['blocks'], router, dict(set_loads)))
+      moe, x, (self.blocks, cache and cache['blocks'], router, dict(whole), keys, replayed))
     return Output(self.norm(x), aux, caches if cache else None)
 
   def scan(self, body: Callable, x: Array, layers: tuple) -> tuple[Array, object]:

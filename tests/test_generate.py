@@ -19,7 +19,7 @@ from moejax.generate import SampleConfig, choose, decode, load, main, sample
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
 from moejax.sources import DataConfig
-from moejax.step import TrainState, init_state
+from moejax.state import TrainState, init_state
 from moejax.tokenizer import Tokenizer, load_tokenizer
 from moejax.transformer import ModelConfig, Transformer
 

@@ -60,7 +60,7 @@ def counts(routing: Routing, bias: Array, mask: Array) -> Array:
 def distances(routing: Routing, bias: Array, mask: Array) -> Array:
   """The quantile rule's histogram. [E, BINS] i32."""
   choice = jax.lax.stop_gradient(routing.scores) + bias
-  return histogram(choice, mask, routing.expert_ids.shape[-1])
+  return histogram(choice, routing.expert_ids, mask)
 
 
 def shortfall(load: Array) -> Array:
@@ -113,8 +113,6 @@ def quantile_step(state: BiasState, seen: Array, rate: Array, top_k: int) -> Bia
   (1 - K/E)-quantile over tokens of s_e - a; then the mean over experts is taken off. That is half of an alternating
   minimisation of the dual of the assignment problem; the next step's a is the other half. Here s_e - a is counted
   with the old b_e in it, and the quantile is what b_e moves by. `rate` above 0 moves, whatever it is, and 0 holds.
-
-  A router that leaves out groups of experts is not what this solves: it balances the choice among all of them.
   """
   bias = state.bias - quantile(seen, top_k)
   return state._replace(bias=bias - bias.mean())

@@ -1,6 +1,6 @@
 """The quantile rule's histogram: how far each expert's choices lie above the line between chosen and not chosen.
 
-  choice = scores + bias -> choice - (K+1)-th largest of the token -> counts [E, BINS] -> quantile of each expert
+  choice = scores + bias, less the token's (K+1)-th largest -> counts [E, BINS] -> the quantile of each expert
 
 Counts are whole numbers: they add up over micro-batches, shards and devices to the same bits in any order, and the
 quantile of the sum is that of the whole batch. A mean of quantiles is not: experts that half of the shards crowd and
@@ -42,21 +42,29 @@ def bin_of(x: Array) -> Array:
   return jnp.clip(jnp.where(x < 0, -k, k), -BINS // 2, BINS // 2 - 1) + BINS // 2
 
 
-def histogram(choice: Array, mask: Array, top_k: int) -> Array:
-  """How many tokens that count have `choice - a` in each bin, a the token's (K+1)-th largest choice.
+def above_the_line(choice: Array, expert_ids: Array) -> Array:
+  """How far each expert's choice lies above the line between a token's experts and the others. [B, S, E] f32.
+
+  The line a is the best choice not taken that is no better than the least one taken: among all experts, the (K+1)-th
+  largest. Where groups are left out, or an expert is dropped, better ones may go untaken: derived here, they count as
+  on the line, so that above it are, but for ties, exactly the experts that the token went to.
 
   Args:
     choice: [B, S, E] f32, scores plus bias, of all experts.
-    mask: [B, S] bool.
-    top_k: K, below E; at K = E, where there is nothing to balance, a is the least.
-
-  Returns: [E, BINS] i32. What lies above 0 is, but for ties, what top-k chooses.
+    expert_ids: [B, S, K] i32, the experts taken; E: nobody.
   """
+  taken = jax.nn.one_hot(expert_ids, choice.shape[-1], dtype=jnp.bool_).any(-2)
+  least = jnp.where(taken, choice, jnp.inf).min(-1, keepdims=True)
+  a = jnp.where(taken | (choice > least), -jnp.inf, choice).max(-1, keepdims=True)
+  return jnp.where(taken, choice - a, jnp.minimum(choice - a, 0.0))
+
+
+def histogram(choice: Array, expert_ids: Array, mask: Array) -> Array:
+  """How many tokens that count lie in each bin above or below the line, for each expert. mask [B, S] -> [E, BINS] i32."""
   num_experts = choice.shape[-1]
-  # The least of K+1, not the last: XLA's CPU backend makes a whole sort of a top-k of which one entry is asked for.
-  a = jax.lax.top_k(choice, min(top_k + 1, num_experts))[0].min(-1, keepdims=True)  # [B, S, 1]
   counts = jnp.zeros((num_experts, BINS), jnp.int32)
-  return counts.at[jnp.arange(num_experts), bin_of(choice - a)].add(mask[..., None].astype(jnp.int32))
+  bins = bin_of(above_the_line(choice, expert_ids))
+  return counts.at[jnp.arange(num_experts), bins].add(mask[..., None].astype(jnp.int32))
 
 
 def quantile(counts: Array, top_k: int) -> Array:
