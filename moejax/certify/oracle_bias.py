@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from moejax.certify.oracle import F64, best
+from moejax.certify.oracle import F64
 
 
 class BiasState(NamedTuple):
@@ -58,17 +58,22 @@ def smebu_rule(state: BiasState, counts: F64, rate: float, kappa: float = 2.0, b
   return BiasState(state.bias + m, m)
 
 
-def above_the_line(bias: ArrayLike, scores: ArrayLike, mask: ArrayLike, top_k: int) -> F64:
-  """x_te = s_te + b_e - a_t, a_t the (K+1)-th largest of s_t + b, of tokens that count; [T, E].
+def above_the_line(bias: ArrayLike, seen: Seen) -> F64:
+  """x_te = s_te + b_e - a_t of the tokens that count, [T, E]; a_t is the (K+1)-th largest of s_t + b.
 
+  Derived for routers that leave experts out (groups, dropout), the same where none are: a_t is the largest of those
+  not chosen that are no larger than every chosen one, and who was not chosen though larger is at the line, x = 0.
   s + b and x are rounded to float32, as a router has them: which bin a number is in must not hang on that.
   """
   rows = []
-  scores, bias, mask = np.asarray(scores, np.float32), np.asarray(bias, np.float32), np.asarray(mask)
-  for t in np.ndindex(mask.shape):
-    if mask[t]:
-      choice = scores[t] + bias
-      rows.append(choice - choice[best(choice, top_k + 1)[-1]])
+  scores, bias = np.asarray(seen.scores, np.float32), np.asarray(bias, np.float32)
+  for t in np.ndindex(np.asarray(seen.mask).shape):
+    if np.asarray(seen.mask)[t]:
+      choice, chosen = scores[t] + bias, {int(e) for e in np.asarray(seen.expert_ids)[t]}
+      least = min((choice[e] for e in chosen if e < len(bias)), default=np.float32(np.inf))
+      others = [e for e in range(len(bias)) if e not in chosen]
+      a = max(choice[e] for e in others if choice[e] <= least)
+      rows.append([choice[e] - a if e in chosen or choice[e] <= a else 0.0 for e in range(len(bias))])
   return np.array(rows, np.float64).reshape(-1, len(bias))
 
 
@@ -115,7 +120,7 @@ def quantile_rule(state: BiasState, seen: Seen, rate: float,
   With x_te = s_te + b_e - a_t: b_e -= quantile of x_e, which is the same, and all that histograms of x can tell.
   """
   top_k, num_experts = np.asarray(seen.expert_ids).shape[-1], len(state.bias)
-  x = above_the_line(state.bias, seen.scores, seen.mask, top_k)
+  x = above_the_line(state.bias, seen)
   bias = np.array([state.bias[e] - quantile(x[:, e], top_k, num_experts) for e in range(num_experts)])
   return state._replace(bias=bias - mean(bias))
 
@@ -137,6 +142,6 @@ def bias_step(rule: str, state: BiasState, seen: Seen, rate: float) -> BiasState
   return BIAS_RULES[rule](state, seen, rate) if rate > 0 and np.asarray(seen.mask).any() else state
 
 
-BIAS_RULES = {
-    'sign': of_counts(sign_rule), 'proportional': of_counts(proportional_rule),
-    'centred_sign': of_counts(centred_sign_rule), 'smebu': of_counts(smebu_rule), 'quantile': quantile_rule}
+COUNT_RULES = {'sign': sign_rule, 'proportional': proportional_rule, 'centred_sign': centred_sign_rule,
+               'smebu': smebu_rule}
+BIAS_RULES = {name: of_counts(rule) for name, rule in COUNT_RULES.items()} | {'quantile': quantile_rule}

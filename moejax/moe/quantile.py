@@ -60,7 +60,7 @@ def above_the_line(choice: Array, expert_ids: Array) -> Array:
 
 
 def histogram(choice: Array, expert_ids: Array, mask: Array) -> Array:
-  """How many tokens that count lie in each bin above or below the line, for each expert. mask [B, S] -> [E, BINS] i32."""
+  """For each expert how many tokens that count have it in each bin. [B, S, E], [B, S, K], [B, S] -> [E, BINS] i32."""
   num_experts = choice.shape[-1]
   counts = jnp.zeros((num_experts, BINS), jnp.int32)
   bins = bin_of(above_the_line(choice, expert_ids))
