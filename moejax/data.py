@@ -215,7 +215,7 @@ def _digest(texts: list[Text]) -> str:
   """Of what is read and how it is mixed; a source alone has its own."""
   if len(texts) == 1:
     return texts[0].survey.digest
-  return digest_of([(text.survey.digest, text.survey.shared, text.component.weight) for text in texts])
+  return digest_of([(text.survey.digest, text.component.weight) for text in texts])
 
 
 def _batch(rows: np.ndarray, task_ids: np.ndarray, eod_id: int) -> Batch:
