@@ -73,21 +73,21 @@ QUICK = {'xla_backend_optimization_level': 0}
 
 
 @functools.cache
-def leaves(noisy: bool) -> list[jax.Array]:
-  """The numbers of a fresh state, whatever else its config says of how to compute with them."""
-  router = dataclasses.replace(CONFIG.model.moe.router, noisy=noisy)
-  cfg = with_moe(CONFIG, router=router)
-  return jax.tree.leaves(jax.jit(functools.partial(init_state, cfg), compiler_options=QUICK)())
+def parameters(noisy: bool) -> list[jax.Array]:
+  """The numbers of a fresh model, whatever else its config says of how to compute with them."""
+  cfg = with_moe(CONFIG, router=dataclasses.replace(CONFIG.model.moe.router, noisy=noisy))
+  return jax.tree.leaves(jax.jit(lambda: init_state(cfg).model, compiler_options=QUICK)())
 
 
 def start(cfg: ExperimentConfig) -> TrainState:
   """A state with routers that choose unevenly, as trained ones do, and a bias that matters."""
-  state = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(functools.partial(init_state, cfg))),
-                             leaves(cfg.model.moe.router.noisy))
-  w = state.model.blocks.moe.router
+  shapes = jax.eval_shape(functools.partial(init_state, cfg))
+  state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+  model = jax.tree.unflatten(jax.tree.structure(shapes.model), parameters(cfg.model.moe.router.noisy))
+  w = model.blocks.moe.router
   w[...] = 20 * w[...]
   bias = 0.02 * jnp.arange(state.router.bias.size, dtype=jnp.float32).reshape(state.router.bias.shape)
-  return state._replace(router=state.router._replace(bias=bias % 0.07))
+  return state._replace(model=model, router=state.router._replace(bias=bias % 0.07))
 
 
 @functools.cache

@@ -14,11 +14,11 @@ from moejax.moe.sets import Scope, parts_of_set, row_sums
 def variation(sums: Array) -> Array:
   """Squared coefficient of variation over experts, (std / mean)^2 with the population's std. [G, E] -> [G].
 
-  E sum x^2 / (sum x)^2 - 1: 0 when all are equal, E - 1 when one has everything; 0 also where there is nothing.
+  0 when all are equal, E - 1 when one has everything; 0 also where there is nothing.
   """
-  total = sums.sum(-1)
-  relative = sums / jnp.where(total > 0, total, 1.0)[:, None]
-  return jnp.where(total > 0, sums.shape[-1] * jnp.square(relative).sum(-1) - 1.0, 0.0)
+  mean = sums.mean(-1, keepdims=True)
+  away = jnp.where(mean > 0, sums / jnp.where(mean > 0, mean, 1.0) - 1.0, 0.0)   # not E[x^2] - 1: that cancels
+  return jnp.square(away).mean(-1)
 
 
 def of_sets(values: Array, mask: Array, scope: Scope) -> Array:
