@@ -160,7 +160,7 @@ def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> D
     'seq_len': str(seq_len), 'seed': str(seed),
     'first_batch': digest_of(batches[0][0].tobytes())}  # Grain's order, should it ever change
   if cfg.mixture:
-    fingerprint['mixture'] = ' '.join(f'{component.task}={component.weight!r}' for component, _, _ in texts)
+    fingerprint['mixture'] = ' '.join(f'{component.task}={component.weight}' for component, _, _ in texts)
   return Data(
     tokenizer, cfg.tasks, tuple(sizes), *(sum(counts) for counts in list(zip(*sizes))[:4]),
     sum(weight * size.bytes_per_token for weight, size in zip(weights, sizes)), fingerprint, batches,

@@ -36,7 +36,7 @@ def shares(mixture: Mapping[str, str | float]) -> dict[str, float]:
   """Task, in the order of task ids -> its part of the rows; they add up to 1."""
   weights = {task: entry_of(task, mixture[task]).weight for task in sorted(mixture)}
   total = sum(weights.values())
-  return {task: weight / total for task, weight in weights.items()}
+  return {task: float(f'{weight / total:.12g}') for task, weight in weights.items()}  # 7 : 3 is 0.7 : 0.3 to the bit
 
 
 def problems(mixture: Mapping[str, str | float], sources: Collection[str]) -> Iterator[str]:

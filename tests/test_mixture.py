@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moejax import data as data_module
-from moejax import flags, sources
+from moejax import flags, mixture, sources
 from moejax.config import ConfigError, from_config_dict, frozendict, to_config_dict
 from moejax.data import Batch, Data, Rows, open_data
 from moejax.heldout import digest_of, survey_of
@@ -420,7 +420,10 @@ def test_fingerprint_tells_tasks_weights_and_texts(folder: Path) -> None:
   (folder / 'notes' / '00.txt').write_text('zzz')
   others.append(_open(folder).fingerprint)
   assert len({tuple(f.items()) for f in (base, *others)}) == 5
-  assert _open(folder, {'code': 50, 'maths': 30, 'notes': 20}).fingerprint == others[-1]  # the same weights
+  for table in ({'code': 50, 'maths': 30, 'notes': 20}, {'code': 0.25, 'maths': 0.15, 'notes': 0.1}):
+    assert _open(folder, table).fingerprint == others[-1]  # the same weights
+  ratios = [{'a': 7, 'b': 2, 'c': 1}, {'a': 0.7, 'b': 0.2, 'c': 0.1}, {'a': 2.1, 'b': 0.6, 'c': 0.3}]
+  assert [mixture.shares(table) for table in ratios] == [ratios[1]] * 3
   assert base['source'] == 'mixture' and base['mixture'] == 'code=0.5 maths=0.3 notes=0.2'
   assert all(type(key) is type(value) is str for key, value in base.items())
 
