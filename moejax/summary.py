@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from moejax.data import Data
 from moejax.experiment import ExperimentConfig
+from moejax.moe.layer import causality
 from moejax.sharding import is_param, param_spec, size
 from moejax.state import TrainState
 from moejax.transformer import Transformer
@@ -78,8 +79,9 @@ def summarise(cfg: ExperimentConfig, state: TrainState, mesh: Mesh, data: Data, 
       'source': cfg.data.source, 'tokenizer': data.tokenizer.name, 'vocab_size': data.vocab_size,
       'train_tokens': data.train_tokens, 'train_bytes': data.train_bytes,
       'validation_tokens': data.validation_tokens, 'validation_bytes': data.validation_bytes,
-      'epochs': tokens / data.train_tokens},
-    'drops_tokens': cfg.model.moe.dispatch.capacity_factor > 0,
+      'epochs': {task.task: tokens * task.weight / size.train_tokens
+                 for task, size in zip(cfg.data.components, data.sizes)}},
+    'causality': causality(cfg.model.moe),
     'versions': {'python': platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
   }
 
@@ -97,9 +99,9 @@ def lines(summary: dict[str, object], cfg: ExperimentConfig) -> list[str]:
     f'optimiser {human(m["optimizer"], 1024)}B, step {human(m["temporaries"], 1024)}B',
     f'devices {summary["devices"]}, mesh ' + ' x '.join(f'{k} {v}' for k, v in summary['mesh'].items()),
     f'data    {d["source"]}: {human(d["train_bytes"])}B, {human(d["train_tokens"])} tokens of {d["tokenizer"]}, '
-    f'{d["epochs"]:.2f} epochs; {human(d["validation_bytes"])}B held out',
-  ] + (['causal  no: full experts drop copies by score, so a later token can change an earlier one']
-       if summary['drops_tokens'] and cfg.model.moe.dispatch.drop_by == 'probs' else [])
+    + ', '.join(f'{epochs:.2f} epochs' + (f' of {task}' if len(d['epochs']) > 1 else '')
+                for task, epochs in d['epochs'].items()) + f'; {human(d["validation_bytes"])}B held out',
+  ] + [f'causal  {line}' for line in summary['causality']]
 
 
 def human(number: float, base: int = 1000) -> str:

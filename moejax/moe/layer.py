@@ -18,7 +18,7 @@ from moejax.moe.bias import BIAS_RULES
 from moejax.moe.dispatch import DISPATCHERS, DispatchConfig
 from moejax.moe.experts import Experts
 from moejax.moe.routing import RouterConfig, Routing, route, router_logits
-from moejax.moe.selection import Tokens, jittered
+from moejax.moe.selection import SELECTIONS, Tokens, jittered
 from moejax.moe.sets import load
 from moejax.moe.statistics import Stats, observe
 
@@ -37,6 +37,18 @@ class MoEConfig:
       f'd_expert={self.d_expert}: use 1 or more' if self.d_expert < 1 else '',
       f'num_shared={self.num_shared}: use 0 (no shared expert) or more' if self.num_shared < 0 else '',
     )
+
+
+def causality(cfg: MoEConfig) -> list[str]:
+  """In words, where what a token gets depends on more than the tokens before it in its row; for most layers nothing."""
+  found = []
+  if not SELECTIONS[cfg.router.selection].causal:
+    found.append(f'no: with selection={cfg.router.selection!r} a later token can change an earlier one')
+  if cfg.dispatch.capacity_factor > 0:
+    found.append('no: full experts drop copies by score, so a later token can change an earlier one'
+                 if cfg.dispatch.drop_by == 'probs' else
+                 'yes within a row: full experts drop the last copies, so a row depends on the rows before it')
+  return found
 
 
 class MoEAux(NamedTuple):
