@@ -5,7 +5,6 @@ uninterrupted one would have written, bit for bit.
 """
 
 import json
-import math
 import os
 import pathlib
 import sys
@@ -21,10 +20,14 @@ from rich.progress import Progress, TextColumn
 from moejax.compressors import gzip_bits_per_byte, xz_bits_per_byte
 from moejax.data import Data
 from moejax.experiment import ExperimentConfig
-from moejax.metrics import MetricsLog, TensorBoard, load_bars, load_image, mfu, router_statistics
+from moejax.metrics import MetricsLog, TensorBoard, load_bars, load_image, mfu
+from moejax.probe import Probes
+from moejax.rows import Sums, progress, training_row, validation_row
 from moejax.step import Metrics
 
-BITS_PER_NAT = 1 / math.log(2)
+# What a report tells of the last step: a sound run uses 0.9 of its experts or more, has a balance score near 1, and a
+# stability below 0.1.
+MONITORS = ('eval/perplexity', 'eval/expert_usage', 'eval/balance_score', 'eval/max_vio', 'stability', 'loss_spikes')
 
 
 class Journal:
@@ -36,6 +39,7 @@ class Journal:
     self.metrics = MetricsLog(self.workdir / 'metrics.jsonl', step)
     self.loads = MetricsLog(self.workdir / 'load.jsonl', step)
     self.board = TensorBoard(self.workdir / 'tensorboard', step)
+    self.probes = Probes(self.workdir / 'probes', step)
     self.console = Console(highlight=False, soft_wrap=True, force_jupyter=False)  # plain lines in a notebook, too
     self.bar = Progress(TextColumn('{task.description}'), console=self.console, disable=not self.console.is_terminal)
     self.task = self.bar.add_task('compiling', total=cfg.steps, completed=step)
@@ -77,47 +81,33 @@ class Journal:
     if step > 1 and step % self.cfg.log_every and step != self.cfg.steps:
       return
     metrics = jax.device_get(metrics)
-    load = metrics.pop('load')
-    row = {name: float(value) for name, value in metrics.items()}
-    row |= {name: float(value) for name, value in router_statistics(load, self.cfg.model.moe.router.top_k).items()}
-    row['bits_per_byte'] = row['lm_loss'] * BITS_PER_NAT / self.data.bytes_per_token
+    row, layers = training_row(metrics, self.data.bytes_per_token)
     row['tokens_per_second'] = self.tokens / (time.perf_counter() - self.since)
     row['mfu'] = mfu(row['tokens_per_second'], self.flops_per_token, jax.devices())
-    self.metrics.write({'step': step} | row)
-    self.loads.write({'step': step, 'load': load.astype(int).tolist()})
+    self.metrics.write({'step': step} | row | {'layers': layers})
+    self.loads.write({'step': step, 'load': metrics['load'].astype(int).tolist()})
     self.board.scalars(step, row)
-    self.show(step, row)
-
-  def show(self, step: int, row: dict[str, float]) -> None:
-    """The progress line."""
     left = (self.cfg.steps - step) * self.cfg.batch_size * self.cfg.seq_len / row['tokens_per_second']
-    balance = ''.join(f'  {name.removeprefix("balance/")} {value:.3f}' for name, value in sorted(row.items())
-                      if name.startswith('balance/'))
-    line = (f'step {step:>{len(str(self.cfg.steps))}}/{self.cfg.steps}  loss {row["lm_loss"]:.3f}  '
-            f'bpb {row["bits_per_byte"]:.3f}{balance}  MaxVio {row["max_vio"]:.2f}  '
-            f'{row["tokens_per_second"] / 1000:.1f}k tok/s  {clock(left)} left')
-    self.bar.update(self.task, completed=step, description=line.removesuffix(' left'))   # 80 columns hold that
+    line = progress(step, self.cfg.steps, row, left, self.console.width if self.console.is_terminal else 0)
+    self.bar.update(self.task, completed=step, description=line)
     if not self.console.is_terminal:
       self.say(line)
 
-  def validation(self, step: int, sums: dict[str, np.ndarray], text: str) -> float:
-    """Writes what validation found; returns bits per byte of the held-out text."""
-    nats_per_token = float(sums['nll']) / float(sums['tokens'])
-    bpb = nats_per_token * BITS_PER_NAT * self.data.validation_tokens / self.data.validation_bytes
-    router = router_statistics(sums['load'], self.cfg.model.moe.router.top_k)
-    row = {'eval/bits_per_byte': bpb, 'eval/lm_loss': nats_per_token} | {
-      f'eval/{name}': float(value) for name, value in router.items()}
+  def validation(self, step: int, sums: Sums, probe: np.ndarray, text: str) -> float:
+    """Writes what validation found, see `rows.added`, and keeps the probe; returns bits per byte of the text."""
+    row, layers = validation_row(sums, self.cfg.model.moe.router.top_k, self.data, self.probes.record(step, probe))
     if not any(old['step'] == step and 'eval/lm_loss' in old for old in self.metrics.rows()):  # a finished run, again
-      self.metrics.write({'step': step} | row)
+      self.metrics.write({'step': step} | row | {'eval/layers': layers})
     self.board.scalars(step, row)
     self.board.text('sample', text, step)
     self.images(step)
     self.text = text
-    self.usage = (f'{100 * row["eval/expert_usage"]:.0f}% of experts used, MaxVio {row["eval/max_vio"]:.2f}, load '
+    self.usage = (f'{100 * row["eval/expert_usage"]:.0f}% of experts used, MaxVio {row["eval/max_vio"]:.2f} '
+                  f'(noise {row["eval/noise_floor"]:.2f}), load '
                   + ' '.join(f'[{load_bars(layer)}]' for layer in sums['load']))
     others = ''.join(f', {name} {value:.3f}' for name, value in self.compressed.items())
-    self.say(f'step {step}: {bpb:.4f} bits per byte of held-out text ({int(sums["tokens"])} tokens{others}); '
-             f'{self.usage}')
+    bpb, tokens = row['eval/bits_per_byte'], int(sums['task_tokens'].sum())
+    self.say(f'step {step}: {bpb:.4f} bits per byte of held-out text ({tokens} tokens{others}); {self.usage}')
     return bpb
 
   def images(self, step: int) -> None:
@@ -128,9 +118,13 @@ class Journal:
 
   def report(self, digest: str, bpb: float) -> None:
     """The last words, also as report.json."""
-    found = [row['eval/bits_per_byte'] for row in self.metrics.rows() if 'eval/bits_per_byte' in row]
+    rows = self.metrics.rows()
+    found = [row['eval/bits_per_byte'] for row in rows if 'eval/bits_per_byte' in row]
     best = min((value for value in found if value is not None), default=bpb)   # null: it was not finite
-    report = {'bits_per_byte': bpb, 'best_bits_per_byte': best, 'digest': digest, **self.compressed}
+    last = {name: value for row in rows if row['step'] == self.cfg.steps for name, value in row.items()}
+    monitors = {name.removeprefix('eval/'): last[name] for name in MONITORS if name in last}
+    report = {'bits_per_byte': bpb, 'best_bits_per_byte': best, 'digest': digest, **self.compressed, **monitors,
+              'saturation': self.saturation(last)}
     python = min(sys.executable, os.path.relpath(sys.executable), key=len)
     (self.workdir / 'report.json').write_text(json.dumps(report, indent=2) + '\n')
     self.say(
@@ -138,12 +132,16 @@ class Journal:
       f'done. {best:.4f} bits per byte at best, {bpb:.4f} at the end' +
       ''.join(f'; {name} {value:.3f}' for name, value in self.compressed.items()),
       f'experts  {self.usage}, on held-out text',
+      'monitors ' + ', '.join(f'{name} {value:.4g}' for name, value in monitors.items() if value is not None),
       f'state    digest {digest[:16]}',
       f'run      {self.workdir}: metrics.jsonl, tensorboard (tensorboard --logdir={self.workdir}), checkpoints',
       f'sample   {python} -m moejax.generate --workdir={self.workdir} --prompt="{self.cfg.sample_prompt}"')
 
-
-def clock(seconds: float) -> str:
-  """75 -> '1m15s'."""
-  minutes, seconds = divmod(round(seconds), 60)
-  return f'{minutes // 60}h{minutes % 60:02}m' if minutes >= 60 else f'{minutes}m{seconds:02}s'
+  def saturation(self, last: dict[str, object]) -> dict[str, float]:
+    """Of each validation but the last, the share of its probe's copies that already went where they end; a mean."""
+    layers = self.probes.saturation()
+    if layers and 'eval/saturation' not in last:   # else a finished run, again
+      self.metrics.write({'step': self.cfg.steps, 'eval/saturation': {str(step): layers[step] for step in layers}})
+      for step, share in layers.items():
+        self.board.scalars(step, {'eval/saturation': share.mean(), 'eval/saturation_worst': share.min()})
+    return {str(step): float(share.mean()) for step, share in layers.items()}

@@ -1,6 +1,6 @@
-"""What a run measures and where it goes: router statistics, MFU, metrics.jsonl, TensorBoard.
+"""Where what a run measures goes: metrics.jsonl, TensorBoard, pictures of the load; and what its devices could do.
 
-Letters: L layers, E experts, K experts per token.
+Letters: E experts.
 """
 import json
 import math
@@ -16,45 +16,11 @@ import jax
 import numpy as np
 from jax import Array
 
-# Which layer is the worst.
-WORST = {'max_vio': 'max', 'expert_usage': 'min', 'dead_experts': 'max', 'load_entropy': 'min',
-         'balance_score': 'min'}
 # Dense bfloat16 FLOP/s of a JAX device by what its device_kind holds, first that fits (makers' data sheets).
 PEAK_FLOPS = {
   'TPU v2': 22.5e12, 'TPU v3': 61.5e12, 'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12,
   'TPU v5': 459e12, 'TPU v6': 918e12, 'TPU7x': 1153.5e12, 'A100': 312e12, 'H100 PCIe': 756e12, 'H100': 989e12,
   'H200': 989e12, 'GH200': 989e12, 'B200': 2250e12, 'L40S': 362e12, 'NVIDIA L4': 121e12}
-
-
-def layer_statistics(load: Array, top_k: int) -> dict[str, Array]:
-  """Of each layer's load c [L, E] (counts). name -> [L]. NumPy in, NumPy out, and nothing to compile.
-
-  max_vio: max_e c_e / mean(c) - 1 (arXiv 2408.15664 eq. 4). expert_usage: share of experts with a token.
-  dead_experts: how many have below a tenth of the mean. load_entropy: of the shares c / sum(c), over ln E.
-  balance_score: 1 - std(c) / mean(c). noise_floor: sqrt(2 ln E (1 - K/E) / mean(c)), about the max_vio of
-  choices without a preference: the largest of E Gaussians. A layer without a token scores 0 in all but
-  dead_experts: never NaN.
-  """
-  xp, experts = load.__array_namespace__(), load.shape[-1]
-  mean = load.mean(axis=-1)
-  relative = load / xp.where(mean > 0, mean, 1)[:, None]  # 1 is balance
-  share = relative / experts
-  entropy = -(share * xp.log(xp.where(share > 0, share, 1))).sum(axis=-1)
-  floor = math.sqrt(2 * math.log(experts) * (1 - top_k / experts))
-  return {
-    'max_vio': xp.maximum(relative.max(axis=-1) - 1, 0),
-    'expert_usage': (load > 0).mean(axis=-1),
-    'dead_experts': (relative < 0.1).sum(axis=-1),
-    'load_entropy': entropy / math.log(experts) if experts > 1 else xp.where(mean > 0, 1.0, 0.0),
-    'balance_score': xp.where(mean > 0, 1 - relative.std(axis=-1), 0.0),
-    'noise_floor': floor * xp.where(mean > 0, mean, math.inf) ** -0.5}
-
-
-def router_statistics(load: Array, top_k: int) -> dict[str, Array]:
-  """`layer_statistics` over the layers: their mean by its name, and the worst layer as NAME_worst."""
-  layers = layer_statistics(load, top_k)
-  worst = {f'{name}_worst': getattr(layers[name], which)() for name, which in WORST.items()}
-  return {name: values.mean() for name, values in layers.items()} | worst
 
 
 def load_bars(load: np.ndarray) -> str:

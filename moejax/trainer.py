@@ -26,6 +26,8 @@ from moejax.experiment import CHECKPOINTS, TOKENIZER_FILE, ExperimentConfig, res
 from moejax.generate import SampleConfig, read_model, sample
 from moejax.journal import Journal
 from moejax.moe.bias import BiasState
+from moejax.probe import compact
+from moejax.rows import added
 from moejax.sharding import make_mesh, shardings, spec
 from moejax.state import TrainState, init_state
 from moejax.step import Metrics, compile_step, eval_step
@@ -152,13 +154,16 @@ def note_failed_save(checkpoints: Checkpoints, journal: Journal, wait: bool = Fa
 def validate(cfg: ExperimentConfig, data: Data, programs: Programs, state: TrainState, journal: Journal,
              batches: int) -> float:
   """Bits per byte of the held-out text, 0 for all of its batches; also has the model write something."""
-  sums = {'task_nll': 0.0, 'task_tokens': 0.0, 'load': 0.0}
+  sums, probe = None, None
   for batch in data.validation(batches):
-    result = jax.device_get(programs.evaluate(state.model, state.router, programs.put(batch)))
-    sums = {name: sums[name] + result[name] for name in sums}
+    result = programs.evaluate(state.model, state.router, programs.put(batch))
+    expert_ids = result.pop('expert_ids')
+    if sums is None:
+      probe = compact(expert_ids, batch.segment_ids > 0, cfg.model.moe.router.num_experts)
+    sums = added(sums, jax.device_get(result))
   text = ''.join(sample(state.model, state.router.bias, data.tokenizer, cfg.sample_prompt,
                         SampleConfig(max_tokens=SAMPLE_TOKENS, seed=cfg.seed)))
-  return journal.validation(int(state.step), sums, cfg.sample_prompt + text)
+  return journal.validation(int(state.step), sums, probe, cfg.sample_prompt + text)
 
 
 def compile_programs(cfg: ExperimentConfig, data: Data, mesh: Mesh) -> Programs:

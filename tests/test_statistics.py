@@ -248,4 +248,4 @@ def test_bias_statistics_and_the_layer_farthest_from_zero() -> None:
 
 def test_every_statistic_says_which_layer_is_worst(example: tuple) -> None:
   names = [*layer_statistics(loads(), 2), *token_statistics(stacked(observed(*example))), *bias_statistics(loads())]
-  assert len(names) == len(set(names)) and {*names, 'dropped'} == set(STATISTICS)
+  assert len(names) == len(set(names)) and {*names, 'churn', 'dropped'} == set(STATISTICS)
