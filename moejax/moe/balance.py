@@ -100,9 +100,6 @@ def misfits(balance: BalanceConfig, router: RouterConfig, micro_batches: int) ->
   return (
     f'balance.bias_rule={rule!r} would move a bias that selection={selection!r} ignores: use selection=\'top_k\', or '
     'bias_rule=\'\'' if rule and not takes_bias else '',
-    f'balance.bias_rule=\'quantile\' balances the choice among all experts, not within top_groups={router.top_groups} '
-    f'of num_groups={router.num_groups}: use num_groups=1 or another rule'
-    if rule == 'quantile' and router.num_groups > 1 else '',
     f'balance.bias_rule=\'quantile\' needs an expert that is not chosen: use top_k below num_experts={experts}'
     if rule == 'quantile' and router.top_k >= experts else '',
     'balance.losses.load is the load that noise may give: use router.noisy=True, or losses.importance'

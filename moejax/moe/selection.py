@@ -55,8 +55,8 @@ def noisy(logits: Array, std: Array, tokens: Tokens, top_k: int) -> tuple[Array,
     return logits, jnp.zeros_like(logits)
   draw = jax.vmap(lambda key: jax.random.normal(key, logits.shape[1:]))(row_keys(tokens, NOISE))
   h = logits + draw * std
-  best = jax.lax.top_k(h, top_k + 1)[0]
-  kth, next_one = best[..., top_k - 1:top_k], best[..., top_k:]
+  # By min, not by slicing: of a slice XLA's CPU backend makes a whole sort.
+  kth, next_one = (jax.lax.top_k(h, k)[0].min(-1, keepdims=True) for k in (top_k, top_k + 1))
   threshold = jnp.where(h >= kth, next_one, kth)
   return h, jax.scipy.stats.norm.cdf((logits - threshold) / jnp.maximum(std, 1e-6))
 
