@@ -60,7 +60,7 @@ ARROWS = {
     'moe.balance': {'moe.bias', 'moe.routing', 'moe.sets', 'moe.selection', 'moe.canonical', 'moe.variation'},
     'moe.bias': {'moe.quantile', 'moe.routing', 'moe.sets'},
     'moe.sets': {'moe.routing'}, 'moe.variation': {'moe.routing', 'moe.sets'},
-    'moe.canonical': {'moe.routing', 'moe.sets'}, 'moe.statistics': {'moe.routing'},
+    'moe.canonical': {'moe.routing', 'moe.sets'}, 'moe.statistics': {'moe.routing', 'moe.sets'},
     'moe.routing': {'moe.selection'}, 'certify.__main__': {'certify.*'}, 'certify.oracle_bias': {'certify.oracle'},
     'certify.oracle_selection': {'certify.oracle'},
 }
