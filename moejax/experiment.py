@@ -21,10 +21,12 @@ CHECKPOINTS = 'checkpoints'
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-  """Validation `every` so many steps, 0: at the end only, on `batches` batches of the held-out text, 0: all of it."""
+  """Validation `every` so many steps, 0: at the end only, on `batches` batches of the held-out text, 0: all of it;
+  and, if asked for, the `interference` of balance and LM gradients on the next training batch."""
 
   every: int = 100
   batches: int = 0
+  interference: bool = False
 
   def __post_init__(self) -> None:
     check(*(f'{name}={value}: use 0 or more' for name, value in (('every', self.every), ('batches', self.batches))

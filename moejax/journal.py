@@ -93,9 +93,10 @@ class Journal:
     if not self.console.is_terminal:
       self.say(line)
 
-  def validation(self, step: int, sums: Sums, probe: np.ndarray, text: str) -> float:
+  def validation(self, step: int, sums: Sums, probe: np.ndarray, interference: Metrics, text: str) -> float:
     """Writes what validation found, see `rows.added`, and keeps the probe; returns bits per byte of the text."""
     row, layers = validation_row(sums, self.cfg.model.moe.router.top_k, self.data, self.probes.record(step, probe))
+    row |= {f'interference/{name}': float(value) for name, value in interference.items()}
     if not any(old['step'] == step and 'eval/lm_loss' in old for old in self.metrics.rows()):  # a finished run, again
       self.metrics.write({'step': step} | row | {'eval/layers': layers})
     self.board.scalars(step, row)

@@ -12,11 +12,10 @@ from jax import Array
 import jax.numpy as jnp
 import optax
 
-from moejax.accumulation import gradients, nothing_seen
+from moejax.accumulation import gradients
 from moejax.data import Batch
 from moejax.experiment import ExperimentConfig
 from moejax.losses import cross_entropy
-from moejax.moe.balance import spans_micro_batches
 from moejax.moe.bias import BIAS_RULES, BiasState
 from moejax.moe.statistics import bias_statistics, layer_statistics, token_statistics
 from moejax.objective import Sums, Terms, positive
@@ -94,9 +93,7 @@ def move_bias(router: BiasState, seen: Array, step: Array, cfg: ExperimentConfig
 def eval_step(model: Transformer, router: BiasState, batch: Batch, cfg: ExperimentConfig) -> Metrics:
   """Sums over one batch, of each task: `task_nll` in nats, `task_tokens` predicted; and of each layer: `load` [L, E],
   `stats`; also the `expert_ids` [L, B, S, K]. Moves nothing, and nothing is random."""
-  scopes = model.blocks.moe.scopes
-  spans = dict.fromkeys(spans_micro_batches(scopes, batch.tokens.shape[0]), 1)
-  out = model(batch, router.bias, whole=nothing_seen(spans, router.bias))
+  out = model(batch, router.bias)
   _, parts = cross_entropy(out.hidden, model.head_weights(), batch.targets, batch.mask.astype(jnp.float32), 0.0,
                            cfg.loss.chunks)
   nll = jnp.zeros(len(cfg.data.tasks)).at[batch.task_ids].add((batch.mask * parts.nll).sum(-1))

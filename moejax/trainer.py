@@ -24,6 +24,7 @@ from moejax.config import ConfigError, check
 from moejax.data import Batch, Data, open_data
 from moejax.experiment import CHECKPOINTS, TOKENIZER_FILE, ExperimentConfig, resolved, write_config
 from moejax.generate import SampleConfig, read_model, sample
+from moejax.interference import interference
 from moejax.journal import Journal
 from moejax.moe.bias import BiasState
 from moejax.probe import compact
@@ -50,6 +51,7 @@ class Programs(NamedTuple):
   target: TrainState                                            # ShapeDtypeStructs with shardings
   train: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
   evaluate: Callable[[Transformer, BiasState, Batch], Metrics]
+  interfere: Callable[[TrainState, Batch], Metrics]
   put: Callable[[Batch], Batch]                                 # NumPy -> device
   temporaries: int                                              # bytes on one device while a step runs
 
@@ -163,7 +165,9 @@ def validate(cfg: ExperimentConfig, data: Data, programs: Programs, state: Train
     sums = added(sums, jax.device_get(result))
   text = ''.join(sample(state.model, state.router.bias, data.tokenizer, cfg.sample_prompt,
                         SampleConfig(max_tokens=SAMPLE_TOKENS, seed=cfg.seed)))
-  return journal.validation(int(state.step), sums, probe, cfg.sample_prompt + text)
+  step = int(state.step)
+  found = programs.interfere(state, programs.put(data.batch(step))) if cfg.eval.interference else {}
+  return journal.validation(step, sums, probe, found, cfg.sample_prompt + text)
 
 
 def compile_programs(cfg: ExperimentConfig, data: Data, mesh: Mesh) -> Programs:
@@ -179,7 +183,8 @@ def compile_programs(cfg: ExperimentConfig, data: Data, mesh: Mesh) -> Programs:
   example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows), data.batch(0))
   step = compile_step(cfg, target, example)
   evaluate = jax.jit(functools.partial(eval_step, cfg=cfg))
-  return Programs(target, step, evaluate, put, step.memory_analysis().temp_size_in_bytes)
+  meter = jax.jit(functools.partial(interference, cfg=cfg))
+  return Programs(target, step, evaluate, meter, put, step.memory_analysis().temp_size_in_bytes)
 
 
 def initialised(cfg: ExperimentConfig, target: TrainState) -> TrainState:

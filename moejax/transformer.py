@@ -115,7 +115,7 @@ class MoEBlock(nnx.Module):
     self.moe = MoE(keys[3], cfg.d_model, cfg.moe, scopes, bias_rule, cfg.init_std)
 
   def __call__(self, x: Array, batch: Batch, cache: KVCache | None, bias: Array, tokens: Tokens,
-               whole: dict[str, Array]) -> tuple[Array, KVCache | None, MoEAux]:
+               whole: dict[str, Array] | None) -> tuple[Array, KVCache | None, MoEAux]:
     y, cache = self.attention(self.attention_norm(x), batch.segment_ids, batch.positions, cache)
     x = constrain(x + y, 'batch', 'sequence', '')
     y, aux = self.moe(self.moe_norm(x), bias, tokens, whole)
@@ -152,7 +152,7 @@ class Transformer(nnx.Module):
                       preferred_element_type=jnp.float32)
 
   def __call__(self, batch: Batch, router: Array, cache: dict[str, KVCache] | None = None,
-               whole: dict[str, Array] = frozendict(), draws: Draws | None = None, replayed: Array | None = None
+               whole: dict[str, Array] | None = None, draws: Draws | None = None, replayed: Array | None = None
                ) -> Output:
     """Runs all layers.
 
@@ -160,7 +160,7 @@ class Transformer(nnx.Module):
       batch: tokens, segment_ids and positions are read; segment 0 is padding, which counts nowhere.
       router: [L, E] f32, the bias of each MoE layer.
       cache: from `empty_caches`, to go on from; None to attend within the batch alone.
-      whole: loss -> [L, E] f32, for balance losses whose sets are larger than the batch.
+      whole: loss -> [L, E] f32, for balance losses whose sets are larger than the batch; None: no losses at all.
       draws: what routers draw random numbers from; None: nothing is random.
       replayed: [L, B, S, K] i32, expert_ids to use instead of choosing any (`MoEAux.expert_ids` of another run).
     """
@@ -181,7 +181,7 @@ class Transformer(nnx.Module):
     if cfg.num_dense_layers:
       x, caches['dense_blocks'] = self.scan(dense, x, (self.dense_blocks, cache and cache['dense_blocks']))
     x, (caches['blocks'], aux) = self.scan(
-      moe, x, (self.blocks, cache and cache['blocks'], router, dict(whole), keys, replayed))
+      moe, x, (self.blocks, cache and cache['blocks'], router, whole, keys, replayed))
     return Output(self.norm(x), aux, caches if cache else None)
 
   def scan(self, body: Callable, x: Array, layers: tuple) -> tuple[Array, object]:

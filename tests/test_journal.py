@@ -57,9 +57,9 @@ def run(workdir: Path, begin: int, end: int) -> None:
     for step in range(begin + 1, end + 1):
       journal.step(step, of_step(step))
       if step % 2 == 0 and step < STEPS:
-        journal.validation(step, *of_validation(step), 'def f():')
+        journal.validation(step, *of_validation(step), {'router_ratio': np.float32(0.5)}, 'def f():')
     if end == STEPS:
-      journal.report('d' * 64, journal.validation(STEPS, *of_validation(STEPS), 'def f():'))
+      journal.report('d' * 64, journal.validation(STEPS, *of_validation(STEPS), {}, 'def f():'))
 
 
 def rows(workdir: Path) -> list[dict[str, object]]:
@@ -96,6 +96,7 @@ def test_metrics_jsonl_gets_all(straight: Path) -> None:
   assert {f'eval/{name}' for name in tests[1]['eval/layers']} < set(tests[1])
   assert {'eval/churn_worst', 'eval/lm_loss/prose', 'eval/perplexity'} < set(tests[1])
   assert set(tests[1]['eval/layers']) == set(STATISTICS) - {'bias_max', 'bias_mean', 'bias_std', 'dropped'}
+  assert tests[0]['interference/router_ratio'] == 0.5 and 'interference/router_ratio' not in tests[2]
   assert 'churn' not in tests[0]['eval/layers']                           # there was nothing before it
   assert found[-1]['step'] == STEPS and list(found[-1]['eval/saturation']) == ['2', '4']
   assert all(len(share) == L for share in found[-1]['eval/saturation'].values())

@@ -87,10 +87,11 @@ class MoE(nnx.Module):
     noise_std = jax.nn.softplus(router_logits(x, self.noise[...])) if cfg.noisy else None
     return route(router_logits(x, w), jax.lax.stop_gradient(bias), cfg, tokens, noise_std)._replace(router=w)
 
-  def __call__(self, x: Array, bias: Array, tokens: Tokens, whole: dict[str, Array]) -> tuple[Array, MoEAux]:
+  def __call__(self, x: Array, bias: Array, tokens: Tokens, whole: dict[str, Array] | None) -> tuple[Array, MoEAux]:
     """x [B, S, D] normalised, bias [E] f32 -> y [B, S, D] and the aux. Padding gets 0 from the routed experts.
 
-    whole: loss -> [E] f32, what `BalanceLoss.seen` sums over the whole set, for losses whose sets are larger than x.
+    whole: loss -> [E] f32, what `BalanceLoss.seen` sums over the whole set, for losses whose sets are larger than x;
+      None where nothing is trained: no losses.
     """
     cfg, num_experts = self.cfg, self.cfg.router.num_experts
     routing = self.route(x, bias, tokens)
@@ -100,7 +101,7 @@ class MoE(nnx.Module):
     if cfg.num_shared:
       y = y + self.shared(x)
     losses, seen = {}, {}
-    for name, scope in self.scopes.items():
+    for name, scope in self.scopes.items() if whole is not None else ():
       loss = BALANCE_LOSSES[name]
       if scope.rows > x.shape[0]:
         seen[name], scope = loss.seen(routing, tokens.mask, scope), scope._replace(whole=whole[name])
