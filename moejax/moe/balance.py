@@ -13,7 +13,7 @@ The same coefficient alpha elsewhere, and what `convert_coefficient` makes of it
   olmo_core      1, each layer adds its own                                         alpha L
   maxtext        K, mean over layers                                                alpha K
   huggingface    K, f and P each averaged over all layers before the product        alpha K, another function of layers
-  levanter       1/K (its Mixtral)                                                  alpha / K
+  levanter       1/K, summed over layers (its Mixtral)                              alpha L / K
 
 Letters: B batch, S sequence, E experts, K experts per token, M groups of experts, G sets of tokens, A micro-batches.
 """
@@ -168,7 +168,7 @@ BALANCE_LOSSES: dict[str, BalanceLoss] = {
 # codebase -> (K, L) to what its coefficient is multiplied by.
 CODEBASES: dict[str, Callable[[int, int], float]] = {
   'huggingface': lambda top_k, layers: top_k,
-  'levanter': lambda top_k, layers: 1 / top_k,
+  'levanter': lambda top_k, layers: layers / top_k,
   'maxtext': lambda top_k, layers: top_k,
   'megatron': lambda top_k, layers: layers,
   'olmo_core': lambda top_k, layers: layers,
