@@ -14,11 +14,14 @@ from moejax.moe.sets import Scope, parts_of_set, row_sums
 def variation(sums: Array) -> Array:
   """Squared coefficient of variation over experts, (std / mean)^2 with the population's std. [G, E] -> [G].
 
-  0 when all are equal, E - 1 when one has everything; 0 also where there is nothing.
+  0 when all are equal, E - 1 when one has everything; 0 also where there is nothing. It does not depend on the scale,
+  so sums are brought near 1 first: the gradient of sums / mean is over mean^2, which underflows for sums of 1e-20.
   """
   mean = sums.mean(-1, keepdims=True)
-  away = jnp.where(mean > 0, sums / jnp.where(mean > 0, mean, 1.0) - 1.0, 0.0)   # not E[x^2] - 1: that cancels
-  return jnp.square(away).mean(-1)
+  something = mean > 1e-37
+  sums = sums / jax.lax.stop_gradient(jnp.where(something, mean, 1.0))
+  away = jnp.where(something, sums / jnp.where(something, sums.mean(-1, keepdims=True), 1.0) - 1.0, 0.0)
+  return jnp.square(away).mean(-1)   # of what is away, not E[x^2] - 1: that cancels
 
 
 def of_sets(values: Array, mask: Array, scope: Scope) -> Array:
