@@ -18,8 +18,10 @@ from moejax.moe import routing, selection
 
 T = TypeVar('T')
 
-# Half of the time would be LLVM's, on programs that run for a millisecond.
-QUICK = {'xla_backend_optimization_level': 0}
+# All the time would be the compiler's, on programs that run for a millisecond: nothing is optimised, and fused loops are
+# not made by MLIR, which takes two thirds of the time of a training step's program. Not every JAX has the second.
+CHEAP = ({'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False},
+         {'xla_backend_optimization_level': 0})
 B, S = 4, 8                         # of the batches of logits
 MICRO_BATCHES, EP_GROUPS = 2, 4     # into which they are cut
 SHAPES = tuple((e, k) for e, k in itertools.product((4, 8, 64, 256), (1, 2, 8)) if k <= e)
@@ -27,11 +29,23 @@ SHAPES = tuple((e, k) for e, k in itertools.product((4, 8, 64, 256), (1, 2, 8)) 
 QUICK_ROUTERS = {(4, 1): ('sigmoid',), (8, 2): ('sigmoid', 'softmax', 'sqrt_softplus'), (64, 8): ('softmax',)}
 
 
+def cheapest() -> dict[str, int]:
+  """The first of the compiler's options that this JAX has."""
+  for options in CHEAP[:-1]:
+    try:
+      jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+      return options
+    except jax.errors.JaxRuntimeError:   # no such option
+      continue
+  return CHEAP[-1]
+
+
 class Plan:
   """How much to look at, and what was compiled and computed for it so far."""
 
   def __init__(self, quick: bool, seed: int = 0) -> None:
     self.quick, self.seed = quick, seed
+    self.options = cheapest()
     self._kept: dict[Hashable, object] = {}
 
   def once(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -43,7 +57,7 @@ class Plan:
   def program(self, function: Callable, *static: Hashable) -> Callable:
     """`function(*arrays, *static)`, compiled once a run."""
     def make() -> Callable:
-      return jax.jit(lambda *arrays: function(*arrays, *static), compiler_options=QUICK)
+      return jax.jit(lambda *arrays: function(*arrays, *static), compiler_options=self.options)
     return self.once((function, static), make)
 
   def rng(self, *path: int) -> np.random.Generator:
