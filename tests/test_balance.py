@@ -342,8 +342,9 @@ def test_founding_correction_megatron_normalised_sigmoid() -> None:
   assert abs(want[0] - want[1]) > 0.02
   assert np.linalg.norm(gradients[0] - gradients[1]) > 0.3 * np.linalg.norm(gradients[0])
   # By hand: one token, scores 0.8 and 0.2 of which the first is chosen: f = (2, 0), P = 0.8 / (0.8 + 0.2).
-  one = route(jnp.log(jnp.asarray([[[4.0, 0.25]]])), jnp.zeros(2), RouterConfig(2, 1, 'sigmoid'))
-  by_hand = BALANCE_LOSSES['sequence'].value(one, np.ones((1, 1), bool), np.ones((1, 1), np.int32))
+  by_hand = jax.jit(lambda z: BALANCE_LOSSES['sequence'].value(
+    route(z, jnp.zeros(2), RouterConfig(2, 1, 'sigmoid')), np.ones((1, 1), bool), np.ones((1, 1), np.int32)),
+    compiler_options=QUICK)(np.log(np.array([[[4.0, 0.25]]], np.float32)))
   np.testing.assert_allclose(by_hand, 1.6, rtol=1e-6)
 
 
@@ -416,6 +417,7 @@ def test_what_does_not_count_changes_nothing(cfg: RouterConfig) -> None:
   np.testing.assert_array_equal(got[1], gradients)
 
 
+@pytest.mark.slow
 def test_rows_cut_short_are_rows_masked() -> None:
   case = cases(8)['holes']
   masked = case._replace(mask=case.mask & (np.arange(S) < 5))
@@ -450,6 +452,27 @@ def test_bias_is_in_no_probability(cfg: RouterConfig) -> None:
   np.testing.assert_array_equal(values[~follows], other[0][~follows])
   np.testing.assert_array_equal(gradients[~follows], other[1][~follows])
   assert (np.abs(values - other[0])[follows] > 1e-6).all(), 'f does follow what was dispatched'
+
+
+def test_counts_of_nothing_are_an_even_f() -> None:
+  """Tokens that nobody took, and a lagged f at the first step: L is 1, whatever P is, and nothing pulls."""
+  case, no_bias = cases(4)['plain'], jnp.zeros(4)
+
+  @functools.partial(jax.jit, compiler_options=QUICK)
+  def both(z: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    def nobody(z: Array) -> Array:
+      routing = route(z, no_bias, RouterConfig(4, 2))
+      routing = routing._replace(expert_ids=jnp.full_like(routing.expert_ids, 4))
+      return BALANCE_LOSSES['sequence'].value(routing, case.mask, case.segments, Scope(0, 0, 'dispatched'))
+
+    def unknown(z: Array) -> Array:
+      scope = Scope(8, 2, whole=jnp.zeros(4))
+      return BALANCE_LOSSES['global_batch'].value(route(z, no_bias, RouterConfig(4, 2)), case.mask, case.segments, scope)
+    return jax.value_and_grad(nobody)(z), jax.value_and_grad(unknown)(z)
+
+  for value, gradient in both(case.logits):
+    np.testing.assert_allclose(value, 1, rtol=1e-6)
+    np.testing.assert_allclose(gradient, 0, atol=CANCELS)
 
 
 def test_simbal_is_the_l1_distance_of_the_experts_from_orthonormal() -> None:
