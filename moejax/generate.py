@@ -110,11 +110,12 @@ def sample(model: Transformer, router: Array, tokenizer: Tokenizer, prompt: str,
       shown = text
 
 
-def load(workdir: str) -> tuple[ExperimentConfig, Tokenizer, int, Transformer, BiasState]:
-  """The newest verified step of a run. -> config, tokenizer, step, model, router."""
+def load(workdir: str) -> tuple[ExperimentConfig, Tokenizer, int, Transformer, Array]:
+  """The newest verified step of a run. -> config, tokenizer, step, model, router bias."""
   cfg, tokenizer = read_config(workdir), load_tokenizer(str(pathlib.Path(workdir) / TOKENIZER_FILE))
   cfg = resolved(cfg, tokenizer.vocab_size)
-  return cfg, tokenizer, *read_model(workdir, jax.eval_shape(lambda: init_state(cfg)), cfg)
+  step, model, router = read_model(workdir, jax.eval_shape(lambda: init_state(cfg)), cfg)
+  return cfg, tokenizer, step, model, router.bias
 
 
 def read_model(workdir: str, target: TrainState, cfg: ExperimentConfig) -> tuple[int, Transformer, BiasState]:
@@ -148,7 +149,7 @@ def main(argv: Sequence[str]) -> int:
     return 2 if isinstance(error, ConfigError) else 3
   print(f'step {step} of {workdir}', file=sys.stderr)
   print(prompt, end='', flush=True)
-  for piece in sample(model, router.bias, tokenizer, prompt, cfg):
+  for piece in sample(model, router, tokenizer, prompt, cfg):
     print(piece, end='', flush=True)
   print()
   return 0

@@ -73,7 +73,8 @@ def jobs(num_experts: int, top_k: int) -> dict[str, Job]:
 
 
 def dispatch(cfg: DispatchConfig, job: Job, weights: Weights) -> tuple[Array, Array]:
-  routing = Routing(job.scores, job.scores, job.scores, job.expert_ids, job.weights)
+  routing = Routing(job.scores, job.scores, job.scores, job.expert_ids, job.weights, best_ids=job.expert_ids,
+                    margin=job.weights[..., 0], likely=job.scores, router=job.scores[0])
   return DISPATCHERS[cfg.dispatcher](job.x, routing, weights, cfg)
 
 

@@ -46,7 +46,7 @@ def state() -> TrainState:
   """Not trained, but with a bias that decides something."""
   cfg = resolved(CONFIG, TOKENIZER.vocab_size)
   made = jax.jit(functools.partial(init_state, cfg))()
-  return made._replace(router=jnp.array([[0.1, -0.1, 0.05, 0.0]]))
+  return made._replace(router=made.router._replace(bias=jnp.array([[0.1, -0.1, 0.05, 0.0]])))
 
 
 @pytest.fixture(scope='module')
@@ -76,7 +76,7 @@ def anew(state: TrainState, prompt: Sequence[int], count: int) -> list[int]:
   for _ in range(count):
     tokens = np.zeros((1, 32), np.int32)
     tokens[0, :len(ids)] = ids
-    ids.append(int(last_logits(state.model, state.router, tokens, len(ids)).argmax()))
+    ids.append(int(last_logits(state.model, state.router.bias, tokens, len(ids)).argmax()))
   return ids[len(prompt):]
 
 
@@ -84,28 +84,28 @@ def test_the_cache_decodes_what_running_anew_would(state: TrainState) -> None:
   """Token for token, alone and in a batch padded on the left."""
   want = [anew(state, prompt, GREEDY.max_tokens) for prompt in PROMPTS]
   assert len({*map(tuple, want)}) == len(PROMPTS) and len({*sum(want, [])}) > 10, 'prompts and tokens that matter'
-  together = np.stack(list(decode(state.model, state.router, PROMPTS, GREEDY)), 1)
+  together = np.stack(list(decode(state.model, state.router.bias, PROMPTS, GREEDY)), 1)
   assert together.tolist() == want
-  alone = [int(token) for token, in decode(state.model, state.router, PROMPTS[2:3], GREEDY)]
+  alone = [int(token) for token, in decode(state.model, state.router.bias, PROMPTS[2:3], GREEDY)]
   assert alone == want[2]
 
 
 def test_the_router_bias_takes_part(state: TrainState) -> None:
-  biased = state._replace(router=jnp.array([[9.0, 8.0, 0.0, 0.0]]))
+  biased = state._replace(router=state.router._replace(bias=jnp.array([[9.0, 8.0, 0.0, 0.0]])))
   want = anew(biased, PROMPTS[2], GREEDY.max_tokens)
   assert want != anew(state, PROMPTS[2], GREEDY.max_tokens)
-  assert [int(token) for token, in decode(biased.model, biased.router, PROMPTS[2:3], GREEDY)] == want
+  assert [int(token) for token, in decode(biased.model, biased.router.bias, PROMPTS[2:3], GREEDY)] == want
 
 
 def test_greedy_knows_neither_seed_nor_top_p(state: TrainState) -> None:
-  one, other = (np.stack(list(decode(state.model, state.router, PROMPTS[:1], SampleConfig(5, 0.0, p, seed))))
+  one, other = (np.stack(list(decode(state.model, state.router.bias, PROMPTS[:1], SampleConfig(5, 0.0, p, seed))))
                 for p, seed in ((1.0, 0), (0.1, 3)))
   np.testing.assert_array_equal(one, other)
 
 
 def test_the_same_seed_is_the_same_text_and_another_seed_another(state: TrainState) -> None:
   def text(seed: int) -> str:
-    return ''.join(sample(state.model, state.router, TOKENIZER, 'ab', SampleConfig(10, 2.0, 1.0, seed)))
+    return ''.join(sample(state.model, state.router.bias, TOKENIZER, 'ab', SampleConfig(10, 2.0, 1.0, seed)))
   texts = [text(seed) for seed in (0, 0, 1, 2)]
   assert texts[0] == texts[1] and len({*texts}) == 3
 
@@ -114,7 +114,7 @@ def test_rows_and_tokens_are_drawn_one_by_one(state: TrainState) -> None:
   """From a model to which all tokens are alike: one key for several draws would repeat them."""
   model = jax.tree.map(lambda a: a, state.model)
   model.head.w[...] = 0 * model.head.w[...]
-  drawn = np.stack(list(decode(model, state.router, PROMPTS[:1] * 4, SampleConfig(8, 1.0, 1.0))))
+  drawn = np.stack(list(decode(model, state.router.bias, PROMPTS[:1] * 4, SampleConfig(8, 1.0, 1.0))))
   assert len({*drawn.ravel().tolist()}) > 20
 
 
@@ -129,12 +129,12 @@ def test_nearby_lengths_and_other_settings_share_two_programs(state: TrainState)
   monitoring.register_event_duration_secs_listener(listen)
   try:
     before = generate.advance._cache_size()
-    list(decode(state.model, state.router, PROMPTS[:3], SampleConfig(10, 0.5, 0.9, 0)))
+    list(decode(state.model, state.router.bias, PROMPTS[:3], SampleConfig(10, 0.5, 0.9, 0)))
     assert generate.advance._cache_size() == before + 2
     assert compiled, 'the event has another name by now'
     compiled.clear()
     longer = [PROMPTS[2] + [1, 2, 3], *PROMPTS[:2]]
-    list(decode(state.model, state.router, longer, SampleConfig(16, 0.8, 0.5, 1)))
+    list(decode(state.model, state.router.bias, longer, SampleConfig(16, 0.8, 0.5, 1)))
     assert generate.advance._cache_size() == before + 2 and not compiled
   finally:
     monitoring.unregister_event_duration_listener(listen)
@@ -192,7 +192,7 @@ def test_a_run_comes_back_as_it_was_saved(run_directory: Path, state: TrainState
   cfg, tokenizer, step, model, router = load(str(run_directory))
   assert step == 7 and cfg.model.vocab_size == tokenizer.vocab_size == TOKENIZER.vocab_size
   assert isinstance(tokenizer, Tokenizer) and tokenizer.digest == TOKENIZER.digest
-  np.testing.assert_array_equal(router, state.router)
+  np.testing.assert_array_equal(router, state.router.bias)
   jax.tree.map(np.testing.assert_array_equal, model, state.model)
 
 
