@@ -7,7 +7,7 @@ WORKERS ?= 2
 PY = $(VENV)/bin/python
 install = $(PY) -m pip install --quiet --disable-pip-version-check -e
 
-.PHONY: train test fast bench lint
+.PHONY: train test fast certify bench lint
 
 train: $(VENV)/.dev
 	$(PY) train.py $(ARGS)
@@ -18,6 +18,9 @@ test: $(VENV)/.dev
 
 fast: $(VENV)/.dev
 	$(PY) -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
+certify: $(VENV)/.dev
+	$(PY) -m moejax.certify $(ARGS)
 
 bench: $(VENV)/.bench
 	$(PY) benchmarks/moe_layer.py
