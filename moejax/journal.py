@@ -37,6 +37,7 @@ class Journal:
     self.workdir = pathlib.Path(cfg.workdir)
     self.cfg, self.data, self.flops_per_token, self.skips_in_a_row = cfg, data, flops_per_token, 0
     self.metrics = MetricsLog(self.workdir / 'metrics.jsonl', step)
+    self.validated = {row['step'] for row in self.metrics.rows() if 'eval/lm_loss' in row}
     self.loads = MetricsLog(self.workdir / 'load.jsonl', step)
     self.board = TensorBoard(self.workdir / 'tensorboard', step)
     self.probes = Probes(self.workdir / 'probes', step)
@@ -97,7 +98,7 @@ class Journal:
     """Writes what validation found, see `rows.added`, and keeps the probe; returns bits per byte of the text."""
     row, layers = validation_row(sums, self.cfg.model.moe.router.top_k, self.data, self.probes.record(step, probe))
     row |= {f'interference/{name}': float(value) for name, value in interference.items()}
-    if not any(old['step'] == step and 'eval/lm_loss' in old for old in self.metrics.rows()):  # a finished run, again
+    if step not in self.validated:   # else a finished run, again
       self.metrics.write({'step': step} | row | {'eval/layers': layers})
     self.board.scalars(step, row)
     self.board.text('sample', text, step)
