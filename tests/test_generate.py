@@ -12,10 +12,11 @@ from jax import monitoring
 from moejax import generate
 from moejax.attention import AttentionConfig
 from moejax.checkpoint import CheckpointConfig, Checkpoints
-from moejax.config import ConfigError
+from moejax.config import ConfigError, frozendict
 from moejax.data import Batch
 from moejax.experiment import CHECKPOINTS, TOKENIZER_FILE, ExperimentConfig, resolved, write_config
 from moejax.generate import SampleConfig, choose, decode, load, main, sample
+from moejax.moe.balance import BalanceConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
 from moejax.sources import DataConfig
@@ -25,12 +26,13 @@ from moejax.transformer import ModelConfig, Transformer
 
 TOKENIZER = load_tokenizer('bytes')
 EOD = TOKENIZER.eod_id
+# Losses over more rows than are sampled, a rule with momentum, noise: none of it may change a text or stop it.
 CONFIG = ExperimentConfig(
-  data=DataConfig(tokenizer='bytes'),
+  data=DataConfig(tokenizer='bytes'), balance=BalanceConfig(frozendict(global_batch='0.1'), bias_rule='smebu'),
   model=ModelConfig(
     d_model=16, num_layers=2, num_dense_layers=1, d_ff=16, init_std=0.5,
     attention=AttentionConfig(num_heads=2, num_kv_heads=1, d_head=8),
-    moe=MoEConfig(RouterConfig(4, 2), d_expert=8)))
+    moe=MoEConfig(RouterConfig(4, 2, noisy=True, jitter=0.3), d_expert=8)))
 GREEDY = SampleConfig(max_tokens=10, temperature=0.0)
 # Below, at and above what prompts are rounded up to.
 PROMPTS = [[EOD, *b'ab'], [EOD, *b'1234567'], [EOD, *b'hello world'], [EOD]]
