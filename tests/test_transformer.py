@@ -1,6 +1,7 @@
 """The whole model against the oracle, layer by layer; who reaches whom in it; the same by scan, loop and remat."""
 import dataclasses
 import functools
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,15 @@ import oracle
 import pytest
 
 from moejax.attention import AttentionConfig
-from moejax.config import ConfigError
+from moejax.config import ConfigError, frozendict
 from moejax.data import Batch
 from moejax.moe import layer as moe_layer
 from moejax.moe.dispatch import DispatchConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig, Routing
-from moejax.transformer import REMAT_POLICIES, ModelConfig, Output, Transformer, empty_caches
+from moejax.moe.selection import Tokens
+from moejax.moe.sets import Scope
+from moejax.transformer import REMAT_POLICIES, Draws, ModelConfig, Output, Transformer, empty_caches
 
 RNG = np.random.default_rng
 QUICK = {'xla_backend_optimization_level': 0}   # programs run once or twice: compiling is all the time
@@ -36,6 +39,7 @@ def replace(**changes: object) -> ModelConfig:
   return dataclasses.replace(CONFIG, **changes)
 
 
+SCOPES = frozendict(global_batch=Scope(2 * B), sequence=Scope())   # a set of twice as many rows, and documents
 SHAPES = {
   'mixed': CONFIG,
   'experts everywhere': replace(num_dense_layers=0),
@@ -45,13 +49,16 @@ SHAPES = {
 
 @functools.cache
 def model_of(cfg: ModelConfig) -> Transformer:
-  """As initialised, but that each norm has a scale of its own: one in another's place shows."""
-  model, rng = jax.jit(lambda key: Transformer(key, cfg), compiler_options=QUICK)(jax.random.key(0)), RNG(3)
+  """Of random numbers that follow from a parameter's name; each norm has a scale of its own: another's shows.
 
-  def scaled(path: tuple, a: jax.Array) -> np.ndarray | jax.Array:
-    return rng.uniform(0.5, 2, a.shape).astype(np.float32) if 'scale' in jax.tree_util.keystr(path) else a
+  Not as initialised, which would have to be compiled for each config.
+  """
+  def drawn(path: tuple, a: jax.ShapeDtypeStruct) -> np.ndarray:
+    name = jax.tree_util.keystr(path)
+    rng = RNG(zlib.crc32(name.encode()))
+    return (rng.uniform(0.5, 2, a.shape) if 'scale' in name else rng.normal(scale=0.3, size=a.shape)).astype(a.dtype)
 
-  return jax.tree_util.tree_map_with_path(scaled, model)
+  return jax.tree_util.tree_map_with_path(drawn, jax.eval_shape(lambda: Transformer(jax.random.key(0), cfg, SCOPES)))
 
 
 def biases(cfg: ModelConfig) -> np.ndarray:
@@ -127,7 +134,8 @@ def test_scan_is_a_loop_over_the_layers() -> None:
     for i in range(cfg.num_dense_layers):
       x, _ = jax.tree.map(lambda a, i=i: a[i], model.dense_blocks)(x, BATCH, None)
     for i in range(cfg.num_moe_layers):
-      x, _, aux = jax.tree.map(lambda a, i=i: a[i], model.blocks)(x, BATCH, None, biases(cfg)[i], {})
+      block = jax.tree.map(lambda a, i=i: a[i], model.blocks)
+      x, _, aux = block(x, BATCH, None, biases(cfg)[i], Tokens(TOKENS, REAL, SEGMENTS, jnp.arange(B)), None)
       loads.append(aux.load)
     return model.norm(x), loads
 
@@ -138,11 +146,12 @@ def test_scan_is_a_loop_over_the_layers() -> None:
 
 
 def test_layers_differ_from_each_other() -> None:
-  for w in (model_of(CONFIG).blocks.moe.experts.gate, model_of(CONFIG).blocks.attention.q.w):
-    assert not np.allclose(w[0], w[1])
+  made = jax.jit(lambda key: Transformer(key, CONFIG), compiler_options=QUICK)(jax.random.key(0))
+  for w in (made.blocks.moe.experts.gate, made.blocks.attention.q.w):
+    assert not np.allclose(w[0], w[1]) and abs(np.std(w) - CONFIG.init_std) < 0.05
 
 
-@pytest.mark.parametrize('dispatcher', ['dense_matmul', 'sparse_matmul'])
+@pytest.mark.parametrize('dispatcher', ['dense_matmul', pytest.param('sparse_matmul', marks=pytest.mark.slow)])
 def test_a_token_reaches_later_ones_of_its_document_and_nobody_else(dispatcher: str) -> None:
   """By gradient, exactly 0 or not: of each place's output to the row of the table that each place reads."""
   cfg = replace(moe=dataclasses.replace(CONFIG.moe, dispatch=DispatchConfig(dispatcher)))
@@ -189,7 +198,8 @@ def differentiate(model: Transformer, cfg: ModelConfig) -> tuple[jax.Array, Tran
   return jax.value_and_grad(loss)(model)
 
 
-@pytest.mark.parametrize('remat', sorted(set(REMAT_POLICIES) - {'none'}))
+@pytest.mark.parametrize('remat', ['full', *(pytest.param(name, marks=pytest.mark.slow)
+                                             for name in sorted(set(REMAT_POLICIES) - {'none', 'full'}))])
 def test_remat_changes_nothing(remat: str) -> None:
   cfg = replace(remat=remat)
   (value, gradient), (value2, gradient2) = (differentiate(model_of(c), c) for c in (CONFIG, cfg))
@@ -225,9 +235,9 @@ def test_tied_embeddings_are_one_parameter_with_both_gradients() -> None:
 def test_bfloat16_computes_so_and_keeps_parameters_and_routing_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
   cfg, routed, original = replace(dtype='bfloat16'), [], moe_layer.route
 
-  def spy(logits: jax.Array, bias: jax.Array, router: RouterConfig) -> Routing:
+  def spy(logits: jax.Array, bias: jax.Array, *rest: object) -> Routing:
     routed.append((logits.dtype, bias.dtype))
-    return original(logits, bias, router)
+    return original(logits, bias, *rest)
 
   monkeypatch.setattr(moe_layer, 'route', spy)
   model = model_of(cfg)
@@ -239,6 +249,64 @@ def test_bfloat16_computes_so_and_keeps_parameters_and_routing_in_float32(monkey
   np.testing.assert_allclose(out.hidden.astype(jnp.float32)[REAL], ran(CONFIG).hidden[REAL], atol=0.3)
   kinds = jax.eval_shape(functools.partial(differentiate.__wrapped__, cfg=cfg), model)
   assert {leaf.dtype for leaf in jax.tree.leaves(kinds)} == {jnp.dtype('float32')}
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def with_losses(model: Transformer, router: jax.Array, whole: dict[str, jax.Array], replayed: jax.Array | None
+                ) -> tuple[Output, Transformer]:
+  """A forward pass, and the gradient of the logits' squares and of the balance losses."""
+  def loss(model: Transformer) -> tuple[jax.Array, Output]:
+    out = model(BATCH, router, whole=whole, replayed=replayed)
+    return jnp.square(model.logits(out.hidden)).mean() + sum(a.sum() for a in out.aux.losses.values()), out
+  gradient, out = jax.grad(loss, has_aux=True)(model)
+  return out, gradient
+
+
+def test_every_layer_has_its_own_losses_and_its_own_part_of_what_is_known() -> None:
+  model, whole = model_of(CONFIG), {'global_batch': np.array([[8, 0, 0, 0], [2, 2, 2, 2]], np.float32)}
+  known = jax.jit(lambda model, whole: model(BATCH, biases(CONFIG), whole=whole), compiler_options=QUICK)
+  out = known(model, whole)
+  assert {name: a.shape for name, a in out.aux.losses.items()} == {'global_batch': (2,), 'sequence': (2,)}
+  assert out.aux.whole['global_batch'].shape == (2, E) and set(out.aux.whole) == {'global_batch'}
+  mean = out.aux.stats.probs / REAL.sum()                      # P of the tokens at hand; f is what came in
+  np.testing.assert_allclose(out.aux.losses['global_batch'], [4 * mean[0, 0], 1], rtol=1e-5)
+  np.testing.assert_allclose(out.aux.whole['global_batch'].sum(1), 2 * REAL.sum())
+  assert not ran(CONFIG).aux.losses, 'none where nothing is trained'
+  np.testing.assert_allclose(out.hidden, ran(CONFIG).hidden, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_recorded_experts_give_the_same_output_and_gradients() -> None:
+  """Whatever the bias is then: the model is the same function as long as the choice is."""
+  model, whole = model_of(CONFIG), {'global_batch': np.ones((2, E), np.float32)}
+  out, gradient = with_losses(model, biases(CONFIG), whole, None)
+  assert out.aux.expert_ids.shape == (2, B, S, 2)
+  again, gradient2 = with_losses(model, -biases(CONFIG), whole, out.aux.expert_ids)
+  np.testing.assert_array_equal(again.aux.expert_ids, out.aux.expert_ids)
+  for a, b in zip(jax.tree.leaves((out.hidden, out.aux.losses, gradient)),
+                  jax.tree.leaves((again.hidden, again.aux.losses, gradient2)), strict=True):
+    np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
+  other, _ = with_losses(model, -biases(CONFIG), whole, None)
+  assert not np.array_equal(other.aux.expert_ids, out.aux.expert_ids), 'another bias chooses others'
+
+
+def test_what_is_drawn_follows_the_row_and_the_layer_and_not_the_cut() -> None:
+  """A row is routed by its number, wherever in its batch it lies and whatever lies beside it."""
+  cfg = replace(moe=dataclasses.replace(CONFIG.moe, router=RouterConfig(E, 2, noisy=True, jitter=0.2)))
+  model, key = model_of(cfg), jax.random.key(4)
+
+  @functools.partial(jax.jit, compiler_options=QUICK)
+  def noisy(model: Transformer, rows: jax.Array, batch: Batch, key: jax.Array) -> jax.Array:
+    return model(batch, biases(cfg), draws=Draws(key, rows)).hidden
+
+  def of(rows: list[int], numbers: list[int], key: jax.Array = key) -> np.ndarray:
+    return np.asarray(noisy(model, np.array(numbers), jax.tree.map(lambda a: a[np.array(rows)], BATCH), key))
+
+  both, swapped = of([0, 1], [7, 3]), of([1, 0], [3, 7])
+  np.testing.assert_allclose(swapped[::-1], both, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(of([0, 0], [7, 7])[1], both[0], rtol=1e-5, atol=1e-5)
+  for other in (of([0, 0], [7, 3])[1], of([0, 1], [7, 3], jax.random.key(5))[0]):
+    assert np.abs(other - both[0])[REAL[0]].max() > 1e-3, 'another row, or another key'
 
 
 def test_caches_have_room_for_each_layer_in_the_compute_dtype() -> None:
