@@ -466,8 +466,8 @@ def test_counts_of_nothing_are_an_even_f() -> None:
       return BALANCE_LOSSES['sequence'].value(routing, case.mask, case.segments, Scope(0, 0, 'dispatched'))
 
     def unknown(z: Array) -> Array:
-      scope = Scope(8, 2, whole=jnp.zeros(4))
-      return BALANCE_LOSSES['global_batch'].value(route(z, no_bias, RouterConfig(4, 2)), case.mask, case.segments, scope)
+      routing, scope = route(z, no_bias, RouterConfig(4, 2)), Scope(8, 2, whole=jnp.zeros(4))
+      return BALANCE_LOSSES['global_batch'].value(routing, case.mask, case.segments, scope)
     return jax.value_and_grad(nobody)(z), jax.value_and_grad(unknown)(z)
 
   for value, gradient in both(case.logits):
