@@ -292,21 +292,27 @@ def test_recorded_experts_give_the_same_output_and_gradients() -> None:
 
 def test_what_is_drawn_follows_the_row_and_the_layer_and_not_the_cut() -> None:
   """A row is routed by its number, wherever in its batch it lies and whatever lies beside it."""
-  cfg = replace(moe=dataclasses.replace(CONFIG.moe, router=RouterConfig(E, 2, noisy=True, jitter=0.2)))
+  router = RouterConfig(E, 2, noisy=True, jitter=0.2, expert_dropout=0.25)
+  cfg = replace(moe=dataclasses.replace(CONFIG.moe, router=router))
   model, key = model_of(cfg), jax.random.key(4)
 
   @functools.partial(jax.jit, compiler_options=QUICK)
-  def noisy(model: Transformer, rows: jax.Array, batch: Batch, key: jax.Array) -> jax.Array:
-    return model(batch, biases(cfg), draws=Draws(key, rows)).hidden
+  def noisy(model: Transformer, rows: jax.Array, batch: Batch, key: jax.Array
+            ) -> tuple[jax.Array, jax.Array]:
+    out = model(batch, biases(cfg), draws=Draws(key, rows))
+    return out.hidden, out.aux.load
 
   def of(rows: list[int], numbers: list[int], key: jax.Array = key) -> np.ndarray:
-    return np.asarray(noisy(model, np.array(numbers), jax.tree.map(lambda a: a[np.array(rows)], BATCH), key))
+    return np.asarray(noisy(model, np.array(numbers), jax.tree.map(lambda a: a[np.array(rows)], BATCH), key)[0])
 
   both, swapped = of([0, 1], [7, 3]), of([1, 0], [3, 7])
   np.testing.assert_allclose(swapped[::-1], both, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(of([0, 0], [7, 7])[1], both[0], rtol=1e-5, atol=1e-5)
   for other in (of([0, 0], [7, 3])[1], of([0, 1], [7, 3], jax.random.key(5))[0]):
     assert np.abs(other - both[0])[REAL[0]].max() > 1e-3, 'another row, or another key'
+  idle = [np.asarray(noisy(model, np.arange(B), BATCH, jax.random.key(i))[1]) == 0 for i in range(6)]
+  assert all(one.any(1).all() for one in idle), 'each layer leaves an expert out'
+  assert not all((one[0] == one[1]).all() for one in idle), 'not the same one in every layer'
 
 
 def test_caches_have_room_for_each_layer_in_the_compute_dtype() -> None:
