@@ -33,7 +33,8 @@ DROPLESS = [MoEConfig(router, DispatchConfig(name), F, 2)
 TIGHT = [MoEConfig(ROUTERS['softmax'], DispatchConfig('dense_matmul', 0.5, drop_by), F, 2)
          for drop_by in DROP_BY]
 # Selections with room for other score functions than softmax; expert choice, whose copies are uneven, by each way.
-SELECTED = [MoEConfig(RouterConfig(4, 1, sorted(SCORE_FNS)[i % 3], selection=name, renormalise=False, scale=1.5),
+SELECTED = [MoEConfig(RouterConfig(4, 1, sorted(SCORE_FNS)[i % 3], selection=name,
+                                   renormalise=name == 'expert_choice', scale=1.5),
                       DispatchConfig(dispatcher), F)
             for i, name in enumerate(sorted(SELECTIONS)) for dispatcher in sorted(DISPATCHERS)
             if name == 'expert_choice' or dispatcher == 'dense_matmul']
