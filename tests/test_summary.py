@@ -7,8 +7,10 @@ import pytest
 
 from moejax.attention import AttentionConfig
 from moejax.experiment import ExperimentConfig
-from moejax.moe.layer import MoEConfig
+from moejax.moe.dispatch import DispatchConfig
+from moejax.moe.layer import MoEConfig, causality
 from moejax.moe.routing import RouterConfig
+from moejax.moe.selection import SELECTIONS
 from moejax.sharding import MeshConfig, make_mesh
 from moejax.summary import Parameters, bytes_on_device, count_parameters, flops_per_token, human
 from moejax.transformer import ModelConfig, Transformer
@@ -63,3 +65,14 @@ def test_bytes_on_a_device() -> None:
   (2.5e18, 1000, '2.5e+03 P')])
 def test_numbers_for_people(number: float, base: int, told: str) -> None:
   assert human(number, base) == told
+
+
+@pytest.mark.parametrize('selection', SELECTIONS)
+def test_a_run_says_where_its_causality_ends(selection: str) -> None:
+  router = RouterConfig(8, 2, selection=selection)
+  of_router = causality(MoEConfig(router))
+  assert [line.startswith('no') for line in of_router] == [True] * (not SELECTIONS[selection].causal)
+  assert all(selection in line for line in of_router)
+  for drop_by, word in (('probs', 'no: full experts'), ('position', 'yes within a row: full experts')):
+    *others, last = causality(MoEConfig(router, DispatchConfig('dense_matmul', 1.25, drop_by)))
+    assert others == of_router and last.startswith(word)
