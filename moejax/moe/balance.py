@@ -72,7 +72,8 @@ class BalanceConfig:
       if self.bias_rule and self.bias_rule not in BIAS_RULES else '',
       schedule_problem('bias_rate', self.bias_rate),
       f'ep_groups={self.ep_groups}: use 1 or more' if self.ep_groups < 1 else '',
-      f'partition={self.partition}: use 0 (single experts) or the number of groups' if self.partition < 0 else '',
+      f'partition={self.partition}: use 0 (single experts), or 2 groups or more: one group is always even'
+      if self.partition < 0 or self.partition == 1 else '',
       f'probability={self.probability!r} is not one of {sorted(SCORE_FNS)}: use one of them, or \'\' for the router\'s'
       if self.probability and self.probability not in SCORE_FNS else '',
       *(f'{name}={value!r} is not one of {sorted(rows)}' for name, value, rows in (
@@ -106,6 +107,9 @@ def misfits(balance: BalanceConfig, router: RouterConfig, micro_batches: int) ->
     if 'load' in balance.active() and not router.noisy else '',
     f'balance.losses.load does not know of a bias: use bias_rule=\'\' instead of {rule!r}'
     if 'load' in balance.active() and rule else '',
+    'balance.losses.importance of weights that are always 1 has no gradient: use router.renormalise=False, or more '
+    'than top_k=1'
+    if 'importance' in balance.active() and takes_bias and router.renormalise and router.top_k == 1 else '',
     f'balance.partition={balance.partition} does not divide num_experts={experts}: use a divisor of it'
     if balance.partition and experts % balance.partition else '',
     f'balance.accumulation={balance.accumulation!r} is about several micro-batches: use micro_batches above 1, or '
