@@ -689,6 +689,11 @@ def test_config_names_every_problem_at_once() -> None:
     assert problem.startswith(begin), problem
 
 
+def test_one_group_is_always_even_and_so_no_partition() -> None:
+  with pytest.raises(ConfigError, match='partition=1: use 0 .*one group is always even'):
+    BalanceConfig(partition=1)
+
+
 def test_std_of_share_cannot_train_and_says_why() -> None:
   with pytest.raises(ConfigError, match='losses.std_of_share is not a balance loss: .*made of counts, it has no grad'):
     BalanceConfig(frozendict(std_of_share='0.1'))
@@ -710,6 +715,8 @@ MISFITS = {
                'balance.losses.load is the load that noise may give: use router.noisy=True, or losses.importance'),
   'noise and bias': (BalanceConfig(frozendict(load='0.1'), 'sign'), NOISY, 1,
                      "balance.losses.load does not know of a bias: use bias_rule='' instead of 'sign'"),
+  'no gradient': (BalanceConfig(frozendict(importance='0.1')), RouterConfig(8, 1), 1,
+                  'balance.losses.importance of weights that are always 1 has no gradient: use router.renorm'),
   'partition': (BalanceConfig(partition=3), TOP_K, 1,
                 'balance.partition=3 does not divide num_experts=8: use a divisor of it'),
   'lagged': (BalanceConfig(SPREAD, accumulation='lagged'), TOP_K, 1,
@@ -729,7 +736,10 @@ def test_what_a_router_cannot_serve_is_told_with_its_remedy(name: str) -> None:
 def test_what_fits_is_not_complained_about() -> None:
   for fits in ((BalanceConfig(bias_rule='sign'), GROUPED, 1), (BalanceConfig(bias_rule='quantile'), GROUPED, 1),
                (BalanceConfig(frozendict(load='0.1')), NOISY, 1), (BalanceConfig(partition=4), TOP_K, 1),
-               (BalanceConfig(SPREAD, accumulation='lagged'), TOP_K, 2), (BalanceConfig(SPREAD), HASH, 1)):
+               (BalanceConfig(SPREAD, accumulation='lagged'), TOP_K, 2), (BalanceConfig(SPREAD), HASH, 1),
+               (BalanceConfig(frozendict(importance='1', gshard='1'), assignment='first'),
+                RouterConfig(8, 1, renormalise=False), 1),
+               (BalanceConfig(frozendict(importance='1')), RouterConfig(8, 1, selection='expert_choice'), 1)):
     assert not any(misfits(*fits)), fits
   assert len({text for text in map(str, misfits(BalanceConfig(), TOP_K, 1)) if text}) == 0
 
