@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from moejax.certify.oracle import *
 from moejax.certify.oracle import F64, Bool, logsumexp, sigmoid, softmax
+from moejax.certify.oracle_balance import *
 from moejax.certify.oracle_bias import *
 from moejax.certify.oracle_selection import *
 

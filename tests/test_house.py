@@ -61,8 +61,15 @@ ARROWS = {
     'moe.bias': {'moe.quantile', 'moe.routing', 'moe.sets'},
     'moe.sets': {'moe.routing'}, 'moe.variation': {'moe.routing', 'moe.sets'},
     'moe.canonical': {'moe.routing', 'moe.sets'}, 'moe.statistics': {'moe.routing', 'moe.sets'},
-    'moe.routing': {'moe.selection'}, 'certify.__main__': {'certify.*'}, 'certify.oracle_bias': {'certify.oracle'},
-    'certify.oracle_selection': {'certify.oracle'},
+    'moe.routing': {'moe.selection'},
+    'certify.__main__': {'certify.contract', 'certify.report'}, 'certify.contract': {'certify.*'},
+    'certify.laws': {'certify.equations', 'certify.measure', 'certify.oracle*', 'certify.plan', 'certify.report'},
+    'certify.equations': {'certify.controller', 'certify.measure', 'certify.oracle*', 'certify.plan', 'certify.report'},
+    'certify.controller': {'certify.tiny', 'certify.measure', 'certify.oracle*', 'certify.plan', 'certify.report'},
+    'certify.steps': {'certify.tiny', 'certify.oracle*', 'certify.plan', 'certify.report'},
+    'certify.causality': {'certify.plan', 'certify.report'},
+    'certify.measure': {'certify.plan'}, 'certify.tiny': {'certify.plan'},
+    **{f'certify.oracle_{name}': {'certify.oracle'} for name in ('balance', 'bias', 'codebases', 'selection')},
 }
 NNX = {'jit', 'grad', 'value_and_grad', 'scan', 'vmap', 'remat', 'Optimizer', 'sow', 'pop'}
 FAMILY_NAMES = {'model_name', 'model_type', 'family', 'arch', 'architecture'}

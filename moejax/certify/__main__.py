@@ -15,9 +15,10 @@ DEVICES = 8
 def prepare() -> None:
   """The environment, before jax is imported: virtual devices, and a cache of compiled programs. A user's own wins."""
   os.environ['JAX_PLATFORMS'] = 'cpu'
-  # The default scheduler lets virtual devices meet two collectives in different orders, and wait for each other forever.
-  ours = f'--xla_force_host_platform_device_count={DEVICES} --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'
-  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ours}'.strip()
+  # In the default order virtual devices may meet two collectives in different orders, and wait for each other forever.
+  os.environ['XLA_FLAGS'] = ' '.join([
+    os.environ.get('XLA_FLAGS', ''), f'--xla_force_host_platform_device_count={DEVICES}',
+    '--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED']).strip()
   cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'moejax' / 'xla'
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     os.environ['JAX_COMPILATION_CACHE_DIR'] = str(cache)
@@ -41,8 +42,9 @@ def main(argv: Sequence[str]) -> int:
   if unknown := sorted(set(args.only) - set(LINES)):
     print(f'moejax.certify: --only {unknown[0]} is no line: use one of {", ".join(LINES)}', file=sys.stderr)
     return 2
-  terminal, out = Terminal(), pathlib.Path(args.out)
-  certificate = certify(args.only or list(LINES), args.quick, args.seed, terminal)
+  out = pathlib.Path(args.out)
+  with Terminal() as terminal:
+    certificate = certify(args.only or list(LINES), args.quick, args.seed, terminal)
   write(certificate, out)
   terminal.table(certificate, out)
   if args.readme:

@@ -2,8 +2,8 @@
 
   batch, and the same with other tokens after t -> model, cut off after each layer -> first layer that differs up to t
 
-A model is cut off by taking the outputs of the later layers away: their residual branches are multiplied by zero, so one
-program serves all depths.
+A model is cut off by taking the outputs of the later layers away: their residual branches are multiplied by zero, so
+one program serves all depths.
 
 Letters: B batch, S sequence, E experts, L MoE layers.
 """
@@ -120,7 +120,7 @@ def leaks(plan: Plan, subject: Subject) -> dict[str, tuple[int, float]]:
 
 def causality_line(plan: Plan) -> Iterator[Check | str]:
   """Line 10; also says of each router that looks ahead in which layer it first shows."""
-  causal = Worst('change at or before t, routers labelled causal', LEAK, 'of hidden states of size 1; leaks are 1e-2')
+  causal = Worst('change up to t, routers labelled causal', LEAK, 'of hidden states of size 1; leaks are 1e-2')
   hidden = Worst('routers labelled non-causal that pass', 0, 'the detector must flag each of them')
   for subject in subjects(plan):
     found = leaks(plan, subject)

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 import importlib.metadata
+import math
 import pathlib
 import platform
 import subprocess
@@ -15,10 +16,12 @@ import jax
 
 import moejax
 from moejax.certify.causality import causality_line
+from moejax.certify.controller import bias_line
 from moejax.certify.equations import oracle_line
 from moejax.certify.laws import balance_line, padding_line, probabilities_line, shrink_line
 from moejax.certify.plan import Plan
 from moejax.certify.report import Certificate, Check, Result
+from moejax.certify.steps import invariance_line, layers_line, logged_line
 from moejax.moe.balance import BALANCE_LOSSES
 from moejax.moe.bias import BIAS_RULES
 from moejax.moe.dispatch import DISPATCHERS
@@ -38,7 +41,10 @@ class Line(NamedTuple):
 class Listener(Protocol):
   """Who is told of what is found, as it is found."""
 
-  def check(self, line: str, check: Check, seconds: float) -> None:
+  def line(self, name: str, promise: str) -> None:
+    """A line begins."""
+
+  def check(self, line: str, check: Check) -> None:
     """A check has finished."""
 
   def note(self, note: str) -> None:
@@ -48,31 +54,36 @@ class Listener(Protocol):
 class Silence:
   """Nobody listens."""
 
-  def check(self, line: str, check: Check, seconds: float) -> None:
+  def line(self, name: str, promise: str) -> None:
+    """Not said."""
+
+  def check(self, line: str, check: Check) -> None:
     """Not said."""
 
   def note(self, note: str) -> None:
     """Not said."""
 
 
-def run_line(name: str, plan: Plan, listener: Listener) -> Result:
-  """All checks of one line. A check that raises is one that failed: an error in what it looks at is no excuse."""
-  start, checks, notes = time.perf_counter(), [], []
-  since = start
+def found_by(name: str, plan: Plan) -> Iterator[Check | str]:
+  """What a line finds. An exception is a check that failed: an error in what is looked at is no excuse."""
   try:
-    for found in LINES[name].run(plan):
-      if isinstance(found, str):
-        notes.append(found)
-        listener.note(found)
-        continue
-      checks.append(found)
-      listener.check(name, found, time.perf_counter() - since)
-      since = time.perf_counter()
+    yield from LINES[name].run(plan)
   except Exception as error:
-    failed = Check('runs to its end', float('inf'), 0, f'{type(error).__name__}: {" ".join(str(error).split())[:300]}',
-                   'an exception', 1)
-    checks.append(failed)
-    listener.check(name, failed, time.perf_counter() - since)
+    said = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+    yield Check('runs to its end', math.inf, 0, 'an exception is a failure', said, 1)
+
+
+def run_line(name: str, plan: Plan, listener: Listener) -> Result:
+  """All checks of one line."""
+  start, checks, notes = time.perf_counter(), [], []
+  listener.line(name, LINES[name].promise)
+  for found in found_by(name, plan):
+    if isinstance(found, str):
+      notes.append(found)
+      listener.note(found)
+    else:
+      checks.append(found)
+      listener.check(name, found)
   number = list(LINES).index(name) + 1
   return Result(name, number, LINES[name].promise, tuple(checks), time.perf_counter() - start, tuple(notes))
 
@@ -115,14 +126,19 @@ def commit() -> str:
 
 
 LINES: dict[str, Line] = {
-  'oracle': Line('every loss and every router is its equation in float64, every gradient its finite difference',
+  'oracle': Line('every loss, router and bias rule is its equation in float64, every gradient its finite difference',
                  oracle_line),
   'balance': Line('1 at perfect balance for every E, K and score function; other codebases\' coefficients convert',
                   balance_line),
+  'invariance': Line('dispatcher, mesh, micro-batches, scan, remat, padding, packing and resume change nothing',
+                     invariance_line),
+  'logged': Line('the value logged is the value differentiated', logged_line),
   'probabilities': Line('probabilities are scores normalised over all experts, and never hold the bias',
                         probabilities_line),
+  'bias': Line('the router bias moves once a step, by its rule on global counts, and by nothing else', bias_line),
   'padding': Line('padding counts nowhere; a packed row is the mean of its documents', padding_line),
   'shrink': Line('shrinking all scores pushes no loss below its balanced value', shrink_line),
+  'layers': Line('layers enter by one reduction, the mean over MoE layers', layers_line),
   'causality': Line('changing tokens after t changes nothing up to t, except where a router is labelled so',
                     causality_line),
 }

@@ -1,4 +1,4 @@
-"""Line 1: every loss and every router is its equation, in float64 NumPy.
+"""Line 1: every loss, every router and every bias rule is its equation, in float64 NumPy.
 
   batch -> moejax in float32 | the oracle in float64 -> values side by side; gradient | finite differences of the oracle
 
@@ -12,6 +12,7 @@ import math
 import numpy as np
 
 from moejax.certify import oracle, oracle_balance, oracle_selection
+from moejax.certify.controller import of_rules
 from moejax.certify.measure import Inputs, Loss, Measured, inputs_of, losses, measured, tokens_of
 from moejax.certify.plan import EP_GROUPS, MICRO_BATCHES, Case, Plan, make_cases, router_name
 from moejax.certify.report import Check, Worst
@@ -135,24 +136,23 @@ def of_losses(plan: Plan) -> Iterator[Check]:
 
 
 def every_entry(plan: Plan) -> Iterator[Check]:
-  """The smallest router: not a slope along one direction, but every entry of the gradient of a few tokens."""
+  """The smallest router: not a slope along one direction, but every entry of the gradient of the first row."""
   worst = Worst('every entry of the gradients', GRADIENT, 'of the largest entry; differences in float64')
   for score_fn in sorted(routing.SCORE_FNS):
     cfg, case = routing.RouterConfig(4, 2, score_fn, num_groups=2), make_cases(plan, 4)['holes']
-    found, inputs, rows = measured(plan, cfg, case), inputs_of(plan, case), slice(0, 1)
+    found, inputs = measured(plan, cfg, case), inputs_of(plan, case)
+
+    def at(row: np.ndarray, inputs: Inputs = inputs, found: Measured = found, cfg: routing.RouterConfig = cfg,
+           case: Case = case) -> Point:
+      logits = np.concatenate([row[None], case.logits[1:]])
+      return Point(inputs._replace(logits=logits), found.draws, cfg, case.bias)
+
     for i, loss in enumerate(losses(cfg)):
-      if loss.name in ('load', 'simbal'):   # without a gradient to logits here
-        continue
-      f = equation(loss, cfg, case, found)
-
-      def of_row(z: np.ndarray, f: Callable[[Point], float] = f) -> float:
-        logits = case.logits.astype(np.float64)
-        logits[rows] = z
-        return f(Point(inputs._replace(logits=logits), found.draws, cfg, case.bias))
-
-      wanted = oracle.finite_difference(of_row, case.logits[rows])
-      off = np.abs(found.gradients.logits[i][rows] - wanted).max() / np.abs(wanted).max()
-      worst.see(f'{loss}; {router_name(cfg)}', off)
+      if loss.name not in ('load', 'simbal'):   # which have no gradient to logits here
+        f = equation(loss, cfg, case, found)
+        wanted = oracle.finite_difference(lambda row, f=f, at=at: f(at(row)), case.logits[0])
+        off = np.abs(found.gradients.logits[i][0] - wanted).max() / np.abs(wanted).max()
+        worst.see(f'{loss}; {router_name(cfg)}', off)
   yield worst.check()
 
 
@@ -208,3 +208,4 @@ def oracle_line(plan: Plan) -> Iterator[Check]:
   if not plan.quick:
     yield from every_entry(plan)
   yield from chosen_experts(plan)
+  yield from of_rules(plan)

@@ -82,8 +82,8 @@ def balance_line(plan: Plan) -> Iterator[Check]:
 
 def conversions(plan: Plan) -> Iterator[Check]:
   """The coefficients of other codebases, converted: the same number is added to the LM loss."""
-  balanced = Worst('coefficients of other codebases, at balance', 1e-12, 'relative, all in float64')
-  anywhere = Worst('coefficients of other codebases, anywhere', 1e-12, 'relative, all in float64')
+  balanced = Worst('other codebases\' coefficients, at balance', 1e-12, 'relative, all in float64')
+  anywhere = Worst('other codebases\' coefficients, anywhere', 1e-12, 'relative, all in float64')
   rng = plan.rng(4)
   for (experts, top_k), layers in itertools.product(((8, 2), (64, 8)), (1, 3)):
     ids = np.broadcast_to(even(routing.RouterConfig(experts, top_k)), (layers, B, experts, top_k))
@@ -210,8 +210,7 @@ def shrink_line(plan: Plan) -> Iterator[Check]:
     shrunk = {'as they are': noise, 'less 50': noise - 50, 'less 1e4': noise - 1e4, 'plus 50': noise + 50,
               'times 1e-3': noise * 1e-3, 'times 30': noise * 30}
     for (label, logits), (i, loss) in itertools.product(shrunk.items(), enumerate(losses(cfg))):
-      key = (cfg, label)
-      found = plan.once(key, lambda logits=logits: of_even(plan, cfg, logits.astype(np.float32)))[i]
+      found = plan.once((cfg, label), lambda cfg=cfg, logits=logits: of_even(plan, cfg, logits.astype(np.float32)))[i]
       where = f'{loss}; {router_name(cfg)}; logits {label}'
       if loss.name in ONE:
         exact[loss.name].see(where, found - 1)

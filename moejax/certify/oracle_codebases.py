@@ -18,7 +18,7 @@ def one_hot(ids: I64, num_experts: int) -> F64:
 
 
 def megatron(probs: F64, ids: I64) -> float:
-  """Σ_e (Σ_t p)(tokens of e) · E/(K T²) of a layer, each layer's added to the loss (`switch_load_balancing_loss_func`)."""
+  """Σ_e (Σ_t p)(tokens of e) · E/(K T²) of a layer (`switch_load_balancing_loss_func`), summed over layers."""
   num_experts, top_k, tokens = probs.shape[-1], ids.shape[-1], probs.shape[1] * probs.shape[2]
   return sum(float((p.sum((0, 1)) * one_hot(i, num_experts).sum((0, 1))).sum() * num_experts / (top_k * tokens**2))
              for p, i in zip(probs, ids, strict=True))

@@ -18,8 +18,8 @@ from moejax.moe import routing, selection
 
 T = TypeVar('T')
 
-# All the time would be the compiler's, on programs that run for a millisecond: nothing is optimised, and fused loops are
-# not made by MLIR, which takes two thirds of the time of a training step's program. Not every JAX has the second.
+# All the time would be the compiler's, on programs that run for a millisecond: nothing is optimised, and fused loops
+# are not made by MLIR, which is two thirds of the time for a training step. Not every JAX has the second option.
 CHEAP = ({'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False},
          {'xla_backend_optimization_level': 0})
 B, S = 4, 8                         # of the batches of logits

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import pathlib
+from types import TracebackType
 from typing import NamedTuple
 
 from rich import box
@@ -105,7 +106,7 @@ def number(x: float) -> str:
   """A deviation for a person: 0 is exact."""
   if not x:
     return '0'
-  return f'{x:.1e}' if math.isfinite(x) else 'not finite'
+  return f'{x:.1e}'.replace('e-0', 'e-').replace('e+0', 'e') if math.isfinite(x) else 'inf'
 
 
 def allowed(x: float) -> str:
@@ -128,8 +129,8 @@ def to_json(certificate: Certificate) -> str:
   def finite(x: float) -> float | str:
     return x if math.isfinite(x) else str(x)
 
-  lines = [{'number': r.number, 'name': r.name, 'promise': r.promise, 'passed': r.passed, 'seconds': round(r.seconds, 2),
-            'notes': list(r.notes),
+  lines = [{'number': r.number, 'name': r.name, 'promise': r.promise, 'passed': r.passed,
+            'seconds': round(r.seconds, 2), 'notes': list(r.notes),
             'checks': [check._asdict() | {'worst': finite(check.worst), 'passed': check.passed} for check in r.checks]}
            for r in certificate.results]
   return json.dumps({'passed': certificate.passed, **certificate.about, 'lines': lines}, indent=2) + '\n'
@@ -137,7 +138,8 @@ def to_json(certificate: Certificate) -> str:
 
 def summary_rows(certificate: Certificate) -> list[str]:
   """The table of a README: one row a line of the contract."""
-  rows = ['| | what holds, over every registered row | comparisons | worst deviation | allowed |', '|---|---|---|---|---|']
+  rows = ['| | what holds, over every registered row | comparisons | worst deviation | allowed |',
+          '|---|---|---|---|---|']
   for r in certificate.results:
     check, mark = r.tightest, '✓' if r.passed else '✗'
     rows.append(f'| {r.number} {mark} | {r.promise} | {r.cases} | {number(check.worst)} ({check.what}) '
@@ -193,18 +195,31 @@ def rewrite_readme(certificate: Certificate, path: pathlib.Path) -> None:
 
 
 class Terminal:
-  """A line as each check finishes, and the table at the end."""
+  """A line as each check finishes, what is being looked at meanwhile, and the table at the end."""
 
   def __init__(self) -> None:
     self.console = Console(highlight=False, soft_wrap=True, force_jupyter=False)
+    self.status = self.console.status('')
 
-  def check(self, line: str, check: Check, seconds: float) -> None:
-    """One check, as it finishes."""
+  def __enter__(self) -> 'Terminal':
+    if self.console.is_terminal:
+      self.status.start()
+    return self
+
+  def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    self.status.stop()
+
+  def line(self, name: str, promise: str) -> None:
+    """A line begins."""
+    self.status.update(f'[bold]{name}[/]: {promise}')
+
+  def check(self, line: str, check: Check) -> None:
+    """One check, as it finishes; 80 columns hold that."""
     mark = Text('✓', 'green') if check.passed else Text('✗', 'bold red')
-    text = Text.assemble(mark, f' {line:<13} ', f'{check.what:<44} ', (f'{number(check.worst):>10}', 'bold'),
-                         f' of {allowed(check.tolerance):<6} {check.cases:>6} cases ', (f'{seconds:6.1f} s', 'dim'))
+    text = Text.assemble(mark, f' {line:<13} {check.what:<44} ', (f'{number(check.worst):>7}', 'bold'),
+                         (f' of {allowed(check.tolerance)}', 'dim'))
     if not check.passed:
-      text.append(f'\n  worst at {check.where}; allowed: {check.why}', 'red')
+      text.append(f'\n  worst of {check.cases}: {check.where}; allowed: {check.why}', 'red')
     self.console.print(text)
 
   def note(self, note: str) -> None:
@@ -213,14 +228,16 @@ class Terminal:
 
   def table(self, certificate: Certificate, where: pathlib.Path) -> None:
     """The certificate at a glance."""
-    table = Table(box=box.ROUNDED, title='certificate of routing and balance', title_style='bold', pad_edge=False,
-                  caption=f'{headline(certificate)}\n{where / "certificate.md"}', caption_justify='left')
+    table = Table(box=box.ROUNDED, title='routing and balance: the certificate', title_style='bold')
     for name, how in (('', 'right'), ('line', 'left'), ('checks', 'right'), ('cases', 'right'), ('worst', 'right'),
-                      ('allowed', 'right'), ('margin, in powers of ten', 'left'), ('s', 'right')):
+                      ('allowed', 'right'), ('margin', 'left'), ('time', 'right')):
       table.add_column(name, justify=how, no_wrap=True)
     for r in certificate.results:
       check, style = r.tightest, 'green' if r.passed else 'bold red'
-      margin = Text(bar(check) if r.passed else f'✗ {check.what}', style)
       table.add_row(str(r.number), Text(r.name, style), str(len(r.checks)), str(r.cases), number(check.worst),
-                    allowed(check.tolerance), margin, f'{r.seconds:.0f}')
+                    allowed(check.tolerance), Text(bar(check) if r.passed else 'FAILED', style), f'{r.seconds:.0f} s')
     self.console.print(table)
+    self.console.print('margin: one cell for each power of ten between the worst deviation and the allowed one',
+                       style='dim')
+    self.console.print(headline(certificate), style='bold' if certificate.passed else 'bold red')
+    self.console.print(f'{where / "certificate.md"} says more, and why each tolerance is what it is')

@@ -7,8 +7,6 @@ Letters: B batch, S sequence, E experts, K experts per token, L MoE layers.
 
 from collections.abc import Iterator
 import dataclasses
-import pathlib
-import tempfile
 from typing import NamedTuple
 
 import jax
@@ -16,16 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import state
-from moejax.certify import oracle_balance, tiny
+from moejax.certify import oracle, oracle_balance, tiny
 from moejax.certify.plan import Plan
 from moejax.certify.report import Check, Worst
-from moejax.checkpoint import CheckpointConfig, Checkpoints
-from moejax.config import frozendict
 from moejax.data import IGNORE, Batch
 from moejax.experiment import ExperimentConfig
-from moejax.moe.balance import BalanceConfig
 from moejax.moe.dispatch import DISPATCHERS, DispatchConfig
-from moejax.moe.routing import SCORE_FNS, RouterConfig
+from moejax.moe.routing import SCORE_FNS, RouterConfig, Routing
 from moejax.moe.selection import SELECTIONS
 from moejax.sharding import MeshConfig
 from moejax.transformer import REMAT_POLICIES
@@ -171,15 +166,11 @@ def invariance_line(plan: Plan) -> Iterator[Check]:
 
 def resume(plan: Plan) -> Iterator[Check]:
   """Two steps, and one, a checkpoint and another: the same bits, also of the router's state."""
-  exact = Worst('resumed from a checkpoint: state and metrics', 0, 'the same program on the same bits')
+  exact = Worst('resumed from a checkpoint: everything', 0, 'the same program on the same bits')
   placed = Worst('resumed from a checkpoint: router bias', 0, 'the same bits')
   cfg, rows, mesh = tiny.change(tiny.config(), dispatch=DispatchConfig('sparse_matmul')), tiny.batch(), MIXED
   first = tiny.take(plan, cfg, tiny.start(plan, cfg), rows, mesh)
-  with tempfile.TemporaryDirectory() as directory:
-    checkpoints = Checkpoints(pathlib.Path(directory), CheckpointConfig())
-    checkpoints.save(1, first.after, {})
-    checkpoints.close()
-    _, restored, _ = Checkpoints(pathlib.Path(directory), CheckpointConfig(), readonly=True).restore(first.after, {})
+  restored = tiny.through_checkpoint(first.after)
   for field, a, b in zip(first.after.router._fields, first.after.router, restored.router):
     placed.see(field, np.abs(np.asarray(b) - np.asarray(a)).max())
   second, again = (tiny.take(plan, cfg, one, rows, mesh) for one in (first.after, restored))
@@ -247,14 +238,7 @@ def layers_line(plan: Plan) -> Iterator[Check]:
     taken = tiny.take(plan, cfg, before, rows)
     found = tiny.routed(plan, before, rows)
     for loss in tiny.names():
-      if loss == 'simbal':
-        own = [oracle_balance.simbal(w.astype(np.float64)) for w in found.router]
-      elif loss == 'importance':
-        own = [oracle_balance.importance(w, i, rows.segment_ids > 0, 4) for w, i in zip(found.weights, found.expert_ids)]
-      elif loss == 'router_z':
-        own = [oracle_balance.router_z(z, rows.segment_ids > 0) for z in found.logits]
-      else:
-        own = [of_layer(loss, *layer, rows) for layer in zip(found.logits, found.expert_ids)]
+      own = [of_layer(loss, jax.tree.map(lambda a, i=i: a[i], found), rows) for i in range(len(found.logits))]
       value = taken.terms[f'balance/{loss}']
       mean.see(f'{loss}; {name}', (value - np.mean(own)) / max(abs(np.mean(own)), 1))
       if name == 'collapsed' and loss in ('sequence', 'micro_batch', 'ep_group', 'global_batch'):
@@ -263,13 +247,19 @@ def layers_line(plan: Plan) -> Iterator[Check]:
   yield apart.check()
 
 
-def of_layer(loss: str, logits: np.ndarray, expert_ids: np.ndarray, rows: Batch) -> float:
+def of_layer(loss: str, found: Routing, rows: Batch) -> float:
   """A layer's own loss, by the oracle."""
-  assignment = 'first' if loss == 'gshard' else 'unbiased'
-  chosen = oracle_balance.assignment_of(logits, expert_ids, 'softmax', assignment)
+  mask, experts = rows.segment_ids > 0, found.logits.shape[-1]
+  others = {'simbal': lambda: oracle_balance.simbal(found.router.astype(np.float64)),
+            'importance': lambda: oracle_balance.importance(found.weights, found.expert_ids, mask, experts),
+            'router_z': lambda: oracle_balance.router_z(found.logits, mask)}
+  if loss in others:
+    return others[loss]()
+  chosen = oracle_balance.assignment_of(
+    found.logits, found.expert_ids, 'softmax', 'first' if loss == 'gshard' else 'unbiased')
   sets = oracle_balance.sets_of(loss, rows.segment_ids, ep_groups=4)
   return oracle_balance.mean_over_sets(oracle_balance.probability_losses(
-    oracle_balance.probabilities(logits, 'softmax'), chosen, rows.segment_ids > 0, sets))
+    oracle.probabilities(found.logits, 'softmax'), chosen, mask, sets))
 
 
 def collapse(before: state.TrainState) -> state.TrainState:

@@ -6,6 +6,7 @@ Letters: B batch, S sequence, E experts, L MoE layers.
 """
 
 import dataclasses
+import tempfile
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ import optax
 from moejax import state, step
 from moejax.attention import AttentionConfig
 from moejax.certify.plan import Plan
+from moejax.checkpoint import CheckpointConfig, Checkpoints
 from moejax.config import frozendict
 from moejax.data import IGNORE, Batch
 from moejax.experiment import ExperimentConfig
@@ -139,9 +141,21 @@ def take(plan: Plan, cfg: ExperimentConfig, before: state.TrainState, rows: Batc
     return Taken(*program(before, rows))
   devices = make_mesh(mesh)
   with jax.set_mesh(devices):
-    placed = jax.device_put(before, shardings(before, devices))
-    # Two programs of eight virtual devices at once, and each may hold the threads that the other waits for.
-    return jax.block_until_ready(Taken(*program(placed, jax.device_put(rows, NamedSharding(devices, spec('batch'))))))
+    # Two programs of eight virtual devices at once, and each may hold the threads that the other waits for; to lay
+    # arrays out anew is a program, too.
+    placed = jax.block_until_ready((jax.device_put(before, shardings(before, devices)),
+                                    jax.device_put(rows, NamedSharding(devices, spec('batch')))))
+    return jax.block_until_ready(Taken(*program(*placed)))
+
+
+def through_checkpoint(whole: state.TrainState) -> state.TrainState:
+  """A state as a checkpoint on disk gives it back. Arrays of one device: a mesh is not what this is about."""
+  whole = jax.tree.map(jnp.asarray, jax.device_get(whole))
+  with tempfile.TemporaryDirectory() as directory:
+    checkpoints = Checkpoints(directory, CheckpointConfig())
+    checkpoints.save(1, whole, {})
+    checkpoints.close()
+    return Checkpoints(directory, CheckpointConfig(), readonly=True).restore(whole, {})[1]
 
 
 def gradient(taken: Taken, cfg: ExperimentConfig) -> np.ndarray:
