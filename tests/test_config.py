@@ -9,6 +9,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from moejax.config import ConfigError, check, from_config_dict, frozendict, to_config_dict
+from moejax.experiment import ExperimentConfig
+from moejax.moe.balance import BALANCE_LOSSES, BalanceConfig
+from moejax.moe.layer import MoEConfig
+from moejax.moe.routing import RouterConfig
+from moejax.sources import DataConfig
+from moejax.transformer import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,3 +139,70 @@ def test_config_needs_no_jax_and_no_model() -> None:
 def test_config_dict_survives_deepcopy_with_its_locks() -> None:
   d = copy.deepcopy(to_config_dict(Root()))
   assert isinstance(d, ConfigDict) and d.is_locked and d.model.router.is_locked and not d.losses.is_locked
+
+
+# The real tree, for what its balance can be and what does not fit together.
+
+
+def test_an_experiment_comes_back_with_every_switch_of_its_balance() -> None:
+  cfg = ExperimentConfig(
+    micro_batches=2, model=ModelConfig(moe=MoEConfig(RouterConfig(8, 2, noisy=True, jitter=0.1, group_best=1))),
+    data=DataConfig(source='mixture', mixture=frozendict(code='0.7 stdlib', prose='0.3 synthetic')),
+    balance=BalanceConfig(frozendict(global_batch='0.1, 0.01@10%', ep_group=0.5), 'smebu', '0.001, 0@90%', 4, 2,
+                          'dispatched', 'sigmoid', 'lagged'))
+  assert from_config_dict(ExperimentConfig, to_config_dict(cfg).to_dict()) == cfg
+  assert set(to_config_dict(ExperimentConfig()).balance.losses) == set(BALANCE_LOSSES), 'any can be switched on'
+
+
+def problems_of_experiment(changes: dict) -> tuple[str, ...]:
+  with pytest.raises(ConfigError) as caught:
+    from_config_dict(ExperimentConfig, changes)
+  return caught.value.problems
+
+
+def router_of(**fields: object) -> dict:
+  return {'model': {'moe': {'router': fields}}}
+
+
+IMPOSSIBLE = {
+  'a bias that the router ignores': (
+    router_of(selection='hash') | {'balance': {'bias_rule': 'sign'}},
+    "config: balance.bias_rule='sign' would move a bias that selection='hash' ignores: use selection='top_k'"),
+  'groups that do not divide': (
+    router_of(num_experts=8, num_groups=3),
+    'config.model.moe.router: num_groups=3 does not divide num_experts=8: use a divisor of it'),
+  'more experts than the groups hold': (
+    router_of(num_experts=8, num_groups=4, top_groups=1, top_k=4),
+    'config.model.moe.router: top_k=4 is more than the 2 experts of top_groups=1 groups: raise top_groups or lower'),
+  'a partition that does not divide': (
+    router_of(num_experts=8) | {'balance': {'partition': 3}},
+    'config: balance.partition=3 does not divide num_experts=8: use a divisor of it'),
+  'accumulation of one micro-batch': (
+    {'balance': {'accumulation': 'buffer'}},
+    "config: balance.accumulation='buffer' is about several micro-batches: use micro_batches above 1, or 'exact'"),
+  'more micro-batches than rows': (
+    {'batch_size': 4, 'micro_batches': 8, 'balance': {'losses': {'global_batch': '0.1'}}},
+    'config: micro_batches=8 does not divide batch_size=4: use a divisor of it'),
+  'groups of rows that are neither parts nor wholes of micro-batches': (
+    {'batch_size': 12, 'micro_batches': 3, 'balance': {'losses': {'ep_group': '0.1'}, 'ep_groups': 2}},
+    'config: balance.ep_groups=2: use a divisor of batch_size=12 that divides, or is a multiple of, micro_batches=3'),
+  'a loss that cannot train': (
+    {'balance': {'losses': {'std_of_share': '0.1'}}},
+    'config.balance: losses.std_of_share is not a balance loss: use one of '),
+  'a weight for no task': (
+    {'loss': {'task_weights': {'code': 2.0}}}, 'config: loss.task_weights.code is not a task of data: use one of '),
+}
+
+
+@pytest.mark.parametrize('name', IMPOSSIBLE)
+def test_what_does_not_fit_is_one_clear_error(name: str) -> None:
+  changes, told = IMPOSSIBLE[name]
+  problems = problems_of_experiment(changes)
+  assert len(problems) == 1 and problems[0].startswith(told), problems
+
+
+def test_all_that_does_not_fit_is_told_at_once() -> None:
+  problems = problems_of_experiment(router_of(selection='hash', num_groups=2) | {
+    'micro_batches': 3, 'balance': {'bias_rule': 'sign', 'partition': 3, 'accumulation': 'buffer', 'ep_groups': 0}})
+  for told in ('num_groups=2 is about a choice', 'micro_batches=3 does not divide', 'ep_groups=0: use 1 or more'):
+    assert any(told in problem for problem in problems), (told, problems)
