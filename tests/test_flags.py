@@ -11,6 +11,8 @@ import pytest
 import train
 from moejax import flags
 from moejax.config import ConfigError, check, frozendict
+from moejax.experiment import ExperimentConfig
+from moejax.moe.balance import BalanceConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,15 +178,37 @@ runpy.run_path('train.py', run_name='__main__')
   assert out.startswith(f"{done.pid} ['-c'") and out.strip().endswith('glibc.malloc.hugetlb=1')
 
 
+REAL = ('from moejax import config, experiment\n\n\n'
+        'def get_config():\n  return config.to_config_dict(experiment.ExperimentConfig())\n')
+
+
+def test_every_switch_of_balance_can_be_set_on_the_real_tree(tmp_path: Path) -> None:
+  path = tmp_path / 'real.py'
+  path.write_text(REAL)
+  argv = ['balance.losses.global_batch=0.1, 0.01@10%, 0.001@70%', 'balance.losses.router_z=1e-3', 'micro_batches=2',
+          'balance.losses.simbal=1', 'balance.bias_rule=quantile', 'balance.bias_rate=0.5, 0@90%',
+          'balance.partition=4', 'balance.assignment=dispatched', 'balance.probability=sigmoid',
+          'balance.accumulation=lagged', 'balance.ep_groups=2', 'model.moe.router.jitter=0.01', 'loss.z_coef=1e-4']
+  cfg = flags.parse([f'--config.{arg}' for arg in argv], ExperimentConfig, str(path))
+  assert cfg.balance.active() == ('global_batch', 'router_z', 'simbal')
+  assert cfg.balance == BalanceConfig(
+    frozendict(global_batch='0.1, 0.01@10%, 0.001@70%', router_z='0.001', simbal='1.0'), 'quantile', '0.5, 0@90%', 2, 4,
+    'dispatched', 'sigmoid', 'lagged')
+  assert cfg.model.moe.router.jitter == 0.01 and cfg.loss.z_coef == '1e-4'
+  with pytest.raises(ConfigError, match='losses.global_bach is not a balance loss: use one of'):
+    flags.parse(['--config.balance.losses.global_bach=0.1'], ExperimentConfig, str(path))
+
+
 def test_a_real_process_tells_all_problems_and_exits_2_before_anything_runs(tmp_path: Path) -> None:
   path = tmp_path / 'real.py'
-  path.write_text('from moejax import config, experiment\n\n\n'
-                  'def get_config():\n  return config.to_config_dict(experiment.ExperimentConfig())\n')
+  path.write_text(REAL)
   argv = [f'--config={path}', f'--workdir={tmp_path / "run"}', 'steps=9', '--config.model.d_modle=3',
-          '--config.steps=x', '--config.batch_size=8', '--config.micro_batches=3']
+          '--config.steps=x', '--config.batch_size=8', '--config.micro_batches=3', '--config.balance.bias_rule=sign',
+          '--config.model.moe.router.selection=hash', '--config.balance.losses.global_batch=0.1']
   root = Path(train.__file__).parent
   done = subprocess.run([sys.executable, 'train.py', *argv], cwd=root, capture_output=True, text=True)
   assert done.returncode == 2 and not done.stdout and 'Traceback' not in done.stderr
-  for part in ('steps=9', 'd_modle', 'config.model.d_model', '--config.steps=x', 'micro_batches=3', 'size=8'):
+  for part in ('steps=9', 'd_modle', 'config.model.d_model', '--config.steps=x', 'micro_batches=3', 'size=8',
+               "bias_rule='sign' would move a bias that selection='hash' ignores: use selection='top_k'"):
     assert part in done.stderr
   assert not (tmp_path / 'run').exists()
