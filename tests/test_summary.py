@@ -40,6 +40,14 @@ def test_parameters_total_and_active(cfg: ExperimentConfig, less: int) -> None:
   assert count_parameters(model_of(cfg), cfg) == Parameters(TOTAL - less, TOTAL - less - IDLE, EMBEDDING)
 
 
+def test_noise_is_a_second_router_in_each_layer() -> None:
+  router = dataclasses.replace(CONFIG.model.moe.router, noisy=True)
+  moe = dataclasses.replace(CONFIG.model.moe, router=router)
+  cfg = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, moe=moe))
+  more = 2 * 16 * 8
+  assert count_parameters(model_of(cfg), cfg) == Parameters(TOTAL + more, TOTAL + more - IDLE, EMBEDDING)
+
+
 def test_flops_of_a_token() -> None:
   """Six for each active number that multiplies; a token sees six others on average, in four heads of eight."""
   products = TOTAL - IDLE - EMBEDDING
