@@ -33,6 +33,7 @@ CONFIG = ExperimentConfig(
     d_model=16, num_layers=2, num_dense_layers=1, d_ff=16, init_std=0.5,
     attention=AttentionConfig(num_heads=2, num_kv_heads=1, d_head=8),
     moe=MoEConfig(RouterConfig(4, 2, noisy=True, jitter=0.3), d_expert=8)))
+QUICK = {'xla_backend_optimization_level': 0}   # programs run once or twice: compiling is all the time
 GREEDY = SampleConfig(max_tokens=10, temperature=0.0)
 # Below, at and above what prompts are rounded up to.
 PROMPTS = [[EOD, *b'ab'], [EOD, *b'1234567'], [EOD, *b'hello world'], [EOD]]
@@ -47,7 +48,7 @@ def small_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 def state() -> TrainState:
   """Not trained, but with a bias that decides something."""
   cfg = resolved(CONFIG, TOKENIZER.vocab_size)
-  made = jax.jit(functools.partial(init_state, cfg))()
+  made = jax.jit(functools.partial(init_state, cfg), compiler_options=QUICK)()
   return made._replace(router=made.router._replace(bias=jnp.array([[0.1, -0.1, 0.05, 0.0]])))
 
 
@@ -63,7 +64,7 @@ def run_directory(state: TrainState, tmp_path_factory: pytest.TempPathFactory) -
   return path
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=QUICK)
 def last_logits(model: Transformer, router: jax.Array, tokens: jax.Array, length: jax.Array) -> jax.Array:
   """Without a cache and padded behind, so that all lengths are one program. tokens [1, T] -> [V]."""
   at = jnp.arange(tokens.shape[1])[None]
