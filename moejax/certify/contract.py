@@ -97,15 +97,16 @@ def certify(names: Sequence[str], quick: bool, seed: int = 0, listener: Listener
     'command': ' '.join(['python -m moejax.certify', *['--quick'] * quick, *only]),
     'quick': quick, 'seed': seed, 'seconds': round(time.perf_counter() - start, 1), 'commit': commit(),
     'made': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
-    'devices': f'{jax.device_count()} x {jax.default_backend()}', 'versions': versions(), 'covered': covered()}
+    'devices': f'{jax.device_count()} x {jax.default_backend()}', 'versions': versions(), 'covered': covered(plan)}
   return Certificate(results, about)
 
 
-def covered() -> dict[str, list[str]]:
-  """Every row of every registry that the lines go through."""
+def covered(plan: Plan) -> dict[str, list[str]]:
+  """Every row of every registry that the lines go through, and at which sizes."""
   registries = {'losses': BALANCE_LOSSES, 'bias rules': BIAS_RULES, 'score functions': SCORE_FNS,
                 'selections': SELECTIONS, 'dispatchers': DISPATCHERS}
-  return {name: sorted(rows) for name, rows in registries.items()}
+  shapes = dict.fromkeys(f'E={cfg.num_experts} K={cfg.top_k}' for cfg in plan.token_choice())
+  return {name: sorted(rows) for name, rows in registries.items()} | {'shapes': list(shapes)}
 
 
 def versions() -> dict[str, str]:

@@ -159,10 +159,14 @@ def evaluation(plan: Plan) -> Iterator[Check]:
   before = tiny.start(plan, cfg)
   one = jax.block_until_ready(tiny.take(plan, cfg, before, rows))
   evaluate = plan.program(step.eval_step, cfg)
-  for number in range(2):
-    found = jax.block_until_ready(evaluate(before.model, before.router, rows))
-    counted.see(f'evaluation {number}', np.abs(np.asarray(found['load'] - one.metrics['load'])).max())
-  worst.see('a step after two evaluations', apart(tiny.take(plan, cfg, before, rows).after.router, one.after.router))
+  found = evaluate(before.model, before.router, rows)
+  counted.see('the batch that training takes', np.abs(np.asarray(found['load'] - one.metrics['load'])).max())
+  # The sign rule sees nothing of a mere multiple: evaluation uses the experts that training uses least.
+  opposite = before.router._replace(bias=-one.metrics['load'])
+  for number in range(1, 4):
+    jax.block_until_ready(evaluate(before.model, opposite, rows))
+    after = tiny.take(plan, cfg, before, rows).after.router
+    worst.see(f'a step after {number} evaluations of another router', apart(after, one.after.router))
   yield counted.check()
   yield worst.check()
 

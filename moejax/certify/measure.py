@@ -45,7 +45,7 @@ class Measured(NamedTuple):
 
   values: np.ndarray       # [n]
   gradients: Inputs        # [n, ...] each
-  sizes: np.ndarray        # [n], of the gradients to the log-probabilities, before they cancel out
+  sizes: np.ndarray        # [n], of the gradients before they cancel out
   to_bias: np.ndarray      # [n, E]
   routing: routing.Routing
   draws: np.ndarray        # [B, S, E], the noise in units of its std
@@ -116,8 +116,19 @@ def measured(plan: Plan, cfg: routing.RouterConfig, case: Case) -> Measured:
   found, draws = plan.program(routed, cfg)(*batch)
   value, gradients = plan.program(differentiate, losses(cfg))(found, case.mask, case.segments)
   to_inputs, to_bias = plan.program(pull_back, cfg)(*batch, gradients)
-  sizes = np.linalg.norm((gradients[REALS.index('probs')] * found.probs).reshape(len(value), -1), axis=1)
-  return jax.tree.map(np.asarray, Measured(value, to_inputs, sizes, to_bias, found, draws))
+  return jax.tree.map(np.asarray, Measured(value, to_inputs, sizes(found, gradients, losses(cfg)), to_bias, found,
+                                           draws))
+
+
+def sizes(found: routing.Routing, gradients: list[Array], rows: tuple[Loss, ...]) -> np.ndarray:
+  """How large each loss's gradient is before it cancels out: to the logarithms of probabilities and weights. [n].
+
+  The largest over the rows of one loss, which differ by their switches alone.
+  """
+  terms = [np.asarray(g * getattr(found, name)).reshape(len(rows), -1)
+           for name, g in zip(REALS, gradients) if name in ('probs', 'weights', 'likely')]
+  each = np.linalg.norm(np.concatenate(terms, axis=1), axis=1)
+  return np.array([max(size for size, other in zip(each, rows) if other.name == row.name) for row in rows])
 
 
 def inputs_of(plan: Plan, case: Case) -> Inputs:

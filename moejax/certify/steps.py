@@ -99,18 +99,17 @@ def variants(plan: Plan) -> Iterator[Variant]:
   yield Variant('padding columns', base, rows=wide())
   if plan.quick:
     return
-  for n in (2, 4, 8):
+  for n in (2, 8):
     yield Variant(f'micro_batches={n}', tiny.change(base, micro_batches=n))
   for name in sorted(set(REMAT_POLICIES) - {'none'}):
     yield Variant(f'remat={name}', tiny.change(base, remat=name))
   yield Variant('layers unrolled', tiny.change(base, unroll=2))
   yield Variant('sparse_matmul', tiny.change(base, dispatch=sparse))
   yield Variant('capacity for all, by score', tiny.change(base, dispatch=by_score))
-  for mesh in (MeshConfig(8), MeshConfig(1, fsdp=8), MeshConfig(2, expert=4), MIXED):
-    for dispatch in (dense, sparse):
-      if (mesh, dispatch) != (MIXED, sparse):
-        shape = ' x '.join(f'{axis} {n}' for axis, n in dataclasses.asdict(mesh).items() if n > 1)
-        yield Variant(f'{dispatch.dispatcher}, {shape}', tiny.change(base, dispatch=dispatch), mesh)
+  for mesh, dispatch in ((MeshConfig(8), sparse), (MeshConfig(1, fsdp=8), dense), (MeshConfig(2, expert=4), sparse),
+                         (MIXED, dense)):
+    shape = ' x '.join(f'{axis} {n}' for axis, n in dataclasses.asdict(mesh).items() if n > 1)
+    yield Variant(f'{dispatch.dispatcher}, {shape}', tiny.change(base, dispatch=dispatch), mesh)
   yield Variant('data 2 x expert 2 x tensor 2, micro_batches=2, remat=full, capacity for all', tiny.change(
     base, dispatch=by_place, micro_batches=2, remat='full'), MeshConfig(2, expert=2, tensor=2))
 
