@@ -26,6 +26,8 @@ bench: $(VENV)/.bench
 	$(PY) benchmarks/moe_layer.py
 	$(PY) benchmarks/train_step.py
 	$(PY) benchmarks/start_up.py
+	$(PY) benchmarks/metrics_cost.py
+	$(PY) benchmarks/balance_rules.py
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

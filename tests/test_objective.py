@@ -154,6 +154,7 @@ def test_lagged_uses_the_counts_of_the_step_before_and_starts_without_any() -> N
   assert abs(float(metrics['balance/global_batch']) - 1) > 1e-3
 
 
+@pytest.mark.slow
 def test_interference_is_of_the_gradients_of_the_objective() -> None:
   """Against the gradient of the step with and without balance losses; one config's schedules switch them off."""
   losses = {name: f'{CONFIG.balance.losses[name]}, 0@50%' for name in CONFIG.balance.active()}

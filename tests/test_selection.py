@@ -115,9 +115,12 @@ def check_ids(got: np.ndarray, want: np.ndarray, log_s: np.ndarray, mask: np.nda
     rows, near = log_s[b, mask[b]], 1e-6 * max(1.0, np.abs(log_s[b]).max())
     if name == 'expert_choice':
       assert (got[b][~mask[b]] == E).all()
-      ones, others = ((ids[b, mask[b]] < E) * rows for ids in (got, want))
-      np.testing.assert_array_equal((got[b] < E).sum(0), (want[b] < E).sum(0), case)
-      np.testing.assert_allclose(ones.sum(0), others.sum(0), atol=S * near, err_msg=case)
+      ones, others = ((ids[b][..., None] == np.arange(E)).any(1) for ids in (got, want))       # [S, E], who has whom
+      np.testing.assert_array_equal(ones.sum(0), others.sum(0), case)
+      np.testing.assert_allclose((ones[mask[b]] * rows).sum(0), (others[mask[b]] * rows).sum(0), atol=S * near,
+                                 err_msg=case)
+      ranked = np.take_along_axis(np.pad(log_s[b], ((0, 0), (0, 1)), constant_values=-np.inf), got[b], -1)
+      assert (ranked[:, :-1] >= ranked[:, 1:] - near).all(), f'{case}: not best first, nobody last'
     elif mask[b].any():
       plan = oracle.sinkhorn_plan(rows)
       ones, others = (np.take_along_axis(plan, ids[b, mask[b]], -1) for ids in (got, want))
@@ -214,7 +217,7 @@ def test_each_expert_chooses_its_share_of_each_row() -> None:
   for score_fn in SCORE_FNS:
     ids = measured('expert_choice')[score_fn].routing.expert_ids
     for b, n in enumerate(tokens.mask.sum(1)):
-      np.testing.assert_array_equal((ids[b] == np.arange(E)).sum(0), np.full(E, np.ceil(n * K / E)))
+      np.testing.assert_array_equal(np.bincount(ids[b].ravel(), minlength=E + 1)[:E], np.full(E, np.ceil(n * K / E)))
   ids = measured('expert_choice')['sigmoid'].routing.expert_ids[CASES.index('equal')]
   assert (ids[:3] < E).all() and (ids[3:] == E).all(), 'ties go to the first tokens'
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from moejax.attention import AttentionConfig
+from moejax.config import ConfigError
 from moejax.experiment import ExperimentConfig
 from moejax.moe.dispatch import DispatchConfig
 from moejax.moe.layer import MoEConfig, causality
@@ -81,6 +82,10 @@ def test_a_run_says_where_its_causality_ends(selection: str) -> None:
   of_router = causality(MoEConfig(router))
   assert [line.startswith('no') for line in of_router] == [True] * (not SELECTIONS[selection].causal)
   assert all(selection in line for line in of_router)
+  if selection == 'expert_choice':
+    with pytest.raises(ConfigError, match='capacity_factor=1.25 limits experts that .* has already filled'):
+      MoEConfig(router, DispatchConfig('dense_matmul', 1.25))
+    return
   for drop_by, word in (('probs', 'no: full experts'), ('position', 'yes within a row: full experts')):
     *others, last = causality(MoEConfig(router, DispatchConfig('dense_matmul', 1.25, drop_by)))
     assert others == of_router and last.startswith(word)

@@ -69,7 +69,10 @@ def top_k_experts(log_s: F64, choice: F64, mask: Bool, ids: I64, top_k: int) -> 
 
 
 def expert_choice(log_s: F64, choice: F64, mask: Bool, ids: I64, top_k: int) -> I64:
-  """Each expert takes ceil(n K / E) tokens of each row, the best by s, ties to the first (2202.09368, a row a set)."""
+  """Each expert takes ceil(n K / E) tokens of each row, the best by s, ties to the first (2202.09368, a row a set).
+
+  A token's experts come best first, nobody last.
+  """
   batch, length, num_experts = log_s.shape
   taken = np.full(log_s.shape, num_experts)
   for b in range(batch):
@@ -77,6 +80,9 @@ def expert_choice(log_s: F64, choice: F64, mask: Bool, ids: I64, top_k: int) -> 
     for e in range(num_experts):
       for i in best([log_s[b, t, e] for t in tokens], math.ceil(len(tokens) * top_k / num_experts)):
         taken[b, tokens[i], e] = e
+  for b, t in np.ndindex(batch, length):
+    mine = [e for e in taken[b, t] if e < num_experts]
+    taken[b, t] = sorted(mine, key=lambda e, s=log_s[b, t]: (-s[e], e)) + [num_experts] * (num_experts - len(mine))
   return taken
 
 

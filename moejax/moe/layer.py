@@ -36,6 +36,9 @@ class MoEConfig:
     check(
       f'd_expert={self.d_expert}: use 1 or more' if self.d_expert < 1 else '',
       f'num_shared={self.num_shared}: use 0 (no shared expert) or more' if self.num_shared < 0 else '',
+      f'dispatch.capacity_factor={self.dispatch.capacity_factor} limits experts that selection=\'expert_choice\' has '
+      'already filled: use capacity_factor=0'
+      if self.dispatch.capacity_factor > 0 and self.router.selection == 'expert_choice' else '',
     )
 
 

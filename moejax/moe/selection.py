@@ -110,7 +110,8 @@ def expert_choice(log_scores: Array, choice: Array, tokens: Tokens, top_k: int) 
   rank = jnp.argsort(jnp.argsort(ranked, axis=1, stable=True), axis=1)                # [B, S, E]
   quota = -(-tokens.mask.sum(1) * top_k // num_experts)
   taken = (rank < quota[:, None, None]) & tokens.mask[..., None]
-  return jnp.where(taken, jnp.arange(num_experts), num_experts)
+  order = jax.lax.top_k(jnp.where(taken, log_scores, -jnp.inf), num_experts)[1]        # a token's best expert first
+  return jnp.where(jnp.take_along_axis(taken, order, axis=-1), order, num_experts)
 
 
 def sinkhorn(log_scores: Array, choice: Array, tokens: Tokens, top_k: int) -> Array:

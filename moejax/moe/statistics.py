@@ -171,10 +171,10 @@ WORST: dict[str, Callable[[Array], Array]] = {
 
 # name of a statistic -> a row of WORST
 STATISTICS: dict[str, str] = {
-  'balance_score': 'smallest', 'bias_max': 'largest', 'bias_mean': 'farthest', 'bias_std': 'largest', 'churn': 'largest',
-  'coactivation': 'largest', 'dead_experts': 'largest', 'dropped': 'largest', 'expert_usage': 'smallest',
-  'load_entropy': 'smallest', 'logit_max': 'largest', 'logit_rms': 'largest', 'logsumexp': 'farthest',
-  'margin': 'smallest', 'max_vio': 'largest', 'mutual_information': 'smallest', 'near_ties': 'largest',
-  'noise_floor': 'largest', 'override_rate': 'largest', 'price_of_balance': 'largest',
+  'balance_score': 'smallest', 'bias_max': 'largest', 'bias_mean': 'farthest', 'bias_std': 'largest',
+  'churn': 'largest', 'coactivation': 'largest', 'dead_experts': 'largest', 'dropped': 'largest',
+  'expert_usage': 'smallest', 'load_entropy': 'smallest', 'logit_max': 'largest', 'logit_rms': 'largest',
+  'logsumexp': 'farthest', 'margin': 'smallest', 'max_vio': 'largest', 'mutual_information': 'smallest',
+  'near_ties': 'largest', 'noise_floor': 'largest', 'override_rate': 'largest', 'price_of_balance': 'largest',
   'router_entropy': 'smallest', 'std_of_share': 'largest',
 }
