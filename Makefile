@@ -26,8 +26,8 @@ bench: $(VENV)/.bench
 	$(PY) benchmarks/moe_layer.py
 	$(PY) benchmarks/train_step.py
 	$(PY) benchmarks/start_up.py
-	$(PY) benchmarks/metrics_cost.py
-	$(PY) benchmarks/balance_rules.py
+	$(PY) -m benchmarks.metrics_cost
+	$(PY) -m benchmarks.balance_rules
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

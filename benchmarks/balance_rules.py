@@ -1,6 +1,6 @@
 """Does balance work: none, a sequence loss, loss-free rules, on one model, one seed, one text.
 
-  python benchmarks/balance_rules.py [--steps=300] [--only=sign]
+  python -m benchmarks.balance_rules [--steps=300] [--only=sign]
 
 The config is configs/tiny.py but for its balance. MaxVio is global: of the load over all held-out text, 0 at balance.
 """
@@ -8,8 +8,6 @@ The config is configs/tiny.py but for its balance. MaxVio is global: of the load
 import argparse
 import dataclasses
 import functools
-import os
-import sys
 import time
 
 import jax
@@ -17,8 +15,6 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from configs.tiny import get_config
 from moejax.config import from_config_dict, frozendict
@@ -68,7 +64,7 @@ def main() -> None:
   base = dataclasses.replace(from_config_dict(ExperimentConfig, get_config()), steps=args.steps)
   data = open_data(base.data, batch_size=base.batch_size, seq_len=base.seq_len, seed=base.seed)
   base = resolved(base, data.vocab_size)
-  table = Table(title=f'{args.steps} steps of configs/tiny.py, seed {base.seed}; on {data.validation_tokens} held-out tokens')
+  table = Table(title=f'{args.steps} steps of configs/tiny.py, seed {base.seed}, {data.validation_tokens} held-out tokens')
   for column in ('balance', 'MaxVio', 'worst layer', 'noise floor', 'experts used', 'bits per byte', 'seconds'):
     table.add_column(column, justify='left' if column == 'balance' else 'right')
   for name, balance in BALANCES.items():

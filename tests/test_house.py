@@ -44,13 +44,15 @@ LEVELS = {
     'checkpoint': 1, 'manifest': 1, 'compressors': 1, 'rundir': 1, 'metrics': 1, 'flags': 1, 'stability': 1,
     'layers': 2, 'moe': 3, 'attention': 3, 'transformer': 4, 'families': 5, 'step': 5, 'experiment': 5,
     'objective': 5, 'state': 5, 'accumulation': 5, 'interference': 5, 'rows': 5,
-    'certify': 6, 'probe': 6, 'hf': 6, 'generate': 6, 'configs': 6, 'journal': 6, 'summary': 6, 'trainer': 6, 'train': 7,
+    'certify': 6, 'probe': 6, 'hf': 6, 'generate': 6, 'configs': 6, 'journal': 6, 'summary': 6, 'trainer': 6,
+    'train': 7,
 }
 ARROWS = {
     'config': {'checks'}, 'data': {'cache', 'heldout', 'sources', 'tokenizer'}, 'heldout': {'sources'},
     'sources': {'mixture', 'tokenizer'},
     'checkpoint': {'manifest', 'rundir'}, 'step': {'accumulation', 'experiment', 'objective', 'state'},
-    'interference': {'experiment', 'objective', 'state'}, 'objective': {'experiment'}, 'state': {'experiment'}, 'accumulation': {'experiment', 'objective', 'state'},
+    'interference': {'experiment', 'objective', 'state'}, 'objective': {'experiment'}, 'state': {'experiment'},
+    'accumulation': {'experiment', 'objective', 'state'},
     'losses': {'optim'}, 'families': {'families.*'},
     'optim': {'sharding'}, 'trainer': {'generate', 'journal', 'probe', 'summary'}, 'journal': {'probe'},
     'moe.layer': {'moe.selection', 'moe.statistics', 'moe.sets', 'moe.dispatch',
