@@ -64,7 +64,7 @@ def main() -> None:
   base = dataclasses.replace(from_config_dict(ExperimentConfig, get_config()), steps=args.steps)
   data = open_data(base.data, batch_size=base.batch_size, seq_len=base.seq_len, seed=base.seed)
   base = resolved(base, data.vocab_size)
-  table = Table(title=f'{args.steps} steps of configs/tiny.py, seed {base.seed}; {data.validation_tokens} tokens held out')
+  table = Table(title=f'{args.steps} steps of configs/tiny.py, seed {base.seed}; {data.validation_tokens} tokens')
   for column in ('balance', 'MaxVio', 'worst layer', 'noise floor', 'experts used', 'bits per byte', 'seconds'):
     table.add_column(column, justify='left' if column == 'balance' else 'right')
   for name, balance in BALANCES.items():
