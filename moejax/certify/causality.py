@@ -10,6 +10,7 @@ Letters: B batch, S sequence, E experts, L MoE layers.
 
 from collections.abc import Iterator
 import dataclasses
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ import numpy as np
 
 from moejax.attention import AttentionConfig
 from moejax.certify.plan import Plan, router_name
-from moejax.certify.report import Check, Worst
+from moejax.certify.report import Check, Worst, number
 from moejax.data import IGNORE, Batch
 from moejax.moe.dispatch import DISPATCHERS, DispatchConfig
 from moejax.moe.layer import MoEConfig
@@ -55,16 +56,18 @@ def labelled(router: RouterConfig, dispatch: DispatchConfig) -> Subject:
 
 def subjects(plan: Plan) -> Iterator[Subject]:
   """Every selection, score function and dispatcher; both ways to drop; every way to draw random numbers."""
-  dense, sparse = (DispatchConfig(name) for name in sorted(DISPATCHERS))
+  dense, *others = (DispatchConfig(name) for name in sorted(DISPATCHERS, key=lambda name: name != 'dense_matmul'))
   base, scores = RouterConfig(EXPERTS, 2), sorted(SCORE_FNS)
   for name in sorted(SELECTIONS):
     for score_fn in scores[:1] if plan.quick else scores:
       yield labelled(dataclasses.replace(base, selection=name, score_fn=score_fn), dense)
   for drop_by in ('position', 'probs'):
     yield labelled(base, DispatchConfig('dense_matmul', capacity_factor=0.5, drop_by=drop_by))
-  yield labelled(base, sparse)
+  for other in others:
+    yield labelled(base, other)
+    if not plan.quick:
+      yield labelled(dataclasses.replace(base, num_groups=2, score_fn='sigmoid'), other)
   if not plan.quick:
-    yield labelled(dataclasses.replace(base, num_groups=2, score_fn='sigmoid'), sparse)
     yield labelled(dataclasses.replace(base, jitter=0.1, noisy=True), dense)
     yield labelled(dataclasses.replace(base, expert_dropout=0.25, random_second=True), dense)
 
@@ -105,16 +108,15 @@ def leaks(plan: Plan, subject: Subject) -> dict[str, tuple[int, float]]:
   """
   program, found = plan.program(outputs, subject), {}
   rng = plan.rng(10)
-  for seed in range(1 if plan.quick else 3):
+  for seed, t in itertools.product(range(2 if plan.quick else 4), CUTS):
     key, tokens = jax.random.key(plan.seed + seed), rng.integers(0, VOCAB, (ROWS, LENGTH))
     before = np.asarray(program(key, tokens))
-    for t in CUTS:
-      row = int(rng.integers(ROWS))
+    for row in range(ROWS):
       changed = tokens.copy()
       changed[row, t + 1:] = (changed[row, t + 1:] + rng.integers(1, VOCAB, LENGTH - t - 1)) % VOCAB
       apart = np.abs(np.asarray(program(key, changed)) - before)[:, row, :t + 1].max((1, 2))   # [L + 1]
       layers = np.flatnonzero(apart > LEAK)
-      found[f'seed {seed}, t = {t}'] = (int(layers[0]) if len(layers) else 0, float(apart.max()))
+      found[f'seed {seed}, t = {t}, row {row}'] = (int(layers[0]) if len(layers) else 0, float(apart.max()))
   return found
 
 
@@ -132,6 +134,6 @@ def causality_line(plan: Plan) -> Iterator[Check | str]:
       hidden.see(subject.name, not first)
     largest = max(apart for _, apart in found.values())
     yield (f'{"looks ahead, first in layer " + str(first[0]) if first else "causal":<31}'
-           f'{subject.name} (largest change {largest:.1e})')
+           f'{subject.name} (largest change {number(largest)})')
   yield causal.check()
   yield hidden.check()

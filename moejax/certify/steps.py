@@ -30,6 +30,7 @@ SAME = 2e-6      # of values and gradients whose sums have another order
 SLOPE = 1e-2     # of a slope in float32: rounding of 1e-7 over a difference of 1e-4, and what is not linear
 REACH = 5e-3     # of its differences
 MIXED = MeshConfig(1, fsdp=2, expert=2, tensor=2)
+DENSE = 'dense_matmul'   # the base's dispatcher, and the one that has capacities
 
 
 class Variant(NamedTuple):
@@ -91,11 +92,12 @@ def wide(by: int = 5) -> Batch:
 def variants(plan: Plan) -> Iterator[Variant]:
   """Ways to compute the base step: one at a time, and some of them together."""
   base = tiny.config()
-  dense, sparse = (DispatchConfig(name) for name in sorted(DISPATCHERS))
-  by_place, by_score = (DispatchConfig('dense_matmul', 4.0, drop_by) for drop_by in ('position', 'probs'))
+  dense, *others = (DispatchConfig(name) for name in sorted(DISPATCHERS, key=lambda name: name != DENSE))
+  by_place, by_score = (DispatchConfig(DENSE, 4.0, drop_by) for drop_by in ('position', 'probs'))
   yield Variant('micro_batches=4, remat=full, capacity for all', tiny.change(
     base, micro_batches=4, remat='full', dispatch=by_place))
-  yield Variant('sparse_matmul, fsdp 2 x expert 2 x tensor 2', tiny.change(base, dispatch=sparse), MIXED)
+  for dispatch in others:
+    yield Variant(f'{dispatch.dispatcher}, fsdp 2 x expert 2 x tensor 2', tiny.change(base, dispatch=dispatch), MIXED)
   yield Variant('padding columns', base, rows=wide())
   if plan.quick:
     return
@@ -104,10 +106,11 @@ def variants(plan: Plan) -> Iterator[Variant]:
   for name in sorted(set(REMAT_POLICIES) - {'none'}):
     yield Variant(f'remat={name}', tiny.change(base, remat=name))
   yield Variant('layers unrolled', tiny.change(base, unroll=2))
-  yield Variant('sparse_matmul', tiny.change(base, dispatch=sparse))
   yield Variant('capacity for all, by score', tiny.change(base, dispatch=by_score))
-  for mesh, dispatch in ((MeshConfig(8), sparse), (MeshConfig(1, fsdp=8), dense), (MeshConfig(2, expert=4), sparse),
-                         (MIXED, dense)):
+  for dispatch in others:
+    yield Variant(dispatch.dispatcher, tiny.change(base, dispatch=dispatch))
+  meshes = [(mesh, dispatch) for mesh in (MeshConfig(8), MeshConfig(2, expert=4)) for dispatch in others]
+  for mesh, dispatch in (*meshes, (MeshConfig(1, fsdp=8), dense), (MIXED, dense)):
     shape = ' x '.join(f'{axis} {n}' for axis, n in dataclasses.asdict(mesh).items() if n > 1)
     yield Variant(f'{dispatch.dispatcher}, {shape}', tiny.change(base, dispatch=dispatch), mesh)
   yield Variant('data 2 x expert 2 x tensor 2, micro_batches=2, remat=full, capacity for all', tiny.change(
