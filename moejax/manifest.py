@@ -40,7 +40,8 @@ def kinds(tree: object) -> dict[str, str]:
 
 def digests(tree: object) -> dict[str, str]:
   """path -> digest of the leaf's bits (its kind is not in it), the same on every mesh."""
-  sums = jax.device_get({path: _sums(leaf) for path, leaf in flatten(tree).items()})
+  # One program at a time: dozens of them, each with a collective, fill XLA's queue, and virtual devices wait forever.
+  sums = {path: jax.device_get(_sums(leaf)) for path, leaf in flatten(tree).items()}
   return {path: ''.join(f'{int(word):08x}' for word in pair) for path, pair in sums.items()}
 
 

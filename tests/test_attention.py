@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from quick import QUICK
 
 from moejax import attention
 from moejax.attention import ATTENTIONS, Attention, AttentionConfig, empty_cache
 from moejax.config import ConfigError
 from moejax.rope import RopeConfig
 
-QUICK = {'xla_backend_optimization_level': 0}   # programs run once or twice: compiling is all the time
 # cuDNN is not here, and with float32 its row is the xla row.
 ROWS = sorted(set(ATTENTIONS) - {'cudnn'})
 B, S, H, J, D, WIDTH = 2, 11, 4, 2, 4, 16

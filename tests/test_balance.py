@@ -11,6 +11,7 @@ import numpy as np
 import oracle
 import pytest
 from jax import Array
+from quick import QUICK
 
 from moejax.certify import oracle_balance, oracle_codebases
 from moejax.config import ConfigError, frozendict
@@ -28,7 +29,6 @@ from moejax.moe.canonical import ASSIGNMENTS
 from moejax.moe.routing import SCORE_FNS, RouterConfig, Routing, route
 from moejax.moe.sets import Scope, load, parts_of_set
 
-QUICK = {'xla_backend_optimization_level': 0}   # programs run once or twice: compiling is all the time
 B, S, MICRO_BATCHES, EP_GROUPS = 4, 8, 2, 4
 PROBABILITIES = ('', 'sigmoid', 'softmax')
 SWITCHED = ('ep_group', 'global_batch', 'micro_batch', 'sequence')   # the losses that heed all switches

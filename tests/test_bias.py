@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from quick import QUICK
 
 from moejax.moe.bias import BIAS_RULES, BiasState, counts, init_state
 from moejax.moe.quantile import BINS, EDGES, above_the_line, bin_of, histogram, quantile
 from moejax.moe.routing import SCORE_FNS, RouterConfig, route
 
-QUICK = {'xla_backend_optimization_level': 0}   # programs run once or twice: compiling is all the time
 RULES = sorted(BIAS_RULES)
 COUNTING = sorted(rule for rule in BIAS_RULES if BIAS_RULES[rule].observe is counts)
 rules = pytest.mark.parametrize('rule', RULES)

@@ -11,6 +11,7 @@ import numpy as np
 import oracle
 import pytest
 from jax import Array
+from quick import QUICK
 
 from moejax.config import ConfigError
 from moejax.moe.dispatch import DISPATCHERS, DROP_BY, DispatchConfig, sort_copies
@@ -18,7 +19,6 @@ from moejax.moe.grouped_ffn import IMPLEMENTATIONS, Weights
 from moejax.moe.routing import Routing
 from moejax.sharding import MeshConfig, make_mesh
 
-QUICK = {'xla_backend_optimization_level': 0}   # programs run once or twice: compiling is all the time
 B, S, D, F = 4, 5, 6, 4
 T = B * S
 SHAPES = list(itertools.product((4, 8), (1, 2)))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import monitoring
+from quick import QUICK
 
 from moejax import generate
 from moejax.attention import AttentionConfig
@@ -33,7 +34,6 @@ CONFIG = ExperimentConfig(
     d_model=16, num_layers=2, num_dense_layers=1, d_ff=16, init_std=0.5,
     attention=AttentionConfig(num_heads=2, num_kv_heads=1, d_head=8),
     moe=MoEConfig(RouterConfig(4, 2, noisy=True, jitter=0.3), d_expert=8)))
-QUICK = {'xla_backend_optimization_level': 0}   # programs run once or twice: compiling is all the time
 GREEDY = SampleConfig(max_tokens=10, temperature=0.0)
 # Below, at and above what prompts are rounded up to.
 PROMPTS = [[EOD, *b'ab'], [EOD, *b'1234567'], [EOD, *b'hello world'], [EOD]]

@@ -5,10 +5,10 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
+from quick import QUICK
 
 from moejax.layers import Embed, Linear, RMSNorm, SwiGLU, normal, param, rms_norm
 
-QUICK = {'xla_backend_optimization_level': 0}   # programs run once: compiling is all the time
 D, F, V = 6, 10, 7
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 3, D)).astype(np.float32)

@@ -12,6 +12,7 @@ import numpy as np
 import oracle
 import pytest
 from jax import Array
+from quick import QUICK
 
 from moejax.certify import oracle_balance
 from moejax.config import ConfigError, frozendict
@@ -22,7 +23,6 @@ from moejax.moe.layer import MoE, MoEAux, MoEConfig
 from moejax.moe.routing import SCORE_FNS, RouterConfig
 from moejax.moe.selection import JITTER, NOISE, SELECTIONS, Tokens, row_keys
 
-QUICK = {'xla_backend_optimization_level': 0}   # programs run once or twice: compiling is all the time
 B, S, D, F, MICRO_BATCHES = 2, 6, 8, 4, 2
 DY = np.random.default_rng(2).normal(size=(B, S, D)).astype(np.float32)
 COEFFICIENTS = {name: 0.1 + 0.2 * i for i, name in enumerate(sorted(BALANCE_LOSSES))}

@@ -9,11 +9,11 @@ import numpy as np
 import oracle
 import pytest
 from jax import Array
+from quick import QUICK
 
 from moejax.config import ConfigError
 from moejax.moe.routing import SCORE_FNS, RouterConfig, Routing, route, router_logits
 
-QUICK = {'xla_backend_optimization_level': 0}   # programs run once or twice: compiling is all the time
 SHAPES = [(4, 1, (1, 1)), (8, 2, (1, 1)), (8, 2, (4, 2))]   # experts, top-k, groups and how many of them
 
 routed = jax.jit(route, static_argnames='cfg', compiler_options=QUICK)

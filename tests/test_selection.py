@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 from jax import Array
+from quick import QUICK
 
 from moejax.moe.routing import SCORE_FNS, WEIGHTS, RouterConfig, Routing, route
 from moejax.moe.selection import (
@@ -23,7 +24,6 @@ from moejax.moe.selection import (
   without_some,
 )
 
-QUICK = {'xla_backend_optimization_level': 0}   # programs run once or twice: compiling is all the time
 S, E, K = 6, 4, 2
 # Each row of the batch is a case: selections look at no more than a row.
 CASES = ('plain', 'padded', 'holes', 'ties', 'extreme', 'equal', 'nothing counts', 'one counts', 'skewed', 'low')

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import oracle
+from quick import QUICK
 from moejax.moe.routing import Routing
 from moejax.moe.statistics import NEAR_TIE, STATISTICS, Stats, add, bias_statistics, layer_statistics, observe
 from moejax.moe.statistics import over_layers, token_statistics
 
-QUICK = {'xla_backend_optimization_level': 0}   # programs run once or twice: compiling is all the time
 B, S, E, K = 4, 6, 8, 3
 LOAD_ORACLE = {
   'max_vio': oracle.max_vio, 'expert_usage': oracle.expert_usage, 'dead_experts': oracle.dead_experts,

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding
+from quick import QUICK
 
 from moejax.attention import AttentionConfig
 from moejax.config import frozendict
@@ -69,8 +70,6 @@ def make_batch(seed: int = 0) -> Batch:
                jnp.array(segments, jnp.int32), jnp.array(positions, jnp.int32), jnp.zeros(ROWS, jnp.int32))
 
 
-# Half the time of these tests would be LLVM's, on programs that run for a millisecond.
-QUICK = {'xla_backend_optimization_level': 0}
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from quick import QUICK
 
 from moejax.attention import AttentionConfig
 from moejax.config import ConfigError, frozendict
@@ -21,7 +22,6 @@ from moejax.moe.sets import Scope
 from moejax.transformer import REMAT_POLICIES, Draws, ModelConfig, Output, Transformer, empty_caches
 
 RNG = np.random.default_rng
-QUICK = {'xla_backend_optimization_level': 0}   # programs run once or twice: compiling is all the time
 B, S, V, D, E = 2, 8, 32, 16, 4
 CONFIG = ModelConfig(
   vocab_size=V, d_model=D, num_layers=3, num_dense_layers=1, d_ff=20, init_std=0.3,
