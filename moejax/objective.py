@@ -63,6 +63,11 @@ def token_weights(batch: Batch, cfg: ExperimentConfig) -> Array:
   return batch.mask * task_weights(cfg)[batch.task_ids][..., None]
 
 
+def of_tasks(values: Array, batch: Batch, cfg: ExperimentConfig) -> Array:
+  """Sums over each task's tokens that are predicted. [B, S] -> [R] f32."""
+  return jnp.zeros(len(cfg.data.tasks)).at[batch.task_ids].add((batch.mask * values).sum(-1))
+
+
 def part_scales(parts: Batch, depth: int, cfg: ExperimentConfig) -> Terms:
   """What each micro-batch's terms are multiplied by, from masks alone: term -> [A, ...] f32. depth: of MTP."""
   valid = parts.segment_ids > 0
@@ -96,7 +101,6 @@ def lm_terms(hidden: tuple[Array, ...], head: Array, batch: Batch, scale: Array,
   """
   total, depths = jnp.zeros(()), len(hidden) - 1
   terms = {'lm_loss': total, 'z_loss': total} | ({'mtp_loss': total} if depths else {})
-  nll = jnp.zeros(len(cfg.data.tasks))
   for depth, h in enumerate(hidden):
     seen = ahead(batch, depth)
     weights = token_weights(seen, cfg) * scale[depth]
@@ -108,7 +112,7 @@ def lm_terms(hidden: tuple[Array, ...], head: Array, batch: Batch, scale: Array,
       terms['mtp_loss'] += mean / depths
     else:
       terms['lm_loss'] = mean
-      nll = jnp.zeros_like(nll).at[seen.task_ids].add((seen.mask * parts.nll).sum(-1))
+      nll = of_tasks(parts.nll, batch, cfg)
     terms['z_loss'] += share * (weights * jnp.square(parts.log_z)).sum()
   return total, terms, nll
 

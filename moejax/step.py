@@ -18,7 +18,7 @@ from moejax.experiment import ExperimentConfig
 from moejax.losses import cross_entropy
 from moejax.moe.bias import BIAS_RULES, BiasState
 from moejax.moe.statistics import bias_statistics, layer_statistics, token_statistics
-from moejax.objective import Sums, Terms, positive
+from moejax.objective import Sums, Terms, of_tasks, positive
 from moejax.optim import learning_rate, optimizer, piecewise, updates_made
 from moejax.sharding import platform
 from moejax.stability import update as update_stability
@@ -60,14 +60,14 @@ def statistics(sums: Sums, router: BiasState, cfg: ExperimentConfig) -> Terms:
 
 def task_tokens(batch: Batch, cfg: ExperimentConfig) -> Array:
   """Tokens to predict, of each task. [R] f32."""
-  return jnp.zeros(len(cfg.data.tasks)).at[batch.task_ids].add(batch.mask.sum(-1).astype(jnp.float32))
+  return of_tasks(jnp.ones(batch.mask.shape), batch, cfg)
 
 
 def task_losses(nll: Array, tokens: Array, cfg: ExperimentConfig) -> Terms:
   """nll: mean over all tokens, unweighted; of several tasks also lm_loss/TASK, NaN where a batch has none of it."""
   each = jnp.where(tokens > 0, nll / positive(tokens), jnp.nan)
-  of_tasks = {f'lm_loss/{task}': each[i] for i, task in enumerate(cfg.data.tasks)} if len(cfg.data.tasks) > 1 else {}
-  return {'nll': nll.sum() / positive(tokens.sum())} | of_tasks
+  named = {f'lm_loss/{task}': each[i] for i, task in enumerate(cfg.data.tasks)} if len(cfg.data.tasks) > 1 else {}
+  return {'nll': nll.sum() / positive(tokens.sum())} | named
 
 
 def compile_step(cfg: ExperimentConfig, state: TrainState, batch: Batch) -> jax.stages.Compiled:
@@ -96,6 +96,5 @@ def eval_step(model: Transformer, router: BiasState, batch: Batch, cfg: Experime
   out = model(batch, router.bias)
   _, parts = cross_entropy(out.hidden, model.head_weights(), batch.targets, batch.mask.astype(jnp.float32), 0.0,
                            cfg.loss.chunks)
-  nll = jnp.zeros(len(cfg.data.tasks)).at[batch.task_ids].add((batch.mask * parts.nll).sum(-1))
-  return {'task_nll': nll, 'task_tokens': task_tokens(batch, cfg), 'load': out.aux.load, 'stats': out.aux.stats,
-          'expert_ids': out.aux.expert_ids}
+  return {'task_nll': of_tasks(parts.nll, batch, cfg), 'task_tokens': task_tokens(batch, cfg), 'load': out.aux.load,
+          'stats': out.aux.stats, 'expert_ids': out.aux.expert_ids}

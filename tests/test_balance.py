@@ -14,6 +14,7 @@ from jax import Array
 from quick import QUICK
 
 from moejax.certify import oracle_balance, oracle_codebases
+from moejax.certify.plan import MIXED, PACKED, PADDED, WHOLE, B, Case, S
 from moejax.config import ConfigError, frozendict
 from moejax.moe.balance import (
   ACCUMULATIONS,
@@ -29,7 +30,7 @@ from moejax.moe.canonical import ASSIGNMENTS
 from moejax.moe.routing import SCORE_FNS, RouterConfig, Routing, route
 from moejax.moe.sets import Scope, load, parts_of_set
 
-B, S, MICRO_BATCHES, EP_GROUPS = 4, 8, 2, 4
+MICRO_BATCHES, EP_GROUPS = 2, 4
 PROBABILITIES = ('', 'sigmoid', 'softmax')
 SWITCHED = ('ep_group', 'global_batch', 'micro_batch', 'sequence')   # the losses that heed all switches
 VARYING = ('importance', 'load')
@@ -75,19 +76,6 @@ routers = functools.partial(pytest.mark.parametrize, 'cfg',
                             ids=lambda cfg: f'{cfg.score_fn}-{cfg.num_experts}-{cfg.top_k}')
 
 routed = jax.jit(route, static_argnames='cfg', compiler_options=QUICK)
-
-
-class Case(NamedTuple):
-  logits: np.ndarray    # [B, S, E] f32
-  bias: np.ndarray      # [E] f32
-  mask: np.ndarray      # [B, S] bool
-  segments: np.ndarray  # [B, S] i32
-
-
-WHOLE = np.ones((B, S), np.int32)
-PADDED = (np.arange(S) < np.array([[8], [5], [1], [3]])).astype(np.int32)
-PACKED = np.array([[1, 1, 1, 2, 2, 2, 2, 3], [1, 2, 2, 3, 3, 3, 4, 4], [1] * 8, [1] * 4 + [2] * 4], np.int32)
-MIXED = np.where(np.arange(S) < np.array([[8], [6], [0], [7]]), PACKED, 0)
 
 
 @functools.cache

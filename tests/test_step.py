@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from quick import QUICK
 
 from moejax.attention import AttentionConfig
+from moejax.certify.tiny import LENGTH, ROWS, VOCAB, batch as make_batch
 from moejax.config import frozendict
 from moejax.data import IGNORE, Batch
 from moejax.experiment import ExperimentConfig
@@ -27,7 +28,6 @@ from moejax.state import TrainState, init_state
 from moejax.step import eval_step, train_step
 from moejax.transformer import REMAT_POLICIES, ModelConfig
 
-ROWS, LENGTH, VOCAB = 8, 12, 32
 # Of a gradient's largest entry: sums in another order, float32.
 TOLERANCE = 1e-6
 
@@ -52,24 +52,6 @@ def replace(cfg: ExperimentConfig, **changes: object) -> ExperimentConfig:
 
 def with_moe(cfg: ExperimentConfig, **changes: object) -> ExperimentConfig:
   return replace(cfg, moe=dataclasses.replace(cfg.model.moe, **changes))
-
-
-def make_batch(seed: int = 0) -> Batch:
-  """Documents of uneven lengths, one row half padding, one row all padding but a token."""
-  rng = np.random.default_rng(seed)
-  text = rng.integers(1, VOCAB, (ROWS, LENGTH + 1))
-  opens = rng.random((ROWS, LENGTH)) < 0.2
-  segments = np.cumsum(opens, 1) + 1
-  segments[2, LENGTH // 2:] = 0
-  segments[5, 1:] = 0
-  positions = np.zeros((ROWS, LENGTH), int)
-  for i in range(1, LENGTH):
-    positions[:, i] = np.where(segments[:, i] == segments[:, i - 1], positions[:, i - 1] + 1, 0)
-  targets = np.where(segments > 0, text[:, 1:], IGNORE)
-  return Batch(*(jnp.array(a, jnp.int32) for a in (text[:, :-1], targets)), jnp.array(targets != IGNORE),
-               jnp.array(segments, jnp.int32), jnp.array(positions, jnp.int32), jnp.zeros(ROWS, jnp.int32))
-
-
 
 
 @functools.cache
