@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import ConfigError, check
+from moejax.faults import pass_by
 from moejax.manifest import Meta, differences, digest, digests, flatten, kinds, seal, unseal
 from moejax.rundir import RunInUse, Steps, kept, lock
 
@@ -83,6 +84,7 @@ class Checkpoints:
     with self._save_errors():
       self._saver.save(self.steps.path(step), args=args.Composite(
         state=args.PyTreeSave(full, pieces, ocdbt_target_data_file_size=1 << 27), meta=args.JsonSave(seal(meta))))
+      pass_by('save')
 
   def check(self, wait: bool = False) -> None:
     """Raises SaveFailed, once, if the last save failed; deletes what need not be kept."""

@@ -20,6 +20,7 @@ from rich.progress import Progress, TextColumn
 from moejax.compressors import gzip_bits_per_byte, xz_bits_per_byte
 from moejax.data import Data
 from moejax.experiment import ExperimentConfig
+from moejax.faults import pass_by
 from moejax.metrics import MetricsLog, TensorBoard, load_bars, load_image, mfu
 from moejax.probe import Probes
 from moejax.rows import Sums, progress, training_row, validation_row
@@ -81,6 +82,7 @@ class Journal:
     self.tokens += self.cfg.batch_size * self.cfg.seq_len
     if step > 1 and step % self.cfg.log_every and step != self.cfg.steps:
       return
+    pass_by('log')
     metrics = jax.device_get(metrics)
     row, layers = training_row(metrics, self.data.bytes_per_token)
     row['tokens_per_second'] = self.tokens / (time.perf_counter() - self.since)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import jax
 
+from moejax.faults import pass_by
+
 log = logging.getLogger(__name__)
 RUBBISH = ('*.orbax-checkpoint-tmp*', '*.deleted')
 
@@ -67,7 +69,9 @@ class Steps:
 
   def delete(self, step: int) -> None:
     if jax.process_index() == 0:
-      shutil.rmtree(self.path(step).rename(self.directory / f'{step}.deleted'))
+      gone = self.path(step).rename(self.directory / f'{step}.deleted')
+      pass_by('delete')
+      shutil.rmtree(gone)
 
   def clean(self) -> None:
     """Takes away what killed and failed saves and deletions left; not while a save is in flight."""

@@ -4,6 +4,7 @@ Mathematics elsewhere names logical axes only: `constrain(x, 'batch', 'sequence'
 test, a notebook cell) constraints do nothing, so every function also runs on plain arrays.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import math
 from typing import TypeVar
@@ -51,13 +52,13 @@ class MeshConfig:
     )
 
 
-def make_mesh(cfg: MeshConfig, num_devices: int = 0) -> Mesh:
-  """A mesh over `num_devices` devices (0: all there are).
+def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] = ()) -> Mesh:
+  """A mesh over these devices ((): all there are), which may be of a topology that is not here.
 
   Raises:
     ConfigError: the sizes do not multiply to the number of devices.
   """
-  devices = jax.devices()[:num_devices or None]
+  devices = devices or jax.devices()
   others = cfg.fsdp * cfg.expert * cfg.tensor
   data = cfg.data or max(1, len(devices) // others)
   if data * others != len(devices):

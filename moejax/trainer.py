@@ -3,40 +3,27 @@
   lock -> data -> mesh -> compile -> restore or initialise -> for each step: batch, step, log, validate, save -> report
 """
 
-from collections.abc import Callable, Iterator
-import contextlib
-import functools
 import json
-import logging
 import math
-import os
 import pathlib
-import signal
 import sys
-from types import FrameType
-from typing import NamedTuple
 
 import jax
-from jax.sharding import Mesh, NamedSharding
 
 from moejax.checkpoint import Checkpoints, NoLoadableCheckpoint, RunInUse, SaveFailed, digest, lock
-from moejax.config import ConfigError, check
-from moejax.data import Batch, Data, open_data
+from moejax.config import ConfigError
+from moejax.data import Data, open_data
 from moejax.experiment import CHECKPOINTS, TOKENIZER_FILE, ExperimentConfig, resolved, write_config
-from moejax.interference import interference
+from moejax.faults import pass_by
 from moejax.journal import Journal
-from moejax.moe.bias import BiasState
-from moejax.probe import compact
-from moejax.rows import added
-from moejax.sampling import SampleConfig, sample
-from moejax.sharding import make_mesh, spec
-from moejax.start import initialised, target_of
+from moejax.meshes import mesh_of
+from moejax.process import keep_compiled_programs, spoken_log, stop_signals
+from moejax.programs import Programs, compile_programs
+from moejax.start import initialised
 from moejax.state import TrainState
-from moejax.step import Metrics, compile_step, eval_step
+from moejax.step import Metrics
 from moejax.summary import lines, summarise
-from moejax.transformer import Transformer
-
-SAMPLE_TOKENS = 96
+from moejax.validation import validate
 
 
 class Diverged(RuntimeError):
@@ -44,17 +31,6 @@ class Diverged(RuntimeError):
 
 
 EXIT_STATUS = {ConfigError: 2, NoLoadableCheckpoint: 3, Diverged: 4, RunInUse: 5}
-
-
-class Programs(NamedTuple):
-  """The compiled programs of a run, and where their arguments lie."""
-
-  target: TrainState                                            # ShapeDtypeStructs with shardings
-  train: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-  evaluate: Callable[[Transformer, BiasState, Batch], Metrics]
-  interfere: Callable[[TrainState, Batch], Metrics]
-  put: Callable[[Batch], Batch]                                 # NumPy -> device
-  temporaries: int                                              # bytes on one device while a step runs
 
 
 def train(cfg: ExperimentConfig) -> int:
@@ -73,10 +49,9 @@ def run(cfg: ExperimentConfig, received: list[int]) -> int:
   workdir = pathlib.Path(cfg.workdir)
   data = open_data(cfg.data, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=cfg.seed)
   full = resolved(cfg, data.vocab_size)
-  mesh = make_mesh(full.mesh)
-  check_mesh(full, mesh)
+  mesh = mesh_of(full)
   with jax.set_mesh(mesh):
-    programs = compile_programs(full, data, mesh)
+    programs = compile_programs(full, mesh)
     checkpoints = Checkpoints(workdir / CHECKPOINTS, full.checkpoint)
     state = restored(programs.target, checkpoints, data) or initialised(full, programs.target, mesh)
     write_config(cfg)
@@ -106,6 +81,7 @@ def loop(cfg: ExperimentConfig, data: Data, programs: Programs, checkpoints: Che
 
   end = min(cfg.steps, cfg.stop_after or cfg.steps)
   while done < end and not received:
+    pass_by('step', done + 1)
     state, metrics = programs.train(state, programs.put(data.batch(done)))
     catch_up()
     done += 1
@@ -154,94 +130,7 @@ def note_failed_save(checkpoints: Checkpoints, journal: Journal, wait: bool = Fa
   return False
 
 
-def validate(cfg: ExperimentConfig, data: Data, programs: Programs, state: TrainState, journal: Journal,
-             batches: int) -> float:
-  """Bits per byte of the held-out text, 0 for all of its batches; also has the model write something."""
-  sums, probe = None, None
-  for batch in data.validation(batches):
-    result = programs.evaluate(state.model, state.router, programs.put(batch))
-    expert_ids = result.pop('expert_ids')
-    if sums is None:
-      probe = compact(expert_ids, batch.segment_ids > 0, cfg.model.moe.router.num_experts)
-    sums = added(sums, jax.device_get(result))
-  text = ''.join(sample(state.model, state.router.bias, data.tokenizer, cfg.sample_prompt,
-                        SampleConfig(max_tokens=SAMPLE_TOKENS, seed=cfg.seed)))
-  step = int(state.step)
-  found = programs.interfere(state, programs.put(data.batch(step))) if cfg.eval.interference else {}
-  return journal.validation(step, sums, probe, found, cfg.sample_prompt + text)
-
-
-def compile_programs(cfg: ExperimentConfig, data: Data, mesh: Mesh) -> Programs:
-  """Compiles the training step ahead of the first batch, which also tells how much memory it will take."""
-  target = target_of(cfg, mesh)
-  rows = NamedSharding(mesh, spec('batch'))
-
-  def put(batch: Batch) -> Batch:
-    return jax.device_put(batch, rows)
-
-  example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows), data.batch(0))
-  step = compile_step(cfg, target, example)
-  evaluate = jax.jit(functools.partial(eval_step, cfg=cfg))
-  meter = jax.jit(functools.partial(interference, cfg=cfg))
-  return Programs(target, step, evaluate, meter, put, step.memory_analysis().temp_size_in_bytes)
-
-
 def restored(target: TrainState, checkpoints: Checkpoints, data: Data) -> TrainState | None:
   """The newest verified state of the run directory, if it holds any."""
   found = checkpoints.restore(target, data.fingerprint)
   return found[1] if found else None
-
-
-def check_mesh(cfg: ExperimentConfig, mesh: Mesh) -> None:
-  """Raises ConfigError where the mesh does not divide the rows of a micro-batch or the experts."""
-  shards = mesh.shape['data'] * mesh.shape['fsdp'] * mesh.shape['expert']
-  rows, experts = cfg.batch_size // cfg.micro_batches, cfg.model.moe.router.num_experts
-  check(
-    f'config.batch_size / micro_batches = {rows} rows do not divide over data * fsdp * expert = {shards} devices: '
-    f'use a multiple of {shards * cfg.micro_batches} for batch_size' if rows % shards else '',
-    f'config.model.moe.router.num_experts={experts} do not divide over mesh.expert={mesh.shape["expert"]}: '
-    'use a divisor' if experts % mesh.shape['expert'] else '',
-  )
-
-
-def keep_compiled_programs() -> None:
-  """JAX's persistent cache, also for what compiles fast: a warm start then costs a second. A user's own wins."""
-  if not jax.config.jax_compilation_cache_dir:
-    cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
-    jax.config.update('jax_compilation_cache_dir', str(cache / 'moejax' / 'xla'))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
-
-
-@contextlib.contextmanager
-def spoken_log() -> Iterator[None]:
-  """What moejax's own modules log, tokenising or a damaged checkpoint, is for the person at the terminal."""
-  logger, handler = logging.getLogger('moejax'), logging.StreamHandler()
-  before = logger.level, logger.propagate
-  logger.addHandler(handler)
-  logger.setLevel(logging.INFO)
-  logger.propagate = False
-  try:
-    yield
-  finally:
-    logger.removeHandler(handler)
-    logger.level, logger.propagate = before
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-  """SIGTERM and SIGINT are written down, for the loop to save and leave; a second one leaves at once."""
-  received: list[int] = []
-
-  def handle(number: int, frame: FrameType | None) -> None:
-    del frame
-    if received:
-      os._exit(128 + number)
-    received.append(number)
-
-  before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-  try:
-    yield received
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)

@@ -70,7 +70,7 @@ class Golden(NamedTuple):
 def load(name: str) -> Golden:
   """The golden checkpoint as an import reads it."""
   source = transfer.published(GOLDEN / name)
-  model, router = jax.device_get(transfer.load(source, make_mesh(MeshConfig(), 1), lambda nbytes: None))
+  model, router = jax.device_get(transfer.load(source, make_mesh(MeshConfig(), jax.devices()[:1]), lambda nbytes: None))
   about = json.loads((source.directory / 'about.json').read_text())
   return Golden(source.directory, about, source.cfg, model, router, source.made_of)
 

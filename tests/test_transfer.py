@@ -26,7 +26,8 @@ MESH = MeshConfig(data=2, fsdp=2, expert=2)
 
 def loaded(source: Published, mesh: MeshConfig | None = None) -> dict[str, jax.Array]:
   """Path -> leaf; on one device unless there is a mesh."""
-  model, bias = load(source, make_mesh(mesh) if mesh else make_mesh(MeshConfig(data=1), 1), lambda count: None)
+  devices = make_mesh(mesh) if mesh else make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  model, bias = load(source, devices, lambda count: None)
   assert isinstance(model, Transformer) and model.cfg == source.cfg
   return dict(zip(source.made_of, [*flatten(model).values(), bias], strict=True))
 
@@ -94,7 +95,7 @@ def test_a_stack_is_never_whole_in_numpy(tmp_path: Path, monkeypatch: pytest.Mon
   assembled = transfer._assembled
   monkeypatch.setattr(transfer, 'SMALL', 0)
   monkeypatch.setattr(transfer, '_assembled', lambda *args: sizes.append(assembled(*args)) or sizes[-1])
-  load(source, make_mesh(MeshConfig(data=1), 1), done.append)
+  load(source, make_mesh(MeshConfig(data=1), jax.devices()[:1]), done.append)
   largest = {path: max(2 * np.prod(arrays[part.name].shape) for part in parts)
              for path, parts in source.made_of.items() if parts}
   experts = 4

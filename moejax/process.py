@@ -1,0 +1,54 @@
+"""What a process sets up around a run: where compiled programs are kept, where the log goes, what signals mean."""
+
+from collections.abc import Iterator
+import contextlib
+import logging
+import os
+import pathlib
+import signal
+from types import FrameType
+
+import jax
+
+
+def keep_compiled_programs() -> None:
+  """JAX's persistent cache, also for what compiles fast: a warm start then costs a second. A user's own wins."""
+  if not jax.config.jax_compilation_cache_dir:
+    cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
+    jax.config.update('jax_compilation_cache_dir', str(cache / 'moejax' / 'xla'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+@contextlib.contextmanager
+def spoken_log() -> Iterator[None]:
+  """What moejax's own modules log, tokenising or a damaged checkpoint, is for the person at the terminal."""
+  logger, handler = logging.getLogger('moejax'), logging.StreamHandler()
+  before = logger.level, logger.propagate
+  logger.addHandler(handler)
+  logger.setLevel(logging.INFO)
+  logger.propagate = False
+  try:
+    yield
+  finally:
+    logger.removeHandler(handler)
+    logger.level, logger.propagate = before
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+  """SIGTERM and SIGINT are written down, for the loop to save and leave; a second one leaves at once."""
+  received: list[int] = []
+
+  def handle(number: int, frame: FrameType | None) -> None:
+    del frame
+    if received:
+      os._exit(128 + number)
+    received.append(number)
+
+  before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield received
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
