@@ -5,9 +5,7 @@ uninterrupted one would have written, bit for bit.
 """
 
 import json
-import os
 import pathlib
-import sys
 import threading
 import time
 from types import TracebackType
@@ -19,16 +17,15 @@ from rich.progress import Progress, TextColumn
 
 from moejax.compressors import gzip_bits_per_byte, xz_bits_per_byte
 from moejax.data import Data
+from moejax.distributed import is_first
 from moejax.experiment import ExperimentConfig
 from moejax.faults import pass_by
 from moejax.metrics import MetricsLog, TensorBoard, load_bars, load_image, mfu
 from moejax.probe import Probes
+from moejax.report import at_step, best, last_words, monitors
 from moejax.rows import Sums, progress, training_row, validation_row
+from moejax.silent import Silent
 from moejax.step import Metrics
-
-# What a report tells of the last step: a sound run uses 0.9 of its experts or more, has a balance score near 1, and a
-# stability below 0.1.
-MONITORS = ('eval/perplexity', 'eval/expert_usage', 'eval/balance_score', 'eval/max_vio', 'stability', 'loss_spikes')
 
 
 class Journal:
@@ -123,23 +120,12 @@ class Journal:
   def report(self, digest: str, bpb: float) -> None:
     """The last words, also as report.json."""
     rows = self.metrics.rows()
-    found = [row['eval/bits_per_byte'] for row in rows if 'eval/bits_per_byte' in row]
-    best = min((value for value in found if value is not None), default=bpb)   # null: it was not finite
-    last = {name: value for row in rows if row['step'] == self.cfg.steps for name, value in row.items()}
-    monitors = {name.removeprefix('eval/'): last[name] for name in MONITORS if name in last}
-    report = {'bits_per_byte': bpb, 'best_bits_per_byte': best, 'digest': digest, **self.compressed, **monitors,
-              'saturation': self.saturation(last)}
-    python = min(sys.executable, os.path.relpath(sys.executable), key=len)
+    last = at_step(rows, self.cfg.steps)
+    watched = monitors(last)
+    report = {'bits_per_byte': bpb, 'best_bits_per_byte': best(rows, bpb), 'digest': digest, **self.compressed,
+              **watched, 'saturation': self.saturation(last)}
     (self.workdir / 'report.json').write_text(json.dumps(report, indent=2) + '\n')
-    self.say(
-      'it writes:', '', *(f'  {line}' for line in self.text.split('\n')), '',
-      f'done. {best:.4f} bits per byte at best, {bpb:.4f} at the end' +
-      ''.join(f'; {name} {value:.3f}' for name, value in self.compressed.items()),
-      f'experts  {self.usage}, on held-out text',
-      'monitors ' + ', '.join(f'{name} {value:.4g}' for name, value in monitors.items() if value is not None),
-      f'state    digest {digest[:16]}',
-      f'run      {self.workdir}: metrics.jsonl, tensorboard (tensorboard --logdir={self.workdir}), checkpoints',
-      f'sample   {python} -m moejax.generate --workdir={self.workdir} --prompt="{self.cfg.sample_prompt}"')
+    self.say(*last_words(report, watched, self.compressed, self.usage, self.text, self.workdir, self.cfg.sample_prompt))
 
   def saturation(self, last: dict[str, object]) -> dict[str, float]:
     """Of each validation but the last, the share of its probe's copies that already went where they end; a mean."""
@@ -149,3 +135,8 @@ class Journal:
       for step, share in layers.items():
         self.board.scalars(step, {'eval/saturation': share.mean(), 'eval/saturation_worst': share.min()})
     return {str(step): float(share.mean()) for step, share in layers.items()}
+
+
+def open_journal(cfg: ExperimentConfig, data: Data, flops_per_token: int, step: int) -> Journal | Silent:
+  """The journal of this process: only the first one writes."""
+  return Journal(cfg, data, flops_per_token, step) if is_first() else Silent(cfg, data)

@@ -15,7 +15,7 @@ from moejax.config import ConfigError
 from moejax.data import Data, open_data
 from moejax.experiment import CHECKPOINTS, TOKENIZER_FILE, ExperimentConfig, resolved, write_config
 from moejax.faults import pass_by
-from moejax.journal import Journal
+from moejax.journal import Journal, open_journal
 from moejax.meshes import mesh_of
 from moejax.process import keep_compiled_programs, spoken_log, stop_signals
 from moejax.programs import Programs, compile_programs
@@ -58,7 +58,7 @@ def run(cfg: ExperimentConfig, received: list[int]) -> int:
     data.tokenizer.save(workdir / TOKENIZER_FILE)
     about = summarise(full, programs.target, mesh, data, programs.temporaries)
     (workdir / 'summary.json').write_text(json.dumps(about, indent=2) + '\n')
-    with Journal(full, data, about['flops_per_token'], int(state.step)) as journal:
+    with open_journal(full, data, about['flops_per_token'], int(state.step)) as journal:
       journal.say(*lines(about, full))
       if int(state.step):
         journal.say(f'resuming after step {int(state.step)} of {workdir}')
