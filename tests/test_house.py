@@ -58,7 +58,8 @@ LEVELS = {
     'families': 5, 'step': 5, 'experiment': 5, 'objective': 5, 'state': 5, 'cost': 5, 'accumulation': 5,
     'interference': 5, 'rows': 5, 'transfer': 5, 'publish': 5, 'upcycle': 5, 'opened': 6, 'start': 6,
     'certify': 6, 'probe': 6, 'hf': 6, 'generate': 6, 'configs': 6, 'journal': 6, 'report': 6, 'silent': 6,
-    'summary': 6, 'trainer': 6, 'faults': 1, 'distributed': 1, 'watch': 1, 'chips': 1, 'hlo': 1, 'process': 6, 'programs': 6, 'meshes': 6,
+    'summary': 6, 'trainer': 6,
+    'faults': 1, 'distributed': 1, 'watch': 1, 'chips': 1, 'hlo': 1, 'process': 6, 'programs': 6, 'meshes': 6,
     'validation': 6, 'plan': 6,
     'train': 7,
 }
