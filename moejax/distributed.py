@@ -2,6 +2,7 @@
 
 import jax
 from jax.experimental import multihost_utils
+import numpy as np
 
 
 def is_first() -> bool:
@@ -14,3 +15,10 @@ def agreed(number: int) -> int:
   if jax.process_count() == 1:
     return number
   return int(multihost_utils.broadcast_one_to_all(number))
+
+
+def everywhere(here: bool) -> bool:
+  """Whether it holds in all processes: what one of them alone could not read or write, none takes for good."""
+  if jax.process_count() == 1:
+    return here
+  return bool(multihost_utils.process_allgather(np.array(here)).all())
