@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from exchanged import emulate
 from jax import Array
 from quick import QUICK
 
@@ -29,6 +31,7 @@ SHAPES = list(itertools.product((4, 8), (1, 2)))
 DROPLESS = [DispatchConfig(name) for name in sorted(DISPATCHERS)]
 ROOMY = [DispatchConfig('dense_matmul', 8.0, drop_by) for drop_by in DROP_BY]   # C = N: room for all copies
 TIGHT = [DispatchConfig('dense_matmul', factor, drop_by) for factor in (0.45, 1.0) for drop_by in DROP_BY]
+RAGGED = DispatchConfig('sparse_matmul', exchange='ragged')
 # Every dispatcher at every shape; the two sides of dropping at the shapes that differ most, to compile less.
 JOBS = [(cfg, *shape) for shape in SHAPES for cfg in DROPLESS]
 JOBS += [(cfg, 4, 2) for cfg in (*ROOMY, *TIGHT)] + [(cfg, 8, 1) for cfg in TIGHT[:2]]
@@ -117,15 +120,16 @@ def ran(cfg: DispatchConfig, num_experts: int, top_k: int, label: str,
   return jax.tree.map(np.asarray, run(cfg, job, weights, DY, ffn.activation))
 
 
-def kept_of(cfg: DispatchConfig, job: Job, num_experts: int) -> np.ndarray:
-  """[T, K] bool: the copies that the oracle computes."""
+def kept_of(cfg: DispatchConfig, job: Job, num_experts: int, devices: int = 1) -> np.ndarray:
+  """[T, K] bool: the copies that the oracle computes. Each of the devices has buffers of its own."""
   ids = job.expert_ids.reshape(T, -1)
   if cfg.capacity_factor == 0:
     return ids < num_experts
   scores = np.concatenate([job.scores, np.zeros((B, S, 1))], -1)
   priority = np.take_along_axis(scores, job.expert_ids, -1).reshape(ids.shape)
-  room = oracle.capacity_of(T, num_experts, ids.shape[1], cfg.capacity_factor)
-  return oracle.kept_copies(ids, priority, num_experts, room, cfg.drop_by)
+  room = oracle.capacity_of(T // devices, num_experts, ids.shape[1], cfg.capacity_factor)
+  return np.concatenate([oracle.kept_copies(*own, num_experts, room, cfg.drop_by)
+                         for own in zip(np.split(ids, devices), np.split(priority, devices))])
 
 
 def check_gradients(gradients: tuple[Array, Array, Weights], job: Job, weights: Weights, kept: np.ndarray,
@@ -145,11 +149,14 @@ def check_gradients(gradients: tuple[Array, Array, Weights], job: Job, weights: 
                                atol=1e-5 * np.linalg.norm(gradient) + 1e-7, err_msg=f'{label}, argument {i}')
 
 
-def check_dispatch(cfg: DispatchConfig, num_experts: int, top_k: int, ffn: Ffn = PLAIN) -> None:
-  weights = experts(num_experts, ffn.bias)
+def check_dispatch(cfg: DispatchConfig, num_experts: int, top_k: int, ffn: Ffn = PLAIN,
+                   mesh: MeshConfig | None = None) -> None:
+  """Against the oracle, on all the batches; with a mesh, on that."""
+  weights, devices = experts(num_experts, ffn.bias), mesh.data * mesh.fsdp * mesh.expert if mesh else 1
   for label, job in jobs(num_experts, top_k).items():
-    y, dropped, gradients = ran(cfg, num_experts, top_k, label, ffn)
-    kept, ids = kept_of(cfg, job, num_experts), job.expert_ids.reshape(T, -1)
+    y, dropped, gradients = (on_mesh(cfg, job, weights, ffn, mesh) if mesh else
+                             ran(cfg, num_experts, top_k, label, ffn))
+    kept, ids = kept_of(cfg, job, num_experts, devices), job.expert_ids.reshape(T, -1)
     want = oracle.moe(job.x.reshape(T, D), ids, job.weights.reshape(ids.shape), jax.tree.leaves(weights), kept,
                       ffn=ffn.oracle)
     np.testing.assert_allclose(y.reshape(T, D), want, rtol=1e-5, atol=2e-5, err_msg=label)
@@ -278,28 +285,27 @@ def test_compute_dtype_is_that_of_x(cfg: DispatchConfig) -> None:
   assert 0 < np.abs(np.asarray(y, np.float32) - exact).max() < 0.03 * np.abs(exact).max()
 
 
-def check_mesh(cfg: DispatchConfig, ffn: Ffn, sizes: MeshConfig) -> None:
-  devices = jax.devices()[:sizes.data * sizes.fsdp * sizes.expert * sizes.tensor]
-  with jax.set_mesh(make_mesh(sizes, devices)):
-    got = run(cfg, jobs(4, 2)['padded'], experts(4, ffn.bias), DY, ffn.activation)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), jax.tree.map(np.asarray, got),
-               ran(cfg, 4, 2, 'padded', ffn))
+def on_mesh(cfg: DispatchConfig, job: Job, weights: Weights, ffn: Ffn, sizes: MeshConfig
+            ) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray, Weights]]:
+  with jax.set_mesh(make_mesh(sizes, jax.devices()[:math.prod(dataclasses.astuple(sizes))])):
+    return jax.tree.map(np.asarray, run(cfg, job, weights, DY, ffn.activation))
 
 
-@pytest.mark.parametrize(('cfg', 'ffn'), [*((cfg, PLAIN) for cfg in (*DROPLESS, ROOMY[0])),
-                                          *((cfg, GPT_OSS) for cfg in DROPLESS)], ids=name_of)
-def test_a_mesh_changes_nothing(cfg: DispatchConfig, ffn: Ffn) -> None:
-  """Experts over two devices, their hidden layer over two, rows over two times two."""
-  check_mesh(cfg, ffn, MeshConfig(data=2, expert=2, tensor=2))
+@pytest.mark.parametrize(('cfg', 'ffn'), [*((cfg, PLAIN) for cfg in (*DROPLESS, RAGGED, ROOMY[0])),
+                                          *((cfg, GPT_OSS) for cfg in (*DROPLESS, RAGGED, TIGHT[1]))], ids=name_of)
+def test_a_mesh_is_the_oracles_too(cfg: DispatchConfig, ffn: Ffn, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Experts over two devices, their hidden layer over two, rows over two times two; drops are each device's own."""
+  emulate(monkeypatch)
+  check_dispatch(cfg, 4, 2, ffn, MeshConfig(data=2, expert=2, tensor=2))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('sizes', [MeshConfig(2, 2), MeshConfig(1, 2, 1, 4), MeshConfig(1, 1, 4, 2)], ids=str)
-@configs([*DROPLESS, *ROOMY, *TIGHT])
-def test_no_mesh_changes_anything(cfg: DispatchConfig, sizes: MeshConfig) -> None:
-  """A tight buffer is that of an expert-parallel group, so the same only where all tokens are in one."""
-  if cfg not in TIGHT or sizes.data * sizes.fsdp == 1:
-    check_mesh(cfg, GPT_OSS, sizes)
+@pytest.mark.parametrize('sizes', [MeshConfig(2, 2), MeshConfig(1, 2, 1, 4), MeshConfig(1, 1, 4, 2),
+                                   MeshConfig(1, 2, 2, 2)], ids=str)
+@configs([*DROPLESS, RAGGED, *ROOMY, *TIGHT])
+def test_any_mesh_is_the_oracles(cfg: DispatchConfig, sizes: MeshConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+  emulate(monkeypatch)
+  check_dispatch(cfg, 4, 2, GPT_OSS, sizes)
 
 
 @pytest.mark.slow
