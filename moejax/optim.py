@@ -20,6 +20,8 @@ class OptimConfig:
     the last `decay_fraction` of the steps; 'constant' stays; 'phases' is `phases` times the rate, where percentages are
     of the whole run, warm-up included ('1, cosine 0.1@60%, 0.03@90%', see moejax/schedule.py).
   weight_decay: of matrices, not of norms' scales.  clip_norm: largest global norm of the gradient; 0: off.
+  skip_spikes: leave out a step whose loss or gradient norm is so many standard deviations above its trend, as one that
+    is not finite is left out; 0: off. Below 4, noise alone does it; spikes are counted in any case.
   """
 
   learning_rate: float = 1e-3
@@ -33,6 +35,7 @@ class OptimConfig:
   eps: float = 1e-8
   weight_decay: float = 0.1
   clip_norm: float = 1.0
+  skip_spikes: float = 0.0
 
   def __post_init__(self) -> None:
     check(
@@ -41,8 +44,8 @@ class OptimConfig:
       schedule_problem('phases', self.phases) if self.schedule == 'phases' else
       f"phases={self.phases!r} is read by schedule='phases' only: use it, or phases=''" if self.phases else '',
       *(f'{name}={value}: use 0 or more' for name, value in
-        (('warmup_steps', self.warmup_steps), ('weight_decay', self.weight_decay), ('clip_norm', self.clip_norm))
-        if value < 0),
+        (('warmup_steps', self.warmup_steps), ('weight_decay', self.weight_decay), ('clip_norm', self.clip_norm),
+         ('skip_spikes', self.skip_spikes)) if value < 0),
       *(f'{name}={value}: use 0 to 1' for name, value in
         (('final_fraction', self.final_fraction), ('decay_fraction', self.decay_fraction)) if not 0 <= value <= 1),
       *(f'{name}={value}: use 0 or more, below 1' for name, value in (('beta1', self.beta1), ('beta2', self.beta2))

@@ -15,6 +15,7 @@ import optax
 from moejax.accumulation import gradients
 from moejax.data import Batch
 from moejax.experiment import ExperimentConfig
+from moejax.faults import spoilt
 from moejax.losses import cross_entropy
 from moejax.moe.bias import BIAS_RULES, BiasState
 from moejax.moe.statistics import bias_statistics, layer_statistics, token_statistics
@@ -22,7 +23,7 @@ from moejax.objective import Sums, Terms, of_tasks, positive
 from moejax.optim import learning_rate, optimizer, updates_made
 from moejax.schedule import piecewise
 from moejax.sharding import platform
-from moejax.stability import update as update_stability
+from moejax.stability import limit, update as update_stability
 from moejax.state import TrainState
 from moejax.transformer import Transformer
 
@@ -30,10 +31,14 @@ Metrics = dict[str, Array | dict[str, Array]]
 
 
 def train_step(state: TrainState, batch: Batch, cfg: ExperimentConfig) -> tuple[TrainState, Metrics]:
-  """One step. A non-finite objective or gradient changes nothing but the step count: `skipped` is 1 then."""
+  """One step. A non-finite objective or gradient changes nothing but the step count: `skipped` is 1 then. With
+  optim.skip_spikes a spike does the same, but for the trend that spikes are measured from."""
   grads, sums, seen, gaps = gradients(state, batch, cfg)
+  grads = spoilt('gradient', grads, state.step + 1)
+  loss, lm_loss = spoilt('loss', (sums.loss, sums.terms['lm_loss']), state.step + 1)
   grad_norm = optax.tree.norm(grads)
-  finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
+  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  good = finite & ~spiking(state, lm_loss, grad_norm, cfg) if cfg.optim.skip_spikes else finite
   tx = optimizer(cfg.optim, cfg.steps)
 
   def apply() -> tuple[Transformer, optax.OptState, BiasState, Terms]:
@@ -44,13 +49,19 @@ def train_step(state: TrainState, batch: Batch, cfg: ExperimentConfig) -> tuple[
   def skip() -> tuple[Transformer, optax.OptState, BiasState, Terms]:
     return state.model, state.opt_state, state.router, state.lagged
 
-  stability, trend = update_stability(state.stability, sums.terms['lm_loss'], grad_norm, ~finite)
-  new = TrainState(state.step + 1, *jax.lax.cond(finite, apply, skip), stability)
+  stability, trend = update_stability(state.stability, lm_loss, grad_norm, ~finite)
+  new = TrainState(state.step + 1, *jax.lax.cond(good, apply, skip), stability)
   metrics = sums.terms | trend | {f'f_gap/{name}': gap for name, gap in gaps.items()} | {
-    'loss': sums.loss, 'grad_norm': grad_norm, 'load': sums.load, 'layers': statistics(sums, state.router, cfg),
-    'skipped': ~finite, 'skipped_total': new.step - updates_made(new.opt_state),
+    'lm_loss': lm_loss, 'loss': loss, 'grad_norm': grad_norm, 'load': sums.load,
+    'layers': statistics(sums, state.router, cfg),
+    'skipped': ~good, 'skipped_total': new.step - updates_made(new.opt_state),
     'learning_rate': learning_rate(cfg.optim, cfg.steps)(updates_made(state.opt_state))}
   return new, metrics | task_losses(sums.nll, task_tokens(batch, cfg), cfg)
+
+
+def spiking(state: TrainState, lm_loss: Array, grad_norm: Array, cfg: ExperimentConfig) -> Array:
+  """Whether the loss or the gradient's norm is further above its trend than optim.skip_spikes allows. Scalar bool."""
+  return (jnp.stack([lm_loss, grad_norm]) > limit(state.stability, cfg.optim.skip_spikes)).any()
 
 
 def statistics(sums: Sums, router: BiasState, cfg: ExperimentConfig) -> Terms:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.stability import RATE, SIGMAS, Stability, init, update
+from moejax.stability import RATE, SIGMAS, Stability, init, limit, update
 
 WARM = round(1 / RATE)
 NAMES = {'stability', 'loss_trend', 'loss_spike', 'loss_spikes', 'grad_norm_spike', 'grad_norm_spikes'}
@@ -127,3 +127,16 @@ def test_noise_alone_seldom_makes_a_spike() -> None:
   rng = np.random.default_rng(4)
   spikes = [story(3 + rng.normal(size=200), 1 + rng.normal(size=200))[0].spikes.sum() for _ in range(30)]
   assert sum(spikes) <= 10     # of 30 * 2 * 180 chances: 2 or 3 are to be expected
+
+
+@pytest.mark.parametrize('jump', [10, 60, 500])
+def test_the_limit_rises_until_a_level_that_stays_is_none(jump: float) -> None:
+  """As with optim.skip_spikes, where such steps are left out: within ten, if the level is not out of this world."""
+  rng = np.random.default_rng(5)
+  noise = rng.normal(size=100)
+  state, _ = story(3 + 0.1 * noise)
+  over = 0
+  while over < 100 and 3 + 0.1 * jump > limit(state, 6.0)[0]:
+    state, _ = one(state, np.float32(3 + 0.1 * jump), np.float32(1), np.False_)
+    over += 1
+  assert {10: 1, 60: 5, 500: 12}[jump] <= over <= {10: 4, 60: 10, 500: 20}[jump], over

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from quick import QUICK
 
+from moejax import faults, step
 from moejax.attention import AttentionConfig, LatentConfig
 from moejax.certify.tiny import LENGTH, ROWS, VOCAB, batch as make_batch
 from moejax.config import frozendict
@@ -282,6 +283,47 @@ def test_a_non_finite_step_changes_nothing_but_the_count(bad: str) -> None:
   assert metrics['skipped'] and int(after.step) == int(before.step) + 1
   for name in ('model', 'opt_state', 'router', 'lagged', 'stability'):
     jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(before, name))
+
+
+def test_a_spike_changes_nothing_where_it_is_to_be_skipped() -> None:
+  """A trend far below the loss, or below the gradient's norm: left out, counted, and the trend itself goes on."""
+  cfg = replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, skip_spikes=6.0))
+  state, metrics = stepper(cfg)(start(cfg), make_batch())
+  assert not metrics['skipped']                                    # no trend yet
+  loss, norm = float(metrics['lm_loss']), float(metrics['grad_norm'])
+  for trend in ([loss / 2, 2 * norm], [2 * loss, norm / 2], [2 * loss, 2 * norm]):
+    told = state.stability._replace(steps=jnp.float32(50), trend=jnp.array(trend, jnp.float32))
+    before = state._replace(stability=told)
+    after, metrics = stepper(cfg)(before, make_batch())
+    is_spike = trend != [2 * loss, 2 * norm]
+    assert metrics['skipped'] == is_spike and metrics['skipped_total'] == is_spike
+    assert int(after.step) == int(before.step) + 1 and int(after.stability.steps) == 51
+    same = [np.array_equal(a, b) for name in ('model', 'opt_state', 'router') for a, b in zip(
+      jax.tree.leaves(getattr(after, name)), jax.tree.leaves(getattr(before, name)), strict=True)]
+    assert all(same) if is_spike else not any(same[:3])
+  assert not stepper(CONFIG)(before, make_batch())[1]['skipped']
+
+
+def test_a_fault_on_purpose_is_in_the_program_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Unset, a step is the program it would be if nobody had thought of faults. Set, it changes that step and nothing."""
+  def program() -> str:
+    return str(jax.make_jaxpr(functools.partial(train_step, cfg=CONFIG))(start(CONFIG), make_batch()))
+  unset = program()
+  with monkeypatch.context() as m:
+    m.setattr(step, 'spoilt', lambda point, numbers, step: numbers)
+    assert program() == unset
+  monkeypatch.setattr(faults, 'plan', lambda: faults.planned('nan@loss:2,inf@gradient:3,nan@validation:1'))
+  assert program() != unset
+  run = jax.jit(lambda state, batch: train_step(state, batch, CONFIG), compiler_options=QUICK)
+  state, metrics = run(start(CONFIG), make_batch())
+  assert not metrics['skipped']
+  for skips, name in enumerate(('loss', 'grad_norm'), 1):
+    before = state
+    state, metrics = run(before, make_batch())
+    assert metrics['skipped'] and metrics['skipped_total'] == skips and not np.isfinite(metrics[name])
+    for part in ('model', 'opt_state', 'router', 'lagged', 'stability'):
+      jax.tree.map(np.testing.assert_array_equal, getattr(state, part), getattr(before, part))
+  assert not run(state, make_batch())[1]['skipped']
 
 
 def test_a_finite_step_is_not_skipped() -> None:
