@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -89,7 +89,7 @@ class Data:
   validation_bytes: int
   bytes_per_token: float     # of the training text, as it is mixed
   fingerprint: dict[str, str]
-  _batches: grain.MapDataset
+  _rows: grain.MapDataset
   _validation: tuple[np.ndarray, ...]
   _shape: tuple[int, int]
   _text: Callable[[bool], bytes]
@@ -98,28 +98,29 @@ class Data:
   def vocab_size(self) -> int:
     return self.tokenizer.vocab_size
 
-  def batch(self, step: int) -> Batch:
-    """Training batch number `step`, the same whatever was asked before; epochs follow without a seam."""
-    return _batch(*self._batches[step], self.tokenizer.eod_id)
+  def batch(self, step: int, rows: Sequence[int] = ()) -> Batch:
+    """Training batch number `step`, or rows of it, the same whatever was asked before; epochs follow without a seam."""
+    B = self._shape[0]
+    return _batch(*map(np.stack, zip(*(self._rows[step * B + row] for row in rows or range(B)))), self.tokenizer.eod_id)
 
-  def validation(self, max_batches: int = 0) -> Iterator[Batch]:
+  def validation(self, max_batches: int = 0, rows: Sequence[int] = ()) -> Iterator[Batch]:
     """The held-out streams, each in order, the last row of each and the last batch padded; or `max_batches` of it,
     evenly spaced. The streams are interleaved to end together. The batches in which they open are always among those
-    asked for, so that every task is seen, if only as many rows are asked for as there are tasks."""
+    asked for, so that every task is seen, if only as many rows are asked for as there are tasks. `rows` as `batch`."""
     B, S = self._shape
     counts = np.array([-(-size.validation_tokens // S) for size in self.sizes])  # [T] rows
-    tasks, rows = np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(n) for n in counts])
-    order = np.lexsort((tasks, rows / counts[tasks]))
+    tasks, places = np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(n) for n in counts])
+    order = np.lexsort((tasks, places / counts[tasks]))
     count, opening = -(-len(order) // B), (len(counts) - 1) // B
     wanted = min(max_batches, count) or count
     for i in range(wanted):
       at = i if i < opening else opening + (i - opening) * (count - opening) // (wanted - opening)
-      chosen = order[at * B:(at + 1) * B]
-      ids, task_ids = np.full((B, S + 1), -1, np.int32), np.zeros(B, np.int32)
-      task_ids[:len(chosen)] = tasks[chosen]
-      for row, task, n in zip(ids, tasks[chosen], rows[chosen]):
-        chunk = self._validation[task][n * S:(n + 1) * S + 1]
-        row[:len(chunk)] = chunk
+      mine = [at * B + row for row in rows or range(B)]
+      ids, task_ids = np.full((len(mine), S + 1), -1, np.int32), np.zeros(len(mine), np.int32)
+      for row, chosen in enumerate(order[[place for place in mine if place < len(order)]]):
+        task_ids[row], n = tasks[chosen], places[chosen]
+        chunk = self._validation[tasks[chosen]][n * S:(n + 1) * S + 1]
+        ids[row, :len(chunk)] = chunk
       yield _batch(ids, task_ids, self.tokenizer.eod_id)
 
   def train_text(self) -> bytes:
@@ -152,18 +153,17 @@ def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> D
     sizes.append(Size(len(rows) * seq_len, survey.train_bytes, len(validation) - 1, survey.validation_bytes,
                       survey.train_bytes / (len(train) - 1)))
   weights = [component.weight for component, _, _ in texts]
-  batches = grain.MapDataset.mix(datasets, weights).batch(batch_size)  # cuts weights to 1% of the least
-  fingerprint = {
-    'source': cfg.source, 'source_digest': _digest(texts), 'tokenizer': Path(cfg.tokenizer).name,
+  mixed = grain.MapDataset.mix(datasets, weights)  # cuts weights to 1% of the least
+  fingerprint = {  # its first batch: Grain's order, should it ever change
+    'source': cfg.source, 'source_digest': _digest(texts), 'tokenizer': Path(cfg.tokenizer).name, 'seed': str(seed),
     'tokenizer_digest': tokenizer.digest, 'train_tokens': str(sum(len(train) for train, _ in streams)),
     'validation_tokens': str(sum(len(validation) for _, validation in streams)), 'batch_size': str(batch_size),
-    'seq_len': str(seq_len), 'seed': str(seed),
-    'first_batch': digest_of(batches[0][0].tobytes())}  # Grain's order, should it ever change
+    'seq_len': str(seq_len), 'first_batch': digest_of(b''.join(mixed[i][0] for i in range(batch_size)))}
   if cfg.mixture:
     fingerprint['mixture'] = ' '.join(f'{component.task}={component.weight}' for component, _, _ in texts)
   return Data(
     tokenizer, cfg.tasks, tuple(sizes), *(sum(counts) for counts in list(zip(*sizes))[:4]),
-    sum(weight * size.bytes_per_token for weight, size in zip(weights, sizes)), fingerprint, batches,
+    sum(weight * size.bytes_per_token for weight, size in zip(weights, sizes)), fingerprint, mixed,
     tuple(validation for _, validation in streams), (batch_size, seq_len),
     lambda held_out: b''.join(text.encode() for _, *of in texts for text in split(*of, held_out)))
 

@@ -67,7 +67,7 @@ def prefill(model: Transformer, router: Array, prompts: Array, caches: Caches, s
   state = state._replace(caches=caches | out.cache)
   following = jnp.concatenate([prompts[:, 1:], last], 1)
   accepted = jnp.full_like(starts, prompts.shape[1] - 1)
-  return settled(model, router, state, out.hidden, following, accepted, alive), last[:, 0]
+  return settled(model, router, state, out.hidden, following, accepted, alive), constrain(last[:, 0])
 
 
 @functools.partial(jax.jit, donate_argnums=2)
@@ -81,7 +81,8 @@ def step(model: Transformer, router: Array, state: Decoding, alive: Array, drawi
   agreed = (following[:, :-1] == chunk[:, 1:]).astype(jnp.int32)
   accepted = jnp.cumprod(agreed, axis=1).sum(1)
   state = state._replace(caches=state.caches | out.cache)
-  return settled(model, router, state, out.hidden, following, accepted, alive), following, accepted + 1
+  state = settled(model, router, state, out.hidden, following, accepted, alive)
+  return state, constrain(following), constrain(accepted + 1)   # every process reads them
 
 
 def settled(model: Transformer, router: Array, state: Decoding, hidden: Array, following: Array, accepted: Array,

@@ -8,20 +8,20 @@ Letters: B batch, S sequence, E experts, K experts per token, L MoE layers, T to
 import os
 import pathlib
 
-import jax
 from jax import Array
+import jax.numpy as jnp
 import numpy as np
 
 TOKENS = 4096        # of the batch's first rows, one row at least: of a large run a batch would fill the disk
 NOBODY = 2**16 - 1   # in place of an expert
 
 
-def compact(expert_ids: Array, mask: np.ndarray, num_experts: int) -> np.ndarray:
+def compact(expert_ids: Array, mask: Array, num_experts: int) -> Array:
   """[L, B, S, K] as a model gave them, and [B, S], tokens that count -> the probe [L, T, K] u16."""
   rows = max(1, TOKENS // mask.shape[1])
-  ids = np.asarray(jax.device_get(expert_ids[:, :rows]))
-  ids = np.where(mask[:rows, :, None] & (ids < num_experts), ids, NOBODY)
-  return ids.reshape(len(ids), -1, ids.shape[-1]).astype(np.uint16)
+  ids = expert_ids[:, :rows]
+  ids = jnp.where(mask[:rows, :, None] & (ids < num_experts), ids, NOBODY)
+  return ids.reshape(len(ids), -1, ids.shape[-1]).astype(jnp.uint16)
 
 
 def agreement(probe: np.ndarray, other: np.ndarray) -> np.ndarray:

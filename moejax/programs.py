@@ -15,7 +15,8 @@ from moejax.data import Batch
 from moejax.experiment import ExperimentConfig
 from moejax.interference import interference
 from moejax.moe.bias import BiasState
-from moejax.sharding import spec
+from moejax.probe import compact
+from moejax.sharding import constrain, spec
 from moejax.start import target_of
 from moejax.state import TrainState
 from moejax.step import Metrics, compile_step, eval_step
@@ -29,21 +30,29 @@ class Programs(NamedTuple):
   train: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
   evaluate: Callable[[Transformer, BiasState, Batch], Metrics]
   interfere: Callable[[TrainState, Batch], Metrics]
-  put: Callable[[Batch], Batch]                                 # NumPy -> device
+  rows: tuple[int, ...]                                         # of a global batch, that this process reads
+  put: Callable[[Batch], Batch]                                 # these rows, NumPy -> global batch on the devices
   temporaries: int                                              # bytes on one device while a step runs
 
 
 def compile_programs(cfg: ExperimentConfig, mesh: Mesh) -> Programs:
   """Compiles the training step ahead of the first batch, which also tells how much memory it will take."""
   target, example = target_of(cfg, mesh), batch_of(cfg, mesh)
-
-  def put(batch: Batch) -> Batch:
-    return jax.device_put(batch, example.tokens.sharding)
-
+  where = example.task_ids.sharding
+  cuts = where.addressable_devices_indices_map((cfg.batch_size,)).values()
+  rows = sorted({row for cut, in cuts for row in range(*cut.indices(cfg.batch_size))})
   step = compile_step(cfg, target, example)
-  evaluate = jax.jit(functools.partial(eval_step, cfg=cfg))
+  evaluate = jax.jit(functools.partial(evaluation, cfg=cfg))
   meter = jax.jit(functools.partial(interference, cfg=cfg))
-  return Programs(target, step, evaluate, meter, put, step.memory_analysis().temp_size_in_bytes)
+  put = functools.partial(jax.make_array_from_process_local_data, where)
+  return Programs(target, step, evaluate, meter, tuple(rows), put, step.memory_analysis().temp_size_in_bytes)
+
+
+def evaluation(model: Transformer, router: BiasState, batch: Batch, cfg: ExperimentConfig) -> Metrics:
+  """What a validation asks of one batch, the same on every device: sums as `eval_step` gives them, and a probe."""
+  sums = eval_step(model, router, batch, cfg)
+  probe = compact(sums.pop('expert_ids'), batch.segment_ids > 0, cfg.model.moe.router.num_experts)
+  return jax.tree.map(constrain, sums | {'probe': probe})
 
 
 def batch_of(cfg: ExperimentConfig, mesh: Mesh) -> Batch:

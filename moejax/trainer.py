@@ -82,7 +82,7 @@ def loop(cfg: ExperimentConfig, data: Data, programs: Programs, checkpoints: Che
   end = min(cfg.steps, cfg.stop_after or cfg.steps)
   while done < end and not received:
     pass_by('step', done + 1)
-    state, metrics = programs.train(state, programs.put(data.batch(done)))
+    state, metrics = programs.train(state, programs.put(data.batch(done, programs.rows)))
     catch_up()
     done += 1
     late.append((done, metrics))
