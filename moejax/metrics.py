@@ -16,11 +16,7 @@ import jax
 import numpy as np
 from jax import Array
 
-# Dense bfloat16 FLOP/s of a JAX device by what its device_kind holds, first that fits (makers' data sheets).
-PEAK_FLOPS = {
-  'TPU v2': 22.5e12, 'TPU v3': 61.5e12, 'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12,
-  'TPU v5': 459e12, 'TPU v6': 918e12, 'TPU7x': 1153.5e12, 'A100': 312e12, 'H100 PCIe': 756e12, 'H100': 989e12,
-  'H200': 989e12, 'GH200': 989e12, 'B200': 2250e12, 'L40S': 362e12, 'NVIDIA L4': 121e12}
+from moejax.chips import peak_flops
 
 
 def load_bars(load: np.ndarray) -> str:
@@ -60,8 +56,8 @@ def png(image: np.ndarray) -> bytes:
 
 def mfu(tokens_per_second: float, flops_per_token: float, devices: list[jax.Device]) -> float:
   """Model FLOPs done over what the devices could do in bfloat16; 0 where that is not known, as on CPU."""
-  peaks = [flops for name, flops in PEAK_FLOPS.items() if name in devices[0].device_kind]
-  return tokens_per_second * flops_per_token / (peaks[0] * len(devices)) if peaks else 0.0
+  peak = peak_flops(devices[0].device_kind)
+  return tokens_per_second * flops_per_token / (peak * len(devices)) if peak else 0.0
 
 
 class MetricsLog:
