@@ -42,6 +42,7 @@ class ExperimentConfig:
   stop_after: end here, with a checkpoint, what is planned for `steps`; 0: do not.
   seed: of initialisation and of the order of the data.
   stop_after_skips: steps in a row with a non-finite loss or gradient, each skipped, after which the run gives up.
+  hang_after: seconds without progress, after which a process ends itself, with the stacks of its threads; 0: never.
   workdir: where everything is written; the same one resumes.  init_from: directory of a run whose
     model and router bias this one starts from, with a fresh optimiser; '' for random numbers.
   upcycle: how experts are made where that is a dense model, of one expert, and this one has others.
@@ -55,6 +56,7 @@ class ExperimentConfig:
   log_every: int = 10
   stop_after: int = 0
   stop_after_skips: int = 10
+  hang_after: float = 1800.0
   sample_prompt: str = 'def '
   init_from: str = ''
   workdir: str = 'runs/default'
@@ -72,7 +74,7 @@ class ExperimentConfig:
     positive = ('steps', 'batch_size', 'seq_len', 'micro_batches', 'log_every', 'stop_after_skips')
     check(
       *(f'{name}={getattr(self, name)}: use 1 or more' for name in positive if getattr(self, name) < 1),
-      *(f'{name}={getattr(self, name)}: use 0 or more' for name in ('seed', 'stop_after') if getattr(self, name) < 0),
+      *(f'{n}={getattr(self, n)}: use 0 or more' for n in ('seed', 'stop_after', 'hang_after') if getattr(self, n) < 0),
       'workdir=\'\': name a directory for the run' if not self.workdir else '',
       f'micro_batches={self.micro_batches} does not divide batch_size={self.batch_size}: use a divisor of it'
       if self.micro_batches > 0 and self.batch_size % self.micro_batches else '',

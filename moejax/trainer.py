@@ -14,7 +14,7 @@ from moejax.checkpoint import Checkpoints, NoLoadableCheckpoint, RunInUse, SaveF
 from moejax.config import ConfigError
 from moejax.data import Data, open_data
 from moejax.experiment import CHECKPOINTS, TOKENIZER_FILE, ExperimentConfig, resolved, write_config
-from moejax.faults import pass_by
+from moejax.faults import pass_by, plan
 from moejax.journal import Journal, open_journal
 from moejax.meshes import mesh_of
 from moejax.process import keep_compiled_programs, spoken_log, stop_signals
@@ -24,6 +24,7 @@ from moejax.state import TrainState
 from moejax.step import Metrics
 from moejax.summary import lines, summarise
 from moejax.validation import validate
+from moejax.watch import beat, watch
 
 
 class Diverged(RuntimeError):
@@ -37,6 +38,7 @@ def train(cfg: ExperimentConfig) -> int:
   """Trains, or goes on training, the run in cfg.workdir. Returns the exit status, see train.py."""
   keep_compiled_programs()
   try:
+    plan()
     with spoken_log(), lock(cfg.workdir), stop_signals() as received:
       return run(cfg, received)
   except tuple(EXIT_STATUS) as error:
@@ -58,7 +60,8 @@ def run(cfg: ExperimentConfig, received: list[int]) -> int:
     data.tokenizer.save(workdir / TOKENIZER_FILE)
     about = summarise(full, programs.target, mesh, data, programs.temporaries)
     (workdir / 'summary.json').write_text(json.dumps(about, indent=2) + '\n')
-    with open_journal(full, data, about['flops_per_token'], int(state.step)) as journal:
+    with open_journal(full, data, about['flops_per_token'], int(state.step)) as journal, watch(
+        full.hang_after, workdir / f'hang.{jax.process_index()}.txt'):
       journal.say(*lines(about, full))
       if int(state.step):
         journal.say(f'resuming after step {int(state.step)} of {workdir}')
@@ -74,10 +77,11 @@ def loop(cfg: ExperimentConfig, data: Data, programs: Programs, checkpoints: Che
   def catch_up() -> None:
     while late:
       journal.step(*late.pop())
+      beat()
       note_failed_save(checkpoints, journal)
       if journal.skips_in_a_row >= cfg.stop_after_skips:
-        raise Diverged(f'the last {journal.skips_in_a_row} steps had a non-finite loss or gradient and were skipped: '
-                       'lower optim.learning_rate, or look at the data of these steps')
+        raise Diverged(f'the last {journal.skips_in_a_row} steps had no usable loss or gradient and were skipped: '
+                       'lower optim.learning_rate, look at the data of these steps, or raise optim.skip_spikes')
 
   end = min(cfg.steps, cfg.stop_after or cfg.steps)
   while done < end and not received:
@@ -111,6 +115,7 @@ def loop(cfg: ExperimentConfig, data: Data, programs: Programs, checkpoints: Che
 
 def save(checkpoints: Checkpoints, step: int, state: TrainState, data: Data, score: float, journal: Journal) -> int:
   """Starts a save. Returns the step, or 0 when that did not go well: training goes on, and the next may."""
+  beat('save')
   note_failed_save(checkpoints, journal, wait=True)
   try:
     checkpoints.save(step, state, data.fingerprint, score)

@@ -4,12 +4,14 @@ import jax
 
 from moejax.data import Data
 from moejax.experiment import ExperimentConfig
+from moejax.faults import spoilt
 from moejax.journal import Journal
 from moejax.programs import Programs
 from moejax.rows import added
 from moejax.sampling import SampleConfig, sample
 from moejax.silent import Silent
 from moejax.state import TrainState
+from moejax.watch import beat
 
 SAMPLE_TOKENS = 96
 
@@ -17,13 +19,16 @@ SAMPLE_TOKENS = 96
 def validate(cfg: ExperimentConfig, data: Data, programs: Programs, state: TrainState, journal: Journal | Silent,
              batches: int) -> float:
   """Bits per byte of the held-out text, 0 for all of its batches; also has the model write something."""
-  sums, probe = None, None
+  sums, probe, step = None, None, int(state.step)
+  beat('validation')
   for batch in data.validation(batches, programs.rows):
     result = jax.device_get(programs.evaluate(state.model, state.router, programs.put(batch)))
     first = result.pop('probe')
     probe, sums = first if sums is None else probe, added(sums, result)
+    beat()
+  sums['task_nll'] = spoilt('validation', sums['task_nll'], step)
+  beat('sample')
   text = ''.join(sample(state.model, state.router.bias, data.tokenizer, cfg.sample_prompt,
                         SampleConfig(max_tokens=SAMPLE_TOKENS, seed=cfg.seed)))
-  step = int(state.step)
   found = programs.interfere(state, programs.put(data.batch(step, programs.rows))) if cfg.eval.interference else {}
   return journal.validation(step, sums, probe, found, cfg.sample_prompt + text)
