@@ -14,7 +14,7 @@ import jax
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moejax.config import ConfigError, check
+from moejax.config import check
 
 Tree = TypeVar('Tree')
 
@@ -52,21 +52,36 @@ class MeshConfig:
     )
 
 
+def resolved(cfg: MeshConfig, devices: int) -> MeshConfig:
+  """With a number for `data`, also where the config leaves it to the devices."""
+  return dataclasses.replace(cfg, data=cfg.data or max(1, devices // (cfg.fsdp * cfg.expert * cfg.tensor)))
+
+
+def of_one_process(devices: Sequence[jax.Device]) -> bool:
+  """Whether some of the devices will do: where there are more processes, each must have a part in every program."""
+  return len({device.process_index for device in devices}) == 1
+
+
+def product_problem(cfg: MeshConfig, devices: Sequence[jax.Device]) -> str:
+  """What is wrong with the product of a mesh's sizes, '' if nothing. With `data` given, one process may leave some."""
+  full, count = resolved(cfg, len(devices)), len(devices)
+  product = math.prod(dataclasses.astuple(full))
+  if product == count or product < count and cfg.data and of_one_process(devices):
+    return ''
+  sizes = ' * '.join(f'{axis}={size}' for axis, size in dataclasses.asdict(full).items())
+  return f'mesh {sizes} = {product}, but there are {count} devices: use sizes whose product is {count}'
+
+
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] = ()) -> Mesh:
-  """A mesh over these devices ((): all there are), which may be of a topology that is not here.
+  """A mesh over these devices ((): all there are), which may be of a topology that is not here, or the first of them.
 
   Raises:
-    ConfigError: the sizes do not multiply to the number of devices.
+    ConfigError: the sizes do not multiply to the number of devices, see `product_problem`.
   """
   devices = devices or jax.devices()
-  others = cfg.fsdp * cfg.expert * cfg.tensor
-  data = cfg.data or max(1, len(devices) // others)
-  if data * others != len(devices):
-    raise ConfigError(
-      f'mesh data={data} * fsdp={cfg.fsdp} * expert={cfg.expert} * tensor={cfg.tensor} = {data * others}, '
-      f'but there are {len(devices)} devices: use sizes whose product is {len(devices)}')
-  shape = (data, cfg.fsdp, cfg.expert, cfg.tensor)
-  return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+  check(product_problem(cfg, devices))
+  shape = dataclasses.astuple(resolved(cfg, len(devices)))
+  return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices[:math.prod(shape)])
 
 
 def platform() -> str:
@@ -87,11 +102,17 @@ def spec(*axes: str) -> PartitionSpec:
 
 
 def constrain(x: Array, *axes: str) -> Array:
-  """`x` with its dimensions laid out as RULES says; `x` itself where there is no mesh or only one device."""
+  """`x` with its dimensions laid out as RULES says; `x` itself where there is no mesh or only one device.
+
+  A dimension that its mesh axes do not divide stays whole, as key-value heads do where there are fewer than devices:
+  XLA would pad it, and then find no other way than to gather everything.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return x
-  return jax.lax.with_sharding_constraint(x, spec(*axes))
+  divided = (axis if axis and n % math.prod(mesh.shape[name] for name in RULES[axis]) == 0 else ''
+             for axis, n in zip(axes, x.shape, strict=True))
+  return jax.lax.with_sharding_constraint(x, spec(*divided))
 
 
 def is_param(node: object) -> bool:
@@ -99,11 +120,15 @@ def is_param(node: object) -> bool:
   return isinstance(node, nnx.Variable)
 
 
-def param_spec(param: nnx.Variable) -> PartitionSpec:
-  """The spec of a parameter; a stack of layers made by `jax.vmap` has axes that its metadata does not know."""
+def param_axes(param: nnx.Variable) -> tuple[str, ...]:
+  """The logical axes of a parameter; a stack of layers made by `jax.vmap` has some that its metadata does not know."""
   axes = param.get_metadata('axes')
-  stacked = len(param.shape) - len(axes)
-  return spec(*('layer',) * stacked, *axes)
+  return ('layer',) * (len(param.shape) - len(axes)) + tuple(axes)
+
+
+def param_spec(param: nnx.Variable) -> PartitionSpec:
+  """The mesh axes of a parameter's dimensions."""
+  return spec(*param_axes(param))
 
 
 def shardings(tree: Tree, mesh: Mesh) -> Tree:

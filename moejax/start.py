@@ -14,7 +14,7 @@ from moejax.experiment import ExperimentConfig
 from moejax.generate import read_model, run_in
 from moejax.manifest import kinds
 from moejax.sharding import shardings
-from moejax.state import TrainState, init_state
+from moejax.state import TrainState, init_state, shapes_of
 from moejax.upcycle import misfits, not_dense, outcome, upcycle
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ FREE = {f'model.{name}' for name in ('attention.implementation', 'dtype', 'init'
 
 def target_of(cfg: ExperimentConfig, mesh: Mesh) -> TrainState:
   """ShapeDtypeStructs of a run's state, with shardings."""
-  shapes = jax.eval_shape(functools.partial(init_state, cfg))
+  shapes = shapes_of(cfg)
   return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings(shapes, mesh))
 
 

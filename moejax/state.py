@@ -3,6 +3,7 @@
 Letters: E experts, L MoE layers.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -44,6 +45,12 @@ def init_state(cfg: ExperimentConfig) -> TrainState:
             for name, parts in spanning(cfg).items() if cfg.balance.accumulation == 'lagged'}
   return TrainState(jnp.zeros((), jnp.int32), model, optimizer(cfg.optim, cfg.steps).init(model), router, lagged,
                     init_stability())
+
+
+@functools.lru_cache(maxsize=2)
+def shapes_of(cfg: ExperimentConfig) -> TrainState:
+  """ShapeDtypeStructs of `init_state`. Kept: the mesh is held against them, and then the step is compiled for them."""
+  return jax.eval_shape(functools.partial(init_state, cfg))
 
 
 def spanning(cfg: ExperimentConfig) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """The mesh and the one table of axes: what lies where, and that without a mesh nothing is laid out."""
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from moejax.layers import SwiGLU, param
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
 from moejax.sharding import (MESH_AXES, RULES, MeshConfig, constrain, is_param, make_mesh, param_spec,
-                             platform, row_shards, shardings, size, spec)
+                             platform, product_problem, row_shards, shardings, size, spec)
 from moejax.transformer import ModelConfig, Transformer
 
 CONFIG = ModelConfig(
@@ -89,11 +90,19 @@ def test_data_takes_what_the_others_leave(cfg: MeshConfig, shape: tuple[int, ...
 def test_a_mesh_over_some_of_the_devices() -> None:
   assert make_mesh(MeshConfig(fsdp=2), jax.devices()[:4]).shape['data'] == 2
   assert make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
+  assert [*make_mesh(MeshConfig(3, expert=2)).devices.flat] == jax.devices()[:6], 'data is given: the first of them'
+
+
+def test_processes_without_a_device_in_the_mesh_are_refused() -> None:
+  apart = [types.SimpleNamespace(process_index=i // 4) for i in range(8)]
+  assert 'but there are 8 devices' in product_problem(MeshConfig(2, expert=2), apart)
+  assert not product_problem(MeshConfig(2, expert=4), apart)
+  assert not product_problem(MeshConfig(2, expert=2), apart[:4] + apart[:2])
 
 
 @pytest.mark.parametrize(('cfg', 'told'), [
   (MeshConfig(fsdp=3), 'data=2 * fsdp=3 * expert=1 * tensor=1 = 6, but there are 8 devices'),
-  (MeshConfig(3, expert=2), 'data=3 * fsdp=1 * expert=2 * tensor=1 = 6, but there are 8 devices'),
+  (MeshConfig(3, expert=3), 'data=3 * fsdp=1 * expert=3 * tensor=1 = 9, but there are 8 devices'),
   (MeshConfig(tensor=16), 'data=1 * fsdp=1 * expert=1 * tensor=16 = 16, but there are 8 devices')], ids=str)
 def test_a_mesh_that_does_not_fit_names_all_its_sizes(cfg: MeshConfig, told: str) -> None:
   with pytest.raises(ConfigError) as error:
@@ -118,6 +127,8 @@ def test_constraints_do_nothing_where_there_is_no_mesh_or_one_device() -> None:
   with jax.set_mesh(mesh):
     y = jax.jit(lambda x: constrain(x, 'batch', 'mlp'))(x)
     assert y.sharding.is_equivalent_to(NamedSharding(mesh, spec('batch', 'mlp')), 2)
+    odd = jax.jit(lambda x: constrain(x, 'batch', 'mlp'))(jnp.zeros((8, 3)))
+    assert odd.sharding.is_equivalent_to(NamedSharding(mesh, spec('batch', '')), 2), 'what does not divide stays whole'
 
 
 def test_the_platform_is_that_of_the_program_also_for_absent_chips() -> None:
