@@ -4,7 +4,6 @@ Every number of a line but the clock's belongs to that one step, so that a resum
 uninterrupted one would have written, bit for bit.
 """
 
-import json
 import pathlib
 import threading
 import time
@@ -15,14 +14,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
+from moejax.appended import spared
 from moejax.compressors import gzip_bits_per_byte, xz_bits_per_byte
 from moejax.data import Data
 from moejax.distributed import is_first
 from moejax.experiment import ExperimentConfig
-from moejax.faults import pass_by
-from moejax.metrics import MetricsLog, TensorBoard, load_bars, load_image, mfu
+from moejax.metrics import MetricsLog, TensorBoard, as_json, load_bars, load_image, mfu
 from moejax.probe import Probes
-from moejax.report import at_step, best, last_words, monitors
+from moejax.report import at_step, best, last_words, monitors, not_finite
 from moejax.rows import Sums, progress, training_row, validation_row
 from moejax.silent import Silent
 from moejax.step import Metrics
@@ -75,11 +74,11 @@ class Journal:
     """Reads a step's metrics, waiting for it if need be; writes them where they are due."""
     self.skips_in_a_row = self.skips_in_a_row + 1 if metrics['skipped'] else 0
     if metrics['skipped']:
-      self.say(f'step {step} skipped: its loss or gradient is not finite ({self.skips_in_a_row} in a row)')
+      self.say(f'step {step} skipped: loss {metrics["loss"]:.4g}, gradient norm {metrics["grad_norm"]:.4g} '
+               f'({self.skips_in_a_row} in a row)')
     self.tokens += self.cfg.batch_size * self.cfg.seq_len
     if step > 1 and step % self.cfg.log_every and step != self.cfg.steps:
       return
-    pass_by('log')
     metrics = jax.device_get(metrics)
     row, layers = training_row(metrics, self.data.bytes_per_token)
     row['tokens_per_second'] = self.tokens / (time.perf_counter() - self.since)
@@ -122,9 +121,10 @@ class Journal:
     rows = self.metrics.rows()
     last = at_step(rows, self.cfg.steps)
     watched = monitors(last)
-    report = {'bits_per_byte': bpb, 'best_bits_per_byte': best(rows, bpb), 'digest': digest, **self.compressed,
-              **watched, 'saturation': self.saturation(last)}
-    (self.workdir / 'report.json').write_text(json.dumps(report, indent=2) + '\n')
+    report = {'bits_per_byte': bpb, 'best_bits_per_byte': best(rows, bpb), 'not_finite': not_finite(rows),
+              'digest': digest, **self.compressed, **watched, 'saturation': self.saturation(last)}
+    with spared(self.workdir / 'report.json'):
+      (self.workdir / 'report.json').write_text(as_json(report, indent=2) + '\n')
     self.say(*last_words(report, watched, self.compressed, self.usage, self.text, self.workdir, self.cfg.sample_prompt))
 
   def saturation(self, last: dict[str, object]) -> dict[str, float]:

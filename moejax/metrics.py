@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from jax import Array
 
+from moejax.appended import Appended
+
 from moejax.chips import peak_flops
 
 
@@ -61,7 +63,7 @@ def mfu(tokens_per_second: float, flops_per_token: float, devices: list[jax.Devi
 
 
 class MetricsLog:
-  """A file of JSON objects, one a line, each with a `step`; NaN and infinities are null: JSON has none.
+  """A file of JSON objects, one a line, each with a `step`; see `as_json`.
 
   Opened at the step that a run goes on from. Lines of later steps, which the run will write again, are cut
   away, and so is what is no line: the one that a killed process was writing.
@@ -75,12 +77,11 @@ class MetricsLog:
       new = self._path.with_name(f'{self._path.name}.new')
       new.write_bytes(b''.join(stay))
       new.replace(self._path)
-    self._file = open(self._path, 'a', encoding='utf-8')
+    self._file = Appended(self._path)
 
   def write(self, row: Mapping[str, object]) -> None:
-    """When it returns the line has left the process: no kill takes it back."""
-    self._file.write(json.dumps(_finite(row), allow_nan=False) + '\n')
-    self._file.flush()
+    """When it returns the line has left the process: no kill takes it back. On a full disk it is lost."""
+    self._file.write(as_json(row).encode() + b'\n')
 
   def rows(self) -> list[dict[str, object]]:
     """All lines, of earlier processes too."""
@@ -100,7 +101,7 @@ class TensorBoard:
   def __init__(self, directory: str | os.PathLike, step: int) -> None:
     Path(directory).mkdir(parents=True, exist_ok=True)
     name = f'events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}'  # read in this order
-    self._file = open(Path(directory) / name, 'ab')
+    self._file = Appended(Path(directory) / name)
     self._events = [{'file_version': 'brain.Event:2'}, {'step': step + 1, 'session_log': {'status': 'START'}}]
 
   def scalars(self, step: int, row: Mapping[str, float]) -> None:
@@ -127,13 +128,14 @@ class TensorBoard:
     # Here, since the imports take a quarter of a second: by now the devices are at work on the next step.
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+    records = b''
     for event in [*self._events, {'step': step, 'summary': {'value': values}}]:
       data = Event(wall_time=time.time(), **event).SerializeToString()
       size = struct.pack('<Q', len(data))
       sums = [struct.pack('<I', masked_crc32c(part)) for part in (size, data)]
-      self._file.write(size + sums[0] + data + sums[1])
-    self._events = []
-    self._file.flush()
+      records += size + sums[0] + data + sums[1]
+    if self._file.write(records):
+      self._events = []
 
 
 def _step(line: bytes) -> float:
@@ -141,6 +143,11 @@ def _step(line: bytes) -> float:
     return json.loads(line)['step']
   except (ValueError, KeyError, TypeError):
     return math.inf
+
+
+def as_json(value: object, indent: int | None = None) -> str:
+  """NaN and infinities are null: JSON has none. Arrays are lists."""
+  return json.dumps(_finite(value), allow_nan=False, indent=indent)
 
 
 def _finite(value: object) -> object:

@@ -12,6 +12,8 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.appended import spared
+
 TOKENS = 4096        # of the batch's first rows, one row at least: of a large run a batch would fill the disk
 NOBODY = 2**16 - 1   # in place of an expert
 
@@ -54,11 +56,13 @@ class Probes:
     """Keeps a probe [L, T, K]. -> churn [L], the share of copies whose expert the token did not have in the probe
     before this one, as a dict; the first probe has none."""
     new = self._path(step).with_suffix('.new')
-    with open(new, 'wb') as file:
-      np.savez_compressed(file, expert_ids=probe)
-      file.flush()
-      os.fsync(file.fileno())
-    new.replace(self._path(step))
+    with spared(self._directory):
+      with open(new, 'wb') as file:
+        np.savez_compressed(file, expert_ids=probe)
+        file.flush()
+        os.fsync(file.fileno())
+      new.replace(self._path(step))
+    new.unlink(missing_ok=True)   # there was no room for it
     before = [earlier for earlier in self.steps() if earlier < step]
     return {'churn': 1 - agreement(probe, self._read(before[-1]))} if before else {}
 

@@ -26,6 +26,11 @@ def best(rows: Sequence[Mapping[str, object]], bpb: float) -> float:
   return min((value for value in found if value is not None), default=bpb)   # null: it was not finite
 
 
+def not_finite(rows: Sequence[Mapping[str, object]]) -> list[int]:
+  """The validations whose loss was none: no checkpoint of theirs is ever kept as the best."""
+  return [row['step'] for row in rows if 'eval/bits_per_byte' in row and row['eval/bits_per_byte'] is None]
+
+
 def last_words(report: Mapping[str, object], watched: Mapping[str, float], compressed: Mapping[str, float], usage: str,
                text: str, workdir: pathlib.Path, prompt: str) -> list[str]:
   """The report for a person: what the model writes, how good it is, where it lies, how to go on."""
@@ -34,6 +39,7 @@ def last_words(report: Mapping[str, object], watched: Mapping[str, float], compr
     'it writes:', '', *(f'  {line}' for line in text.split('\n')), '',
     f'done. {report["best_bits_per_byte"]:.4f} bits per byte at best, {report["bits_per_byte"]:.4f} at the end' +
     ''.join(f'; {name} {value:.3f}' for name, value in compressed.items()),
+    *(f'bad      validation after step {step} was not finite: never the best' for step in report['not_finite']),
     f'experts  {usage}, on held-out text',
     'monitors ' + ', '.join(f'{name} {value:.4g}' for name, value in watched.items() if value is not None),
     f'state    digest {report["digest"][:16]}',

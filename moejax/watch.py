@@ -57,8 +57,9 @@ def watch(seconds: float, file: pathlib.Path) -> Iterator[None]:
 def end(seconds: float, file: pathlib.Path) -> None:
   """Tells and exits. A disk or a terminal may be what hangs: the telling gets five seconds."""
   def tell() -> None:
-    print(f'Hang: no step, no batch of a validation and no save for {seconds:g} s (hang_after). The stacks of all threads '
-          f'follow, also in {file}. The same command goes on from the last checkpoint.', file=sys.__stderr__, flush=True)
+    print(f'Hang: no step, no batch of a validation and no save for {seconds:g} s (hang_after). The stacks of all '
+          f'threads, also in {file}. The same command goes on from the last checkpoint.', file=sys.__stderr__)
+    sys.__stderr__.flush()
     faulthandler.dump_traceback(sys.__stderr__)
     with open(file, 'w') as to:
       faulthandler.dump_traceback(to)

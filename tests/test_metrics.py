@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax import faults
+from moejax.appended import Appended
 from moejax.metrics import MetricsLog, TensorBoard, load_bars, load_image, mfu, png
 
 # ---- pictures
@@ -159,3 +161,60 @@ def test_mfu_is_a_share_of_the_peak_and_zero_where_that_is_unknown() -> None:
   for kind, peak in peaks.items():
     assert mfu(1000.0, peak / 1000, [Device(kind)] * 4) == pytest.approx(1 / 4), kind
   assert mfu(1000.0, 1e9, jax.devices('cpu')) == 0
+
+
+# ---- a full disk
+
+LIMITED = """
+import json, logging, resource, sys
+from pathlib import Path
+import numpy as np
+from moejax import faults
+from moejax.appended import Appended
+from moejax.metrics import MetricsLog, TensorBoard
+from moejax.probe import Probes
+
+def room(size):
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+logging.basicConfig(format='%(message)s')
+home = Path(sys.argv[1])
+log, board, probes = MetricsLog(home / 'm.jsonl', 0), TensorBoard(home / 'board', 0), Probes(home / 'probes', 0)
+probe = np.arange(4000, dtype=np.uint16).reshape(1, 2000, 2)
+for step in range(1, 9):
+  room(230 if 3 <= step <= 5 else resource.RLIM_INFINITY)   # the third line is torn at 230 bytes
+  log.write({'step': step, 'text': 80 * 'x'})
+  board.scalars(step, {'loss': step})
+  churn = probes.record(step, probe)
+  assert churn == {} if step == 1 else not churn['churn'].any()
+  assert log.rows()[-1]['step'] == (2 if 3 <= step <= 5 else step)
+assert [row['step'] for row in log.rows()] == [1, 2, 6, 7, 8] and probes.steps() == [1, 2, 6, 7, 8]
+assert sorted(probes.saturation()) == [1, 2, 6, 7] and not list((home / 'probes').glob('*.new'))
+"""
+
+
+def test_what_does_not_fit_is_lost_whole_and_told_once(tmp_path: Path) -> None:
+  run = subprocess.run([sys.executable, '-c', LIMITED, str(tmp_path)], capture_output=True, text=True,
+                       env=os.environ | {'PYTHONPATH': str(Path(__file__).parents[1])})
+  assert run.returncode == 0, run.stderr
+  assert run.stderr.count('training goes on') == 1 and run.stderr.count('there is room again') == 1, run.stderr
+  assert 'm.jsonl: File too large: training goes on' in run.stderr
+  steps = [step for step, _ in series(events(tmp_path / 'board'), 'loss')]
+  assert {1, 6, 7, 8} <= {*steps} and not {4, 5} & {*steps}
+
+
+def test_a_device_that_is_always_full() -> None:
+  log = Appended('/dev/full')
+  assert not log.write(b'a line\n') and not log.write(b'another\n')
+  log.close()
+
+
+def test_the_first_piece_waits_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """The head of TensorBoard's file, without which it reads nothing."""
+  board = TensorBoard(tmp_path, 0)
+  now = {('log', faults._passed['log'] + 1): 'full'}
+  monkeypatch.setattr(faults, 'plan', lambda: now)
+  board.scalars(1, {'loss': 1.0})
+  monkeypatch.setattr(faults, 'plan', dict)
+  board.scalars(2, {'loss': 2.0})
+  assert series(events(tmp_path), 'loss') == [(2, 2.0)]
