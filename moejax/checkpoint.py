@@ -9,15 +9,16 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 
 from moejax.config import ConfigError, check
+from moejax.distributed import agreed, everywhere
 from moejax.faults import pass_by
-from moejax.manifest import Meta, differences, digest, digests, flatten, kinds, seal, unseal
+from moejax.fingerprint import accept_problem, expect_same
+from moejax.leaves import NOT_DAMAGE, meta_everywhere, meta_in, read_leaves
+from moejax.manifest import Meta, digest, digests, flatten, kinds, seal
 from moejax.rundir import RunInUse, Steps, kept, lock
 
 __all__ = ['CheckpointConfig', 'Checkpoints', 'Meta', 'NoLoadableCheckpoint', 'RunInUse', 'SaveFailed',
@@ -33,10 +34,12 @@ class CheckpointConfig:
   keep_latest: int = 2
   keep_every: int = 0  # also every step divisible by this; 0: none
   keep_best: bool = True
+  accept: str = ''     # what may differ from the checkpoint's, such as data,seed; see fingerprint.py
 
   def __post_init__(self) -> None:
-    check(*(f'{name}={vars(self)[name]} is below {n}; give {n} or more'
-            for name, n in {'every': 1, 'keep_latest': 1, 'keep_every': 0}.items() if vars(self)[name] < n))
+    check(accept_problem(self.accept), *(f'{name}={vars(self)[name]} is below {n}; give {n} or more'
+                                         for name, n in {'every': 1, 'keep_latest': 1, 'keep_every': 0}.items()
+                                         if vars(self)[name] < n))
 
 
 class NoLoadableCheckpoint(RuntimeError):
@@ -57,21 +60,20 @@ class Checkpoints:
   def __init__(self, directory: str | os.PathLike, cfg: CheckpointConfig, readonly: bool = False) -> None:
     import orbax.checkpoint  # here: it is a quarter of the time that importing moejax may take
     self._orbax, self.steps = orbax.checkpoint, Steps(directory, ('state', 'meta'))
-    self._keep = cfg.keep_latest, cfg.keep_every, cfg.keep_best
+    self._keep, self._accept = (cfg.keep_latest, cfg.keep_every, cfg.keep_best), cfg.accept
     self._metrics: dict[int, float] = {}
     self._bad: list[int] = []
     if not readonly:
       self.steps.directory.mkdir(parents=True, exist_ok=True)
-      self._saver = orbax.checkpoint.AsyncCheckpointer(orbax.checkpoint.CompositeCheckpointHandler())
+      last = orbax.checkpoint.AsyncOptions(post_finalization_callback=lambda: pass_by('commit'))
+      self._saver = orbax.checkpoint.AsyncCheckpointer(
+        orbax.checkpoint.CompositeCheckpointHandler(), async_options=last)
       self.steps.clean()
-
-  def meta(self, step: int) -> Meta:
-    """What is known of a step without its arrays; some exception or other where that is damaged."""
-    return unseal((self.steps.path(step) / 'meta' / 'metadata').read_text())
 
   def save(self, step: int, tree: object, fingerprint: Mapping[str, str], metric: float = math.inf) -> None:
     """Starts a save and returns when the arrays may be donated; `check` and `close` tell how it ended."""
     self.check(wait=True)
+    self.steps.clean()
     if (newest := max({*self.steps.all()} - {*self._bad}, default=-1)) >= step:
       raise ValueError(f'step={step} is not after {newest}, the newest in {self.steps.directory}')
     while self._bad:  # only now: a run that dies before its first save leaves the evidence
@@ -88,8 +90,9 @@ class Checkpoints:
 
   def check(self, wait: bool = False) -> None:
     """Raises SaveFailed, once, if the last save failed; deletes what need not be kept."""
-    with self._save_errors():
-      (self._saver.wait_until_finished if wait else self._saver.check_for_errors)()
+    if wait or jax.process_count() == 1:  # many processes are of one mind when all wait
+      with self._save_errors():
+        (self._saver.wait_until_finished if wait else self._saver.check_for_errors)()
     steps = [step for step in self.steps.all() if step not in self._bad]
     self._metrics = {s: self._metrics[s] if s in self._metrics else self._metric(s) for s in steps}
     for step in set(steps) - kept(self._metrics, *self._keep):
@@ -107,22 +110,17 @@ class Checkpoints:
     `target`: arrays or ShapeDtypeStructs, of the paths that begin with one of `only`. An empty fingerprint is
     not compared. ConfigError where it is of another config: no reason to walk back. NoLoadableCheckpoint.
     """
-    wanted, bad = flatten(target), []
-    for step in reversed(self.steps.all()):
+    bad: list[int] = []
+    while (step := agreed(max({*self.steps.all()} - {*bad}, default=-1))) >= 0:
       try:
-        meta = self.meta(step)
-        old = {path: kind for path, kind in meta.kinds.items() if path.startswith(only)}
-        problems = differences('', old, kinds(wanted))  # Orbax would cast to another dtype without a word
-        problems += differences('data ', meta.fingerprint, fingerprint) if fingerprint else []
-        if problems:
-          raise ConfigError(f'{self.steps.path(step)}: another config; give it or a new workdir', *problems)
-        leaves = self._load(step, wanted, meta)
-      except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):
+        leaves, meta = self._read(step, flatten(target), fingerprint, only)
+      except (ConfigError, *NOT_DAMAGE):
         raise  # not the checkpoint's fault
       except Exception as error:
-        reason = f'{type(error).__name__}: {" ".join(str(error.__cause__ or error).split())[:300]}'
-        log.warning('checkpoint %d is damaged, trying an older one: %s', step, reason)
-        bad.append(step)
+        if agreed(self.steps.path(step).exists()):  # else deleted under a reader: there are newer ones
+          reason = f'{error}' if isinstance(error, ValueError) else f'{type(error).__name__}: {error}'
+          log.warning('checkpoint %d is damaged, trying an older one: %s', step, reason)
+          bad.append(step)
       else:
         self._bad = bad
         return step, jax.tree.unflatten(jax.tree.structure(target), leaves), meta
@@ -130,33 +128,31 @@ class Checkpoints:
       raise NoLoadableCheckpoint(f'{self.steps.directory}: none of {bad} loads; mend one, or move all away')
     return None
 
-  def _load(self, step: int, wanted: Mapping[str, jax.Array], meta: Meta) -> list[jax.Array]:
-    home = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    item = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or home) for p, x in wanted.items()}
-
-    def load(path: str) -> jax.Array:
-      x, only = item[path], {path: item[path]}
-      if not x.size:
-        return jnp.zeros(x.shape, x.dtype, device=x.sharding)
-      how = self._orbax.checkpoint_utils.construct_restore_args(only)
-      args = self._orbax.args.PyTreeRestore(only, how, partial_restore=True)
-      return self._orbax.PyTreeCheckpointHandler().restore(self.steps.path(step) / 'state', args=args)[path]
-
-    with ThreadPoolExecutor() as pool:  # Orbax is loud of the others when one fails
-      loaded = dict(zip(item, pool.map(load, item)))
-    if wrong := [path for path, value in digests(loaded).items() if value != meta.digests[path]]:
-      raise ValueError(f'leaf {", ".join(wrong)} does not match its digest')
-    return [*loaded.values()]
+  def _read(self, step: int, target: Mapping[str, jax.Array], fingerprint: Mapping[str, str], only: tuple[str, ...]
+            ) -> tuple[list[jax.Array], Meta]:
+    path = self.steps.path(step)
+    meta = meta_everywhere(path)
+    old = {leaf: kind for leaf, kind in meta.kinds.items() if leaf.startswith(only)}
+    accepted = expect_same(str(path), (old, kinds(target)),  # Orbax would cast to another dtype without a word
+                           (meta.fingerprint, fingerprint or meta.fingerprint), self._accept)
+    leaves = read_leaves(path / 'state', target, meta.digests)
+    for line in accepted:
+      log.warning('accepted: %s', line)
+    return leaves, meta
 
   def _metric(self, step: int) -> float:
     with contextlib.suppress(Exception):  # damage is for restore to tell
-      return self.meta(step).metric
+      return meta_in(self.steps.path(step)).metric
     return math.inf
 
   @contextlib.contextmanager
   def _save_errors(self) -> Iterator[None]:
+    failure: list[Exception] = []
     try:
       yield
     except Exception as error:
+      failure = [error]
+    if not everywhere(not failure):
       self.steps.clean()
-      raise SaveFailed(f'{self.steps.directory}: {type(error).__name__}: {error}') from error
+      text = f'{type(failure[0]).__name__}: {failure[0]}' if failure else 'another process could not save'
+      raise SaveFailed(f'{self.steps.directory}: {text}') from (failure[0] if failure else None)

@@ -3,7 +3,6 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 class Meta(NamedTuple):
   """All of a checkpoint but the arrays."""
   metric: float                # lower is better; inf: not measured, or not finite
-  fingerprint: dict[str, str]  # of the data
+  fingerprint: dict[str, str]  # of data and model, see fingerprint.py
   versions: dict[str, str]
   kinds: dict[str, str]        # path -> 'float32[4, 8]'
   digests: dict[str, str]
@@ -49,12 +48,6 @@ def digests(tree: object) -> dict[str, str]:
 def digest(tree: object) -> str:
   """One digest of names, kinds and bits: equal for two runs that ended in the same state."""
   return _sha256([kinds(tree), digests(tree)])
-
-
-def differences(what: str, old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-  """A line for each key whose value is another, or is on one side only."""
-  values = {k: [d[k] if k in d else 'absent' for d in (old, new)] for k in sorted({*old, *new})}
-  return [f'{what}{k}: {a} in the checkpoint, {b} in the config' for k, (a, b) in values.items() if a != b]
 
 
 def seal(meta: Meta) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """The directory of a run: who may write to it, which steps lie in it, and which of them stay.
 
-Steps appear and vanish by a rename, so that a process killed at any time leaves whole steps, and rubbish with
-a name that says so. Only the writer, who holds the lock, takes it away: to others it may be a save in flight.
+Steps appear and vanish by a rename: whoever is killed leaves whole steps, and rubbish with a name that says so. Only
+the writer, who holds the lock, takes it away: to others it may be a save in flight.
 """
 import contextlib
 import fcntl
@@ -12,8 +12,8 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import jax
-
+from moejax.config import ConfigError
+from moejax.distributed import is_first
 from moejax.faults import pass_by
 
 log = logging.getLogger(__name__)
@@ -27,14 +27,16 @@ class RunInUse(RuntimeError):
 @contextlib.contextmanager
 def lock(workdir: str | os.PathLike) -> Iterator[None]:
   """Holds the run directory until the block ends or the process dies, however it dies."""
-  Path(workdir).mkdir(parents=True, exist_ok=True)
-  with open(Path(workdir) / 'lock', 'a+') as file:
+  try:
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    number = os.open(Path(workdir) / 'lock', os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+  except OSError as error:  # ELOOP: it is a link, and what it leads to would be written over
+    raise ConfigError(f'workdir={workdir}: {error}; name a directory that can be written to') from error
+  with open(number, 'r+') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      file.seek(0)
-      pid = file.read().strip()
-      raise RunInUse(f'workdir={workdir} is in use by process {pid}; stop it or name another') from None
+      raise RunInUse(f'workdir={workdir} is in use by process {file.read().strip()}; stop it or name another') from None
     file.truncate(0)
     print(os.getpid(), file=file, flush=True)
     yield
@@ -51,29 +53,28 @@ class Steps:
   """The step directories in a directory: DIR/step holds all of `parts`, or the step is damaged."""
 
   def __init__(self, directory: str | os.PathLike, parts: tuple[str, ...]) -> None:
-    self.directory = Path(directory).absolute()
-    self._parts = parts
+    self.directory, self._parts = Path(directory).absolute(), parts
     self._foreign: set[Path] = set()
 
   def path(self, step: int) -> Path:
-    return self.directory / str(step)
+    return self.directory / f'{step}'
 
   def all(self) -> list[int]:
     """Those on disk, oldest first, good or bad; never the one being saved. Warns once of what is not ours."""
     numbers = [p for p in self.directory.glob('[0-9]*') if p.name.isdecimal() and p.name == str(int(p.name))]
     foreign = {p for p in numbers if p.is_symlink() or not any((p / part).exists() for part in self._parts)}
-    for path in sorted(foreign - self._foreign):
+    for path in sorted(p for p in foreign - self._foreign if os.path.lexists(p)):  # not deleted just now
       log.warning('%s is not a checkpoint: ignored', path)
     self._foreign |= foreign
     return sorted(int(p.name) for p in numbers if p not in foreign)
 
   def delete(self, step: int) -> None:
-    if jax.process_index() == 0:
+    if is_first():
       gone = self.path(step).rename(self.directory / f'{step}.deleted')
       pass_by('delete')
-      shutil.rmtree(gone)
+      shutil.rmtree(gone, ignore_errors=True)  # what stays has the name of rubbish
 
   def clean(self) -> None:
     """Takes away what killed and failed saves and deletions left; not while a save is in flight."""
-    for path in (p for pattern in RUBBISH for p in self.directory.glob(pattern) if jax.process_index() == 0):
-      shutil.rmtree(path)
+    for path in (p for pattern in RUBBISH for p in self.directory.glob(pattern) if is_first()):
+      shutil.rmtree(path, ignore_errors=True)  # a failed save may still write there; the next one cleans again

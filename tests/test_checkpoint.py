@@ -3,6 +3,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -15,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moejax import checkpoint
+from moejax import checkpoint, leaves
 from moejax.checkpoint import CheckpointConfig, Checkpoints, NoLoadableCheckpoint, RunInUse, SaveFailed
 from moejax.config import ConfigError
 from moejax.manifest import flatten, kinds
@@ -216,24 +218,78 @@ def cut(path: Path) -> None:
   path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize('part', ['state', 'meta'])
+def of(pattern: str) -> Callable[[Path], Path]:
+  return lambda step: max(step.glob(pattern), key=lambda path: path.stat().st_size)
+
+
+# Part of a step -> its file, and the leaf that the message names if the file is of leaves.
+FILES = {
+  'chunks': (of('state/ocdbt.process_0/d/*'), 'model/blocks/gate'), 'tree': (of('state/d/*'), 'step'),
+  'manifest': (of('state/manifest.ocdbt'), 'step'), 'table': (of('state/_METADATA'), ''),
+  'shapes': (of('state/array_metadatas/*'), ''), 'meta': (of('meta/metadata'), '')}
+NOT_NEEDED = {('shapes', 'unlink')}  # Orbax finds out the same
+
+
+@pytest.mark.parametrize('part', FILES)
 @pytest.mark.parametrize('harm', [flip, zero, cut, Path.unlink], ids=lambda f: f.__name__)
-def test_a_damaged_file_is_found_and_the_step_before_is_used(
+def test_a_damaged_file_is_named_with_its_leaf_and_the_step_before_is_used(
     root: Path, part: str, harm: Callable[[Path], None], caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str]) -> None:
-  harm(largest(root / '3' / part))
-  assert read(root)[0] == 2
+  find, leaf = FILES[part]
+  file = find(root / '3')
+  harm(file)
+  assert read(root)[0] == (3 if (part, harm.__name__) in NOT_NEEDED else 2)
   warnings = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-  assert len(warnings) == 1 and 'checkpoint 3 is damaged' in warnings[0] and '\n' not in warnings[0]
-  assert 'model/blocks/' in warnings[0] or 'meta/metadata' in warnings[0]  # the leaf or the file
-  assert 'Traceback' not in capfd.readouterr().err
+  assert len(warnings) == ((part, harm.__name__) not in NOT_NEEDED) and 'Traceback' not in capfd.readouterr().err
+  for warning in warnings:
+    assert warning.startswith('checkpoint 3 is damaged, trying an older one: ') and len(warning) < 400
+    assert str(file.relative_to(root / '3')) in warning and '\n' not in warning, warning
+    assert f'leaf {leaf}, file' in warning or not leaf or 'every leaf' in warning, warning
+
+
+def test_a_leaf_among_many_leads_to_its_file(tmp_path: Path) -> None:
+  """The tree of a large checkpoint has nodes below nodes, whose keys lack what they share."""
+  options = {'max_inline_value_bytes': 10, 'max_decoded_node_bytes': 300}
+  store = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': f'file://{tmp_path}/', 'config': options}).result()
+  for i in range(60):
+    store[f'model/x{i:02}/0.0'] = b'z' * (50 + i)
+  sizes = {i: leaves.files_of(tmp_path, [f'model/x{i:02}']) for i in range(60)}
+  assert all(len(files) == 1 for files in sizes.values()) and len({*map(str, sizes.values())}) == 60
+  assert [(tmp_path / name).stat().st_size >= 50 + i for i, files in sizes.items() for name in files] == [True] * 60
+  assert leaves.files_of(tmp_path, ['model/x1', 'x01', 'model']) == set()
+
+
+@pytest.mark.parametrize('where', ['state', 'meta/metadata', 'state/manifest.ocdbt', 'state/d'])
+def test_a_link_inside_a_step_is_not_followed(root: Path, where: str, caplog: pytest.LogCaptureFixture) -> None:
+  place = root / '3' / where
+  place.rename(root.parent / 'elsewhere')
+  place.symlink_to(root.parent / 'elsewhere')
+  assert read(root)[0] == 2
+  assert f'{where} is a link, and links are not followed' in caplog.text
+
+
+def test_a_pickle_in_place_of_a_file_is_never_run(root: Path, tmp_path: Path) -> None:
+  for file in [path for path in (root / '3').rglob('*') if path.is_file()]:
+    file.write_bytes(pickle.dumps(Bomb(tmp_path / 'run')))
+  assert read(root)[0] == 2 and not (tmp_path / 'run').exists()
+
+
+class Bomb:
+  """Makes a directory when it is unpickled."""
+
+  def __init__(self, path: Path) -> None:
+    self.path = path
+
+  def __reduce__(self) -> tuple[object, ...]:
+    return os.mkdir, (str(self.path),)
 
 
 def test_a_wrong_array_that_reads_well_is_found(root: Path, caplog: pytest.LogCaptureFixture) -> None:
   shutil.rmtree(root / '3' / 'state')
   shutil.copytree(root / '2' / 'state', root / '3' / 'state')
   assert read(root)[0] == 2
-  assert 'leaf model/blocks/gate, model/blocks/up, router, step does not match' in caplog.text
+  assert 'leaf model/blocks/gate, model/blocks/up, router and 1 more, file state/ocdbt.process_0/d/' in caplog.text
+  assert 'does not match its digest' in caplog.text
 
 
 def test_every_checkpoint_bad_is_a_refusal_and_deletes_nothing(root: Path) -> None:
@@ -279,6 +335,22 @@ def test_only_foreign_directories_are_no_checkpoint(tmp_path: Path) -> None:
   assert Checkpoints(tmp_path, CheckpointConfig()).restore(state(), DATA) is None
 
 
+def test_a_step_deleted_under_a_reader_is_no_damage(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+  """The writer saves and deletes while the reader reads: what the reader ends with is the newest of all."""
+  write(root.parent / 'd', {4: math.inf}, CheckpointConfig())
+  load = checkpoint.read_leaves
+
+  def meanwhile(directory: Path, *rest: object) -> list[jax.Array]:
+    if directory.parent.name == '3':
+      for step in (1, 2, 3):
+        shutil.rmtree(root / str(step))
+      (root.parent / 'd' / '4').rename(root / '4')
+    return load(directory, *rest)
+  monkeypatch.setattr(checkpoint, 'read_leaves', meanwhile)
+  assert read(root)[0] == 4 and not caplog.records
+
+
 # ---- another config
 
 def test_another_fingerprint_names_both_values_of_each_field(root: Path) -> None:
@@ -302,10 +374,39 @@ def test_another_leaf_is_refused_and_never_a_reason_to_walk_back(
   assert want in str(error.value) and len(error.value.problems) > 1
 
 
+def test_what_may_differ_is_named_and_told(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+  """Another seed brings other first rows; each is refused, or accepted by the name of its cause, and then told."""
+  mine = {'source': 'stdlib', 'seed': '1', 'first_batch': 'abc', 'model.top_k': '2', 'model.new': '7'}
+  checkpoints = Checkpoints(root, CheckpointConfig(keep_latest=3))
+  checkpoints.save(4, state(4), DATA | {'first_batch': 'aaa', 'model.top_k': '1', 'model.old': '7'})
+  checkpoints.close()
+  for accept, refused in (('', 3), ('seed', 1), ('model', 2), ('seed,data', 1), ('batch', 3)):
+    with pytest.raises(ConfigError) as error:
+      Checkpoints(root, CheckpointConfig(accept=accept)).restore(state(), mine)
+    remedy, *lines = error.value.problems
+    accepts = ','.join(sorted({*filter(None, accept.split(',')), 'model', 'seed'}))
+    assert len(lines) == refused and f'--config.checkpoint.accept={accepts} ' in remedy
+  assert 'model.top_k: 1 in the checkpoint, 2 in the config' in error.value.problems and not caplog.records
+  assert Checkpoints(root, CheckpointConfig(accept='model, seed')).restore(state(), mine)[0] == 4
+  assert [r.getMessage() for r in caplog.records] == [
+    'accepted: data first_batch: aaa in the checkpoint, abc in the config',
+    'accepted: model.top_k: 1 in the checkpoint, 2 in the config',
+    'accepted: data seed: 0 in the checkpoint, 1 in the config']
+
+
+def test_nothing_makes_up_for_another_leaf(root: Path) -> None:
+  every = CheckpointConfig(accept='batch,data,model,seed,tokenizer')
+  with pytest.raises(ConfigError) as error:
+    Checkpoints(root, every).restore(state()._replace(router=jnp.zeros(1)), DATA | {'seed': '1'})
+  assert error.value.problems[1:] == ('router: float32[2, 4] in the checkpoint, float32[1] in the config',)
+  assert 'accept' not in error.value.problems[0]
+
+
 def test_a_config_that_makes_no_sense_tells_all() -> None:
   with pytest.raises(ConfigError) as error:
-    CheckpointConfig(every=0, keep_latest=0, keep_every=-1)
-  assert len(error.value.problems) == 3
+    CheckpointConfig(every=0, keep_latest=0, keep_every=-1, accept='data,all')
+  assert len(error.value.problems) == 4
+  assert "'all' is not one of ['batch', 'data', 'model', 'seed', 'tokenizer']" in error.value.problems[0]
 
 
 # ---- what stays
