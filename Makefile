@@ -7,7 +7,7 @@ WORKERS ?= 2
 PY = $(VENV)/bin/python
 install = $(PY) -m pip install --quiet --disable-pip-version-check -e
 
-.PHONY: train test fast certify families bench lint
+.PHONY: train test fast aot certify families bench lint
 
 train: $(VENV)/.dev
 	$(PY) train.py $(ARGS)
@@ -18,6 +18,10 @@ test: $(VENV)/.dev
 
 fast: $(VENV)/.dev
 	$(PY) -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
+# Programs for chips that are not here.
+aot: $(VENV)/.tpu
+	$(PY) -m pytest -n $(WORKERS) --durations=5 tests/test_tpu_aot.py $(ARGS)
 
 certify: $(VENV)/.dev
 	$(PY) -m moejax.certify $(ARGS)
@@ -45,4 +49,8 @@ $(VENV)/.dev: pyproject.toml
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(install) '.[bench]'
+	@touch $@
+
+$(VENV)/.tpu: $(VENV)/.dev
+	$(install) '.[tpu]'
 	@touch $@
