@@ -1,11 +1,15 @@
-"""What a model costs: its parameters, total and active, and the arithmetic of a token.
+"""What a model costs: its parameters, total and active, the arithmetic of a token, and what experts exchange.
 
 Letters: D model, L layers, H heads, d head width, S sequence, V vocab.
 """
 
 import dataclasses
 
+from jax.sharding import AbstractMesh
+
 from moejax.experiment import ExperimentConfig
+from moejax.moe.dispatch import exchange_of, group_of
+from moejax.moe.exchange import lacking_ragged, moved
 from moejax.sharding import size
 from moejax.transformer import MoEBlock, Transformer
 
@@ -49,3 +53,14 @@ def flops_per_token(parameters: Parameters, cfg: ExperimentConfig) -> int:
   attention, latent = model.attention, model.attention.latent
   widths = attention.d_head + latent.d_rope + latent.d_value if latent.kv_rank else 2 * attention.d_head
   return 6 * products + 3 * cfg.seq_len * attention.num_heads * widths * (model.num_layers + model.mtp_depth)
+
+
+def exchanged(cfg: ExperimentConfig, mesh: AbstractMesh) -> tuple[str, dict[str, int]]:
+  """How tokens get to their experts, and each way's bytes, see `moved`; ('', {}) where all experts are at home."""
+  dispatch, router, model = cfg.model.moe.dispatch, cfg.model.moe.router, cfg.model
+  if mesh.shape['expert'] == 1:
+    return '', {}
+  tokens = cfg.batch_size // cfg.micro_batches * cfg.seq_len
+  group = group_of(dispatch, mesh, tokens, router.top_k, router.num_experts, model.d_model, model.dtype)
+  places = router.num_experts if router.selection == 'expert_choice' else router.top_k
+  return exchange_of(dispatch, group._replace(top_k=places), lacking_ragged(mesh)), moved(group)

@@ -8,7 +8,7 @@ import platform
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from moejax.cost import count_parameters, flops_per_token
+from moejax.cost import count_parameters, exchanged, flops_per_token
 from moejax.data import Data
 from moejax.experiment import ExperimentConfig
 from moejax.moe.layer import causality
@@ -33,6 +33,7 @@ def summarise(cfg: ExperimentConfig, state: TrainState, mesh: Mesh, data: Data, 
   """summary.json. `state` may be of ShapeDtypeStructs; `temporaries` is the compiler's word on the compiled step."""
   parameters = count_parameters(state.model, cfg)
   tokens = cfg.steps * cfg.batch_size * cfg.seq_len
+  exchange, moved = exchanged(cfg, mesh.abstract_mesh)
   model_bytes, optimizer_bytes = (bytes_on_device(tree, mesh) for tree in (state.model, state.opt_state))
   return {
     'parameters': dataclasses.asdict(parameters),
@@ -44,6 +45,7 @@ def summarise(cfg: ExperimentConfig, state: TrainState, mesh: Mesh, data: Data, 
       'all': model_bytes + optimizer_bytes + temporaries},
     'mesh': {name: int(n) for name, n in mesh.shape.items()},
     'devices': f'{mesh.size} x {mesh.devices.flat[0].device_kind}',
+    'exchange': {'by': exchange, 'forward_bytes_per_device_and_layer': moved},
     'data': {
       'source': cfg.data.source, 'tokenizer': data.tokenizer.name, 'vocab_size': data.vocab_size,
       'train_tokens': data.train_tokens, 'train_bytes': data.train_bytes,
@@ -70,7 +72,15 @@ def lines(summary: dict[str, object], cfg: ExperimentConfig) -> list[str]:
     f'data    {d["source"]}: {human(d["train_bytes"])}B, {human(d["train_tokens"])} tokens of {d["tokenizer"]}, '
     + ', '.join(f'{epochs:.2f} epochs' + (f' of {task}' if len(d['epochs']) > 1 else '')
                 for task, epochs in d['epochs'].items()) + f'; {human(d["validation_bytes"])}B held out',
-  ] + [f'causal  {line}' for line in summary['causality']]
+  ] + exchange_lines(summary) + [f'causal  {line}' for line in summary['causality']]
+
+
+def exchange_lines(summary: dict[str, object]) -> list[str]:
+  """How tokens get to experts on other devices, and what each way would cost; nothing where none are."""
+  by, moved = summary['exchange']['by'], summary['exchange']['forward_bytes_per_device_and_layer']
+  each = ', '.join(f'{name} {human(number, 1024)}B' for name, number in moved.items())
+  return [f'experts over {summary["mesh"]["expert"]} devices, exchange by {by}; a layer forward, in and out of each '
+          f'device: {each}'] if by else []
 
 
 def human(number: float, base: int = 1000) -> str:

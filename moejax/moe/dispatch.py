@@ -73,13 +73,13 @@ def exchanges(cfg: DispatchConfig) -> tuple[str, ...]:
 
 
 def exchange_of(cfg: DispatchConfig, group: Group, lacking: str) -> str:
-  """The one to take. lacking: the kind of devices, where they have no ragged exchange.
+  """The one to take. lacking: what `lacking_ragged` says of the mesh.
 
   Raises:
     ConfigError: the config asks for one that the devices do not have.
   """
   if cfg.exchange == 'ragged' and lacking:
-    raise ConfigError(f'dispatch.exchange=\'ragged\': {lacking} has no ragged_all_to_all: use \'auto\' or \'gather\'')
+    raise ConfigError(f'dispatch.exchange=\'ragged\': no ragged_all_to_all on {lacking}: use \'auto\' or \'gather\'')
   able, sizes = [name for name in exchanges(cfg) if name != 'ragged' or not lacking], moved(group)
   return min(able, key=lambda name: sizes[name]) if cfg.exchange == AUTO else cfg.exchange
 
@@ -115,7 +115,7 @@ def over_mesh(local: Callable[[Local, DispatchConfig], tuple[Array, Array]]) -> 
     if not mesh.empty and mesh.size > 1:
       (rows, length, d_model), top_k = x.shape, routing.expert_ids.shape[-1]
       group = group_of(cfg, mesh, rows * length, top_k, num_experts, d_model, x.dtype)
-      exchange = EXCHANGES[exchange_of(cfg, group, lacking_ragged())] if group.devices > 1 else at_home
+      exchange = EXCHANGES[exchange_of(cfg, group, lacking_ragged(mesh))] if group.devices > 1 else at_home
       run = expert_parallel(functools.partial(flat, exchange), layout(experts))
     y, dropped = run(x, routing.expert_ids, scores, routing.weights, experts)
     return y, dropped / jnp.maximum((routing.expert_ids < num_experts).sum(), 1)

@@ -18,11 +18,11 @@ from typing import NamedTuple
 import jax
 from jax import Array
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from moejax.moe.copies import sort_copies
 from moejax.moe.experts import Activation, Biases, Weights
-from moejax.sharding import MESH_AXES, RULES, platform
+from moejax.sharding import MESH_AXES, RULES
 
 
 class Local(NamedTuple):
@@ -83,7 +83,7 @@ def move(rows: Array, to: Array, room: int) -> Array:
   Args:
     to: [X, X] i32, the same on all of them: how many rows each sends to each. They lie in the order of their receivers.
   """
-  at_source, at_receiver, me = (jnp.cumsum(to, 1) - to, jnp.cumsum(to, 0) - to, jax.lax.axis_index('expert'))
+  at_source, at_receiver, me = jnp.cumsum(to, 1) - to, jnp.cumsum(to, 0) - to, jax.lax.axis_index('expert')
   nothing = jax.lax.full_like(rows, 0, shape=(room, *rows.shape[1:]))
   return jax.lax.ragged_all_to_all(
     rows, nothing, at_source[me], to[me], at_receiver[me], to[:, me], axis_name='expert')
@@ -121,8 +121,6 @@ def layout(experts: Weights) -> Weights:
 
 def expert_parallel(flat: Callable[..., tuple[Array, Array]], specs: Weights) -> Callable[..., tuple[Array, Array]]:
   """`flat` on each device's own tokens and experts, summed over `tensor`; drops are summed over all devices."""
-  def of_one(bias: Array) -> Array:
-    return jnp.where(jax.lax.axis_index('tensor') == 0, bias, 0)
 
   def sharded(x: Array, ids: Array, scores: Array, weights: Array, experts: Weights) -> tuple[Array, Array]:
     x, ids, scores, weights = (jax.lax.pcast(a, 'tensor', to='varying') for a in (x, ids, scores, weights))
@@ -130,7 +128,8 @@ def expert_parallel(flat: Callable[..., tuple[Array, Array]], specs: Weights) ->
     experts = jax.lax.pcast(experts, ('data', 'fsdp'), to='varying')
     # The hidden layer is split over `tensor`: each device has a part of the sum, and all have the same drops. The bias
     # of the whole sum is for one of them to add.
-    experts = experts._replace(biases=experts.biases._replace(down=jax.tree.map(of_one, experts.biases.down)))
+    of_one = jax.tree.map(lambda b: jnp.where(jax.lax.axis_index('tensor') == 0, b, 0), experts.biases.down)
+    experts = experts._replace(biases=experts.biases._replace(down=of_one))
     y, dropped = flat(x, ids, scores, weights, experts)
     return jax.lax.psum(y, 'tensor'), jax.lax.psum(dropped, MESH_AXES) / jax.lax.axis_size('tensor')
 
@@ -169,11 +168,12 @@ def moved(group: Group) -> dict[str, int]:
   return found | ({'all_to_all': 2 * others * here * capacity * row} if capacity else {})
 
 
-def lacking_ragged() -> str:
-  """Where the program being traced will run, if that is somewhere without `ragged_all_to_all`; else ''."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  kind = device.device_kind if device is not None else jax.devices()[0].device_kind
-  return kind if platform() == 'cpu' or kind == 'TPU v5 lite' else ''
+def lacking_ragged(mesh: AbstractMesh) -> str:
+  """What the mesh is of, where there is no `ragged_all_to_all` on it; else ''."""
+  device = mesh.abstract_device or jax.devices()[0]
+  # The TPU compiler refuses larger slices of v5e: "limited ICI routing".
+  lacks = device.platform == 'cpu' or device.device_kind == 'TPU v5 lite' and mesh.size > 16
+  return f'{mesh.size} x {device.device_kind}' if lacks else ''
 
 
 # name -> (local dispatcher, a device's own tokens) -> (y of these tokens, dropped)
