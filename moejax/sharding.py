@@ -12,6 +12,7 @@ from typing import TypeVar
 from flax import nnx
 import jax
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moejax.config import check
@@ -81,7 +82,9 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] = ()) -> Mesh:
   devices = devices or jax.devices()
   check(product_problem(cfg, devices))
   shape = dataclasses.astuple(resolved(cfg, len(devices)))
-  return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices[:math.prod(shape)])
+  # What jax.make_mesh does, but it refuses most meshes of a TPU slice: those with an axis along a part of a torus axis.
+  placed = mesh_utils.create_device_mesh(shape, devices[:math.prod(shape)], allow_split_physical_axes=True)
+  return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 def platform() -> str:
@@ -113,6 +116,11 @@ def constrain(x: Array, *axes: str) -> Array:
   divided = (axis if axis and n % math.prod(mesh.shape[name] for name in RULES[axis]) == 0 else ''
              for axis, n in zip(axes, x.shape, strict=True))
   return jax.lax.with_sharding_constraint(x, spec(*divided))
+
+
+def replicated(tree: Tree) -> Tree:
+  """The arrays of a tree laid out whole on every device: what each process of a run can read."""
+  return jax.tree.map(lambda x: constrain(x, *('',) * x.ndim), tree)
 
 
 def is_param(node: object) -> bool:
