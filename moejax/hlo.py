@@ -21,7 +21,7 @@ WIDTHS = {'pred': 8, 'bf16': 16, 'token': 0, 'opaque': 0}   # bits; of any other
 HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) (?:\(.*)?->.*\{$')
 INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$')
 ARRAY = re.compile(r'([a-z]\w*)\[([\d,]*)\]')
-CALLED = re.compile(r'(calls|to_apply|body|condition|branch_computations|true_computation|false_computation)='
+CALLED = re.compile(r'(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation)='
                     r'(\{[^}]*\}|%?[\w.\-]+)')
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 BOUND = re.compile(r'= [su]\d+\[\]\S* constant\((\d+)\)')
@@ -78,10 +78,6 @@ def walk(computations: dict[str, list[Instruction]], entry: str) -> Iterator[tup
   """(computation, collective, how often it runs): once where it starts, not again where it is done."""
   speaks: dict[str, bool] = {}
 
-  def calls(instruction: Instruction) -> list[str]:
-    return [name.strip().lstrip('%') for _, names in CALLED.findall(instruction.rest)
-            for name in names.strip('{}').split(',')]
-
   def has_collective(name: str) -> bool:
     if name not in speaks:
       speaks[name] = any(is_collective(i.op) or any(has_collective(c) for c in calls(i)) for i in computations[name])
@@ -98,6 +94,12 @@ def walk(computations: dict[str, list[Instruction]], entry: str) -> Iterator[tup
             yield from visit(called, times * turns)
 
   return visit(entry, 1)
+
+
+def calls(instruction: Instruction) -> list[str]:
+  """The computations that it runs."""
+  return [name.strip().lstrip('%') for names in CALLED.findall(instruction.rest)
+          for name in names.strip('{}').split(',')]
 
 
 def is_collective(op: str) -> bool:
@@ -162,11 +164,11 @@ def groups_of(rest: str, devices: int) -> np.ndarray:
   if found := re.search(r'replica_groups=\{(.+?)\}(?:,|$)', rest.replace('},{', ';')):
     return numbers(found[1])
   if found := re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', rest):
-    shape, sizes = integers(found[1]), integers(found[2])
-    ids = np.arange(math.prod(sizes)).reshape(sizes)
-    return ids.transpose(integers(found[3]) if found[3] else range(len(sizes))).reshape(shape)
-  if found := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', rest):
-    return of_axes(re.findall(r"'(\w+)'=(\d+)", found[1]), re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[2]))
+    return transposed(found[2], found[3]).reshape(integers(found[1]))
+  if found := re.search(r'replica_groups=mesh\[(.*?)\] \{([^}]*)\}', rest):
+    groups = of_axes(re.findall(r"'(\w+)'=(\d+)", found[1]), re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[2]))
+    ids = re.search(r'device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)', found[1])
+    return transposed(*ids.groups()).reshape(-1)[groups] if ids else groups
   return np.arange(devices)[None]
 
 
@@ -182,6 +184,12 @@ def of_axes(mesh: list[tuple[str, str]], axes: list[tuple[str, str, str]]) -> np
   outside = [i for i in range(len(sizes)) if i not in inside]
   ids = np.arange(math.prod(sizes)).reshape(sizes)
   return ids.transpose(*outside, *inside).reshape(-1, math.prod(sizes[i] for i in inside))
+
+
+def transposed(sizes: str, order: str | None) -> np.ndarray:
+  """Device numbers in an array of these sizes, its dimensions in another order: '2,4', '1,0'."""
+  ids = np.arange(math.prod(integers(sizes))).reshape(integers(sizes))
+  return ids.transpose(integers(order)) if order else ids
 
 
 def numbers(groups: str) -> np.ndarray:
