@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from moejax.attention import AHEAD, KVCache
 from moejax.data import Batch
+from moejax.distributed import replicated
 from moejax.sharding import constrain
 from moejax.transformer import Caches, Transformer
 
@@ -67,7 +68,7 @@ def prefill(model: Transformer, router: Array, prompts: Array, caches: Caches, s
   state = state._replace(caches=caches | out.cache)
   following = jnp.concatenate([prompts[:, 1:], last], 1)
   accepted = jnp.full_like(starts, prompts.shape[1] - 1)
-  return settled(model, router, state, out.hidden, following, accepted, alive), constrain(last[:, 0])
+  return settled(model, router, state, out.hidden, following, accepted, alive), replicated(last[:, 0])
 
 
 @functools.partial(jax.jit, donate_argnums=2)
@@ -82,7 +83,7 @@ def step(model: Transformer, router: Array, state: Decoding, alive: Array, drawi
   accepted = jnp.cumprod(agreed, axis=1).sum(1)
   state = state._replace(caches=state.caches | out.cache)
   state = settled(model, router, state, out.hidden, following, accepted, alive)
-  return state, constrain(following), constrain(accepted + 1)   # every process reads them
+  return state, *replicated((following, accepted + 1))
 
 
 def settled(model: Transformer, router: Array, state: Decoding, hidden: Array, following: Array, accepted: Array,

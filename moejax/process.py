@@ -10,6 +10,8 @@ from types import FrameType
 
 import jax
 
+from moejax.distributed import is_first
+
 
 def keep_compiled_programs() -> None:
   """JAX's persistent cache, also for what compiles fast: a warm start then costs a second. A user's own wins."""
@@ -22,11 +24,12 @@ def keep_compiled_programs() -> None:
 
 @contextlib.contextmanager
 def spoken_log() -> Iterator[None]:
-  """What moejax's own modules log, tokenising or a damaged checkpoint, is for the person at the terminal."""
+  """What moejax's own modules log, tokenising or a damaged checkpoint, is for the person at the terminal; of other
+  processes than the first, errors only."""
   logger, handler = logging.getLogger('moejax'), logging.StreamHandler()
   before = logger.level, logger.propagate
   logger.addHandler(handler)
-  logger.setLevel(logging.INFO)
+  logger.setLevel(logging.INFO if is_first() else logging.ERROR)
   logger.propagate = False
   try:
     yield

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from moejax.data import Batch
+from moejax.distributed import replicated
 from moejax.experiment import ExperimentConfig
 from moejax.interference import interference
 from moejax.moe.bias import BiasState
 from moejax.probe import compact
-from moejax.sharding import constrain, spec
+from moejax.sharding import spec
 from moejax.start import target_of
 from moejax.state import TrainState
 from moejax.step import Metrics, compile_step, eval_step
@@ -52,7 +53,7 @@ def evaluation(model: Transformer, router: BiasState, batch: Batch, cfg: Experim
   """What a validation asks of one batch, the same on every device: sums as `eval_step` gives them, and a probe."""
   sums = eval_step(model, router, batch, cfg)
   probe = compact(sums.pop('expert_ids'), batch.segment_ids > 0, cfg.model.moe.router.num_experts)
-  return jax.tree.map(constrain, sums | {'probe': probe})
+  return replicated(sums | {'probe': probe})
 
 
 def batch_of(cfg: ExperimentConfig, mesh: Mesh) -> Batch:

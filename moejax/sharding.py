@@ -118,11 +118,6 @@ def constrain(x: Array, *axes: str) -> Array:
   return jax.lax.with_sharding_constraint(x, spec(*divided))
 
 
-def replicated(tree: Tree) -> Tree:
-  """The arrays of a tree laid out whole on every device: what each process of a run can read."""
-  return jax.tree.map(lambda x: constrain(x, *('',) * x.ndim), tree)
-
-
 def is_param(node: object) -> bool:
   """For `jax.tree.map(..., is_leaf=is_param)`: stop at a parameter, where its logical axes are written."""
   return isinstance(node, nnx.Variable)

@@ -14,6 +14,7 @@ import optax
 
 from moejax.accumulation import gradients
 from moejax.data import Batch
+from moejax.distributed import replicated
 from moejax.experiment import ExperimentConfig
 from moejax.faults import spoilt
 from moejax.losses import cross_entropy
@@ -56,7 +57,7 @@ def train_step(state: TrainState, batch: Batch, cfg: ExperimentConfig) -> tuple[
     'layers': statistics(sums, state.router, cfg),
     'skipped': ~good, 'skipped_total': new.step - updates_made(new.opt_state),
     'learning_rate': learning_rate(cfg.optim, cfg.steps)(updates_made(state.opt_state))}
-  return new, metrics | task_losses(sums.nll, task_tokens(batch, cfg), cfg)
+  return new, replicated(metrics | task_losses(sums.nll, task_tokens(batch, cfg), cfg))
 
 
 def spiking(state: TrainState, lm_loss: Array, grad_norm: Array, cfg: ExperimentConfig) -> Array:

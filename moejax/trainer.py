@@ -3,6 +3,8 @@
   lock -> data -> mesh -> compile -> restore or initialise -> for each step: batch, step, log, validate, save -> report
 """
 
+import contextlib
+import dataclasses
 import json
 import math
 import pathlib
@@ -13,12 +15,15 @@ import jax
 from moejax.checkpoint import Checkpoints, NoLoadableCheckpoint, RunInUse, SaveFailed, digest, lock
 from moejax.config import ConfigError
 from moejax.data import Data, open_data
+from moejax.distributed import Vote, alike, is_first, together
 from moejax.experiment import CHECKPOINTS, TOKENIZER_FILE, ExperimentConfig, resolved, write_config
 from moejax.faults import pass_by, plan
 from moejax.journal import Journal, open_journal
 from moejax.meshes import mesh_of
 from moejax.process import keep_compiled_programs, spoken_log, stop_signals
 from moejax.programs import Programs, compile_programs
+from moejax.silent import Silent
+from moejax.sources import DataConfig
 from moejax.start import initialised
 from moejax.state import TrainState
 from moejax.step import Metrics
@@ -39,7 +44,10 @@ def train(cfg: ExperimentConfig) -> int:
   keep_compiled_programs()
   try:
     plan()
-    with spoken_log(), lock(cfg.workdir), stop_signals() as received:
+    with spoken_log(), contextlib.ExitStack() as held, stop_signals() as received:
+      with together(RunInUse):
+        if is_first():
+          held.enter_context(lock(cfg.workdir))
       return run(cfg, received)
   except tuple(EXIT_STATUS) as error:
     print(f'{type(error).__name__}: {error}', file=sys.stderr)
@@ -49,27 +57,31 @@ def train(cfg: ExperimentConfig) -> int:
 def run(cfg: ExperimentConfig, received: list[int]) -> int:
   """Everything between holding the run directory and letting it go."""
   workdir = pathlib.Path(cfg.workdir)
-  data = open_data(cfg.data, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=cfg.seed)
-  full = resolved(cfg, data.vocab_size)
+  with together(ConfigError):
+    data = open_data(cfg.data, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=cfg.seed)
+    full = resolved(cfg, data.vocab_size)
+  alike('the data', repr(sorted(data.fingerprint.items())))
+  alike('the config', repr(dataclasses.replace(cfg, workdir='anywhere', data=DataConfig())))
   mesh = mesh_of(full)
   with jax.set_mesh(mesh):
     programs = compile_programs(full, mesh)
     checkpoints = Checkpoints(workdir / CHECKPOINTS, full.checkpoint)
     state = restored(programs.target, checkpoints, data) or initialised(full, programs.target, mesh)
-    write_config(cfg)
-    data.tokenizer.save(workdir / TOKENIZER_FILE)
     about = summarise(full, programs.target, mesh, data, programs.temporaries)
-    (workdir / 'summary.json').write_text(json.dumps(about, indent=2) + '\n')
+    if is_first():
+      write_config(cfg)
+      data.tokenizer.save(workdir / TOKENIZER_FILE)
+      (workdir / 'summary.json').write_text(json.dumps(about, indent=2) + '\n')
     with open_journal(full, data, about['flops_per_token'], int(state.step)) as journal, watch(
         full.hang_after, workdir / f'hang.{jax.process_index()}.txt'):
       journal.say(*lines(about, full))
       if int(state.step):
         journal.say(f'resuming after step {int(state.step)} of {workdir}')
-      return loop(full, data, programs, checkpoints, state, journal, received)
+      return loop(full, data, programs, checkpoints, state, journal, Vote(received, mesh))
 
 
 def loop(cfg: ExperimentConfig, data: Data, programs: Programs, checkpoints: Checkpoints, state: TrainState,
-         journal: Journal, received: list[int]) -> int:
+         journal: Journal | Silent, vote: Vote) -> int:
   """The steps. Metrics are read one step late, so that a device always has the next step to do."""
   done = saved = int(state.step)
   late: list[tuple[int, Metrics]] = []
@@ -84,7 +96,7 @@ def loop(cfg: ExperimentConfig, data: Data, programs: Programs, checkpoints: Che
                        'lower optim.learning_rate, look at the data of these steps, or raise optim.skip_spikes')
 
   end = min(cfg.steps, cfg.stop_after or cfg.steps)
-  while done < end and not received:
+  while not (signal := vote.cast()) and done < end:
     pass_by('step', done + 1)
     state, metrics = programs.train(state, programs.put(data.batch(done, programs.rows)))
     catch_up()
@@ -98,7 +110,7 @@ def loop(cfg: ExperimentConfig, data: Data, programs: Programs, checkpoints: Che
         saved = save(checkpoints, done, state, data, score, journal) or saved
       journal.resume_clock()
   catch_up()
-  early = received or end < cfg.steps
+  early = signal or end < cfg.steps
   final = math.inf if early else validate(cfg, data, programs, state, journal, 0)
   if saved < done and not save(checkpoints, done, state, data, final, journal):
     return 1
@@ -106,14 +118,15 @@ def loop(cfg: ExperimentConfig, data: Data, programs: Programs, checkpoints: Che
     return 1
   checkpoints.close()
   if early:
-    why = f'by signal {received[0]}' if received else 'by stop_after'
+    why = f'by signal {signal}' if signal else 'by stop_after'
     journal.say(f'stopped {why} after step {done} of {cfg.steps}, saved; the same command goes on from here')
-    return 128 + received[0] if received else 0
+    return 128 + signal if signal else 0
   journal.report(digest(state), final)
   return 0
 
 
-def save(checkpoints: Checkpoints, step: int, state: TrainState, data: Data, score: float, journal: Journal) -> int:
+def save(checkpoints: Checkpoints, step: int, state: TrainState, data: Data, score: float,
+         journal: Journal | Silent) -> int:
   """Starts a save. Returns the step, or 0 when that did not go well: training goes on, and the next may."""
   beat('save')
   note_failed_save(checkpoints, journal, wait=True)
@@ -125,7 +138,7 @@ def save(checkpoints: Checkpoints, step: int, state: TrainState, data: Data, sco
   return step
 
 
-def note_failed_save(checkpoints: Checkpoints, journal: Journal, wait: bool = False) -> bool:
+def note_failed_save(checkpoints: Checkpoints, journal: Journal | Silent, wait: bool = False) -> bool:
   """Says so if the last save did not reach the disk; returns whether that is so."""
   try:
     checkpoints.check(wait)
