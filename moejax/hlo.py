@@ -165,10 +165,10 @@ def groups_of(rest: str, devices: int) -> np.ndarray:
     return numbers(found[1])
   if found := re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', rest):
     return transposed(found[2], found[3]).reshape(integers(found[1]))
-  if found := re.search(r'replica_groups=mesh\[(.*?)\] \{([^}]*)\}', rest):
-    groups = of_axes(re.findall(r"'(\w+)'=(\d+)", found[1]), re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[2]))
-    ids = re.search(r'device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)', found[1])
-    return transposed(*ids.groups()).reshape(-1)[groups] if ids else groups
+  if found := re.search(r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? '
+                        r'\{([^}]*)\}', rest):
+    groups = of_axes(re.findall(r"'(\w+)'=(\d+)", found[1]), re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[4]))
+    return transposed(found[2], found[3]).reshape(-1)[groups] if found[2] else groups
   return np.arange(devices)[None]
 
 
