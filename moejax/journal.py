@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
+from moejax.alarms import Alarms, sounding
 from moejax.appended import spared
 from moejax.compressors import gzip_bits_per_byte, xz_bits_per_byte
 from moejax.data import Data
@@ -41,7 +42,7 @@ class Journal:
     self.console = Console(highlight=False, soft_wrap=True, force_jupyter=False)  # plain lines in a notebook, too
     self.bar = Progress(TextColumn('{task.description}'), console=self.console, disable=not self.console.is_terminal)
     self.task = self.bar.add_task('compiling', total=cfg.steps, completed=step)
-    self.usage, self.text = '', ''
+    self.usage, self.text, self.alarms = '', '', Alarms(cfg.model.moe.router.top_k)
     self.compressed: dict[str, float] = {}
     self.resume_clock()
 
@@ -82,11 +83,15 @@ class Journal:
     metrics = jax.device_get(metrics)
     row, layers = training_row(metrics, self.data.bytes_per_token)
     row['tokens_per_second'] = self.tokens / (time.perf_counter() - self.since)
+    seen = metrics['load'], metrics['layers']['dropped']
+    row['alarms'] = sounding(*seen, self.cfg.model.moe.router.top_k)
     row['mfu'] = mfu(row['tokens_per_second'], self.flops_per_token, jax.devices())
     self.metrics.write({'step': step} | row | {'layers': layers})
     self.loads.write({'step': step, 'load': metrics['load'].astype(int).tolist()})
     self.board.scalars(step, row)
     left = (self.cfg.steps - step) * self.cfg.batch_size * self.cfg.seq_len / row['tokens_per_second']
+    for alarm in self.alarms.heard(step, *seen):
+      self.say(alarm)
     line = progress(step, self.cfg.steps, row, left, self.console.width if self.console.is_terminal else 0)
     self.bar.update(self.task, completed=step, description=line)
     if not self.console.is_terminal:
