@@ -326,6 +326,10 @@ def test_a_mesh_changes_nothing_where_there_is_a_grouped_matmul(ffn: Ffn, monkey
   ({'capacity_factor': -1.0}, 'capacity_factor=-1.0'),
   ({'dispatcher': 'sparse_matmul', 'capacity_factor': 1.0}, 'capacity_factor=1.0 has no meaning'),
   ({'drop_by': 'score'}, "drop_by='score' is not one of"),
+  ({'exchange': 'rag'}, "exchange='rag' with dispatcher='sparse_matmul', capacity_factor=0.0: use one of ['auto', 'g"),
+  ({'exchange': 'all_to_all'}, "exchange='all_to_all' with dispatcher='sparse_matmul'"),
+  ({'dispatcher': 'dense_matmul', 'exchange': 'ragged'}, "exchange='ragged' with dispatcher='dense_matmul'"),
+  ({'dispatcher': 'dense_matmul', 'capacity_factor': 1.0, 'exchange': 'gather'}, "exchange='gather' with dispatcher="),
 ])
 def test_a_dispatch_that_cannot_be_is_one_clear_error(fields: dict[str, str | float], named: str) -> None:
   with pytest.raises(ConfigError) as error:
