@@ -51,7 +51,10 @@ def parts_of(cfg: ExperimentConfig) -> list[Part]:
     where = f'{jax.tree_util.keystr(path, simple=True, separator=".")} {list(param.shape)}'
     parts += [Part(number, RULES[axis], names[axis] if axis in names else f'the {{}} {axis} channels of {where}')
               for number, axis in zip(param.shape, axes) if axis and RULES[axis]]
-  return [*{(part.number, part.axes): part for part in reversed(parts)}.values()][::-1]
+  first: dict[tuple[int, tuple[str, ...]], Part] = {}
+  for part in parts:
+    first.setdefault((part.number, part.axes), part)
+  return [*first.values()]
 
 
 def mesh_of(cfg: ExperimentConfig, devices: Sequence[jax.Device] = ()) -> Mesh:
@@ -75,16 +78,16 @@ def nearest(asked: MeshConfig, parts: Sequence[Part], devices: Sequence[jax.Devi
   """In words, with the flags to type, the mesh most like this one that divides all parts.
 
   As many devices as are asked for; if none of those do, all devices, and then fewer and fewer of them. Among those, the
-  fewest sizes changed, and those by the smallest factors.
+  fewest sizes changed, those by the smallest factors, and rather `data` than another.
   """
   full, count = resolved(asked, len(devices)), len(devices)
   wanted = math.prod(dataclasses.astuple(full))
   wanted = wanted if asked.data and wanted < count else count
 
-  def distance(mesh: MeshConfig) -> tuple[int, float]:
-    given = [axis for axis in MESH_AXES if axis != 'data' or asked.data]
-    factors = [abs(math.log2(getattr(mesh, axis) / getattr(full, axis))) for axis in given]
-    return sum(factor > 0 for factor in factors), sum(factors)
+  def distance(mesh: MeshConfig) -> tuple[int, float, float]:
+    data, *others = (abs(math.log2(getattr(mesh, axis) / getattr(full, axis))) for axis in MESH_AXES)
+    factors = [data * (asked.data > 0), *others]
+    return sum(factor > 0 for factor in factors), sum(factors), sum(others)
 
   for number in dict.fromkeys([wanted, *range(count, 0, -1)]) if of_one_process(devices) else [count]:
     if fit := [mesh for mesh in meshes_of(number) if not any(part.problem(mesh) for part in parts)]:
