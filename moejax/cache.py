@@ -1,4 +1,4 @@
-"""Cache files that are whole or not there, whoever writes them at the same time and whoever is killed doing so."""
+"""Files that are whole or not there, whoever writes them at the same time and whoever is killed doing so."""
 import contextlib
 import hashlib
 import logging
@@ -12,6 +12,13 @@ import numpy as np
 from moejax.config import ConfigError
 
 logger = logging.getLogger('moejax')
+
+
+def write_whole(path: Path, text: str) -> None:
+  """A file with this text, or what was there before; a link in its place is not followed."""
+  temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')
+  temporary.write_bytes(text.encode())
+  temporary.replace(path)
 
 
 def cached(path: Path, build: Callable[[], Iterable[bytes]]) -> np.ndarray:
@@ -30,7 +37,7 @@ def cached(path: Path, build: Callable[[], Iterable[bytes]]) -> np.ndarray:
 
 
 def _is_whole(path: Path) -> bool:
-  if not path.exists():
+  if not path.is_file() or path.is_symlink():  # a link is replaced by a file, and its target is not touched
     return False
   data = np.memmap(path, np.uint8, 'r') if path.stat().st_size else np.zeros(0, np.uint8)
   whole = data[-32:].tobytes() == _seal(path, data[:-32]).digest()

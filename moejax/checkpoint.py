@@ -5,21 +5,22 @@ A flipped bit in an array file restores without an error and wrong: believe noth
 """
 import contextlib
 import dataclasses
+import importlib.metadata
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TypeVar
 
 import jax
 
 from moejax.config import ConfigError, check
-from moejax.distributed import agreed, everywhere
-from moejax.faults import pass_by
+from moejax.distributed import agreed
 from moejax.fingerprint import accept_problem, expect_same
 from moejax.leaves import NOT_DAMAGE, meta_everywhere, meta_in, read_leaves
-from moejax.manifest import Meta, digest, digests, flatten, kinds, seal
+from moejax.manifest import Meta, digest, digests, flatten, kinds
 from moejax.rundir import RunInUse, Steps, kept, lock
+from moejax.writer import SaveFailed, Writer
 
 __all__ = ['CheckpointConfig', 'Checkpoints', 'Meta', 'NoLoadableCheckpoint', 'RunInUse', 'SaveFailed',
            'digest', 'digests', 'lock']
@@ -46,53 +47,32 @@ class NoLoadableCheckpoint(RuntimeError):
   """Checkpoints exist and none can be loaded: starting from scratch would bury them."""
 
 
-class SaveFailed(RuntimeError):
-  """A save did not reach the disk; what it left is removed, and the next one may go well."""
-
-
 class Checkpoints:
-  """The checkpoints in a directory. The writer holds `lock`; a reader (readonly) makes and deletes nothing.
-
-  On Orbax's AsyncCheckpointer, not its CheckpointManager: that one believes any directory with an integer
-  name, lets a NaN be the best, and deletes in place, so that half a step stays when it is killed there.
-  """
+  """The checkpoints in a directory. The writer holds `lock`; a reader (readonly) makes and deletes nothing."""
 
   def __init__(self, directory: str | os.PathLike, cfg: CheckpointConfig, readonly: bool = False) -> None:
-    import orbax.checkpoint  # here: it is a quarter of the time that importing moejax may take
-    self._orbax, self.steps = orbax.checkpoint, Steps(directory, ('state', 'meta'))
+    self.steps = Steps(directory, ('state', 'meta'))
     self._keep, self._accept = (cfg.keep_latest, cfg.keep_every, cfg.keep_best), cfg.accept
     self._metrics: dict[int, float] = {}
     self._bad: list[int] = []
     if not readonly:
       self.steps.directory.mkdir(parents=True, exist_ok=True)
-      last = orbax.checkpoint.AsyncOptions(post_finalization_callback=lambda: pass_by('commit'))
-      self._saver = orbax.checkpoint.AsyncCheckpointer(
-        orbax.checkpoint.CompositeCheckpointHandler(), async_options=last)
-      self.steps.clean()
+      self._writer = Writer(self.steps)
 
   def save(self, step: int, tree: object, fingerprint: Mapping[str, str], metric: float = math.inf) -> None:
     """Starts a save and returns when the arrays may be donated; `check` and `close` tell how it ended."""
     self.check(wait=True)
-    self.steps.clean()
     if (newest := max({*self.steps.all()} - {*self._bad}, default=-1)) >= step:
       raise ValueError(f'step={step} is not after {newest}, the newest in {self.steps.directory}')
     while self._bad:  # only now: a run that dies before its first save leaves the evidence
       self.steps.delete(self._bad.pop())
-    leaves, args = flatten(tree), self._orbax.args
-    versions = {'jax': jax.__version__, 'orbax': self._orbax.__version__}
-    meta = Meta(metric, dict(fingerprint), versions, kinds(leaves), digests(leaves))
-    full = {path: leaf for path, leaf in leaves.items() if leaf.size}  # Orbax refuses empty arrays
-    pieces = dict.fromkeys(full, self._orbax.SaveArgs(chunk_byte_size=1 << 26))  # or Orbax encodes large leaves whole
-    with self._save_errors():
-      self._saver.save(self.steps.path(step), args=args.Composite(
-        state=args.PyTreeSave(full, pieces, ocdbt_target_data_file_size=1 << 27), meta=args.JsonSave(seal(meta))))
-      pass_by('save')
+    leaves = flatten(tree)
+    versions = {name: importlib.metadata.version(name) for name in ('jax', 'orbax-checkpoint')}
+    self._writer.start(step, leaves, Meta(metric, dict(fingerprint), versions, kinds(leaves), digests(leaves)))
 
   def check(self, wait: bool = False) -> None:
     """Raises SaveFailed, once, if the last save failed; deletes what need not be kept."""
-    if wait or jax.process_count() == 1:  # many processes are of one mind when all wait
-      with self._save_errors():
-        (self._saver.wait_until_finished if wait else self._saver.check_for_errors)()
+    self._writer.check(wait)
     steps = [step for step in self.steps.all() if step not in self._bad]
     self._metrics = {s: self._metrics[s] if s in self._metrics else self._metric(s) for s in steps}
     for step in set(steps) - kept(self._metrics, *self._keep):
@@ -101,7 +81,7 @@ class Checkpoints:
   def close(self) -> None:
     """Waits for the save in flight; raises SaveFailed as `check` does."""
     self.check(wait=True)
-    self._saver.close()
+    self._writer.close()
 
   def restore(self, target: T, fingerprint: Mapping[str, str], only: tuple[str, ...] = ('',)
               ) -> tuple[int, T, Meta] | None:
@@ -144,15 +124,3 @@ class Checkpoints:
     with contextlib.suppress(Exception):  # damage is for restore to tell
       return meta_in(self.steps.path(step)).metric
     return math.inf
-
-  @contextlib.contextmanager
-  def _save_errors(self) -> Iterator[None]:
-    failure: list[Exception] = []
-    try:
-      yield
-    except Exception as error:
-      failure = [error]
-    if not everywhere(not failure):
-      self.steps.clean()
-      text = f'{type(failure[0]).__name__}: {failure[0]}' if failure else 'another process could not save'
-      raise SaveFailed(f'{self.steps.directory}: {text}') from (failure[0] if failure else None)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+from moejax.cache import write_whole
 from moejax.checkpoint import CheckpointConfig
 from moejax.config import check, from_config_dict
 from moejax.losses import LossConfig
@@ -11,6 +12,7 @@ from moejax.moe.balance import BalanceConfig, misfits
 from moejax.optim import OptimConfig
 from moejax.sharding import MeshConfig
 from moejax.sources import DataConfig
+from moejax.tensors import read_json
 from moejax.transformer import ModelConfig
 from moejax.upcycle import UpcycleConfig
 
@@ -89,9 +91,8 @@ class ExperimentConfig:
 
 def write_config(cfg: ExperimentConfig) -> None:
   """Leaves the config in its run directory, for whoever reads the run later."""
-  path = pathlib.Path(cfg.workdir) / CONFIG_FILE
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + '\n')
+  pathlib.Path(cfg.workdir).mkdir(parents=True, exist_ok=True)
+  write_whole(pathlib.Path(cfg.workdir) / CONFIG_FILE, json.dumps(dataclasses.asdict(cfg), indent=2) + '\n')
 
 
 def read_config(workdir: str) -> ExperimentConfig:
@@ -100,9 +101,8 @@ def read_config(workdir: str) -> ExperimentConfig:
   Raises:
     ConfigError: there is none, or it does not fit this version.
   """
-  path = pathlib.Path(workdir) / CONFIG_FILE
-  check('' if path.is_file() else f'workdir={workdir!r} holds no {CONFIG_FILE}: name the directory of a run')
-  found = json.loads(path.read_text())
+  found = read_json(pathlib.Path(workdir), CONFIG_FILE)
+  check('' if found else f'workdir={workdir!r} holds no {CONFIG_FILE}: name the directory of a run')
   check(f'workdir={workdir!r} holds a published model: import it with `python -m moejax.hf import {workdir} --out=DIR` '
         'and name DIR' if 'model_type' in found else '')
   return from_config_dict(ExperimentConfig, found | {'workdir': workdir})

@@ -30,9 +30,8 @@ def expect_same(path: str, kinds: tuple[Mapping[str, str], Mapping[str, str]],
   causes = {name for found in of.values() for name in found} - {'model'} or {'data'}
   of = {k: found or causes for k, found in of.items()}
   refused = [lines[k] for k in lines if not {*names(accept)} >= of[k]]
-  remedy = 'give it or a new workdir'
-  if not problems:
-    remedy += f', or --config.checkpoint.accept={",".join(sorted({*names(accept)}.union(*of.values())))} to go on anyway'
+  remedy, all_of_it = 'give it or a new workdir', ','.join(sorted({*names(accept)}.union(*of.values())))
+  remedy += '' if problems else f', or --config.checkpoint.accept={all_of_it} to go on all the same'
   check(*(f'{path}: another config; {remedy}' for _ in [*refused, *problems][:1]), *refused, *problems.values())
   return [line for line in lines.values() if line not in refused]
 

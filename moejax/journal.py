@@ -48,7 +48,6 @@ class Journal:
 
   def __enter__(self) -> 'Journal':
     self.bar.start()
-    # Seconds of work that nothing waits for; a daemon, so that it holds up no exit.
     threading.Thread(target=self.compress, daemon=True).start()
     return self
 
@@ -61,8 +60,14 @@ class Journal:
     """Lines for the person at the terminal, above the progress bar where there is one."""
     self.console.print(*lines, sep='\n', markup=False)
 
+  def save_failed(self, step: int, why: str) -> None:
+    """Tells of a save that did not reach the disk. saves_failed is a row of its own: no other has another number."""
+    self.say(f'save of step {step} failed, {why}')
+    self.metrics.write({'step': step, 'saves_failed': 1})
+    self.board.scalars(step, {'saves_failed': 1})
+
   def compress(self) -> None:
-    """What gzip and xz make of the held-out text, found in the background."""
+    """What gzip and xz make of the held-out text: seconds of work that nothing waits for, and that hold up no exit."""
     training, text = self.data.train_text(), self.data.validation_text()
     self.compressed = {'gzip': gzip_bits_per_byte(training, text)}
     self.compressed['xz'] = xz_bits_per_byte(training, text)
@@ -106,10 +111,9 @@ class Journal:
     self.board.scalars(step, row)
     self.board.text('sample', text, step)
     self.images(step)
-    self.text = text
-    self.usage = (f'{100 * row["eval/expert_usage"]:.0f}% of experts used, MaxVio {row["eval/max_vio"]:.2f} '
-                  f'(noise {row["eval/noise_floor"]:.2f}), load '
-                  + ' '.join(f'[{load_bars(layer)}]' for layer in sums['load']))
+    self.text, self.usage = text, (
+      f'{100 * row["eval/expert_usage"]:.0f}% of experts used, MaxVio {row["eval/max_vio"]:.2f} (noise '
+      f'{row["eval/noise_floor"]:.2f}), load ' + ' '.join(f'[{load_bars(layer)}]' for layer in sums['load']))
     others = ''.join(f', {name} {value:.3f}' for name, value in self.compressed.items())
     bpb, tokens = row['eval/bits_per_byte'], int(sums['task_tokens'].sum())
     self.say(f'step {step}: {bpb:.4f} bits per byte of held-out text ({tokens} tokens{others}); {self.usage}')
@@ -124,8 +128,7 @@ class Journal:
   def report(self, digest: str, bpb: float) -> None:
     """The last words, also as report.json."""
     rows = self.metrics.rows()
-    last = at_step(rows, self.cfg.steps)
-    watched = monitors(last)
+    watched = monitors(last := at_step(rows, self.cfg.steps))
     report = {'bits_per_byte': bpb, 'best_bits_per_byte': best(rows, bpb), 'not_finite': not_finite(rows),
               'digest': digest, **self.compressed, **watched, 'saturation': self.saturation(last)}
     with spared(self.workdir / 'report.json'):

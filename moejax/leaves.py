@@ -6,14 +6,14 @@ or the leaf, or nothing; a person wants to know which file to fetch again.
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from moejax.distributed import everywhere
+from moejax.distributed import together
 from moejax.manifest import Meta, digests, unseal
 
 TABLE, MANIFEST = '_METADATA', 'manifest.ocdbt'  # of Orbax: which leaves there are, where the tree begins
@@ -49,14 +49,12 @@ def read_leaves(directory: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], sum
     except Exception as error:
       return _told(directory, [path], error)
 
-  bad, loaded = [*_odd_files(directory)], {}
-  if not bad:
+  with together(Damaged):
+    _expect_tables(directory)
     with ThreadPoolExecutor() as pool:  # Orbax is loud of the others when one fails
       loaded = dict(zip(wanted, pool.map(load, wanted)))
-    bad = [leaf for leaf in loaded.values() if isinstance(leaf, Damaged)]
-  if not everywhere(not bad):
-    more = f' (and {len(bad) - 1} more)' if bad[1:] else ''
-    raise Damaged(f'{bad[0]}{more}' if bad else 'another process could not read its part')
+    if bad := [leaf for leaf in loaded.values() if isinstance(leaf, Damaged)]:
+      raise Damaged(f'{bad[0]}' + (f' (and {len(bad) - 1} more)' if bad[1:] else ''))
   if wrong := [path for path, value in digests(loaded).items() if value != sums[path]]:
     raise _told(directory, wrong, ValueError('does not match its digest'))
   return [*loaded.values()]
@@ -69,15 +67,10 @@ def meta_in(path: Path) -> Meta:
 
 def meta_everywhere(path: Path) -> Meta:
   """The same where every process can read it, and nothing in the directory is a link. All processes call it."""
-  failure: list[Exception] = []
-  try:
+  with together(Exception):
     expect_plain(path)
     meta = meta_in(path)
-  except Exception as error:
-    failure = [error]
-  if everywhere(not failure):
-    return meta
-  raise [*failure, Damaged('another process could not read meta/metadata')][0]
+  return meta
 
 
 def expect_plain(directory: Path) -> None:
@@ -88,15 +81,15 @@ def expect_plain(directory: Path) -> None:
         raise Damaged(f'{path.relative_to(directory)} is a link, and links are not followed: put a copy in its place')
 
 
-def _odd_files(directory: Path) -> Iterator[Damaged]:
-  """What Orbax would tell without the name of a file, and with other errors from threads that it leaves behind."""
+def _expect_tables(directory: Path) -> None:
+  """Damaged for what Orbax tells without a file's name, and with more errors from threads that it leaves behind."""
   if not (directory / MANIFEST).exists():
-    yield Damaged(f'file {directory.name}/{MANIFEST}: missing, and every leaf with it')
+    raise Damaged(f'file {directory.name}/{MANIFEST}: missing, and every leaf with it')
   for path in (directory / TABLE, *sorted(directory.glob('array_metadatas/*'))):
     try:
       json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-      yield Damaged(f'file {path.relative_to(directory.parent)}: {type(error).__name__}')
+      raise Damaged(f'file {path.relative_to(directory.parent)}: {type(error).__name__}') from error
 
 
 def _told(directory: Path, leaves: Sequence[str], error: Exception) -> Damaged:

@@ -25,6 +25,9 @@ class Silent:
   def say(self, *lines: str) -> None:
     """The first process says it."""
 
+  def save_failed(self, step: int, why: str) -> None:
+    """The first process says it."""
+
   def resume_clock(self) -> None:
     """There is none."""
 

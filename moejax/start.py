@@ -11,10 +11,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.config import ConfigError, check
 from moejax.experiment import ExperimentConfig
+from moejax.fingerprint import parts
 from moejax.generate import read_model, run_in
 from moejax.manifest import kinds
 from moejax.sharding import shardings
 from moejax.state import TrainState, init_state, shapes_of
+from moejax.transformer import ModelConfig
 from moejax.upcycle import misfits, not_dense, outcome, upcycle
 
 log = logging.getLogger(__name__)
@@ -74,6 +76,12 @@ def undivided(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
   axes = [None if size == 1 else axis for size, axis in itertools.zip_longest(leaf.shape, leaf.sharding.spec)]
   where = NamedSharding(leaf.sharding.mesh, PartitionSpec(*axes))
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+def computed(model: ModelConfig) -> dict[str, str]:
+  """What a model computes, and in which dtype, for the fingerprint of its checkpoints."""
+  free = tuple(f'{name}.' for name in FREE - {'model.dtype'})
+  return {name: value for name, value in parts(model, 'model.') if not f'{name}.'.startswith(free)}
 
 
 def differences(here: object, there: object, path: str = 'model.') -> Iterator[str]:

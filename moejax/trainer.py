@@ -12,19 +12,21 @@ import sys
 
 import jax
 
+from moejax.cache import write_whole
 from moejax.checkpoint import Checkpoints, NoLoadableCheckpoint, RunInUse, SaveFailed, digest, lock
 from moejax.config import ConfigError
 from moejax.data import Data, open_data
 from moejax.distributed import Vote, alike, is_first, together
-from moejax.experiment import CHECKPOINTS, TOKENIZER_FILE, ExperimentConfig, resolved, write_config
+from moejax.experiment import CHECKPOINTS, TOKENIZER_FILE, ExperimentConfig, read_config, resolved, write_config
 from moejax.faults import pass_by, plan
+from moejax.fingerprint import changes
 from moejax.journal import Journal, open_journal
 from moejax.meshes import mesh_of
 from moejax.process import keep_compiled_programs, spoken_log, stop_signals
 from moejax.programs import Programs, compile_programs
 from moejax.silent import Silent
 from moejax.sources import DataConfig
-from moejax.start import initialised
+from moejax.start import computed, initialised
 from moejax.state import TrainState
 from moejax.step import Metrics
 from moejax.summary import lines, summarise
@@ -45,7 +47,7 @@ def train(cfg: ExperimentConfig) -> int:
   try:
     plan()
     with spoken_log(), contextlib.ExitStack() as held, stop_signals() as received:
-      with together(RunInUse):
+      with together(RunInUse, ConfigError):
         if is_first():
           held.enter_context(lock(cfg.workdir))
       return run(cfg, received)
@@ -60,6 +62,7 @@ def run(cfg: ExperimentConfig, received: list[int]) -> int:
   with together(ConfigError):
     data = open_data(cfg.data, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=cfg.seed)
     full = resolved(cfg, data.vocab_size)
+  data = dataclasses.replace(data, fingerprint=data.fingerprint | computed(full.model))
   alike('the data', repr(sorted(data.fingerprint.items())))
   alike('the config', repr(dataclasses.replace(cfg, workdir='anywhere', data=DataConfig())))
   mesh = mesh_of(full)
@@ -68,15 +71,16 @@ def run(cfg: ExperimentConfig, received: list[int]) -> int:
     checkpoints = Checkpoints(workdir / CHECKPOINTS, full.checkpoint)
     state = restored(programs.target, checkpoints, data) or initialised(full, programs.target, mesh)
     about = summarise(full, programs.target, mesh, data, programs.temporaries)
+    changed = changed_since(cfg)
     if is_first():
       write_config(cfg)
-      data.tokenizer.save(workdir / TOKENIZER_FILE)
-      (workdir / 'summary.json').write_text(json.dumps(about, indent=2) + '\n')
+      write_whole(workdir / TOKENIZER_FILE, data.tokenizer.json_text)
+      write_whole(workdir / 'summary.json', json.dumps(about, indent=2) + '\n')
     with open_journal(full, data, about['flops_per_token'], int(state.step)) as journal, watch(
         full.hang_after, workdir / f'hang.{jax.process_index()}.txt'):
       journal.say(*lines(about, full))
       if int(state.step):
-        journal.say(f'resuming after step {int(state.step)} of {workdir}')
+        journal.say(f'resuming after step {int(state.step)} of {workdir}', *changed)
       return loop(full, data, programs, checkpoints, state, journal, Vote(received, mesh))
 
 
@@ -112,9 +116,9 @@ def loop(cfg: ExperimentConfig, data: Data, programs: Programs, checkpoints: Che
   catch_up()
   early = signal or end < cfg.steps
   final = math.inf if early else validate(cfg, data, programs, state, journal, 0)
-  if saved < done and not save(checkpoints, done, state, data, final, journal):
-    return 1
-  if note_failed_save(checkpoints, journal, wait=True):
+  unsaved = saved < done and not save(checkpoints, done, state, data, final, journal)
+  if note_failed_save(checkpoints, journal, wait=True) or unsaved:
+    journal.say(f'the last save failed: give the same command again when {cfg.workdir} can be written to')
     return 1
   checkpoints.close()
   if early:
@@ -133,7 +137,7 @@ def save(checkpoints: Checkpoints, step: int, state: TrainState, data: Data, sco
   try:
     checkpoints.save(step, state, data.fingerprint, score)
   except SaveFailed as error:
-    journal.say(f'{error}')
+    journal.save_failed(error.step, f'training goes on: {error}')
     return 0
   return step
 
@@ -143,9 +147,16 @@ def note_failed_save(checkpoints: Checkpoints, journal: Journal | Silent, wait: 
   try:
     checkpoints.check(wait)
   except SaveFailed as error:
-    journal.say(f'a save failed, training goes on: {error}')
+    journal.save_failed(error.step, f'training goes on: {error}')
     return True
   return False
+
+
+def changed_since(cfg: ExperimentConfig) -> list[str]:
+  """How the config differs from the one that the run had last; nothing where that cannot be read."""
+  with contextlib.suppress(ConfigError):
+    return [f'changed since: {line}' for line in changes(read_config(cfg.workdir), cfg)]
+  return []
 
 
 def restored(target: TrainState, checkpoints: Checkpoints, data: Data) -> TrainState | None:

@@ -1,0 +1,72 @@
+"""The save in flight: leaves go to the disk while training goes on, and get their name when all of them are there.
+
+On Orbax's AsyncCheckpointer, not its CheckpointManager: that one believes any directory with an integer name, lets a
+NaN be the best, and deletes in place, so that half a step stays when it is killed there.
+"""
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+
+import jax
+
+from moejax.distributed import together
+from moejax.faults import pass_by
+from moejax.manifest import Meta, seal
+from moejax.rundir import Steps
+
+
+class SaveFailed(RuntimeError):
+  """The save of `step` did not reach the disk; what it left is removed, and the next one may go well."""
+
+  def __init__(self, step: int, reason: str) -> None:
+    super().__init__(reason)
+    self.step = step
+
+
+class Writer:
+  """Writes steps, one at a time. Every process calls it alike."""
+
+  def __init__(self, steps: Steps) -> None:
+    import orbax.checkpoint  # here: it is a quarter of the time that importing moejax may take
+    self._orbax, self._steps, self._step = orbax.checkpoint, steps, 0
+    logging.getLogger('absl').addFilter(_is_news)
+    last = orbax.checkpoint.AsyncOptions(post_finalization_callback=lambda: pass_by('commit'))
+    handler = orbax.checkpoint.CompositeCheckpointHandler()
+    self._saver = orbax.checkpoint.AsyncCheckpointer(handler, async_options=last)
+    steps.clean()
+
+  def start(self, step: int, leaves: Mapping[str, jax.Array], meta: Meta) -> None:
+    """Returns when the arrays may be donated; not while another save is in flight. Raises SaveFailed."""
+    self._steps.clean()  # what a failed one still wrote after it was told
+    self._step, args = step, self._orbax.args
+    full = {path: leaf for path, leaf in leaves.items() if leaf.size}  # Orbax refuses empty arrays
+    pieces = dict.fromkeys(full, self._orbax.SaveArgs(chunk_byte_size=1 << 26))  # or Orbax encodes large leaves whole
+    with self._errors():
+      self._saver.save(self._steps.path(step), args=args.Composite(
+        state=args.PyTreeSave(full, pieces, ocdbt_target_data_file_size=1 << 27), meta=args.JsonSave(seal(meta))))
+      pass_by('save')
+
+  def check(self, wait: bool) -> None:
+    """Raises SaveFailed, once, if the last save failed."""
+    if wait or jax.process_count() == 1:  # many processes are of one mind when all wait
+      with self._errors():
+        (self._saver.wait_until_finished if wait else self._saver.check_for_errors)()
+
+  def close(self) -> None:
+    """Nothing is left to be written."""
+    self._saver.close()
+
+  @contextlib.contextmanager
+  def _errors(self) -> Iterator[None]:
+    try:
+      with together(Exception):
+        yield
+    except Exception as error:
+      self._steps.clean()
+      reason = f'{error}'.partition(' [os_error_code')[0].rpartition(': ')[2]
+      raise SaveFailed(self._step, f'{self._steps.path(self._step)}: {reason}') from error
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+  """Not the errors of Orbax's threads: they come out of `check`, in one line."""
+  return not (record.exc_info and 'orbax' in record.pathname)
