@@ -96,6 +96,7 @@ def loop(cfg: ExperimentConfig, data: Data, programs: Programs, checkpoints: Che
       beat()
       note_failed_save(checkpoints, journal)
       if journal.skips_in_a_row >= cfg.stop_after_skips:
+        note_failed_save(checkpoints, journal, wait=True)   # the one in flight would die with this process
         raise Diverged(f'the last {journal.skips_in_a_row} steps had no usable loss or gradient and were skipped: '
                        'lower optim.learning_rate, look at the data of these steps, or raise optim.skip_spikes')
 
