@@ -1,35 +1,35 @@
 """Trains a Mixture-of-Experts language model; the same command again goes on where it stopped.
 
   python train.py                                       configs/tiny.py: ten minutes on two CPU cores
-  python train.py --config=FILE[:VARIANT] --workdir=DIR another experiment, its run in DIR
-  python train.py --config.steps=100 --config.model.num_layers=2
+  python train.py --config=FILE[:VARIANT] --workdir=DIR --config.steps=100     another experiment, its run in DIR
+  python train.py --plan --topology=v5p:8x8x8           what that would take there; --plan=fit looks for a mesh
   python train.py --coordinator=HOST:PORT --num_processes=N --process_id=I     one of N; on TPU and Slurm by itself
 
-Exit status: 0 done, 2 bad config, 3 no checkpoint loads, 4 diverged, 5 run directory in use, 6 hung, 143 or 130 signal
+Exit status: 0 done, 2 bad config or no fit, 3 no checkpoint loads, 4 diverged, 5 directory in use, 6 hung, 128+ signal
 """
 import os
 import sys
 
 
 def main(argv: list[str]) -> int:
-  """Parses, then trains; returns the exit status."""
-  from moejax import flags, launch
-  from moejax.config import ConfigError
-  from moejax.experiment import ExperimentConfig
-  default = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configs', 'tiny.py')
-  if {'-h', '--help'} & set(argv):
-    print(f'{__doc__}\nEvery field of the config, as it stands in the file:\n'
-          f'{flags.describe(argv, ExperimentConfig, default)}')
-    return 0
+  """Parses, then trains, or plans; returns the exit status."""
+  from moejax import config, topology
   try:
+    mode, where, argv = topology.asked(argv)   # first of all: it sets what JAX reads when it is imported
+    from moejax import experiment, flags, launch
+    args = argv, experiment.ExperimentConfig, os.path.join(os.path.dirname(__file__), 'configs/tiny.py')
+    if {'-h', '--help'} & set(argv):
+      print(__doc__, 'Every field of the config, as it stands in the file:', flags.describe(*args), sep='\n')
+      return 0
     here, argv = launch.launched(argv)
-    config = flags.parse(argv, ExperimentConfig, default)
-    launch.connect(here)
-  except ConfigError as error:
+    cfg = flags.parse(argv, *args[1:])
+    if not where:
+      launch.connect(here)
+  except config.ConfigError as error:
     print(f'train.py cannot start; mend this and try again:\n{error}', file=sys.stderr)
     return 2
-  from moejax.trainer import train
-  return train(config)
+  from moejax import plan, trainer
+  return plan.plan(cfg, mode, where) if where else trainer.train(cfg)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,198 @@
+"""Which mesh, remat and number of micro-batches may fit and be fast, from shapes alone: nothing is compiled.
+
+  config, mesh -> bytes of one device by kind, and seconds of a step -> the candidates, fastest first
+
+A guess to order candidates by; the compiler then has the word. Terms that it has been compared with are in
+tests/test_plan.py.
+
+Letters: B batch, S sequence, D model, F FFN hidden, E experts, K experts per token, T tokens of one device in one
+micro-batch, R rows that its experts have room for.
+"""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from moejax.config import ConfigError
+from moejax.cost import count_parameters
+from moejax.experiment import ExperimentConfig
+from moejax.hlo import Collective
+from moejax.meshes import meshes_of, parts_of
+from moejax.moe.dispatch import exchange_of
+from moejax.moe.exchange import Group, moved
+from moejax.roofline import bounds, least, step_flops
+from moejax.sharding import RULES, MeshConfig, is_param, make_mesh, param_axes
+from moejax.state import shapes_of
+from moejax.topology import Topology
+from moejax.transformer import Transformer
+
+# Bytes a token and layer that 'dots' and 'none' keep beside the residual, in numbers of the compute dtype: see `kept`.
+SOME = 0.95   # of a chip's memory is what a guess may fill
+
+
+class Guess(NamedTuple):
+  """A config that differs from the user's in mesh, remat and micro-batches."""
+
+  cfg: ExperimentConfig
+  memory: dict[str, float]   # kind -> bytes on one device
+  seconds: float             # of a step, at least
+
+
+class Shapes(NamedTuple):
+  """A model's parameters: (numbers, logical axes, is it a stack of layers) of each."""
+
+  model: Transformer
+  rows: tuple[tuple[int, tuple[str, ...], bool], ...]
+
+  def count(self, mesh: MeshConfig, *whole: str) -> float:
+    """Numbers on one device; over the mesh axes `whole` they are not split."""
+    return sum(size / shards(mesh, axes, whole) for size, axes, _ in self.rows)
+
+
+def shapes(cfg: ExperimentConfig) -> Shapes:
+  """Of a config's model."""
+  model = shapes_of(cfg).model
+  params = [p for p in jax.tree.leaves(model, is_leaf=is_param) if is_param(p)]
+  return Shapes(model, tuple((math.prod(p.shape), param_axes(p), param_axes(p)[0] == 'layer') for p in params))
+
+
+def shards(mesh: MeshConfig, axes: Sequence[str], whole: Sequence[str]) -> int:
+  """Into how many parts an array of these logical axes is cut."""
+  return math.prod(getattr(mesh, name) for axis in axes if axis for name in RULES[axis] if name not in whole)
+
+
+def tokens_of(cfg: ExperimentConfig, mesh: MeshConfig) -> int:
+  """T."""
+  return cfg.batch_size // cfg.micro_batches * cfg.seq_len // (mesh.data * mesh.fsdp * mesh.expert)
+
+
+def exchanged(cfg: ExperimentConfig, mesh: MeshConfig, topology: Topology) -> tuple[float, float]:
+  """(bytes that a device sends over `expert` in one layer's forward pass, R)."""
+  model, tokens = cfg.model, tokens_of(cfg, mesh)
+  router, here = model.moe.router, model.moe.router.num_experts // mesh.expert
+  itemsize = np.dtype(np.float32).itemsize if model.dtype == 'float32' else 2
+  group = Group(mesh.expert, tokens, router.top_k, router.num_experts, model.d_model, itemsize, 0)
+  if mesh.expert == 1:
+    return 0.0, tokens * router.top_k
+  lacking = topology.text if topology.compiler == 'cpu' or topology.chip.kind == 'TPU v5 lite' else ''
+  name = exchange_of(model.moe.dispatch, group, lacking) if not model.moe.dispatch.capacity_factor else 'gather'
+  rows = mesh.expert * tokens * min(router.top_k, here if name == 'ragged' else router.top_k)
+  return moved(group)[name], rows
+
+
+def kept(cfg: ExperimentConfig, mesh: MeshConfig, rows: float) -> float:
+  """Numbers of the compute dtype that the forward pass of one micro-batch keeps for the backward pass."""
+  model, tokens = cfg.model, tokens_of(cfg, mesh)
+  attention, moe, layers = model.attention, model.moe, model.num_layers + model.mtp_depth
+  residual = tokens * model.d_model
+  if model.remat == 'full':
+    return layers * residual
+  latent = attention.latent
+  low = (latent.kv_rank + latent.q_rank) if latent.kv_rank else 0
+  heads = attention.num_heads * (4 * attention.d_head + 2 * (latent.d_rope if latent.kv_rank else 0)) / mesh.tensor
+  shared = 2 * moe.num_shared * moe.d_expert / mesh.tensor
+  dots = tokens * (heads + low + shared + model.d_model)
+  dense = tokens * 2 * model.d_ff / mesh.tensor * model.num_dense_layers
+  if model.remat == 'dots':
+    return layers * (residual + dots) + dense
+  scores = 2 * tokens * cfg.seq_len * attention.num_heads / mesh.tensor
+  experts = rows * (model.d_model + 3 * moe.d_expert / mesh.tensor) + 6 * residual
+  return layers * (residual + 2 * dots + scores + experts) + 2 * dense
+
+
+def at_work(cfg: ExperimentConfig, mesh: MeshConfig, found: Shapes, rows: float, topology: Topology) -> float:
+  """Bytes of the backward pass of one block, or of the head: weights gathered over fsdp, rows of experts, scores."""
+  model, tokens = cfg.model, tokens_of(cfg, mesh)
+  itemsize = 4 if model.dtype == 'float32' else 2
+  layers = model.num_layers + model.mtp_depth
+  weights = sum(size / shards(mesh, axes, ('fsdp',)) for size, axes, stacked in found.rows if stacked) / layers
+  heads = model.attention.num_heads / mesh.tensor
+  is_fused = topology.chip is not None and (topology.compiler == 'gpu' or not topology.chip.torus)
+  scores = 0.0 if is_fused else heads * tokens * cfg.seq_len * 8 * (5 / 8 if topology.compiler == 'cpu' else 1)
+  experts = rows * (4 * model.d_model + 4 * model.moe.d_expert / mesh.tensor) * itemsize
+  block = weights * itemsize * 3 + max(scores, experts) + 12 * tokens * model.d_model * itemsize
+  vocab = model.vocab_size / mesh.tensor
+  head = tokens / cfg.loss.chunks * vocab * 8 + model.d_model * vocab * (itemsize * 2 + 4)
+  return max(block, head)
+
+
+def memory(cfg: ExperimentConfig, found: Shapes, topology: Topology) -> dict[str, float]:
+  """Kind -> bytes on one device, at the fullest moment of a step."""
+  mesh, itemsize = cfg.mesh, 4 if cfg.model.dtype == 'float32' else 2
+  own = 4 * found.count(mesh)
+  _, rows = exchanged(cfg, mesh, topology)
+  return {
+    'parameters': own, 'optimiser': 2 * own, 'gradients': own * (2 if cfg.micro_batches > 1 else 1),
+    'activations': kept(cfg, mesh, rows) * itemsize,
+    'other temporaries': at_work(cfg, mesh, found, rows, topology)}
+
+
+def spoken(cfg: ExperimentConfig, found: Shapes, topology: Topology) -> list[Collective]:
+  """The collectives of a step, guessed: weights gathered, gradients scattered, tokens exchanged, sums over tensor."""
+  mesh, model, parts = cfg.mesh, cfg.model, cfg.micro_batches
+  itemsize, again = 4 if model.dtype == 'float32' else 2, 0 if model.remat == 'none' else 1
+  layers = model.num_layers + model.mtp_depth
+  own, gathered, tokens = found.count(mesh), found.count(mesh, 'fsdp'), tokens_of(cfg, mesh)
+  sent, _ = exchanged(cfg, mesh, topology)
+  sizes = {
+    'fsdp': (gathered - own) * itemsize * (2 + again + 1),
+    'data': 2 * own * 4 * (mesh.data - 1) / mesh.data,
+    'expert': sent * layers * (2 + again) + (0 if mesh.expert == 1 else
+                                             2 * itemsize * found.count(mesh, 'fsdp', 'expert') * 0.02),
+    'tensor': 2 * tokens * model.d_model * itemsize * 2 * layers * (2 + again) * (mesh.tensor - 1) / mesh.tensor}
+  return [Collective('all', (axis,), 1, size * parts) for axis, size in sizes.items() if getattr(mesh, axis) > 1]
+
+
+def moved_through_memory(cfg: ExperimentConfig, found: Shapes, topology: Topology) -> float:
+  """Bytes through one device's memory in a step: optimiser, gradients, gathered weights, activations."""
+  mesh, model = cfg.mesh, cfg.model
+  itemsize, passes = 4 if model.dtype == 'float32' else 2, 3 if model.remat == 'none' else 4
+  layers, tokens = model.num_layers + model.mtp_depth, tokens_of(cfg, mesh)
+  _, rows = exchanged(cfg, mesh, topology)
+  block = rows * (6 * model.d_model + 8 * model.moe.d_expert / mesh.tensor) + 20 * tokens * model.d_model
+  weights = 3 * found.count(mesh, 'fsdp')
+  each = passes * itemsize * (layers * block + weights) + 16 * found.count(mesh)
+  return cfg.micro_batches * each + 36 * found.count(mesh)
+
+
+def guess(cfg: ExperimentConfig, found: Shapes, devices: Sequence[jax.Device], topology: Topology) -> Guess:
+  """What a config would take. The time is infinite where the chip is not known."""
+  seconds = math.inf
+  if topology.chip:
+    _, flops = step_flops(cfg, count_parameters(found.model, cfg))
+    seconds, _ = least(bounds(flops / len(devices), moved_through_memory(cfg, found, topology),
+                              spoken(cfg, found, topology), make_mesh(cfg.mesh, devices), topology))
+  return Guess(cfg, memory(cfg, found, topology), seconds)
+
+
+def variants(cfg: ExperimentConfig, number: int) -> Iterator[ExperimentConfig]:
+  """The config on every mesh of so many devices that divides it, with every remat and number of micro-batches."""
+  limits = [n for n in range(1, cfg.batch_size + 1) if cfg.batch_size % n == 0]
+  parts = [part for part in parts_of(dataclasses.replace(cfg, micro_batches=1)) if part.axes != RULES['batch']]
+  for mesh in meshes_of(number):
+    if any(part.problem(mesh) for part in parts):
+      continue
+    for micro_batches in limits:
+      if cfg.batch_size // micro_batches % (mesh.data * mesh.fsdp * mesh.expert):
+        continue
+      for remat in ('full', 'dots', 'none'):
+        try:
+          yield dataclasses.replace(cfg, mesh=mesh, micro_batches=micro_batches,
+                                    model=dataclasses.replace(cfg.model, remat=remat))
+        except ConfigError:   # such as balance.ep_groups, which must go with micro_batches
+          continue
+
+
+def candidates(cfg: ExperimentConfig, devices: Sequence[jax.Device], topology: Topology) -> list[Guess]:
+  """Those that should fit, fastest first; if none should, the smallest."""
+  found = shapes(cfg)
+  limit = SOME * topology.chip.memory if topology.chip else math.inf
+  sized = [(sum(memory(one, found, topology).values()), one) for one in variants(cfg, len(devices))]
+  fit = [one for size, one in sized if size <= limit]
+  fit = fit or [one for _, one in sorted(sized, key=lambda pair: pair[0])[:1]]
+  guesses = [guess(one, found, devices, topology) for one in fit]
+  return sorted(guesses, key=lambda g: (g.seconds, sum(g.memory.values())))
