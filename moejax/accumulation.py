@@ -14,13 +14,20 @@ import jax.numpy as jnp
 from moejax.data import Batch
 from moejax.experiment import ExperimentConfig
 from moejax.objective import MicroBatch, Sums, Terms, added, coefficients, objective, part_scales, positive
+from moejax.sharding import constrain
 from moejax.state import TrainState, spanning
 from moejax.transformer import Draws, Transformer
 
 
 def cut(batch: Batch, micro_batches: int) -> Batch:
-  """Rows in A contiguous parts. [B, ...] -> [A, B / A, ...]."""
-  return jax.tree.map(lambda a: a.reshape(micro_batches, -1, *a.shape[1:]), batch)
+  """Rows in A contiguous parts. [B, ...] -> [A, B / A, ...].
+
+  A device's rows of the batch are neighbours, of few parts. They are spread here, as integers, and not as activations.
+  """
+  def parts(a: Array) -> Array:
+    return constrain(a.reshape(micro_batches, -1, *a.shape[1:]), '', 'batch', *[''] * (a.ndim - 1))
+
+  return jax.tree.map(parts, batch)
 
 
 def nothing_seen(names: dict[str, int], like: Array) -> Terms:

@@ -11,6 +11,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from moejax.sharding import platform
+from moejax.splash import splash, takes
 
 CHUNKS, WINDOW_CHUNKS = 4, 16   # of queries: without a window, and at most with one
 
@@ -78,11 +79,10 @@ def chunked(q: Array, k: Array, v: Array, segments: Array, window: int, scale: f
 
 def library(implementation: str, q: Array, k: Array, v: Array, segments: Array, window: int, scale: float,
             sinks: Array | None) -> Array:
-  """`jax.nn.dot_product_attention`: 'xla' is what TPUs fuse best without a kernel of our own, 'cudnn' a fused kernel.
+  """`jax.nn.dot_product_attention`: 'xla' runs everywhere, 'cudnn' is a fused kernel.
 
-  It knows no sinks: `chunked` does these. It wants one width for q, k and v, and cuDNN a multiple of 8: the rest is
-  filled with zeros, which changes nothing. cuDNN also wants half precision and an even length: XLA does the others.
-  Heads wider than 128 it refuses before Hopper; 'chunked' runs everywhere.
+  It knows no sinks: `chunked` does these. It wants one width for q, k and v, cuDNN a multiple of 8: the rest is filled
+  with zeros. cuDNN also wants half precision, an even length, and before Hopper heads of 128 at most.
   """
   if sinks is not None:
     return chunked(q, k, v, segments, window, scale, sinks)
@@ -98,16 +98,21 @@ def library(implementation: str, q: Array, k: Array, v: Array, segments: Array, 
   return y[..., :v.shape[-1]]
 
 
+def blocks(q: Array, k: Array, v: Array, segments: Array, window: int, scale: float, sinks: Array | None) -> Array:
+  """JAX's kernel for TPUs; 'xla' of what does not divide into its blocks, or over the mesh."""
+  return (splash if takes(q, k) else ATTENTIONS['xla'])(q, k, v, segments, window, scale, sinks)
+
+
 Core = Callable[[Array, Array, Array, Array, int, float, Array | None], Array]
 
 # name -> (q [B, S, H, d], k [B, S, J, d], v [B, S, J, v], segments [B, S], window, scale, sinks) -> [B, S, H, v]
 ATTENTIONS: dict[str, Core] = {
   'chunked': chunked,
   'cudnn': functools.partial(library, 'cudnn'),
+  'splash': blocks,
   'xla': functools.partial(library, 'xla'),
 }
-
-BEST = {'cpu': 'chunked', 'gpu': 'cudnn', 'tpu': 'xla'}
+BEST = {'cpu': 'chunked', 'gpu': 'cudnn', 'tpu': 'splash'}
 
 
 def core(implementation: str) -> Core:

@@ -14,8 +14,8 @@ from quick import QUICK
 from moejax import attend
 from moejax.attend import ATTENTIONS
 
-# cuDNN is not here, and with float32 its row is the xla row.
-ROWS = sorted(set(ATTENTIONS) - {'cudnn'})
+# cuDNN is not here, and with float32 its row is the xla row. So is splash where blocks do not fit: see test_splash.py.
+ROWS = sorted(set(ATTENTIONS) - {'cudnn', 'splash'})
 B, S, H, J, D = 2, 11, 4, 2, 4
 # Row 0: two documents and padding behind; row 1: padding in front, three documents, one a token long.
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 2, 2, 0, 0], [0, 0, 1, 1, 1, 1, 2, 3, 3, 3, 3]], np.int32)
@@ -166,11 +166,13 @@ def test_chunks_multiply_no_key_that_none_of_them_sees(monkeypatch: pytest.Monke
     assert done == want, window
 
 
-def test_every_row_is_tested_but_the_one_that_needs_a_gpu() -> None:
+def test_rows_that_are_the_xla_row_here() -> None:
   assert ROWS == ['chunked', 'xla'] and set(attend.BEST.values()) <= set(ATTENTIONS)
   for variant in (PLAIN, VARIANTS['everything']):
-    one, two = (run(name, variant, variant.arrays(), SEGMENTS, variant.dy())[0] for name in ('cudnn', 'xla'))
-    np.testing.assert_array_equal(one, two)
+    xla, *others = (run(name, variant, variant.arrays(), SEGMENTS, variant.dy())[0]
+                    for name in ('xla', 'cudnn', 'splash'))
+    for y in others:
+      np.testing.assert_array_equal(y, xla)
 
 
 def test_cudnn_gets_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
