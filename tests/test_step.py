@@ -20,7 +20,7 @@ from moejax.experiment import ExperimentConfig
 from moejax.losses import LossConfig
 from moejax.moe.balance import BALANCE_LOSSES, BalanceConfig
 from moejax.moe.bias import BIAS_RULES
-from moejax.moe.dispatch import DISPATCHERS, DispatchConfig
+from moejax.moe.dispatch import DispatchConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import SCORE_FNS, RouterConfig
 from moejax.moe.statistics import token_statistics
@@ -172,33 +172,10 @@ def test_each_balance_gradient_survives_accumulation(score_fn: str) -> None:
 MIXED = MeshConfig(1, fsdp=2, expert=2, tensor=2)
 
 
-@pytest.mark.parametrize('dispatcher', DISPATCHERS)
-@pytest.mark.parametrize('mesh', [
-  pytest.param(MeshConfig(8), marks=pytest.mark.slow), pytest.param(MeshConfig(1, fsdp=8), marks=pytest.mark.slow),
-  pytest.param(MeshConfig(2, expert=4), marks=pytest.mark.slow), MIXED], ids=str)
-def test_meshes_change_nothing(dispatcher: str, mesh: MeshConfig) -> None:
-  assert_same(result(CONFIG), result(with_moe(CONFIG, dispatch=DispatchConfig(dispatcher)), mesh))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('cfg', [LATENT, WINDOWED], ids=['latent', 'windowed'])
 def test_a_mesh_changes_nothing_for_any_architecture(cfg: ExperimentConfig) -> None:
   assert_same(result(cfg), result(with_moe(cfg, dispatch=DispatchConfig('sparse_matmul')), MIXED))
-
-
-@pytest.mark.parametrize('dispatch', [
-  DispatchConfig('sparse_matmul'),
-  pytest.param(DispatchConfig('dense_matmul', capacity_factor=4.0, drop_by='position'), marks=pytest.mark.slow)],
-  ids=str)
-def test_dispatchers_change_nothing(dispatch: DispatchConfig) -> None:
-  assert_same(result(CONFIG), result(with_moe(CONFIG, dispatch=dispatch)))
-
-
-@pytest.mark.slow
-def test_a_mesh_with_capacity_and_micro_batches_changes_nothing() -> None:
-  dispatch = DispatchConfig('dense_matmul', capacity_factor=4.0)
-  cfg = with_moe(replace(CONFIG, micro_batches=2), dispatch=dispatch)
-  assert_same(result(CONFIG), result(cfg, MeshConfig(2, expert=2, tensor=2)))
 
 
 @pytest.mark.slow
