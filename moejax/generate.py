@@ -19,6 +19,7 @@ from moejax.experiment import CHECKPOINTS, TOKENIZER_FILE, ExperimentConfig, rea
 from moejax.moe.bias import BiasState
 from moejax.sampling import SampleConfig, Timed, decode, guesses, opened, text
 from moejax.state import TrainState, init_state
+from moejax.tensors import inside
 from moejax.tokenizer import Tokenizer, load_tokenizer
 from moejax.transformer import ModelConfig, Transformer
 
@@ -32,7 +33,7 @@ def load(workdir: str) -> tuple[ExperimentConfig, Tokenizer | None, int, Transfo
 
 def run_in(workdir: str) -> tuple[ExperimentConfig, Tokenizer | None]:
   """The config of a run, with the size of the vocabulary, and the tokenizer if there is one."""
-  cfg, path = read_config(workdir), pathlib.Path(workdir) / TOKENIZER_FILE
+  cfg, path = read_config(workdir), inside(pathlib.Path(workdir), TOKENIZER_FILE)
   tokenizer = load_tokenizer(str(path)) if path.exists() else None
   cfg = resolved(cfg, tokenizer.vocab_size if tokenizer else 0)
   check('' if cfg.model.vocab_size else f'{path} is missing, and the config has model.vocab_size=0: put it back')

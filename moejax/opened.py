@@ -22,6 +22,7 @@ from moejax.experiment import CHECKPOINTS, TOKENIZER_FILE, ExperimentConfig
 from moejax.generate import read_model, run_in
 from moejax.sharding import MeshConfig, make_mesh
 from moejax.state import init_state
+from moejax.tensors import inside
 from moejax.tokenizer import Tokenizer, load_tokenizer
 from moejax.transfer import Published, load, published
 from moejax.transformer import Transformer
@@ -40,7 +41,7 @@ def model_of(workdir: str, cfg: ExperimentConfig, device: jax.Device) -> tuple[i
 
 def tokenizer_in(directory: str | os.PathLike, vocab_size: int) -> Tokenizer | None:
   """None where there is no tokenizer.json; ConfigError where it has more tokens than the model."""
-  path = Path(directory) / TOKENIZER_FILE
+  path = inside(Path(directory), TOKENIZER_FILE)
   if not path.exists():
     return None
   tokenizer = load_tokenizer(str(path))

@@ -16,7 +16,7 @@ from moejax.quantised import PackedFP4, ScaledBlocks, unquantised
 from moejax.shards import DTYPES, Index, Spec, Stored, durable, parse, read_header, write_file, wrong
 from moejax.staging import staged
 
-__all__ = ['DTYPES', 'Index', 'Spec', 'Tensors', 'expect', 'open_tensors', 'read_json', 'write_tensors']
+__all__ = ['DTYPES', 'Index', 'Spec', 'Tensors', 'expect', 'inside', 'open_tensors', 'read_json', 'write_tensors']
 ONE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 PICKLES = ('*.bin', '*.pt', '*.pth', '*.pkl', '*.ckpt')
 SHOWN = 10  # names of each kind in a message
@@ -113,7 +113,7 @@ def write_tensors(directory: str | os.PathLike, specs: Iterable[Spec], extra_fil
 
 def _stored(directory: Path) -> dict[str, Stored]:
   """What lies in the directory: every tensor of every shard once, as the index has it."""
-  one, index = _inside(directory, ONE), _inside(directory, INDEX)
+  one, index = inside(directory, ONE), inside(directory, INDEX)
   if one.is_file() and index.is_file():
     raise wrong(directory, f'{ONE} or {INDEX}', 'both', 'move away the one that is not meant')
   if one.is_file():
@@ -136,7 +136,7 @@ def _indexed(directory: Path, index: Path) -> dict[str, Stored]:
   shards: dict[str, set[str]] = {}
   for name, file in weight_map.items():
     shards.setdefault(file, set()).add(name)
-  paths = {file: _inside(directory, file) for file in shards}
+  paths = {file: inside(directory, file) for file in shards}
   if strange := [file for file in shards if not file.endswith('.safetensors')]:
     raise wrong(index, 'files of safetensors, nothing else is read', _some(strange), AGAIN)
   if gone := [file for file, path in paths.items() if not path.is_file()]:
@@ -151,7 +151,7 @@ def _indexed(directory: Path, index: Path) -> dict[str, Stored]:
   return stored
 
 
-def _inside(directory: Path, name: str) -> Path:
+def inside(directory: Path, name: str) -> Path:
   """The file's path; ConfigError where it leads out of the directory, but to the blobs of a cache of snapshots."""
   root = directory.resolve()
   homes = [root, root.parents[1] / 'blobs'] if root.parent.name == 'snapshots' else [root]
@@ -166,7 +166,7 @@ def _inside(directory: Path, name: str) -> Path:
 
 def read_json(directory: Path, name: str) -> dict[str, object]:
   """The JSON object in a file of the directory, {} without the file; ConfigError where it is another thing."""
-  path = _inside(directory, name)
+  path = inside(directory, name)
   return parse(path, path.read_bytes()) if path.is_file() else {}
 
 
