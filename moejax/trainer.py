@@ -114,6 +114,7 @@ def loop(cfg: ExperimentConfig, data: Data, programs: Programs, checkpoints: Che
       if done < cfg.steps and done % cfg.checkpoint.every == 0:
         saved = save(checkpoints, done, state, data, score, journal) or saved
       journal.resume_clock()
+      beat()
   catch_up()
   early = signal or end < cfg.steps
   final = math.inf if early else validate(cfg, data, programs, state, journal, 0)
