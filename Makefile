@@ -7,7 +7,7 @@ WORKERS ?= 2
 PY = $(VENV)/bin/python
 install = $(PY) -m pip install --quiet --disable-pip-version-check -e
 
-.PHONY: train test fast aot certify families bench lint
+.PHONY: train test fast aot certify families meshes bench lint
 
 train: $(VENV)/.dev
 	$(PY) train.py $(ARGS)
@@ -26,9 +26,15 @@ aot: $(VENV)/.tpu
 certify: $(VENV)/.dev
 	$(PY) -m moejax.certify $(ARGS)
 
+# Eight virtual devices, and a schedule in which none of them waits forever.
+DEVICES = JAX_PLATFORMS=cpu XLA_FLAGS="--xla_force_host_platform_device_count=8 \
+  --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+
 families: $(VENV)/.dev
-	JAX_PLATFORMS=cpu XLA_FLAGS="--xla_force_host_platform_device_count=8 \
-	  --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED" $(PY) tests/parity.py $(ARGS)
+	$(DEVICES) $(PY) tests/parity.py $(ARGS)
+
+meshes: $(VENV)/.dev
+	$(DEVICES) $(PY) tests/meshes.py $(ARGS)
 
 bench: $(VENV)/.bench
 	$(PY) benchmarks/moe_layer.py

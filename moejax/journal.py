@@ -20,7 +20,7 @@ from moejax.compressors import gzip_bits_per_byte, xz_bits_per_byte
 from moejax.data import Data
 from moejax.distributed import is_first
 from moejax.experiment import ExperimentConfig
-from moejax.metrics import MetricsLog, TensorBoard, as_json, load_bars, load_image, mfu
+from moejax.metrics import MetricsLog, TensorBoard, as_json, devices_at_work, load_bars, load_image, mfu
 from moejax.probe import Probes
 from moejax.report import at_step, best, last_words, monitors, not_finite
 from moejax.rows import Sums, progress, training_row, validation_row
@@ -90,7 +90,7 @@ class Journal:
     row['tokens_per_second'] = self.tokens / (time.perf_counter() - self.since)
     seen = metrics['load'], metrics['layers']['dropped']
     row['alarms'] = sounding(*seen, self.cfg.model.moe.router.top_k)
-    row['mfu'] = mfu(row['tokens_per_second'], self.flops_per_token, jax.devices())
+    row['mfu'] = mfu(row['tokens_per_second'], self.flops_per_token, devices_at_work())
     self.metrics.write({'step': step} | row | {'layers': layers})
     self.loads.write({'step': step, 'load': metrics['load'].astype(int).tolist()})
     self.board.scalars(step, row)

@@ -62,6 +62,12 @@ def mfu(tokens_per_second: float, flops_per_token: float, devices: list[jax.Devi
   return tokens_per_second * flops_per_token / (peak * len(devices)) if peak else 0.0
 
 
+def devices_at_work() -> list[jax.Device]:
+  """Those of the mesh that is set, which may leave some idle; without one, all there are."""
+  mesh = jax.sharding.get_mesh()
+  return jax.devices() if mesh.empty else [*mesh.devices.flat]
+
+
 class MetricsLog:
   """A file of JSON objects, one a line, each with a `step`; see `as_json`.
 

@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 from exchanged import emulate
-from meshes import ALONE, COLUMNS, DISPATCHES, MESHES, REFERENCE, Case, batch, config, measure, pairs, reference
+from meshes import ALONE, COLUMNS, DISPATCHES, MESHES, REFERENCE, Case, batch, cases, config, measure, reference
 
 from moejax.config import ConfigError
 from moejax.experiment import ExperimentConfig
 from moejax.meshes import mesh_of, nearest, parts_of
+from moejax.metrics import devices_at_work
 from moejax.sharding import RULES, MeshConfig, make_mesh
 from moejax.start import target_of
 
@@ -21,14 +22,8 @@ FAST = [(MeshConfig(1, fsdp=2, expert=2, tensor=2), 'sparse_matmul'),
         (MeshConfig(1, fsdp=3, expert=2), 'dense_matmul with capacity')]
 
 
-def cases() -> list[Case]:
-  """Every pair; two micro-batches and multi-token prediction go round, so that each dispatcher and mesh meets them."""
-  turns = [MESHES.index(mesh) + 1 + [*DISPATCHES].index(name) if mesh in MESHES else 0 for mesh, name in pairs()]
-  return [Case(mesh, name, 1 + (turn % 4 == 2), int(turn % 4 == 0)) for (mesh, name), turn in zip(pairs(), turns)]
-
-
 @pytest.mark.parametrize('case', [
-  case if (case.mesh, case.dispatch) in FAST else pytest.param(case, marks=pytest.mark.slow) for case in cases()],
+  case if case[:2] in FAST else pytest.param(case, marks=pytest.mark.slow) for case in cases()],
   ids=lambda case: '-'.join(map(str, (*dataclasses.astuple(case.mesh), *case[1:]))))
 def test_the_same_numbers_on_every_mesh_by_every_dispatcher(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
   emulate(monkeypatch)
@@ -38,7 +33,7 @@ def test_the_same_numbers_on_every_mesh_by_every_dispatcher(case: Case, monkeypa
 
 
 def test_nothing_is_left_out() -> None:
-  assert len(MESHES) >= 12 and {*FAST} <= {*pairs()}
+  assert len(MESHES) >= 12 and {*FAST} <= {case[:2] for case in cases()}
   for name in DISPATCHES:
     mine = [case for case in cases() if case.dispatch == name]
     assert {case.micro_batches for case in mine} == {1, 2} and {case.mtp_depth for case in mine} == {0, 1}, name
@@ -123,8 +118,11 @@ def test_a_batch_that_no_mesh_of_all_devices_divides_leaves_some_idle(caplog: py
   *_, remedy = refused(cfg)
   assert remedy == 'the nearest mesh that would do, of 6 devices out of 8: --config.mesh.data=6'
   with caplog.at_level('INFO'):
-    assert mesh_of(dataclasses.replace(cfg, mesh=typed(remedy, cfg.mesh))).size == 6
-  assert 'mesh of 6 devices: the other 2 stay idle' in caplog.text
+    mesh = mesh_of(dataclasses.replace(cfg, mesh=typed(remedy, cfg.mesh)))
+  assert mesh.size == 6 and 'mesh of 6 devices: the other 2 stay idle' in caplog.text
+  assert devices_at_work() == jax.devices()
+  with jax.set_mesh(mesh):
+    assert devices_at_work() == jax.devices()[:6], 'utilisation is of those that work'
 
 
 def test_processes_all_take_part() -> None:
