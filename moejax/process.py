@@ -6,6 +6,8 @@ import logging
 import os
 import pathlib
 import signal
+import sys
+import traceback
 from types import FrameType
 
 import jax
@@ -55,3 +57,13 @@ def stop_signals() -> Iterator[list[int]]:
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
+
+
+def end_at_once() -> None:
+  """To be called with an error that nobody foresaw. Alone it does nothing; of several processes it ends this one here:
+  a Python that exits would first wait for the others, while they wait for it."""
+  if jax.process_count() > 1:
+    traceback.print_exc()
+    print('This process ends, and with it all others; another one may have been the first. The same command, given to '
+          'all again, goes on from the last checkpoint.', file=sys.stderr, flush=True)
+    os._exit(1)

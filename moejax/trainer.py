@@ -22,7 +22,7 @@ from moejax.faults import pass_by, plan
 from moejax.fingerprint import changes
 from moejax.journal import Journal, open_journal
 from moejax.meshes import mesh_of
-from moejax.process import keep_compiled_programs, spoken_log, stop_signals
+from moejax.process import end_at_once, keep_compiled_programs, spoken_log, stop_signals
 from moejax.programs import Programs, compile_programs
 from moejax.silent import Silent
 from moejax.sources import DataConfig
@@ -54,6 +54,9 @@ def train(cfg: ExperimentConfig) -> int:
   except tuple(EXIT_STATUS) as error:
     print(f'{type(error).__name__}: {error}', file=sys.stderr)
     return EXIT_STATUS[type(error)]
+  except Exception:
+    end_at_once()
+    raise
 
 
 def run(cfg: ExperimentConfig, received: list[int]) -> int:
