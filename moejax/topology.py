@@ -57,12 +57,20 @@ class Topology(NamedTuple):
         # Of a v4, too, a device is a chip with its two cores.
         cores = {'chip_config_name': 'megacore'} if name == 'v4' else {}
         return topologies.get_topology_desc(topology_name=self.text, platform='tpu', **cores).devices
-      nodes = max(1, self.count // self.chip.node)
+      target, nodes = (TARGETS / f'{name}.txtpb').read_text(), max(1, self.count // self.chip.node)
+      ask_target_not_here(target)
       return topologies.get_topology_desc(platform='cuda', topology=f'1x{nodes}x{self.count // nodes}',
-                                          target_config=(TARGETS / f'{name}.txtpb').read_text()).devices
+                                          target_config=target).devices
     except (RuntimeError, ValueError) as error:
       check(f'--topology={self.text}: {str(error).splitlines()[0]}: use one like {KNOWN}')
       raise
+
+
+def ask_target_not_here(target: str) -> None:
+  """What cuDNN's attention can do, JAX asks the GPU that is here; without one it would refuse heads wider than 128."""
+  from jax._src.cudnn import fused_attention_stablehlo
+  major = int(re.search(r'cuda_compute_capability \{ major: (\d+)', target)[1])
+  fused_attention_stablehlo.check_compute_capability = lambda least: major >= float(least)
 
 
 def asked(argv: list[str]) -> tuple[str, Topology | None, list[str]]:
@@ -118,6 +126,8 @@ def prepare(topology: Topology) -> None:
   flags = {'cpu': f'--xla_force_host_platform_device_count={topology.count}', 'gpu': '--xla_gpu_autotune_level=0',
            'tpu': ''}[topology.compiler]
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flags}'.strip()
+  if topology.compiler != 'cpu':
+    os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'   # which could not read a program for absent chips back
   # No chip is touched: libtpu need not ask for one, nor be alone, and any name of hosts keeps it from complaining.
   os.environ.update(TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1', TPU_WORKER_HOSTNAMES='localhost',
                     TPU_ACCELERATOR_TYPE='v5p-8')

@@ -60,7 +60,8 @@ def fused(inside: list[Instruction], fusion: Instruction, near: dict[str, Instru
     outside = near[operands(fusion)[int(parameter.rest.partition(')')[0])]]
     users = [i for i in inside if parameter.name in operands(i)]
     if in_memory(outside.shape):
-      read += (sum(sum(array_bytes(i.shape)) for i in users) if all(i.op in TAKES for i in users) else
+      taken = all(i.op in TAKES and operands(i)[0] == parameter.name for i in users)
+      read += (sum(sum(array_bytes(i.shape)) for i in users) if taken else
                0.0 if all(updates(i, parameter.name) for i in users) else in_memory(outside.shape))
   root = inside[-1]
   parts = [byname[name] for name in operands(root)] if root.op == 'tuple' else [root]
