@@ -1,4 +1,5 @@
 """Exchanges over the `expert` axis: what moves, what is chosen, and that expert weights stay where they are."""
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
@@ -215,7 +216,7 @@ def test_what_is_traced_is_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_summary_says_what_the_step_does() -> None:
   mesh = make_mesh(FOUR).abstract_mesh
-  cfg = experiment(DispatchConfig('dense_matmul', 1.5), FOUR)
+  cfg = dataclasses.replace(experiment(DispatchConfig('dense_matmul', 1.5), FOUR), batch_size=16, micro_batches=2)
   by, each = exchanged(cfg, mesh)
   assert by == 'all_to_all' and each == moved(Group(4, 6, 2, 8, 16, 4, 3))
   assert [*each] == ['gather', 'ragged', 'ragged_worst', 'all_to_all']
