@@ -25,9 +25,9 @@ IDS = {'uneven': np.minimum(RNG.integers(0, 9, (T, K)), E),   # half of them are
 
 
 
-def everything(ids: jax.Array) -> tuple:
+def everything(x: jax.Array, ids: jax.Array) -> tuple:
   """y, and the gradients of x, of the copies' weights and of all that experts have."""
-  x, weights, dy = jax.tree.map(jnp.asarray, (X, WEIGHTS, DY))
+  weights, dy = jax.tree.map(jnp.asarray, (WEIGHTS, DY))
   copies, activation = sort_copies(ids, jnp.asarray(COPY_WEIGHTS), E), ACTIVATIONS['clamped_swiglu'](7.0)
   y, gate, up = ragged.ragged_forward(x, copies, weights, activation)
   return y, ragged.ragged_backward(x, copies, weights, activation, gate, up, dy)
@@ -35,7 +35,7 @@ def everything(ids: jax.Array) -> tuple:
 
 @functools.cache
 def in_one_window(name: str) -> tuple:
-  return jax.jit(everything, compiler_options=QUICK)(jnp.asarray(IDS[name]))
+  return jax.jit(everything, compiler_options=QUICK)(X, IDS[name])
 
 
 def check(got: tuple, want: tuple) -> None:
@@ -46,9 +46,9 @@ def check(got: tuple, want: tuple) -> None:
 def test_windows_change_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
   want = {name: in_one_window(name) for name in IDS}
   monkeypatch.setattr(ragged, 'window_size', lambda copies: size)
-  anew = jax.jit(lambda ids: everything(ids), compiler_options=QUICK)
+  anew = jax.jit(lambda x, ids: everything(x, ids), compiler_options=QUICK)
   for name, ids in IDS.items():
-    check(anew(jnp.asarray(ids)), want[name])
+    check(anew(X, ids), want[name])
 
 
 def test_devices_with_more_windows_than_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,13 +56,13 @@ def test_devices_with_more_windows_than_others(monkeypatch: pytest.MonkeyPatch) 
   monkeypatch.setattr(ragged, 'window_size', lambda copies: 16)
   mesh = make_mesh(MeshConfig(expert=4), jax.devices()[:4])
 
-  def own(ids: jax.Array) -> tuple:
-    return jax.tree.map(lambda a: a[None], everything(ids[0]))
+  def own(x: jax.Array, ids: jax.Array) -> tuple:
+    return jax.tree.map(lambda a: a[None], everything(x[0], ids[0]))
 
   names = [*IDS, 'uneven']
   with jax.set_mesh(mesh):
     spread = jax.shard_map(own, in_specs=PartitionSpec('expert'), out_specs=PartitionSpec('expert'))
-    got = jax.jit(spread, compiler_options=QUICK)(np.stack([IDS[name] for name in names]))
+    got = jax.jit(spread, compiler_options=QUICK)(np.stack([X] * 4), np.stack([IDS[name] for name in names]))
   for i, name in enumerate(names):
     check(jax.tree.map(lambda a, i=i: a[i], got), want[name])
 

@@ -1,6 +1,4 @@
-"""The grouped FFN by `jax.lax.ragged_dot`: one grouped-matmul kernel a product.
-
-What a kernel leaves in the rows of nobody is undefined, so each result is masked.
+"""The grouped FFN by `jax.lax.ragged_dot`: one grouped-matmul kernel a product, which leaves anything in nobody's rows.
 
 A device of an expert-parallel group has room for all copies of the group, and its own experts are given few of them.
 So rows are made a window at a time: exact for any routing, and an even one takes a single window. To keep what windows
@@ -30,8 +28,9 @@ def window_size(copies: int) -> int:
   return copies if group == 1 else min(copies, -(-5 * copies // (4 * group * 128)) * 128)
 
 
-def over_windows(copies: Copies, size: int, body: Callable[[Copies, Array, tuple], tuple], carry: tuple) -> tuple:
-  """`carry = body(copies of a window, where it begins, carry)` for the first window, and each that holds somebody's."""
+def over_windows(copies: Copies, size: int, body: Callable[[Copies, Array, tuple], tuple], carry: tuple, peel: bool
+                 ) -> tuple:
+  """`carry = body(copies of a window, where it begins, carry)` for each with somebody's. peel: the first anyway."""
   tokens, weights = (jnp.pad(a, (0, -a.size % size)) for a in (copies.tokens, copies.weights))
   ends = jnp.cumsum(copies.load)
 
@@ -41,8 +40,8 @@ def over_windows(copies: Copies, size: int, body: Callable[[Copies, Array, tuple
     here = (jax.lax.dynamic_slice_in_dim(a, at, size) for a in (tokens, weights))
     return body(Copies(*here, load), at, carry)
 
-  carry = window(jnp.zeros_like(ends[-1]), carry)
-  return carry if size == tokens.size else jax.lax.fori_loop(1, -(-ends[-1] // size), window, carry)
+  carry = window(jnp.zeros_like(ends[-1]), carry) if peel else carry
+  return carry if size == tokens.size else jax.lax.fori_loop(int(peel), -(-ends[-1] // size), window, carry)
 
 
 def product(a: Array, w: Array, bias: Array | None, copies: Copies) -> Array:
@@ -53,26 +52,26 @@ def product(a: Array, w: Array, bias: Array | None, copies: Copies) -> Array:
 
 def projected(rows: Array, copies: Copies, weights: Weights) -> tuple[Array, Array]:
   """gate x and up x of copies at hand. [N, D] -> [N, F] twice."""
-  return (product(rows, weights.gate, weights.biases.gate, copies),
-          product(rows, weights.up, weights.biases.up, copies))
+  pairs = (weights.gate, weights.biases.gate), (weights.up, weights.biases.up)
+  return tuple(product(rows, w, bias, copies) for w, bias in pairs)
 
 
 def ragged_forward(x: Array, copies: Copies, weights: Weights, activation: Activation
                    ) -> tuple[Array, Array, Array]:
   """`blocked_forward` by `ragged_dot`; gate x and up x of a single window [N, F], or of several [0, F]."""
-  num_copies, size = copies.tokens.size, window_size(copies.tokens.size)
+  size, nothing = window_size(copies.tokens.size), jnp.zeros_like(x, shape=(0, weights.gate.shape[2]))
 
   def window(here: Copies, at: Array, carry: tuple) -> tuple:
     gate, up = projected(x[here.tokens], here, weights)
     out = product(activation(gate, up), weights.down, weights.biases.down, here) * here.weights[:, None].astype(x.dtype)
-    return carry[0].at[here.tokens].add(out), *(a if size == num_copies else a[:0] for a in (gate, up))
+    return carry[0].at[here.tokens].add(out), *((gate, up) if size == copies.tokens.size else carry[1:])
 
-  return over_windows(copies, size, window, (jnp.zeros_like(x),))
+  return over_windows(copies, size, window, (jnp.zeros_like(x), nothing, nothing), size == copies.tokens.size)
 
 
 def ragged_backward(x: Array, copies: Copies, weights: Weights, activation: Activation, gates: Array, ups: Array,
                     dy: Array) -> tuple[Array, Array, Weights]:
-  """`blocked_backward` by `ragged_dot`."""
+  """`blocked_backward` by `ragged_dot`. What the first window gives is the sum so far: an addition less."""
   num_copies, size = copies.tokens.size, window_size(copies.tokens.size)
 
   def window(here: Copies, at: Array, carry: tuple) -> tuple:
@@ -96,5 +95,5 @@ def ragged_backward(x: Array, copies: Copies, weights: Weights, activation: Acti
     return dx.at[here.tokens].add(d_rows), d_copies, jax.tree.map(lambda *a: sum(a[1:], a[0]), d_weights, *so_far)
 
   nothing = jnp.zeros_like(copies.weights, shape=(num_copies + -num_copies % size,))
-  dx, d_copies, d_weights = over_windows(copies, size, window, (jnp.zeros_like(x), nothing))
+  dx, d_copies, d_weights = over_windows(copies, size, window, (jnp.zeros_like(x), nothing), True)
   return dx, d_copies[:num_copies], d_weights
