@@ -147,20 +147,20 @@ def test_a_soak_ends_as_if_nothing_had_happened(tmp_path: Path, record_property:
   whole, workdir = tmp_path / 'whole' / 'run', tmp_path / 'soak' / 'run'
   reference = run(whole, **few)
   rng = random.Random(SEED)
-  ends = [('kill', 'step')] * 4 + [('term', 'step')] * 2 + [('kill', 'save'), ('kill', 'delete')]
+  ends = [('kill', 'step')] * 3 + [('term', 'step')] * 2 + [('kill', 'save'), ('kill', 'delete')]
   rng.shuffle(ends)
-  full = rng.sample(range(1, len(ends)), 2)             # before these ends a save finds the disk full, too
+  full = rng.sample(range(len(ends)), 3)                # before these ends a save finds the disk full, too
   for i, (action, point) in enumerate(ends):
     newest = max(saved(workdir), default=0) if (workdir / 'checkpoints').exists() else 0
-    at = newest + rng.randrange(15, 30) if point == 'step' else rng.randrange(2, 4)
+    at = newest + rng.randrange(15, 40) if point == 'step' else rng.randrange(2, 4)
     fault = f'{action}@{point}:{at}' + (',full@save:1' if i in full else '')
     print(f'seed {SEED}, from step {newest}: {fault}')
     process = run(workdir, fault, **few)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == (-9 if action == 'kill' else 143), output
-    assert ('a save failed, training goes on' in output or 'No space left' in output) == (i in full), output
+    assert ('No space left' in output) == (i in full), output
   final = ended(run(workdir, **few), 0, record_property)
   ended(reference, 0, record_property)
-  assert f'resuming after step {max(saved(workdir)[:-1])}' not in final and 'resuming after step ' in final
-  assert rows(workdir) == rows(whole) and final_digest(workdir) == final_digest(whole)
+  assert 'resuming after step ' in final and final_digest(workdir) == final_digest(whole)
+  assert [row for row in rows(workdir) if 'saves_failed' not in row] == rows(whole)
   assert not [path for path in (workdir / 'checkpoints').iterdir() if not path.name.isdecimal()]
