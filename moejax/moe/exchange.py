@@ -113,8 +113,8 @@ def to_experts(ffn: Callable[[Array], Array], buffers: Array, here: int) -> Arra
 
 
 def layout(experts: Weights) -> Weights:
-  """How the experts' arrays lie where they are used: experts over `expert`, their hidden layer over `tensor`."""
-  wide, narrow = PartitionSpec('expert', None, 'tensor'), PartitionSpec('expert', 'tensor', None)
+  """How the experts' arrays lie: experts over `expert`, their hidden layer over `tensor`, what remains over `fsdp`."""
+  wide, narrow = PartitionSpec('expert', 'fsdp', 'tensor'), PartitionSpec('expert', 'tensor', 'fsdp')
   hidden, out = PartitionSpec('expert', 'tensor'), PartitionSpec('expert', None)
   return Weights(wide, wide, narrow, Biases() if experts.biases.down is None else Biases(hidden, hidden, out))
 
@@ -124,12 +124,12 @@ def expert_parallel(flat: Callable[..., tuple[Array, Array]], specs: Weights) ->
 
   def sharded(x: Array, ids: Array, scores: Array, weights: Array, experts: Weights) -> tuple[Array, Array]:
     x, ids, scores, weights = (jax.lax.pcast(a, 'tensor', to='varying') for a in (x, ids, scores, weights))
-    # Each token shard adds to the gradient of the weights: to vary over its axes is what makes the transpose a sum.
-    experts = jax.lax.pcast(experts, ('data', 'fsdp'), to='varying')
-    # The hidden layer is split over `tensor`: each device has a part of the sum, and all have the same drops. The bias
-    # of the whole sum is for one of them to add.
-    of_one = jax.tree.map(lambda b: jnp.where(jax.lax.axis_index('tensor') == 0, b, 0), experts.biases.down)
-    experts = experts._replace(biases=experts.biases._replace(down=of_one))
+    # Token shards add to gradients: to vary over an axis makes the transpose a sum, and to be gathered, a split one.
+    whole = (jax.lax.all_gather(w, 'fsdp', axis=axis, tiled=True) for w, axis in zip(experts[:3], (1, 1, 2)))
+    biases = jax.lax.pcast(experts.biases, 'fsdp', to='varying')
+    # The hidden layer is split over `tensor`: all have the same drops, and one of them adds the bias of the whole sum.
+    of_one = jax.tree.map(lambda b: jnp.where(jax.lax.axis_index('tensor') == 0, b, 0), biases.down)
+    experts = jax.lax.pcast(Weights(*whole, biases._replace(down=of_one)), 'data', to='varying')
     y, dropped = flat(x, ids, scores, weights, experts)
     return jax.lax.psum(y, 'tensor'), jax.lax.psum(dropped, MESH_AXES) / jax.lax.axis_size('tensor')
 
