@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from typing import NamedTuple
 
 from absl import flags
@@ -11,6 +12,7 @@ from moejax.config import ConfigError, check
 
 # What launchers say of how many processes they started. One alone, such as a Slurm shell, connects to nobody.
 COUNTS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
+PATIENCE = 300   # seconds for all processes to come
 WHO = '--coordinator=HOST:PORT --num_processes=N --process_id=I'
 
 
@@ -63,9 +65,12 @@ def connect(launch: Launch) -> None:
   jax.config.update('jax_enable_preemption_service', False)   # it would take SIGTERM for itself
   of = {'coordinator_address': launch.coordinator, 'num_processes': launch.num_processes,
         'process_id': launch.process_id, 'cluster_detection_method': 'deactivate'} if launch.coordinator else {}
+  if launch.coordinator and not launch.process_id:
+    print(f'waiting at {launch.coordinator} for {launch.num_processes - 1} other processes, {PATIENCE} s at most',
+          file=sys.stderr)
   try:
-    jax.distributed.initialize(**of, heartbeat_timeout_seconds=launch.heartbeat,
-                               shutdown_timeout_seconds=launch.heartbeat)
+    jax.distributed.initialize(**of, initialization_timeout=PATIENCE,
+                               heartbeat_timeout_seconds=launch.heartbeat, shutdown_timeout_seconds=launch.heartbeat)
   except (ValueError, RuntimeError) as error:
     raise ConfigError(f'cannot join the other processes: {error}; give each one {WHO}') from error
 
