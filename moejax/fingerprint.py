@@ -12,6 +12,7 @@ ACCEPT = {
   'batch': ('batch_size', 'seq_len'), 'data': ('source', 'source_digest', 'mixture'), 'model': (), 'seed': ('seed',),
   'tokenizer': ('tokenizer', 'tokenizer_digest')}
 ALWAYS = ('workdir', 'stop_after')  # change without a word
+SHOWN = 8  # leaves in a message
 
 
 def expect_same(path: str, kinds: tuple[Mapping[str, str], Mapping[str, str]],
@@ -32,7 +33,8 @@ def expect_same(path: str, kinds: tuple[Mapping[str, str], Mapping[str, str]],
   refused = [lines[k] for k in lines if not {*names(accept)} >= of[k]]
   remedy, all_of_it = 'give it or a new workdir', ','.join(sorted({*names(accept)}.union(*of.values())))
   remedy += '' if problems else f', or --config.checkpoint.accept={all_of_it} to go on all the same'
-  check(*(f'{path}: another config; {remedy}' for _ in [*refused, *problems][:1]), *refused, *problems.values())
+  leaves = [*problems.values()][:SHOWN] + [f'and {len(problems) - SHOWN} more leaves'] * (len(problems) > SHOWN)
+  check(*(f'{path}: another config; {remedy}' for _ in [*refused, *leaves][:1]), *refused, *leaves)
   return [line for line in lines.values() if line not in refused]
 
 
@@ -60,7 +62,7 @@ def parts(config: object, path: str = '') -> Iterator[tuple[str, str]]:
     if dataclasses.is_dataclass(value):
       yield from parts(value, f'{path}{field.name}.')
     else:
-      yield f'{path}{field.name}', str(value)
+      yield f'{path}{field.name}', repr(value)
 
 
 def changes(old: object, new: object) -> list[str]:

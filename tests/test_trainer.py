@@ -1,7 +1,6 @@
 """The loop as a real process: it resumes to the bit, stops when told, and says with its exit status how it ended."""
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -159,51 +158,6 @@ def test_a_run_can_start_from_anothers_model(straight: Path, tmp_path: Path, cap
   assert 'model.d_model=64 here, 32 there' in capsys.readouterr().err
   assert train(config(tmp_path / 'none', init_from=str(tmp_path / 'nowhere'))) == 2
   assert 'nowhere' in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_checkpoints_that_do_not_load_are_not_started_over(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-  workdir = tmp_path / 'run'
-  assert train(config(workdir, stop_after=4)) == 0
-  for file in (workdir / 'checkpoints').rglob('*'):
-    if file.is_file():
-      file.write_bytes(b'')
-  assert train(config(workdir)) == 3
-  assert 'none of [4] loads' in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_kill_9_and_resume_are_bit_equal(tmp_path: Path) -> None:
-  """A process killed outright after a checkpoint, and again after a later one; each time the same command goes on."""
-  whole, workdir = tmp_path / 'whole', tmp_path / 'run'
-  few = {'steps': 200, 'log_every': 1, 'checkpoint__every': 40, 'eval__every': 60}
-  process = spawn(flags(whole, **few))
-  assert process.wait(timeout=300) == 0, process.communicate()[0]
-  for step in (40, 120):
-    process = spawn(flags(workdir, **few))
-    while not (workdir / 'checkpoints' / str(step)).exists():
-      assert process.poll() is None, process.communicate()[0]
-      time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-  process = spawn(flags(workdir, **few))
-  output = process.communicate(timeout=300)[0]
-  assert process.returncode == 0, output
-  assert any(f'resuming after step {step} ' in output for step in (120, 160)), output
-  assert rows(workdir) == rows(whole)
-  assert final_digest(workdir) == final_digest(whole)
-
-
-@pytest.mark.slow
-def test_a_second_trainer_is_turned_away(tmp_path: Path) -> None:
-  workdir = tmp_path / 'run'
-  first = spawn(flags(workdir, steps=100_000, log_every=1))
-  wait_for(first, workdir, 1)
-  second = spawn(flags(workdir))
-  output = second.communicate(timeout=120)[0]
-  first.kill()
-  first.wait()
-  assert second.returncode == 5 and f'process {first.pid}' in output, output
 
 
 @pytest.mark.slow
