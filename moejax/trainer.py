@@ -25,7 +25,6 @@ from moejax.meshes import mesh_of
 from moejax.process import end_at_once, keep_compiled_programs, spoken_log, stop_signals
 from moejax.programs import Programs, compile_programs
 from moejax.silent import Silent
-from moejax.sources import DataConfig
 from moejax.start import computed, initialised
 from moejax.state import TrainState
 from moejax.step import Metrics
@@ -66,8 +65,8 @@ def run(cfg: ExperimentConfig, received: list[int]) -> int:
     data = open_data(cfg.data, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=cfg.seed)
     full = resolved(cfg, data.vocab_size)
   data = dataclasses.replace(data, fingerprint=data.fingerprint | computed(full.model))
-  alike('the data', repr(sorted(data.fingerprint.items())))
-  alike('the config', repr(dataclasses.replace(cfg, workdir='anywhere', data=DataConfig())))
+  alike('the config', repr(vars(cfg) | {'workdir': '', 'data': ''}))   # paths may have other names on other machines
+  alike('the text or tokenizer', repr(sorted(data.fingerprint.items())))
   mesh = mesh_of(full)
   with jax.set_mesh(mesh):
     programs = compile_programs(full, mesh)

@@ -197,7 +197,7 @@ def test_what_one_is_refused_all_are_refused(tmp_path: Path) -> None:
     assert statuses == [5, 5] and f'in use by process {os.getpid()}' in both.said(), both.said()
   with two(workdir, more=((), ['--config.seed=1'])) as both:
     statuses, _ = both.wait()
-    assert statuses == [2, 2] and 'the data of process 1 is not that of process 0' in both.said(), both.said()
+    assert statuses == [2, 2] and 'the config of process 1 is not that of process 0' in both.said(), both.said()
 
 
 def test_a_batch_is_read_in_rows(tmp_path: Path) -> None:
