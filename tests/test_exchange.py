@@ -1,6 +1,7 @@
 """Exchanges over the `expert` axis: what moves, what is chosen, and that expert weights stay where they are."""
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 
 import jax
@@ -187,7 +188,7 @@ def test_the_ragged_exchange_is_taken_where_it_moves_less() -> None:
   sparse, dense, full = DispatchConfig(), DispatchConfig('dense_matmul'), DispatchConfig('dense_matmul', 1.0)
   group = Group(devices=4, tokens=64, top_k=2, num_experts=8, d_model=512, itemsize=2, capacity=20)
   many = group._replace(top_k=5)   # more copies of a token than devices
-  some = group._replace(top_k=3)   # three quarters of what gather moves, and buffers for three times as many
+  some = group._replace(top_k=4)   # hardly less than gather moves, and buffers for twice as many
   assert [exchange_of(sparse, g, '') for g in (group, some, many)] == ['ragged', 'gather', 'gather']
   assert [exchange_of(c, group, '') for c in (dense, full)] == ['gather', 'all_to_all']
   assert exchange_of(sparse, group, '8 x cpu') == 'gather'
@@ -212,7 +213,7 @@ def test_what_is_traced_is_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> N
   monkeypatch.setattr(dispatch, 'lacking_ragged', lambda mesh: '')
   assert 'ragged_all_to_all' in traced(auto, FOUR)
   alone = traced(auto, MeshConfig(4, fsdp=2))
-  assert not any(f'{op}[' in alone for op in ('ragged_all_to_all', 'all_gather', 'reduce_scatter')), 'all are at home'
+  assert {*re.findall(r"axis_name=\(?'(\w+)'", alone)} == {'fsdp'}, 'all are at home'
 
 
 def test_the_summary_says_what_the_step_does() -> None:
