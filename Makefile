@@ -7,7 +7,7 @@ WORKERS ?= 2
 PY = $(VENV)/bin/python
 install = $(PY) -m pip install --quiet --disable-pip-version-check -e
 
-.PHONY: train test fast aot certify families meshes bench lint
+.PHONY: train test fast aot certify families meshes faults bench lint
 
 train: $(VENV)/.dev
 	$(PY) train.py $(ARGS)
@@ -35,6 +35,10 @@ families: $(VENV)/.dev
 
 meshes: $(VENV)/.dev
 	$(DEVICES) $(PY) tests/meshes.py $(ARGS)
+
+# What a run survives, as real processes: a quarter of an hour on two cores.
+faults: $(VENV)/.dev
+	$(PY) tests/faults.py --workers=$(WORKERS) $(ARGS)
 
 bench: $(VENV)/.bench
 	$(PY) benchmarks/moe_layer.py

@@ -1,12 +1,13 @@
 """Faults on purpose, in real processes: what a run survives, and with which exit status it ends when it does not."""
+import ast
 import json
 import random
 import re
 import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
+import faults
 import pytest
 from test_trainer import final_digest, flags, rows, spawn, wait_for
 
@@ -14,7 +15,6 @@ from moejax.config import ConfigError
 from moejax.faults import ACTIONS, NUMBERS, POINTS, SPOILS, planned
 from moejax.manifest import unseal
 
-Record = Callable[[str, object], None]   # keeps a number for the table of `make faults`
 SEED = 5
 
 
@@ -25,12 +25,11 @@ def run(workdir: Path, fault: str = '', **changes: object) -> subprocess.Popen:
                XLA_FLAGS='--xla_force_host_platform_device_count=1')
 
 
-def ended(process: subprocess.Popen, status: int, record_property: Record) -> str:
+def ended(process: subprocess.Popen, status: int) -> str:
   """What the process said, once it has ended so."""
   output = process.communicate(timeout=300)[0]
   assert process.returncode == status, output
   assert 'Traceback' not in output, output
-  record_property('status', status)
   return output
 
 
@@ -46,19 +45,27 @@ def test_a_fault_is_read_or_refused() -> None:
     assert all(name in str(caught.value) for name in (*ACTIONS, *POINTS, *SPOILS, *NUMBERS))
 
 
+def test_the_table_names_tests_that_there_are() -> None:
+  known = {path.name: ast.parse(path.read_text()) for path in Path(__file__).parent.glob('test_*.py')}
+  found = {f'tests/{name}::{node.name}' for name, tree in known.items() for node in tree.body
+           if isinstance(node, ast.FunctionDef)}
+  named = [name for row in faults.ROWS for name in faults.nodes(row)]
+  assert {*named} <= found and len({*named}) == len(named), {*named} - found
+
+
 @pytest.mark.slow
-def test_a_fault_that_says_nothing_is_a_bad_config(tmp_path: Path, record_property: Record) -> None:
-  output = ended(run(tmp_path / 'run', 'kill@save'), 2, record_property)
+def test_a_fault_that_says_nothing_is_a_bad_config(tmp_path: Path) -> None:
+  output = ended(run(tmp_path / 'run', 'kill@save'), 2)
   assert "MOEJAX_FAULT='kill@save': give ACTION@POINT:N" in output and not (tmp_path / 'run').exists()
 
 
 @pytest.mark.slow
-def test_bad_steps_are_skipped_and_a_bad_validation_is_never_the_best(tmp_path: Path, record_property: Record) -> None:
+def test_bad_steps_are_skipped_and_a_bad_validation_is_never_the_best(tmp_path: Path) -> None:
   """NaN and inf in loss and gradient, spikes of both, a NaN validation: one run, with every step's digests kept."""
   workdir, bad = tmp_path / 'run', [2, 4, 27, 30]
   process = run(workdir, 'nan@loss:2,inf@gradient:4,spike@loss:27,spike@gradient:30,nan@validation:16', steps=32,
                 optim__skip_spikes=8.0, eval__every=8, checkpoint__every=1, checkpoint__keep_latest=40)
-  output = ended(process, 0, record_property)
+  output = ended(process, 0)
   assert re.findall(r'^step (\d+) skipped: loss .* \(1 in a row\)$', output, re.MULTILINE) == [*map(str, bad)]
   home = workdir / 'checkpoints'
   metas = {step: unseal((home / str(step) / 'meta' / 'metadata').read_text()) for step in range(1, 33)}
@@ -78,30 +85,30 @@ def test_bad_steps_are_skipped_and_a_bad_validation_is_never_the_best(tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_bad_best_does_not_push_out_a_good_one(tmp_path: Path, record_property: Record) -> None:
+def test_a_bad_best_does_not_push_out_a_good_one(tmp_path: Path) -> None:
   workdir = tmp_path / 'run'
   ended(run(workdir, 'nan@validation:4', steps=8, eval__every=2, checkpoint__every=2, checkpoint__keep_latest=1,
-            stop_after=4), 0, record_property)
+            stop_after=4), 0)
   assert saved(workdir) == [2, 4]                         # the best, and the latest, whose validation was NaN
   output = ended(run(workdir, 'nan@validation:8', steps=8, eval__every=2, checkpoint__every=2,
-                     checkpoint__keep_latest=1), 0, record_property)
+                     checkpoint__keep_latest=1), 0)
   assert saved(workdir) in ([2, 8], [6, 8]) and 'not finite: never the best' in output
   report = json.loads((workdir / 'report.json').read_text(), parse_constant=pytest.fail)
   assert report['not_finite'] == [4, 8] and report['bits_per_byte'] is None and report['best_bits_per_byte'] > 0
 
 
 @pytest.mark.slow
-def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path: Path, record_property: Record) -> None:
+def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
   process = run(tmp_path / 'run', 'nan@loss:2,nan@loss:4,inf@gradient:5,nan@gradient:6', stop_after_skips=3)
-  output = ended(process, 4, record_property)
+  output = ended(process, 4)
   assert 'the last 3 steps had no usable loss or gradient and were skipped: lower optim.learning_rate' in output
   assert 'step 6 skipped' in output and 'step 7' not in output
 
 
 @pytest.mark.slow
-def test_a_hang_is_told_with_all_stacks(tmp_path: Path, record_property: Record) -> None:
+def test_a_hang_is_told_with_all_stacks(tmp_path: Path) -> None:
   workdir = tmp_path / 'run'
-  output = ended(run(workdir, 'hang@step:6', hang_after=2.0), 6, record_property)
+  output = ended(run(workdir, 'hang@step:6', hang_after=2.0), 6)
   assert 'Hang: no step, no batch of a validation and no save for 2 s (hang_after)' in output
   stacks = (workdir / 'hang.0.txt').read_text()
   assert all(re.search(r'faults\.py", line \d+ in pass_by', text) for text in (stacks, output))
@@ -109,10 +116,10 @@ def test_a_hang_is_told_with_all_stacks(tmp_path: Path, record_property: Record)
 
 
 @pytest.mark.slow
-def test_logs_on_a_full_disk_cost_lines_and_nothing_else(tmp_path: Path, record_property: Record) -> None:
+def test_logs_on_a_full_disk_cost_lines_and_nothing_else(tmp_path: Path) -> None:
   """Three pieces a step: metrics.jsonl, load.jsonl, TensorBoard. Those of steps 2 and 3 find no room."""
   workdir = tmp_path / 'run'
-  output = ended(run(workdir, ','.join(f'full@log:{n}' for n in range(4, 10)), steps=6), 0, record_property)
+  output = ended(run(workdir, ','.join(f'full@log:{n}' for n in range(4, 10)), steps=6), 0)
   assert output.count('No space left on device: training goes on') == 1 and output.count('there is room again') == 1
   assert [row['step'] for row in rows(workdir) if 'loss' in row] == [1, 4, 5, 6]
   assert [json.loads(line)['step'] for line in (workdir / 'load.jsonl').read_text().splitlines()] == [1, 4, 5, 6]
@@ -121,12 +128,12 @@ def test_logs_on_a_full_disk_cost_lines_and_nothing_else(tmp_path: Path, record_
 
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_within_a_step(tmp_path: Path, number: signal.Signals, record_property: Record) -> None:
+def test_a_signal_saves_within_a_step(tmp_path: Path, number: signal.Signals) -> None:
   workdir = tmp_path / 'run'
   process = run(workdir, steps=100_000, checkpoint__every=100_000)
   wait_for(process, workdir, 3)
   process.send_signal(number)
-  output = ended(process, 128 + number, record_property)
+  output = ended(process, 128 + number)
   stopped = int(output.split(' after step ')[1].split()[0])
   assert saved(workdir) == [stopped] and f'stopped by signal {int(number)} after step {stopped} of' in output
   told = [row['step'] for row in rows(workdir)]
@@ -134,14 +141,14 @@ def test_a_signal_saves_within_a_step(tmp_path: Path, number: signal.Signals, re
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_at_once(tmp_path: Path, record_property: Record) -> None:
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
   """The second one comes while the first one's save is in flight."""
-  output = ended(run(tmp_path / 'run', 'term@step:3,term@save:1', checkpoint__every=100), 143, record_property)
+  output = ended(run(tmp_path / 'run', 'term@step:3,term@save:1', checkpoint__every=100), 143)
   assert 'stopped' not in output and 'step  3/12' in output and 'step  4/12' not in output
 
 
 @pytest.mark.slow
-def test_a_soak_ends_as_if_nothing_had_happened(tmp_path: Path, record_property: Record) -> None:
+def test_a_soak_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
   """300 steps with ten faults, and 300 without any: the same metrics and the same digest, to the bit."""
   few = {'steps': 300, 'log_every': 5, 'eval__every': 100, 'checkpoint__every': 10}
   whole, workdir = tmp_path / 'whole' / 'run', tmp_path / 'soak' / 'run'
@@ -159,8 +166,8 @@ def test_a_soak_ends_as_if_nothing_had_happened(tmp_path: Path, record_property:
     output = process.communicate(timeout=300)[0]
     assert process.returncode == (-9 if action == 'kill' else 143), output
     assert ('No space left' in output) == (i in full), output
-  final = ended(run(workdir, **few), 0, record_property)
-  ended(reference, 0, record_property)
+  final = ended(run(workdir, **few), 0)
+  ended(reference, 0)
   assert 'resuming after step ' in final and final_digest(workdir) == final_digest(whole)
   assert [row for row in rows(workdir) if 'saves_failed' not in row] == rows(whole)
   assert not [path for path in (workdir / 'checkpoints').iterdir() if not path.name.isdecimal()]
