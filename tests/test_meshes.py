@@ -10,12 +10,13 @@ import pytest
 from exchanged import emulate
 from meshes import ALONE, COLUMNS, DISPATCHES, MESHES, REFERENCE, Case, batch, cases, config, measure, reference
 
+from moejax.attention import AttentionConfig
 from moejax.config import ConfigError
 from moejax.experiment import ExperimentConfig
 from moejax.meshes import mesh_of, nearest, parts_of
 from moejax.metrics import devices_at_work
-from moejax.sharding import RULES, MeshConfig, make_mesh
-from moejax.start import target_of
+from moejax.sharding import RULES, MeshConfig, make_mesh, shardings
+from moejax.state import shapes_of
 
 FAST = [(MeshConfig(1, fsdp=2, expert=2, tensor=2), 'sparse_matmul'),
         (MeshConfig(2, expert=4), 'sparse_matmul, ragged'),
@@ -62,9 +63,10 @@ def refused(cfg: ExperimentConfig) -> tuple[str, ...]:
 
 def divides(cfg: ExperimentConfig, mesh: MeshConfig) -> bool:
   """By the shardings themselves, which cannot be made where sizes do not divide."""
+  model = shapes_of(cfg).model
   try:
-    for leaf in jax.tree.leaves(target_of(cfg, make_mesh(mesh))):
-      leaf.sharding.shard_shape(leaf.shape)
+    for leaf, where in zip(jax.tree.leaves(model), jax.tree.leaves(shardings(model, make_mesh(mesh))), strict=True):
+      where.shard_shape(leaf.shape)
   except ValueError:
     return False
   rows = cfg.batch_size // cfg.micro_batches
@@ -79,15 +81,16 @@ def typed(problem: str, mesh: MeshConfig) -> MeshConfig:
 
 def test_a_mesh_is_refused_exactly_where_something_does_not_divide_and_the_nearest_trains() -> None:
   assert len(ALL) == 63
-  taken = []
+  cfg = dataclasses.replace(CFG, model=dataclasses.replace(
+    CFG.model, mtp_depth=0, moe=dataclasses.replace(CFG.model.moe, d_expert=20)))   # a width of its own
+  taken = [mesh for mesh in ALL if divides(cfg, mesh)]
+  assert MeshConfig(tensor=4, data=2) in taken and MeshConfig(1, tensor=8) not in taken and 30 < len(taken) < 60
   for mesh in ALL:
-    if divides(CFG, mesh):
-      assert mesh_of(asked(mesh)).size == math.prod(dataclasses.astuple(mesh))
-      taken.append(mesh)
+    here = dataclasses.replace(cfg, mesh=mesh)
+    if mesh in taken:
+      assert mesh_of(here).size == math.prod(dataclasses.astuple(mesh))
     else:
-      other = typed(refused(asked(mesh))[-1], mesh)
-      assert other != mesh and divides(CFG, other), (mesh, other)
-  assert {*MESHES} <= {*taken} and len(taken) < 60
+      assert typed(refused(here)[-1], mesh) in taken, mesh
 
 
 def test_all_that_does_not_divide_is_one_error() -> None:
@@ -102,6 +105,15 @@ def test_all_that_does_not_divide_is_one_error() -> None:
     'the 48 embed channels of model.mtp.projection.w [1, 48, 24] do not divide over mesh.fsdp=5: 50 would']
   assert remedy == ('the nearest mesh that would do, of 8 devices out of 8: '
                     '--config.mesh.fsdp=4 --config.mesh.expert=2 --config.mesh.tensor=1')
+
+
+def test_rows_are_those_of_a_micro_batch_and_heads_are_whole() -> None:
+  found, _ = refused(asked(MeshConfig(), micro_batches=4))
+  assert 'micro_batches = 12 rows do not divide over data * fsdp * expert = 8 devices: 16 would' in found
+  few = dataclasses.replace(CFG.model, attention=AttentionConfig(num_heads=2, num_kv_heads=1, d_head=8))
+  found, _ = refused(asked(MeshConfig(tensor=4), model=few))
+  assert found == 'config.model.attention.num_heads=2 heads do not divide over mesh.tensor=4: 4 would'
+  assert mesh_of(asked(MeshConfig(tensor=2), model=few)).shape['tensor'] == 2, 'of key-value heads there may be fewer'
 
 
 @pytest.mark.parametrize(('mesh', 'flags'), [
