@@ -29,7 +29,7 @@ class Row(NamedTuple):
 ROWS = (
   Row('kill -9 at five random steps, while a save is in flight, before it has its name, while an old step is deleted',
       'the same command goes on; metrics and last digest are those of the run without it, to the bit',
-      'save_faults::killed_nine_times_a_run_ends_as_if_it_had_not_been'),
+      'save_faults::killed_again_and_again_a_run_ends_as_if_it_had_not_been'),
   Row('300 steps with ten random faults', 'the same', 'faults::a_soak_ends_as_if_nothing_had_happened'),
   Row('SIGTERM or SIGINT to the trainer', 'saves within a step; exit 143 or 130',
       'faults::a_signal_saves_within_a_step'),
@@ -44,7 +44,11 @@ ROWS = (
   Row('disk full for logs', 'one warning; whole lines are lost until there is room, and nothing else',
       'faults::logs_on_a_full_disk_cost_lines_and_nothing_else metrics::what_does_not_fit_is_lost_whole_and_told_once'),
   Row('truncated file, flipped bit, missing file in a checkpoint', 'leaf and file named; the newest step that verifies',
-      'save_faults::damage_is_named_and_the_newest_good_step_is_used'),
+      'save_faults::damage_is_named_and_the_newest_good_step_is_used '
+      'checkpoint::a_damaged_file_is_named_with_its_leaf_and_the_step_before_is_used'),
+  Row('empty or foreign directories among the checkpoints', 'ignored, each with one warning',
+      'save_faults::damage_is_named_and_the_newest_good_step_is_used '
+      'checkpoint::foreign_directories_are_ignored_with_a_warning'),
   Row('every checkpoint bad', 'refuses to start over; exit 3',
       'save_faults::without_a_good_step_a_run_is_not_started_over'),
   Row('model, dtype, data, tokenizer or batch not as in the checkpoint', 'refuses with old and new; exit 2',
@@ -59,13 +63,16 @@ ROWS = (
   Row('torn or corrupted token cache; source text changed', 'made again from the source; exit 2 where that cannot be',
       'save_faults::a_damaged_cache_is_made_again_and_damaged_text_is_named'),
   Row('two trainers on one directory; readers while one saves', 'the second exits 5 naming the first; readers delete '
-      'nothing', 'save_faults::a_second_trainer_is_turned_away_and_readers_are_not'),
+      'nothing', 'save_faults::a_second_trainer_is_turned_away_and_readers_are_not '
+      'checkpoint::a_step_deleted_under_a_reader_is_no_damage checkpoint::a_reader_changes_nothing'),
   Row('a hang (hang_after)', 'stacks of all threads; exit 6',
       'faults::a_hang_is_told_with_all_stacks watch::what_ends_a_process'),
   Row('pickles, ../, absolute paths and links in what is read; a name with a path in it', 'refused',
       'save_faults::ids_and_probes_are_never_unpickled save_faults::a_run_is_named_by_a_directory '
       'save_faults::a_link_in_the_place_of_a_file_to_be_written_keeps_its_target '
-      'save_faults::what_a_reader_of_a_run_cannot_trust_is_one_error'),
+      'save_faults::what_a_reader_of_a_run_cannot_trust_is_one_error '
+      'checkpoint::a_link_inside_a_step_is_not_followed checkpoint::a_pickle_in_place_of_a_file_is_never_run '
+      'tensors::what_cannot_be_trusted_is_refused_in_one_message tensors::a_pickle_is_never_run'),
   Row('all tokens to one expert, experts without a token, nearly everything dropped',
       'finite gradients; one alarm with its remedy',
       'alarms::gradients_stay_finite alarms::a_run_that_collapses_says_so_and_goes_on'),
