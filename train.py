@@ -5,7 +5,7 @@
   python train.py --plan --topology=v5p:8x8x8           what that would take there; --plan=fit looks for a mesh
   python train.py --coordinator=HOST:PORT --num_processes=N --process_id=I     one of N; on TPU and Slurm by itself
 
-Exit status: 0 done, 2 bad config or no fit, 3 no checkpoint loads, 4 diverged, 5 directory in use, 6 hung, 128+ signal
+Exit: 0 done, 1 last save failed, 2 bad config, no fit, 3 no checkpoint loads, 4 diverged, 5 in use, 6 hung, 128+signal
 """
 import os
 import sys

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import faults
 import pytest
+import train
 from test_trainer import final_digest, flags, rows, spawn, wait_for
 
 from moejax.config import ConfigError
 from moejax.faults import ACTIONS, NUMBERS, POINTS, SPOILS, planned
 from moejax.manifest import unseal
+from moejax.trainer import EXIT_STATUS
+from moejax.watch import HANG
 
 SEED = 5
 
@@ -51,6 +54,12 @@ def test_the_table_names_tests_that_there_are() -> None:
            if isinstance(node, ast.FunctionDef)}
   named = [name for row in faults.ROWS for name in faults.nodes(row)]
   assert {*named} <= found and len({*named}) == len(named), {*named} - found
+
+
+def test_exit_statuses_are_told() -> None:
+  for status in {*range(7), *EXIT_STATUS.values(), HANG}:
+    assert re.search(rf'\b{status} \w', train.__doc__), status
+  assert '128+signal' in train.__doc__ and (*EXIT_STATUS.values(), HANG) == (2, 3, 4, 5, 6)
 
 
 @pytest.mark.slow
