@@ -6,7 +6,7 @@ A guess to order candidates by; the compiler then has the word. Terms that it ha
 tests/test_plan.py.
 
 Letters: B batch, S sequence, D model, F FFN hidden, E experts, K experts per token, T tokens of one device in one
-micro-batch, R rows that its experts have room for.
+micro-batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,8 +15,6 @@ import math
 from typing import NamedTuple
 
 import jax
-import numpy as np
-
 from moejax.config import ConfigError
 from moejax.cost import count_parameters
 from moejax.experiment import ExperimentConfig
@@ -30,8 +28,7 @@ from moejax.state import shapes_of
 from moejax.topology import Topology
 from moejax.transformer import Transformer
 
-# Bytes a token and layer that 'dots' and 'none' keep beside the residual, in numbers of the compute dtype: see `kept`.
-SOME = 0.95   # of a chip's memory is what a guess may fill
+SOME = 0.9   # of a chip's memory is what a guess may fill
 
 
 class Guess(NamedTuple):
@@ -39,7 +36,7 @@ class Guess(NamedTuple):
 
   cfg: ExperimentConfig
   memory: dict[str, float]   # kind -> bytes on one device
-  seconds: float             # of a step, at least
+  seconds: float             # of a step: half-way between everything overlapping, and nothing
 
 
 class Shapes(NamedTuple):
@@ -70,27 +67,41 @@ def tokens_of(cfg: ExperimentConfig, mesh: MeshConfig) -> int:
   return cfg.batch_size // cfg.micro_batches * cfg.seq_len // (mesh.data * mesh.fsdp * mesh.expert)
 
 
-def exchanged(cfg: ExperimentConfig, mesh: MeshConfig, topology: Topology) -> tuple[float, float]:
-  """(bytes that a device sends over `expert` in one layer's forward pass, R)."""
+class Exchanged(NamedTuple):
+  """What the exchange of one layer does to a device."""
+
+  sent: float     # bytes over `expert` in the forward pass
+  room: float     # rows [D] that may arrive
+  copies: float   # rows that the experts' products hold at once
+
+
+def exchanged(cfg: ExperimentConfig, mesh: MeshConfig, topology: Topology) -> Exchanged:
+  """TPUs take copies a window at a time, see moejax/moe/ragged.py; elsewhere there is room for all that may come."""
   model, tokens = cfg.model, tokens_of(cfg, mesh)
   router, here = model.moe.router, model.moe.router.num_experts // mesh.expert
-  itemsize = np.dtype(np.float32).itemsize if model.dtype == 'float32' else 2
-  group = Group(mesh.expert, tokens, router.top_k, router.num_experts, model.d_model, itemsize, 0)
   if mesh.expert == 1:
-    return 0.0, tokens * router.top_k
-  lacking = topology.text if topology.compiler == 'cpu' or topology.chip.kind == 'TPU v5 lite' else ''
+    return Exchanged(0.0, tokens, tokens * router.top_k)
+  group = Group(mesh.expert, tokens, router.top_k, router.num_experts, model.d_model, itemsize_of(cfg), 0)
+  large_v5e = topology.text.startswith('v5e') and topology.count > 16   # see `lacking_ragged`
+  lacking = topology.text if topology.compiler == 'cpu' or large_v5e else ''
   name = exchange_of(model.moe.dispatch, group, lacking) if not model.moe.dispatch.capacity_factor else 'gather'
-  rows = mesh.expert * tokens * min(router.top_k, here if name == 'ragged' else router.top_k)
-  return moved(group)[name], rows
+  each = min(router.top_k, here) if name == 'ragged' else router.top_k
+  copies = tokens * each * (1.25 if topology.compiler == 'tpu' else mesh.expert)
+  return Exchanged(moved(group)[name], mesh.expert * tokens * (each if name == 'ragged' else 1), copies)
 
 
-def kept(cfg: ExperimentConfig, mesh: MeshConfig, rows: float) -> float:
-  """Numbers of the compute dtype that the forward pass of one micro-batch keeps for the backward pass."""
-  model, tokens = cfg.model, tokens_of(cfg, mesh)
+def itemsize_of(cfg: ExperimentConfig) -> int:
+  """Bytes of a number in the compute dtype."""
+  return 4 if cfg.model.dtype == 'float32' else 2
+
+
+def kept(cfg: ExperimentConfig, moves: Exchanged, topology: Topology) -> float:
+  """Bytes that the forward pass of one micro-batch keeps for the backward pass."""
+  model, mesh, tokens = cfg.model, cfg.mesh, tokens_of(cfg, cfg.mesh)
   attention, moe, layers = model.attention, model.moe, model.num_layers + model.mtp_depth
   residual = tokens * model.d_model
   if model.remat == 'full':
-    return layers * residual
+    return layers * residual * itemsize_of(cfg)
   latent = attention.latent
   low = (latent.kv_rank + latent.q_rank) if latent.kv_rank else 0
   heads = attention.num_heads * (4 * attention.d_head + 2 * (latent.d_rope if latent.kv_rank else 0)) / mesh.tensor
@@ -98,23 +109,23 @@ def kept(cfg: ExperimentConfig, mesh: MeshConfig, rows: float) -> float:
   dots = tokens * (heads + low + shared + model.d_model)
   dense = tokens * 2 * model.d_ff / mesh.tensor * model.num_dense_layers
   if model.remat == 'dots':
-    return layers * (residual + dots) + dense
-  scores = 2 * tokens * cfg.seq_len * attention.num_heads / mesh.tensor
-  experts = rows * (model.d_model + 3 * moe.d_expert / mesh.tensor) + 6 * residual
-  return layers * (residual + 2 * dots + scores + experts) + 2 * dense
+    return (layers * (residual + dots) + dense) * itemsize_of(cfg)
+  scores = 2 * tokens * cfg.seq_len * attention.num_heads / mesh.tensor * (topology.compiler == 'cpu')
+  hidden = 0.0 if topology.compiler == 'tpu' else moves.copies * 2 * moe.d_expert / mesh.tensor
+  experts = moves.room * model.d_model + hidden + 6 * residual
+  return (layers * (residual + 2 * dots + scores + experts) + 2 * dense) * itemsize_of(cfg)
 
 
-def at_work(cfg: ExperimentConfig, mesh: MeshConfig, found: Shapes, rows: float, topology: Topology) -> float:
+def at_work(cfg: ExperimentConfig, moves: Exchanged, found: Shapes, topology: Topology) -> float:
   """Bytes of the backward pass of one block, or of the head: weights gathered over fsdp, rows of experts, scores."""
-  model, tokens = cfg.model, tokens_of(cfg, mesh)
-  itemsize = 4 if model.dtype == 'float32' else 2
+  model, mesh, tokens, itemsize = cfg.model, cfg.mesh, tokens_of(cfg, cfg.mesh), itemsize_of(cfg)
   layers = model.num_layers + model.mtp_depth
   weights = sum(size / shards(mesh, axes, ('fsdp',)) for size, axes, stacked in found.rows if stacked) / layers
-  heads = model.attention.num_heads / mesh.tensor
-  is_fused = topology.chip is not None and (topology.compiler == 'gpu' or not topology.chip.torus)
-  scores = 0.0 if is_fused else heads * tokens * cfg.seq_len * 8 * (5 / 8 if topology.compiler == 'cpu' else 1)
-  experts = rows * (4 * model.d_model + 4 * model.moe.d_expert / mesh.tensor) * itemsize
-  block = weights * itemsize * 3 + max(scores, experts) + 12 * tokens * model.d_model * itemsize
+  # Without a kernel that never holds them: four chunks of queries each see half of the keys, on average.
+  scores = (model.attention.num_heads / mesh.tensor * tokens * cfg.seq_len * 5 if topology.compiler == 'cpu' else 0.0)
+  wide = 4 * model.d_model if topology.compiler == 'tpu' else 0
+  experts = moves.copies * (wide + 4 * model.moe.d_expert / mesh.tensor) + moves.room * 3 * model.d_model
+  block = weights * itemsize * 3 + max(scores, experts * itemsize) + 12 * tokens * model.d_model * itemsize
   vocab = model.vocab_size / mesh.tensor
   head = tokens / cfg.loss.chunks * vocab * 8 + model.d_model * vocab * (itemsize * 2 + 4)
   return max(block, head)
@@ -122,27 +133,23 @@ def at_work(cfg: ExperimentConfig, mesh: MeshConfig, found: Shapes, rows: float,
 
 def memory(cfg: ExperimentConfig, found: Shapes, topology: Topology) -> dict[str, float]:
   """Kind -> bytes on one device, at the fullest moment of a step."""
-  mesh, itemsize = cfg.mesh, 4 if cfg.model.dtype == 'float32' else 2
-  own = 4 * found.count(mesh)
-  _, rows = exchanged(cfg, mesh, topology)
+  own, moves = 4 * found.count(cfg.mesh), exchanged(cfg, cfg.mesh, topology)
   return {
     'parameters': own, 'optimiser': 2 * own, 'gradients': own * (2 if cfg.micro_batches > 1 else 1),
-    'activations': kept(cfg, mesh, rows) * itemsize,
-    'other temporaries': at_work(cfg, mesh, found, rows, topology)}
+    'activations': kept(cfg, moves, topology), 'other temporaries': at_work(cfg, moves, found, topology)}
 
 
 def spoken(cfg: ExperimentConfig, found: Shapes, topology: Topology) -> list[Collective]:
   """The collectives of a step, guessed: weights gathered, gradients scattered, tokens exchanged, sums over tensor."""
   mesh, model, parts = cfg.mesh, cfg.model, cfg.micro_batches
-  itemsize, again = 4 if model.dtype == 'float32' else 2, 0 if model.remat == 'none' else 1
+  itemsize, again = itemsize_of(cfg), 0 if model.remat == 'none' else 1
   layers = model.num_layers + model.mtp_depth
   own, gathered, tokens = found.count(mesh), found.count(mesh, 'fsdp'), tokens_of(cfg, mesh)
-  sent, _ = exchanged(cfg, mesh, topology)
+  sent = exchanged(cfg, mesh, topology).sent
   sizes = {
     'fsdp': (gathered - own) * itemsize * (2 + again + 1),
     'data': 2 * own * 4 * (mesh.data - 1) / mesh.data,
-    'expert': sent * layers * (2 + again) + (0 if mesh.expert == 1 else
-                                             2 * itemsize * found.count(mesh, 'fsdp', 'expert') * 0.02),
+    'expert': sent * layers * (2 + again),
     'tensor': 2 * tokens * model.d_model * itemsize * 2 * layers * (2 + again) * (mesh.tensor - 1) / mesh.tensor}
   return [Collective('all', (axis,), 1, size * parts) for axis, size in sizes.items() if getattr(mesh, axis) > 1]
 
@@ -150,10 +157,11 @@ def spoken(cfg: ExperimentConfig, found: Shapes, topology: Topology) -> list[Col
 def moved_through_memory(cfg: ExperimentConfig, found: Shapes, topology: Topology) -> float:
   """Bytes through one device's memory in a step: optimiser, gradients, gathered weights, activations."""
   mesh, model = cfg.mesh, cfg.model
-  itemsize, passes = 4 if model.dtype == 'float32' else 2, 3 if model.remat == 'none' else 4
+  itemsize, passes = itemsize_of(cfg), 3 if model.remat == 'none' else 4
   layers, tokens = model.num_layers + model.mtp_depth, tokens_of(cfg, mesh)
-  _, rows = exchanged(cfg, mesh, topology)
-  block = rows * (6 * model.d_model + 8 * model.moe.d_expert / mesh.tensor) + 20 * tokens * model.d_model
+  moves = exchanged(cfg, mesh, topology)
+  block = (moves.copies * (6 * model.d_model + 8 * model.moe.d_expert / mesh.tensor)
+           + (moves.room * 4 + tokens * 20) * model.d_model)
   weights = 3 * found.count(mesh, 'fsdp')
   each = passes * itemsize * (layers * block + weights) + 16 * found.count(mesh)
   return cfg.micro_batches * each + 36 * found.count(mesh)
@@ -164,8 +172,9 @@ def guess(cfg: ExperimentConfig, found: Shapes, devices: Sequence[jax.Device], t
   seconds = math.inf
   if topology.chip:
     _, flops = step_flops(cfg, count_parameters(found.model, cfg))
-    seconds, _ = least(bounds(flops / len(devices), moved_through_memory(cfg, found, topology),
-                              spoken(cfg, found, topology), make_mesh(cfg.mesh, devices), topology))
+    times = bounds(flops / len(devices), moved_through_memory(cfg, found, topology), spoken(cfg, found, topology),
+                   make_mesh(cfg.mesh, devices), topology)
+    seconds = (least(times)[0] + sum(bound.seconds for bound in times)) / 2
   return Guess(cfg, memory(cfg, found, topology), seconds)
 
 
