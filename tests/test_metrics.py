@@ -209,12 +209,17 @@ def test_a_device_that_is_always_full() -> None:
   log.close()
 
 
-def test_the_first_piece_waits_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  """The head of TensorBoard's file, without which it reads nothing."""
+def test_the_head_waits_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """The session START, without which TensorBoard shows what an earlier process wrote of later steps."""
   board = TensorBoard(tmp_path, 0)
+  for step in range(1, 5):
+    board.scalars(step, {'loss': step})
+  board.close()
+  board = TensorBoard(tmp_path, 2)
   now = {('log', faults._passed['log'] + 1): 'full'}
-  monkeypatch.setattr(faults, 'plan', lambda: now)
-  board.scalars(1, {'loss': 1.0})
-  monkeypatch.setattr(faults, 'plan', dict)
-  board.scalars(2, {'loss': 2.0})
-  assert series(events(tmp_path), 'loss') == [(2, 2.0)]
+  with monkeypatch.context() as patched:
+    patched.setattr(faults, 'plan', lambda: now)
+    board.scalars(3, {'loss': 30})
+  board.scalars(4, {'loss': 40})
+  board.close()
+  assert series(events(tmp_path), 'loss') == [(1, 1), (2, 2), (4, 40)]
