@@ -17,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 import pytest
 
 from moejax.attention import AttentionConfig, LatentConfig
+from moejax.config import ConfigError
 from moejax.experiment import ExperimentConfig
 from moejax.meshes import mesh_of
 from moejax.moe.dispatch import DispatchConfig
@@ -31,7 +32,6 @@ from moejax.transformer import ModelConfig
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.slow, pytest.mark.skipif(
   importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed: pip install "moejax[tpu]"')]
 
-SLICES = {'v5e': 'v5e:2x4', 'v5p': 'v5p:2x2x2', 'v6e': 'v6e:2x4'}   # eight devices each
 E, K, D, F = 8, 2, 256, 384
 MODEL = ModelConfig(
   vocab_size=512, d_model=D, num_layers=1, d_ff=D, dtype='bfloat16', remat='full',
@@ -58,18 +58,19 @@ class Case(NamedTuple):
   model: ModelConfig = MODEL
 
 
-SPARSE, DENSE, BUFFERS = (DispatchConfig(), DispatchConfig('dense_matmul'), DispatchConfig('dense_matmul', 2.0))
+GATHER, RAGGED, DENSE, BUFFERS = (
+  DispatchConfig(exchange='gather'), DispatchConfig(exchange='ragged'), DispatchConfig('dense_matmul'),
+  DispatchConfig('dense_matmul', 2.0))
 CASES = {
-  'v5e sparse': Case('v5e', SPARSE),
-  'v5e dense': Case('v5e', DENSE),
-  'v5e buffers': Case('v5e', BUFFERS),
-  'v5p sparse': Case('v5p', SPARSE, LATENT),
-  'v5p dense': Case('v5p', DENSE),
-  'v5p buffers': Case('v5p', BUFFERS),
-  'v6e sparse': Case('v6e', SPARSE, BIASED),
-  'v6e dense': Case('v6e', DENSE),
-  'v6e buffers': Case('v6e', BUFFERS),
+  'v5e gather': Case('v5e:2x4', GATHER),
+  'v5e buffers': Case('v5e:2x4', BUFFERS),
+  'v5p gather': Case('v5p:2x2x2', GATHER, BIASED),
+  'v5p ragged': Case('v5p:2x2x2', RAGGED, LATENT),
+  'v5p dense': Case('v5p:2x2x2', DENSE),
+  'v6e ragged': Case('v6e:2x4', RAGGED),
+  'v6e buffers': Case('v6e:2x4', BUFFERS),
 }
+MOVED = {GATHER: set(), RAGGED: {'ragged-all-to-all'}, DENSE: set(), BUFFERS: {'all-to-all'}}
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -87,7 +88,7 @@ def devices(name: str) -> list[jax.Device]:
   """Of a slice that is not here."""
   # No chip is touched: there is no metadata server to ask, and nothing that a lock would protect.
   os.environ.update(TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1')
-  return list(topologies.get_topology_desc(topology_name=SLICES[name], platform='tpu').devices)
+  return list(topologies.get_topology_desc(topology_name=name, platform='tpu').devices)
 
 
 class Program(NamedTuple):
@@ -103,12 +104,10 @@ class Program(NamedTuple):
             for result in found]
 
 
-@functools.cache
-def program(name: str) -> Program:
-  """Of sixteen rows, on expert=4 x fsdp=2."""
-  case = CASES[name]
+def compiled(case: Case, sizes: MeshConfig, rows: int) -> Program:
+  """The step of so many rows on this mesh."""
   model = dataclasses.replace(case.model, moe=dataclasses.replace(case.model.moe, dispatch=case.dispatch))
-  cfg = ExperimentConfig(batch_size=16, seq_len=128, model=model, mesh=MeshConfig(data=1, fsdp=2, expert=4))
+  cfg = ExperimentConfig(batch_size=rows, seq_len=128, model=model, mesh=sizes)
   mesh = mesh_of(cfg, devices(case.slice))
   with jax.set_mesh(mesh):
     target = target_of(cfg, mesh)
@@ -117,11 +116,29 @@ def program(name: str) -> Program:
 
 @pytest.mark.parametrize('name', CASES)
 def test_the_step_of_a_slice(name: str) -> None:
-  """It compiles, the state's memory becomes the new state's, and no device is sent the experts of others."""
-  text, leaves = program(name)
-  aliases = re.findall(r'\{(\d+)\}: \((\d+), \{\}', text.partition('\n')[0])
-  assert aliases == [(str(i), str(i)) for i in range(leaves)]
-  gathered = program(name).results('all-gather', 'all-gather-start')
-  assert gathered
-  # All experts' projections of one kind are more than anything else that is gathered.
-  assert max(math.prod(shape) for shapes in gathered for shape in shapes) < E * D * F
+  """Experts over four devices, two of them on each; compiled once, and looked at for all of it."""
+  case = CASES[name]
+  this = compiled(case, MeshConfig(data=1, fsdp=2, expert=4), 16)
+  # The state's memory becomes the new state's.
+  aliases = re.findall(r'\{(\d+)\}: \((\d+), \{\}', this.text.partition('\n')[0])
+  assert aliases == [(str(i), str(i)) for i in range(this.leaves)]
+  # No device is sent the experts of others: all projections of one kind are more than anything else that is gathered.
+  gathered = this.results('all-gather', 'all-gather-start')
+  assert gathered and max(math.prod(shape) for shapes in gathered for shape in shapes) < E * D * F
+  # Tokens go over `expert` as the config says, and no other way.
+  moved = {op for op in ('all-to-all', 'ragged-all-to-all') if re.search(rf' {op}(-start)?\(', this.text)}
+  assert moved == MOVED[case.dispatch]
+  # Attention is a kernel, forward and backward; and so is the grouped matmul, with both of its gradients.
+  assert {*re.findall(r'%splash_mha_([a-z]+)_\S+ = .* custom-call\(', this.text)} == {'fwd', 'dq', 'dkv'}
+  kernels = re.findall(r'%ragged-dot-none\S* = (\w+\[[\d,]*\]).* custom-call\(.*op_name="([^"]*)"', this.text)
+  grouped = {('transpose' in op, shape) for shape, op in kernels}
+  rows = 8 * 128 * K // 4 * 5 // 4   # a quarter more than a device of a group of four is given
+  products = {f'bf16[{rows},{F}]', f'bf16[{rows},{D}]'}
+  assert grouped == (set() if case.dispatch.dispatcher == 'dense_matmul' else {
+    *((backward, product) for backward in (False, True) for product in products),
+    (True, f'bf16[{E // 4},{D},{F}]'), (True, f'bf16[{E // 4},{F},{D}]')})
+
+
+def test_a_slice_without_the_ragged_exchange_refuses_it() -> None:
+  with pytest.raises(ConfigError, match="dispatch.exchange='ragged': no ragged_all_to_all on 64 x TPU v5 lite"):
+    compiled(Case('v5e:8x8', RAGGED), MeshConfig(data=1, fsdp=16, expert=4), 64)
