@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from moejax import checkpoint, leaves
 from moejax.checkpoint import CheckpointConfig, Checkpoints, NoLoadableCheckpoint, RunInUse, SaveFailed
 from moejax.config import ConfigError
 from moejax.manifest import flatten, kinds
-from moejax.rundir import kept
+from moejax.rundir import Steps, kept
 
 DATA = {'source': 'stdlib', 'seed': '0'}
 
@@ -259,6 +260,23 @@ def test_a_leaf_among_many_leads_to_its_file(tmp_path: Path) -> None:
   assert leaves.files_of(tmp_path, ['model/x1', 'x01', 'model']) == set()
 
 
+def test_of_the_files_of_a_leaf_the_short_and_the_missing_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  chunks = {b'a/0': 'value:p/:d/1:0:50', b'a/1': 'value:p/:d/2:0:60', b'a/2': 'value:p/:d/2:60:10'}
+  tree = {'': {'versions': [{'root': {'location': 'root'}}]},
+          'root': {'entries': [{'key': key, 'indirect_value': value} for key, value in chunks.items()]}}
+  monkeypatch.setattr(tensorstore.ocdbt, 'dump',
+                      lambda base, node='': SimpleNamespace(result=lambda: tree[node]))
+  (tmp_path / 'p' / 'd').mkdir(parents=True)
+  for first, second, named in ((50, 70, {'1', '2'}), (50, 69, {'2'}), (49, 70, {'1'}), (0, 0, {'1', '2'})):
+    (tmp_path / 'p' / 'd' / '1').write_bytes(bytes(first))
+    (tmp_path / 'p' / 'd' / '2').write_bytes(bytes(second))
+    assert leaves.files_of(tmp_path, ['a']) == {f'p/d/{name}' for name in named}
+  (tmp_path / 'p' / 'd' / '2').unlink()
+  (tmp_path / 'p' / 'd' / '1').write_bytes(bytes(50))
+  assert leaves.files_of(tmp_path, ['a']) == {'p/d/2'}
+
+
 @pytest.mark.parametrize('where', ['state', 'meta/metadata', 'state/manifest.ocdbt', 'state/d'])
 def test_a_link_inside_a_step_is_not_followed(root: Path, where: str, caplog: pytest.LogCaptureFixture) -> None:
   place = root / '3' / where
@@ -349,6 +367,23 @@ def test_a_step_deleted_under_a_reader_is_no_damage(
     return load(directory, *rest)
   monkeypatch.setattr(checkpoint, 'read_leaves', meanwhile)
   assert read(root)[0] == 4 and not caplog.records
+
+
+def test_a_step_deleted_while_steps_are_listed_is_not_foreign(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+  (root / '4').mkdir()
+  there = Path.is_symlink
+
+  def asked(path: Path) -> bool:
+    """Just before it is asked what they hold, steps 1 to 3 are deleted, and nothing else is."""
+    for step in (1, 2, 3):
+      if path == root / f'{step}':
+        path.rename(root / f'{step}.gone')
+    return there(path)
+  with monkeypatch.context() as patch:
+    patch.setattr(Path, 'is_symlink', asked)
+    found = Steps(root, ('state', 'meta')).all()
+  assert found == [] and len(caplog.records) == 1 and '/4 is' in caplog.text
 
 
 # ---- another config

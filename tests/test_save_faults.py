@@ -229,14 +229,17 @@ def test_a_link_in_the_place_of_a_file_to_be_written_keeps_its_target(tmp_path: 
   precious, workdir = tmp_path / 'precious', tmp_path / 'run'
   precious.write_text('mine')
   workdir.mkdir()
-  for name in ('lock', 'config.json', 'tokens'):
+  for name in ('lock', 'config.json'):
     (workdir / name).symlink_to(precious)
+  theirs = cached(tmp_path / 'elsewhere' / 'tokens', lambda: [b'theirs'])
+  (workdir / 'tokens').symlink_to(tmp_path / 'elsewhere' / 'tokens')
   with pytest.raises(ConfigError, match='name a directory that can be written to'), lock(workdir):
     pass
   write_config(config(workdir))
   assert read_config(str(workdir)).steps == 12
   assert bytes(cached(workdir / 'tokens', lambda: [b'built'])) == b'built'
   assert precious.read_text() == 'mine' and not (workdir / 'tokens').is_symlink()
+  assert bytes(cached(tmp_path / 'elsewhere' / 'tokens', lambda: [])) == bytes(theirs) == b'theirs'
 
 
 def test_ids_and_probes_are_never_unpickled(tmp_path: Path) -> None:
