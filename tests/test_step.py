@@ -268,7 +268,7 @@ def test_a_spike_changes_nothing_where_it_is_to_be_skipped() -> None:
   state, metrics = stepper(cfg)(start(cfg), make_batch())
   assert not metrics['skipped']                                    # no trend yet
   loss, norm = float(metrics['lm_loss']), float(metrics['grad_norm'])
-  for trend in ([loss / 2, 2 * norm], [2 * loss, norm / 2], [2 * loss, 2 * norm]):
+  for trend in ([2 * loss, 2 * norm], [loss / 2, 2 * norm], [2 * loss, norm / 2]):
     told = state.stability._replace(steps=jnp.float32(50), trend=jnp.array(trend, jnp.float32))
     before = state._replace(stability=told)
     after, metrics = stepper(cfg)(before, make_batch())

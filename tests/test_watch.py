@@ -18,7 +18,7 @@ with watch(0.6, pathlib.Path(sys.argv[1])):
   print('alive', flush=True)
   {last}
 print('out', flush=True)
-time.sleep(0.9)                         # no longer watched
+time.sleep(2)                           # no longer watched
 print('end', flush=True)
 """
 
