@@ -35,6 +35,7 @@ AUTO = 'auto'
 class DispatchConfig:
   """`capacity_factor` 0: no buffers, nothing is dropped. `drop_by` says who stays when a buffer is full.
 
+  On a mesh, buffers are those of each device's own tokens: the more devices, the less evens out between them.
   exchange: how tokens and experts come together over the `expert` mesh axis, see `exchanges`. 'auto': the one that
     moves the fewest bytes, of those that the devices have; ragged, which needs more memory, if it saves a quarter.
   """
