@@ -5,6 +5,7 @@ import random
 import re
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import faults
@@ -19,13 +20,24 @@ from moejax.trainer import EXIT_STATUS
 from moejax.watch import HANG
 
 SEED = 5
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def nobody_stays() -> Iterator[None]:
+  """A trainer that a failed test left would go on for hours."""
+  yield
+  for process in STARTED:
+    process.kill()
+  STARTED.clear()
 
 
 def run(workdir: Path, fault: str = '', **changes: object) -> subprocess.Popen:
   """A trainer with a fault, on one device: it starts faster."""
   workdir.parent.mkdir(exist_ok=True)
-  return spawn(flags(workdir, **{'eval__every': 0, 'log_every': 1} | changes), MOEJAX_FAULT=fault,
-               XLA_FLAGS='--xla_force_host_platform_device_count=1')
+  STARTED.append(spawn(flags(workdir, **{'eval__every': 0, 'log_every': 1} | changes), MOEJAX_FAULT=fault,
+                       XLA_FLAGS='--xla_force_host_platform_device_count=1'))
+  return STARTED[-1]
 
 
 def ended(process: subprocess.Popen, status: int) -> str:

@@ -70,7 +70,7 @@ def final_digest(workdir: Path) -> str:
 def wait_for(process: subprocess.Popen, workdir: Path, step: int) -> None:
   """Until metrics.jsonl holds a line of that step."""
   file = workdir / 'metrics.jsonl'
-  for _ in range(1200):
+  for _ in range(6000):
     if file.exists() and any(json.loads(line)['step'] >= step for line in file.read_text().splitlines(True)
                              if line.endswith('\n')):
       return
