@@ -83,13 +83,14 @@ def expect_plain(directory: Path) -> None:
 
 def _expect_tables(directory: Path) -> None:
   """Damaged for what Orbax tells without a file's name, and with more errors from threads that it leaves behind."""
-  if not (directory / MANIFEST).exists():
-    raise Damaged(f'file {directory.name}/{MANIFEST}: missing, and every leaf with it')
+  for name in (MANIFEST, TABLE):
+    if not (directory / name).exists():
+      raise Damaged(f'file {directory.name}/{name}: missing, and every leaf with it')
   for path in (directory / TABLE, *sorted(directory.glob('array_metadatas/*'))):
     try:
       json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-      raise Damaged(f'file {path.relative_to(directory.parent)}: {type(error).__name__}') from error
+    except ValueError as error:
+      raise Damaged(f'file {path.relative_to(directory.parent)}: not JSON ({type(error).__name__})') from error
 
 
 def _told(directory: Path, leaves: Sequence[str], error: Exception) -> Damaged:
@@ -101,7 +102,8 @@ def _told(directory: Path, leaves: Sequence[str], error: Exception) -> Damaged:
   except Exception as other:  # the tree that leads to the files is damaged itself: its error has the name
     files = re.findall(rf'local file "{re.escape(str(directory))}/([^"]*[^"/])"', str(other))[-1:]
   what = f'leaf {_some(leaves)}, file ' + _some([f'{directory.name}/{name}' for name in files or [TABLE]])
-  reason = text.rpartition('": ')[2][-160:]
+  is_there = all((directory / name).exists() for name in files)
+  reason = text.rpartition('": ')[2][-160:] if is_there else 'missing'
   return Damaged(f'{what}: {reason}')
 
 

@@ -63,7 +63,8 @@ class Writer:
         yield
     except Exception as error:
       self._steps.clean()
-      reason = f'{error}'.partition(' [os_error_code')[0].rpartition(': ')[2]
+      of_the_system = isinstance(error, OSError) and error.strerror
+      reason = of_the_system or f'{error}'.partition(' [os_error_code')[0].rpartition(': ')[2]
       raise SaveFailed(self._step, f'{self._steps.path(self._step)}: {reason}') from error
 
 

@@ -246,6 +246,7 @@ def test_a_damaged_file_is_named_with_its_leaf_and_the_step_before_is_used(
     assert warning.startswith('checkpoint 3 is damaged, trying an older one: ') and len(warning) < 400
     assert str(file.relative_to(root / '3')) in warning and '\n' not in warning, warning
     assert f'leaf {leaf}, file' in warning or not leaf or 'every leaf' in warning, warning
+    assert ('missing' in warning or 'No such file' in warning) == (harm is Path.unlink), warning
 
 
 def test_a_leaf_among_many_leads_to_its_file(tmp_path: Path) -> None:
