@@ -3,7 +3,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -137,9 +136,8 @@ def test_a_missing_config_file_is_named(default: str) -> None:
 def stub(default: str, monkeypatch: pytest.MonkeyPatch) -> list[Root]:
   """train.py with a small config and a trainer that only keeps what it is given."""
   seen: list[Root] = []
-  trainer = types.SimpleNamespace(train=lambda config: seen.append(config) or 4)
-  monkeypatch.setitem(sys.modules, 'moejax.experiment', types.SimpleNamespace(ExperimentConfig=Root))
-  monkeypatch.setitem(sys.modules, 'moejax.trainer', trainer)
+  monkeypatch.setattr('moejax.experiment.ExperimentConfig', Root)
+  monkeypatch.setattr('moejax.trainer.train', lambda config: seen.append(config) or 4)
   return seen
 
 
