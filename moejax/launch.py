@@ -71,13 +71,18 @@ def connect(launch: Launch) -> None:
   try:
     jax.distributed.initialize(**of, initialization_timeout=PATIENCE,
                                heartbeat_timeout_seconds=launch.heartbeat, shutdown_timeout_seconds=launch.heartbeat)
-  except (ValueError, RuntimeError) as error:
-    raise ConfigError(f'cannot join the other processes: {error}; give each one {WHO}') from error
+  except (ValueError, RuntimeError, OSError) as error:
+    check(f'cannot join the other processes: {error}; give each one {WHO}' if launch.coordinator or counted() else '')
+    print(f'JAX knows of no other processes ({error}): alone', file=sys.stderr)   # as on a TPU of one host
+
+
+def counted() -> bool:
+  """Whether a launcher says that it started several processes."""
+  return any(int(os.environ[name]) > 1 for name in COUNTS if name in os.environ)
 
 
 def expected() -> bool:
-  """Whether the environment speaks of processes beside this one, or is one that JAX has to ask: a TPU, a job of
-  Kubernetes. JAX sets its platforms to TPU by itself where it finds one."""
-  counts = [os.environ[name] for name in COUNTS if name in os.environ]
-  return (any(int(count) > 1 for count in counts) or 'tpu' in (jax.config.jax_platforms or '').split(',') or
+  """Whether there may be others: a launcher says so, or JAX has to ask, on a TPU and in a job of Kubernetes. JAX sets
+  its platforms to TPU by itself where it finds one."""
+  return (counted() or 'tpu' in (jax.config.jax_platforms or '').split(',') or
           {'KUBERNETES_SERVICE_HOST', 'JOB_COMPLETION_INDEX'} <= {*os.environ})

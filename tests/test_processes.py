@@ -258,10 +258,22 @@ def test_the_environment_says_whether_to_look_for_others(monkeypatch: pytest.Mon
     assert not jax.distributed.is_initialized()
 
 
-def test_where_jax_found_a_tpu_others_are_looked_for() -> None:
+def test_on_a_tpu_others_are_looked_for_and_need_not_be_there(monkeypatch: pytest.MonkeyPatch,
+                                                              capsys: pytest.CaptureFixture) -> None:
+  def none(**how: object) -> None:
+    assert how['heartbeat_timeout_seconds'] == 60 and 'coordinator_address' not in how
+    raise ValueError('coordinator_address should be defined.')   # as JAX says it
+
+  monkeypatch.setattr(jax.distributed, 'initialize', none)
+  monkeypatch.delenv('SLURM_STEP_NUM_TASKS', raising=False)
   before = jax.config.jax_platforms
   jax.config.update('jax_platforms', 'tpu,cpu')   # what JAX does to itself on a TPU machine
   try:
-    assert launch.expected()
+    launch.connect(launch.Launch())
+    assert 'alone' in capsys.readouterr().err
+    monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '2')
+    with pytest.raises(ConfigError, match='cannot join the other processes.*--coordinator=HOST:PORT'):
+      launch.connect(launch.Launch())
   finally:
     jax.config.update('jax_platforms', before)
+    jax.config.update('jax_enable_preemption_service', True)
