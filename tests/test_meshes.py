@@ -10,7 +10,7 @@ import pytest
 from exchanged import emulate
 from meshes import ALONE, COLUMNS, DISPATCHES, MESHES, REFERENCE, Case, batch, cases, config, measure, reference
 
-from moejax.attention import AttentionConfig
+from moejax.attention import AttentionConfig, LatentConfig
 from moejax.config import ConfigError
 from moejax.experiment import ExperimentConfig
 from moejax.meshes import mesh_of, nearest, parts_of
@@ -107,13 +107,17 @@ def test_all_that_does_not_divide_is_one_error() -> None:
                     '--config.mesh.fsdp=4 --config.mesh.expert=2 --config.mesh.tensor=1')
 
 
-def test_rows_are_those_of_a_micro_batch_and_heads_are_whole() -> None:
+def test_rows_are_those_of_a_micro_batch_heads_are_whole_and_ranks_divide() -> None:
   found, _ = refused(asked(MeshConfig(), micro_batches=4))
   assert 'micro_batches = 12 rows do not divide over data * fsdp * expert = 8 devices: 16 would' in found
   few = dataclasses.replace(CFG.model, attention=AttentionConfig(num_heads=2, num_kv_heads=1, d_head=8))
   found, _ = refused(asked(MeshConfig(tensor=4), model=few))
   assert found == 'config.model.attention.num_heads=2 heads do not divide over mesh.tensor=4: 4 would'
   assert mesh_of(asked(MeshConfig(tensor=2), model=few)).shape['tensor'] == 2, 'of key-value heads there may be fewer'
+  latent = dataclasses.replace(CFG.model, attention=AttentionConfig(8, 8, 2, latent=LatentConfig(6, 8, 2, 2)))
+  found, _ = refused(asked(MeshConfig(fsdp=4), model=latent))
+  assert found == ('the 6 embed channels of model.blocks.attention.kv_b.w [1, 6, 32] do not divide over mesh.fsdp=4: '
+                   '8 would')
 
 
 @pytest.mark.parametrize(('mesh', 'flags'), [
