@@ -11,7 +11,7 @@ from moejax.config import check
 ACCEPT = {
   'batch': ('batch_size', 'seq_len'), 'data': ('source', 'source_digest', 'mixture'), 'model': (), 'seed': ('seed',),
   'tokenizer': ('tokenizer', 'tokenizer_digest')}
-ALWAYS = ('workdir', 'stop_after')  # change without a word
+ALWAYS = ('workdir', 'stop_after', 'data.cache_dir')  # change without a word
 SHOWN = 8  # leaves in a message
 
 
