@@ -13,8 +13,11 @@ not say whether theirs add up. bfloat16 instead of FP8, float32 moments; documen
 filled in the middle. YaRN and two stages of longer context come after this one (section 4.3). The report's text is not
 public: bring yours, and a tokenizer of at most 129280 tokens.
 
-Hardware: 2048 devices of 80 GB; parameters and moments are 10 GiB on each. Nobody has run it: shapes and figures are
-what is checked. `:tiny` takes a minute on two CPU cores, on the standard library's sources, with every part at 2 M
+Hardware: 512 chips of TPU v5p, or 256 H200s with --config.mesh.fsdp=32 --config.micro_batches=60. Nobody has run it:
+shapes and figures are what is checked, and that the compilers for both find room for a step, 67 of a v5p's 96 GiB and
+85 of an H200's 131: add --plan --topology=v5p:8x8x8, or h200:256, to see what of.
+
+`:tiny` takes a minute on two CPU cores, on the standard library's sources, with every part at 2 M
 parameters. Its rate is 18 times and its bias rate 10 times as high, for 120 steps instead of 235240, and init.std goes
 with the root of d_model: 2.064 bits per byte of held-out text (2.99 for single tokens' frequencies), MaxVio 0.16.
 """
@@ -50,7 +53,7 @@ def full() -> ExperimentConfig:
     steps=round(TOKENS / (batch_size * seq_len)),
     batch_size=batch_size,
     seq_len=seq_len,
-    micro_batches=15,
+    micro_batches=30,
     workdir='runs/deepseek_v3',
     data=DataConfig(source='text', path='text/**/*.jsonl.gz', tokenizer='text/tokenizer.json'),
     model=dataclasses.replace(
@@ -62,7 +65,7 @@ def full() -> ExperimentConfig:
     optim=OptimConfig(
       learning_rate=PEAK, warmup_steps=2000, schedule='phases',
       phases=f'1, cosine 0.1@{after(10e12)}, 0.1@{after(14.3e12)}, {7.3e-6 / PEAK:.6f}@{after(14.633e12)}'),
-    mesh=MeshConfig(data=1, fsdp=16, expert=64, tensor=2),
+    mesh=MeshConfig(data=1, fsdp=64, expert=8),
     eval=EvalConfig(every=1000, batches=16),
   )
 

@@ -45,17 +45,17 @@ def full() -> ExperimentConfig:
     steps=round(TOKENS / (batch_size * seq_len)),
     batch_size=batch_size,
     seq_len=seq_len,
-    micro_batches=4,
+    micro_batches=16,
     workdir='runs/openpangu_ultra_moe',
     data=DataConfig(source='text', path='text/**/*.jsonl.gz', tokenizer='text/tokenizer.json'),
     model=dataclasses.replace(
       OPENPANGU_ULTRA_MOE.presets['full'], dtype='bfloat16', remat='full',
       init=InitConfig(rule='tiny', embed_std=0.5, attention_gain=0.283, ffn_gain=0.432)),
     loss=LossConfig(mtp_coef='0.3'),
-    # A group is the rows that 32 devices of the expert axis share in a micro-batch.
-    balance=BalanceConfig(losses=frozendict(ep_group='0.1, 0.01@10%, 0.001@70%'), ep_groups=256),
+    # A group is the rows that 8 devices of the expert axis share in a micro-batch.
+    balance=BalanceConfig(losses=frozendict(ep_group='0.1, 0.01@10%, 0.001@70%'), ep_groups=1024),
     optim=OptimConfig(learning_rate=1e-4, warmup_steps=2000, schedule='cosine'),
-    mesh=MeshConfig(data=1, fsdp=64, expert=32, tensor=2),
+    mesh=MeshConfig(data=1, fsdp=64, expert=8),
     eval=EvalConfig(every=1000, batches=16),
   )
 
