@@ -36,7 +36,7 @@ families: $(VENV)/.dev
 meshes: $(VENV)/.dev
 	$(DEVICES) $(PY) tests/meshes.py $(ARGS)
 
-# What a run survives, as real processes: a quarter of an hour on two cores.
+# What a run survives, as real processes: some minutes.
 faults: $(VENV)/.dev
 	$(PY) tests/faults.py --workers=$(WORKERS) $(ARGS)
 

@@ -100,7 +100,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     return (yield)
   finally:
     subprocess.Popen.__init__ = plain
-    item.user_properties.append(('statuses', [process.returncode for process in started]))
+    item.user_properties.append(('statuses', [process.returncode for process in started if process.returncode is not None]))
 
 
 class Outcomes:
