@@ -100,7 +100,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     return (yield)
   finally:
     subprocess.Popen.__init__ = plain
-    item.user_properties.append(('statuses', [process.returncode for process in started if process.returncode is not None]))
+    statuses = [process.returncode for process in started]   # None: it goes on
+    item.user_properties.append(('statuses', [status for status in statuses if status is not None]))
 
 
 class Outcomes:
