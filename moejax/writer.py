@@ -1,7 +1,7 @@
 """The save in flight: leaves go to the disk while training goes on, and get their name when all of them are there.
 
 On Orbax's AsyncCheckpointer, not its CheckpointManager: that one believes any directory with an integer name, lets a
-NaN be the best, and deletes in place, so that half a step stays when it is killed there.
+NaN be the best, and deletes in place: half a step stays when it is killed there.
 """
 import contextlib
 import logging
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
+from moejax.barrier import Barrier
 from moejax.distributed import together
 from moejax.faults import pass_by
 from moejax.manifest import Meta, seal
@@ -27,12 +28,13 @@ class Writer:
   """Writes steps, one at a time. Every process calls it alike."""
 
   def __init__(self, steps: Steps) -> None:
-    import orbax.checkpoint  # here: it is a quarter of the time that importing moejax may take
-    self._orbax, self._steps, self._step = orbax.checkpoint, steps, 0
+    import orbax.checkpoint as ocp  # here: it is a quarter of the time that importing moejax may take
+    self._orbax, self._steps, self._step, self._alone = ocp, steps, 0, jax.process_count() == 1
+    self._barrier = Barrier()
+    self._failures: list[Exception] = []
     logging.getLogger('absl').addFilter(_is_news)
-    last = orbax.checkpoint.AsyncOptions(post_finalization_callback=lambda: pass_by('commit'))
-    handler = orbax.checkpoint.CompositeCheckpointHandler()
-    self._saver = orbax.checkpoint.AsyncCheckpointer(handler, async_options=last)
+    options = ocp.AsyncOptions(post_finalization_callback=lambda: pass_by('commit'), barrier_sync_fn=self._barrier.meet)
+    self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
     steps.clean()
 
   def start(self, step: int, leaves: Mapping[str, jax.Array], meta: Meta) -> None:
@@ -41,16 +43,25 @@ class Writer:
     self._step, args = step, self._orbax.args
     full = {path: leaf for path, leaf in leaves.items() if leaf.size}  # Orbax refuses empty arrays
     pieces = dict.fromkeys(full, self._orbax.SaveArgs(chunk_byte_size=1 << 26))  # or Orbax encodes large leaves whole
+    self._barrier.begin()
     with self._errors():
       self._saver.save(self._steps.path(step), args=args.Composite(
         state=args.PyTreeSave(full, pieces, ocdbt_target_data_file_size=1 << 27), meta=args.JsonSave(seal(meta))))
       pass_by('save')
 
   def check(self, wait: bool) -> None:
-    """Raises SaveFailed, once, if the last save failed."""
-    if wait or jax.process_count() == 1:  # many processes are of one mind when all wait
+    """Raises SaveFailed, once, if the last save failed; of many processes in all, when all wait."""
+    if wait or self._alone:
       with self._errors():
+        if self._failures:
+          raise self._failures.pop()
         (self._saver.wait_until_finished if wait else self._saver.check_for_errors)()
+    else:
+      try:
+        self._saver.check_for_errors()
+      except Exception as error:
+        self._failures.append(error)
+        self._barrier.call_off()
 
   def close(self) -> None:
     """Nothing is left to be written."""
@@ -60,11 +71,17 @@ class Writer:
   def _errors(self) -> Iterator[None]:
     try:
       with together(Exception):
-        yield
+        try:
+          yield
+        except Exception:
+          with contextlib.suppress(Exception):
+            self._saver.wait_until_finished()
+          self._barrier.call_off()
+          raise
     except Exception as error:
       self._steps.clean()
-      of_the_system = isinstance(error, OSError) and error.strerror
-      reason = of_the_system or f'{error}'.partition(' [os_error_code')[0].rpartition(': ')[2]
+      told = isinstance(error, OSError) and error.strerror
+      reason = told or f'{error}'.partition(' [os_error_code')[0].rpartition(': ')[2]
       raise SaveFailed(self._step, f'{self._steps.path(self._step)}: {reason}') from error
 
 

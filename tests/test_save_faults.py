@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_checkpoint import Bomb, cut, flip, largest, zero
+from test_processes import two
 from test_trainer import ROOT, config, final_digest, flags, rows, spawn, wait_for
 
 from moejax.cache import cached
@@ -125,6 +126,18 @@ def test_a_save_that_fails_is_a_line_and_a_metric_and_the_last_one_a_status(stra
   assert status == 0 and 'resuming after step 21 of' in output, output
   assert [row for row in rows(workdir) if 'saves_failed' not in row] == rows(straight)
   assert final_digest(workdir) == final_digest(straight)
+
+
+@pytest.mark.slow
+def test_where_one_process_cannot_save_none_has_saved_and_none_waits(tmp_path: Path) -> None:
+  """The first fails at the end of two saves, the last among them, the second at the beginning of another."""
+  with two(tmp_path / 'run', faults=('full@commit:1,full@commit:4', 'full@save:2')) as both:
+    statuses, _ = both.wait()
+    output = both.said()
+  assert statuses == [1, 1] and not tracebacks(output), output
+  failed = [line.split(': ')[0] for line in output.splitlines() if ' failed, training goes on: ' in line]
+  assert failed == [f'save of step {step} failed, training goes on' for step in (2, 4, 8)], output
+  assert steps(tmp_path / 'run') == ['4', '6']
 
 
 @pytest.mark.slow
