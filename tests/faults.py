@@ -41,6 +41,8 @@ ROWS = (
   Row('disk full during a save', 'a line and a metric, and training goes on; exit 1 if it was the last save',
       'save_faults::a_full_disk_fails_saves_until_there_is_room '
       'save_faults::a_save_that_fails_is_a_line_and_a_metric_and_the_last_one_a_status'),
+  Row('a save that fails in one of two processes', 'none has saved and none waits; exit 1 if it was the last save',
+      'save_faults::where_one_process_cannot_save_none_has_saved_and_none_waits'),
   Row('disk full for logs', 'one warning; whole lines are lost until there is room, and nothing else',
       'faults::logs_on_a_full_disk_cost_lines_and_nothing_else metrics::what_does_not_fit_is_lost_whole_and_told_once'),
   Row('truncated file, flipped bit, missing file in a checkpoint', 'leaf and file named; the newest step that verifies',
