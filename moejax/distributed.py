@@ -6,6 +6,7 @@ Every function that asks the other processes is to be called by all of them, in 
 from collections.abc import Iterator, Sequence
 import contextlib
 import hashlib
+import logging
 from typing import TypeVar
 
 import jax
@@ -18,6 +19,7 @@ from moejax.config import check
 from moejax.sharding import constrain
 
 Tree = TypeVar('Tree')
+log = logging.getLogger(__name__)
 
 
 def is_first() -> bool:
@@ -64,6 +66,8 @@ def together(*kinds: type[Exception]) -> Iterator[None]:
   except kinds as caught:
     error = caught
   numbers = gathered(next((i for i, kind in enumerate(kinds, 1) if isinstance(error, kind)), 0))
+  if error and not numbers[0]:
+    log.error('process %d: %s', jax.process_index(), error)   # the first, which speaks for all, does not know it
   if error:
     raise error
   if number := max(numbers):
