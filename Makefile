@@ -47,6 +47,7 @@ bench: $(VENV)/.bench
 	$(PY) -m benchmarks.metrics_cost
 	$(PY) -m benchmarks.balance_rules
 	$(PY) -m benchmarks.decode
+	$(PY) -m benchmarks.processes
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .
