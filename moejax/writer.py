@@ -19,7 +19,7 @@ from moejax.rundir import Steps
 class SaveFailed(RuntimeError):
   """The save of `step` did not reach the disk; what it left is removed, and the next one may go well."""
 
-  def __init__(self, step: int, reason: str) -> None:
+  def __init__(self, reason: str, step: int = 0) -> None:
     super().__init__(reason)
     self.step = step
 
@@ -82,7 +82,7 @@ class Writer:
       self._steps.clean()
       told = isinstance(error, OSError) and error.strerror
       reason = told or f'{error}'.partition(' [os_error_code')[0].rpartition(': ')[2]
-      raise SaveFailed(self._step, f'{self._steps.path(self._step)}: {reason}') from error
+      raise SaveFailed(f'{self._steps.path(self._step)}: {reason}', self._step) from error
 
 
 def _is_news(record: logging.LogRecord) -> bool:
