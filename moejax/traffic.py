@@ -12,6 +12,7 @@ from moejax.hlo import CALLED, Instruction, array_bytes, calls, parse, trip_coun
 FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'after-all', 'partition-id', 'iota',
         'opt-barrier', 'replica-id', 'broadcast'}
 TAKES = {'dynamic-slice', 'slice', 'gather'}
+UPDATES = {'dynamic-update-slice': 1, 'scatter': 2}   # in place: which operand is written
 RUNS = {'while', 'call', 'conditional'}
 ON_CHIP = re.compile(r'\w+\[[\d,]*\]\{[^}]*S\([1-9]\d*\)\}')   # XLA's memory space 0 is the large one
 
@@ -41,13 +42,13 @@ def touched(instruction: Instruction, near: dict[str, Instruction], computations
   op = instruction.op
   if op in FREE or op.endswith(('-done', '-update')):
     return 0.0
-  if op.endswith('-start'):   # its result holds its operands, too
-    return in_memory(instruction.shape)
   if op in TAKES:
     return 2 * in_memory(instruction.shape)
-  if op == 'dynamic-update-slice':
-    return 2 * in_memory(near[operands(instruction)[1]].shape)
-  if op == 'fusion':
+  if op in UPDATES:
+    return 2 * in_memory(near[operands(instruction)[UPDATES[op]]].shape)
+  if op.endswith('-start') and op != 'fusion-start':   # its result holds its operands, too
+    return in_memory(instruction.shape)
+  if op in ('fusion', 'fusion-start'):
     return fused(computations[calls(instruction)[0]], instruction, near)
   return in_memory(instruction.shape) + sum(in_memory(near[name].shape) for name in operands(instruction))
 
@@ -65,15 +66,15 @@ def fused(inside: list[Instruction], fusion: Instruction, near: dict[str, Instru
                0.0 if all(updates(i, parameter.name) for i in users) else in_memory(outside.shape))
   root = inside[-1]
   parts = [byname[name] for name in operands(root)] if root.op == 'tuple' else [root]
-  if not any(part.op == 'dynamic-update-slice' for part in parts):
+  if fusion.op == 'fusion' and not any(part.op in UPDATES for part in parts):
     return read + in_memory(fusion.shape)
-  return read + sum(sum(array_bytes(byname[operands(part)[1]].shape if part.op == 'dynamic-update-slice' else
+  return read + sum(sum(array_bytes(byname[operands(part)[UPDATES[part.op]]].shape if part.op in UPDATES else
                                     part.shape)) for part in parts)
 
 
 def updates(instruction: Instruction, name: str) -> bool:
   """Whether it writes a part of `name`, in place."""
-  return instruction.op == 'dynamic-update-slice' and operands(instruction)[0] == name
+  return instruction.op in UPDATES and operands(instruction)[0] == name
 
 
 def operands(instruction: Instruction) -> list[str]:

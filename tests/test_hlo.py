@@ -128,3 +128,28 @@ def test_bytes_through_memory() -> None:
   text = jax.jit(f).lower(*shapes).compile(QUICK).as_text()
   matrix = 64 * 64 * 4
   assert 10 * 5 * matrix < traffic(text) < 10 * 8 * matrix, 'two for a slice, three for a product; some are copied'
+
+
+SCATTER = """HloModule y
+
+%into (a: bf16[1000,8], i: s32[4,1], u: bf16[4,8]) -> bf16[1000,8] {
+  %a = bf16[1000,8]{1,0} parameter(0)
+  %i = s32[4,1]{1,0} parameter(1)
+  %u = bf16[4,8]{1,0} parameter(2)
+  ROOT %s = bf16[1000,8]{1,0} scatter(%a, %i, %u), to_apply=%add
+}
+
+ENTRY %main (x: bf16[1000,8], j: s32[4,1], v: bf16[4,8]) -> bf16[1000,8] {
+  %x = bf16[1000,8]{1,0} parameter(0)
+  %j = s32[4,1]{1,0} parameter(1)
+  %v = bf16[4,8]{1,0} parameter(2)
+  %chip = bf16[4,8]{1,0:S(1)} copy(%v)
+  ROOT %f = bf16[1000,8]{1,0} fusion(%x, %j, %v), kind=kInput, calls=%into
+}
+"""
+
+
+def test_what_is_updated_in_place_is_not_read_and_written_whole() -> None:
+  """The rows that are added and their places, the rows that are written; and a copy that stays on the chip."""
+  rows, places = 4 * 8 * 2, 4 * 4
+  assert traffic(SCATTER) == rows + places + rows + rows
