@@ -14,8 +14,11 @@ is dropped, and there is no expert dropout: --config.model.moe.router.expert_dro
 byte in `:tiny`. Neither a curriculum nor early stopping is built. The text is not public: bring yours, and a tokenizer
 of at most 153600 tokens.
 
-Hardware: 4096 devices of 64 GB; parameters and moments are 4 GiB on each. Nobody has run it: shapes and figures are
-what is checked. `:tiny` takes a minute on two CPU cores, on the standard library's sources, with every part at 2 M
+Hardware: 512 chips of TPU v5p, or 256 H200s with --config.mesh.fsdp=64 --config.mesh.expert=4 --config.micro_batches=8.
+Nobody has run it: shapes and figures are what is checked, and that the compilers for both find room for a step, 77 of
+a v5p's 96 GiB and 119 of an H200's 131: add --plan --topology=v5p:8x8x8, or h200:256, to see what of.
+
+`:tiny` takes a minute on two CPU cores, on the standard library's sources, with every part at 2 M
 parameters. Its rate is 40 times and its balance coefficient 10 times as high, for 120 steps instead of 566244: 2.040
 bits per byte of held-out text (2.99 for single tokens' frequencies), MaxVio 0.26.
 """
