@@ -33,6 +33,8 @@ def spoken_log() -> Iterator[None]:
   logger.addHandler(handler)
   logger.setLevel(logging.INFO if is_first() else logging.ERROR)
   logger.propagate = False
+  # Tasks of Orbax that also failed, where one save did: SaveFailed has said it. Some are told at exit only.
+  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
   try:
     yield
   finally:
