@@ -67,7 +67,8 @@ LEVELS = {
     'certify': 6, 'probe': 6, 'hf': 6, 'generate': 6, 'configs': 6, 'journal': 6, 'report': 6, 'silent': 6,
     'summary': 6, 'trainer': 6,
     'appended': 1, 'alarms': 6,
-    'faults': 1, 'distributed': 1, 'launch': 1, 'watch': 1, 'chips': 1, 'hlo': 1, 'groups': 1, 'traffic': 1, 'topology': 1, 'process': 6,
+    'faults': 1, 'distributed': 1, 'launch': 1, 'watch': 1, 'chips': 1, 'hlo': 1, 'groups': 1, 'traffic': 1,
+    'topology': 1, 'process': 6,
     'programs': 6, 'meshes': 6, 'validation': 6, 'plan': 6, 'planned': 6, 'fit': 6, 'roofline': 6,
     'train': 7,
 }
