@@ -22,7 +22,7 @@ from moejax.cost import count_parameters
 from moejax.experiment import ExperimentConfig, resolved
 from moejax.fit import Guess, candidates, memory, shapes
 from moejax.meshes import mesh_of
-from moejax.planned import Compiled, described, fits, report, total
+from moejax.planned import ROOM, Compiled, described, fits, report, total
 from moejax.programs import batch_of
 from moejax.sharding import resolved as resolved_mesh
 from moejax.start import target_of
@@ -131,7 +131,7 @@ def fit(cfg: ExperimentConfig, devices: Sequence[jax.Device], topology: Topology
   print(f'{len(found)} candidates should fit; the fastest:', file=sys.stderr)
   for one in found[:5]:
     print(f'  {described(one.cfg)}: {human(sum(one.memory.values()), 1024)}B, {one.seconds:.3g} s', file=sys.stderr)
-  factor, limit = 1.0, topology.chip.memory if topology.chip else math.inf
+  factor, limit = 1.0, ROOM * topology.chip.memory if topology.chip else math.inf
   for _ in range(COMPILED):
     one, *found = [g for g in found if corrected(g, factor) <= limit] or found[-1:]
     done = compiled(one.cfg, devices, topology)

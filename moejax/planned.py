@@ -19,6 +19,9 @@ from moejax.topology import Topology
 from moejax.traffic import traffic
 
 
+ROOM = 0.96   # of a device's memory may be planned for: the rest goes to what others hold, and to pieces too small
+
+
 class Compiled(NamedTuple):
   """What the compiler says of a step; `text` is '' where it refused because of memory."""
 
@@ -35,8 +38,8 @@ def total(done: Compiled) -> float:
 
 
 def fits(done: Compiled, topology: Topology) -> bool:
-  """Whether a device has them; nobody knows what a CPU will have."""
-  return bool(done.text) and (topology.chip is None or total(done) <= topology.chip.memory)
+  """Whether a device has them, and a little more; nobody knows what a CPU will have."""
+  return bool(done.text) and (topology.chip is None or total(done) <= ROOM * topology.chip.memory)
 
 
 def described(cfg: ExperimentConfig) -> str:
@@ -104,7 +107,8 @@ def remedies(done: Compiled, topology: Topology) -> list[str]:
 
   known = not math.isnan(total(done))
   return ['', f'it does not fit: a device has {human(has, 1024)}B' + (
-    f', {human(total(done) - has, 1024)}B too little' if known and total(done) > has else '') + '. What would help:',
+    f', of which {ROOM:.0%} may be planned for: {human(total(done) - ROOM * has, 1024)}B too little' if known else '')
+    + '. What would help:',
     *(f'  {flags}' + (f': about {human(after(cfg), 1024)}B' if known else '')
       for flags, cfg in options(done.cfg).items() if after(cfg) < total(done) or not known),
     '  more devices, or --plan=fit to look for a mesh, remat and micro-batches that fit']
