@@ -61,15 +61,11 @@ class Case(NamedTuple):
 GATHER, RAGGED, DENSE, BUFFERS = (
   DispatchConfig(exchange='gather'), DispatchConfig(exchange='ragged'), DispatchConfig('dense_matmul'),
   DispatchConfig('dense_matmul', 2.0))
-CASES = {
-  'v5e gather': Case('v5e:2x4', GATHER),
-  'v5e buffers': Case('v5e:2x4', BUFFERS),
-  'v5p gather': Case('v5p:2x2x2', GATHER, BIASED),
-  'v5p ragged': Case('v5p:2x2x2', RAGGED, LATENT),
-  'v5p dense': Case('v5p:2x2x2', DENSE),
-  'v6e ragged': Case('v6e:2x4', RAGGED),
-  'v6e buffers': Case('v6e:2x4', BUFFERS),
-}
+EXCHANGES = {'gather': GATHER, 'ragged': RAGGED, 'dense': DENSE, 'buffers': BUFFERS}
+SLICES = {'v5e': 'v5e:2x4', 'v5p': 'v5p:2x2x2', 'v6e': 'v6e:2x4'}
+CASES = {f'{name} {how}': Case(slice, dispatch)
+         for name, slice in SLICES.items() for how, dispatch in EXCHANGES.items()} | {
+           'v5p gather': Case('v5p:2x2x2', GATHER, BIASED), 'v5p ragged': Case('v5p:2x2x2', RAGGED, LATENT)}
 MOVED = {GATHER: set(), RAGGED: {'ragged-all-to-all'}, DENSE: set(), BUFFERS: {'all-to-all'}}
 
 
