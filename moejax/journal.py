@@ -21,7 +21,7 @@ from moejax.data import Data
 from moejax.distributed import is_first
 from moejax.experiment import ExperimentConfig
 from moejax.metrics import MetricsLog, TensorBoard, as_json, devices_at_work, load_bars, load_image, mfu
-from moejax.probe import Probes
+from moejax.probes import Probes
 from moejax.report import at_step, best, last_words, monitors, not_finite
 from moejax.rows import Sums, progress, training_row, validation_row
 from moejax.silent import Silent

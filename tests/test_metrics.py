@@ -172,7 +172,7 @@ import numpy as np
 from moejax import faults
 from moejax.appended import Appended
 from moejax.metrics import MetricsLog, TensorBoard
-from moejax.probe import Probes
+from moejax.probes import Probes
 
 def room(size):
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))

@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moejax.probe import NOBODY, TOKENS, Probes, agreement, compact
+from moejax.probe import NOBODY, TOKENS, agreement, compact
+from moejax.probes import Probes
 
 L, B, S, K, E = 2, 4, 5, 2, 6
 
@@ -92,3 +93,15 @@ def test_a_probe_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
   with pytest.raises(KeyboardInterrupt):
     probes.record(10, compact(random_ids(0), np.ones((B, S), bool), E))
   assert Probes(tmp_path, 10).steps() == [] and not list(tmp_path.iterdir())
+
+
+def test_a_damaged_probe_is_deleted_and_the_others_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+  probes, mask = Probes(tmp_path, 0), np.ones((B, S), bool)
+  for step in (10, 20, 30):
+    probes.record(step, compact(random_ids(step), mask, E))
+  (tmp_path / '10.npz').write_bytes((tmp_path / '10.npz').read_bytes()[:-40])
+  np.savez(tmp_path / '30.npz', expert_ids=np.array([object()]))   # a pickle
+  caplog.clear()
+  resumed = Probes(tmp_path, 30)
+  assert resumed.steps() == [20] and [record.args[0].name for record in caplog.records] == ['10.npz', '30.npz']
+  assert 'churn' in resumed.record(40, compact(random_ids(40), mask, E)) and list(resumed.saturation()) == [20]
