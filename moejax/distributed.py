@@ -28,8 +28,8 @@ def is_first() -> bool:
 
 
 def replicated(tree: Tree) -> Tree:
-  """In a compiled program: the arrays of a tree whole on every device, for every process to read."""
-  return jax.tree.map(lambda x: constrain(x, *('',) * x.ndim), tree)
+  """In a compiled program: the numbers of a tree whole on every device, for every process to read."""
+  return jax.tree.map(lambda x: constrain(jnp.asarray(x), *('',) * jnp.ndim(x)), tree)
 
 
 def agreed(number: int) -> int:

@@ -327,7 +327,7 @@ def test_a_config_that_cannot_be_is_one_clear_error() -> None:
   assert problems(AttentionConfig, num_heads=3, num_kv_heads=2, d_head=5, implementation='flash', windows=(4, -1),
                   qk_norm='all', clip_qkv=-1.0) == [
     'num_kv_heads=2 does not divide num_heads=3',
-    "implementation='flash' is not one of ['auto', 'chunked', 'cudnn', 'xla']", 'windows=(4, -1)',
+    "implementation='flash' is not one of ['auto', 'chunked', 'cudnn', 'splash', 'xla']", 'windows=(4, -1)',
     "qk_norm='all' is not one of ['', 'head', 'projection']", 'clip_qkv=-1.0',
     'd_head=5 * rope.fraction=1.0 = 5 channels to rotate']
   assert problems(AttentionConfig, num_kv_heads=0, windows=()) == ['num_kv_heads=0', 'windows=()']
