@@ -23,6 +23,7 @@ print('end', flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('last', 'status'), [
   ('beat()', 0), ('beat(); time.sleep(30)', 6), ('beat(); beat("validation"); time.sleep(30)', 6),
   ('beat(); beat("sample"); time.sleep(0.9)', 0)])
@@ -40,6 +41,7 @@ def test_what_ends_a_process(last: str, status: int, tmp_path: Path) -> None:
     assert not (tmp_path / 'hang.txt').exists()
 
 
+@pytest.mark.slow
 def test_stacks_are_told_even_where_the_file_cannot_be_written(tmp_path: Path) -> None:
   code = CODE.replace('{last}', 'beat(); time.sleep(30)')
   done = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'gone' / 'hang.txt')], capture_output=True,
