@@ -35,9 +35,17 @@ def spoken_log() -> Iterator[None]:
   logger.propagate = False
   # Tasks of Orbax that also failed, where one save did: SaveFailed has said it. Some are told at exit only.
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+  hook = sys.unraisablehook
+
+  def tell(unraisable: object) -> None:
+    if f'{unraisable.exc_value}' != 'Event loop is closed':   # of TensorStore's threads, after Orbax has gone on
+      hook(unraisable)
+
+  sys.unraisablehook = tell
   try:
     yield
   finally:
+    sys.unraisablehook = hook
     logger.removeHandler(handler)
     logger.level, logger.propagate = before
 
