@@ -67,7 +67,7 @@ def token_ids(path: str, vocab_size: int) -> np.ndarray:
 
 def read(source: Published, mesh: MeshConfig) -> tuple[Transformer, Array]:
   """The published model and its router bias, on as many devices as the mesh has."""
-  devices = make_mesh(mesh, jax.devices()[:mesh.data * mesh.fsdp * mesh.expert * mesh.tensor])
+  devices = make_mesh(mesh)
   with progress('reading', source.nbytes) as advance:
     return load(source, devices, advance)
 

@@ -25,8 +25,9 @@ from rich.console import Console
 
 from moejax.attention import AttentionConfig
 from moejax.certify.report import rewrite
+from moejax.certify.tiny import packed
 from moejax.config import frozendict
-from moejax.data import IGNORE, Batch
+from moejax.data import Batch
 from moejax.experiment import ExperimentConfig
 from moejax.losses import LossConfig
 from moejax.meshes import mesh_of
@@ -102,13 +103,7 @@ def batch() -> Batch:
   segments[np.arange(LENGTH) >= rng.integers(LENGTH // 2, 2 * LENGTH, (ROWS, 1))] = 0
   segments[[5, 40]] = 0
   segments[ROWS // 4:ROWS // 4 + ROWS // 8] = 0
-  positions = np.zeros((ROWS, LENGTH), int)
-  for i in range(1, LENGTH):
-    positions[:, i] = np.where(segments[:, i] == segments[:, i - 1], positions[:, i - 1] + 1, 0)
-  targets = np.where(segments > 0, text[:, 1:], IGNORE)
-  ints = (np.array(a, np.int32) for a in (text[:, :-1], targets, segments, positions, np.zeros(ROWS)))
-  tokens, targets, segments, positions, tasks = ints
-  return Batch(tokens, targets, targets != IGNORE, segments, positions, tasks)
+  return packed(text, segments)
 
 
 @functools.cache

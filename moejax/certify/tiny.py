@@ -86,11 +86,16 @@ def batch(seed: int = 0) -> Batch:
   segments = np.cumsum(rng.random((ROWS, LENGTH)) < 0.2, 1) + 1
   segments[2, LENGTH // 2:] = 0
   segments[5, 1:] = 0
-  positions = np.zeros((ROWS, LENGTH), int)
-  for i in range(1, LENGTH):
+  return packed(text, segments)
+
+
+def packed(text: np.ndarray, segments: np.ndarray) -> Batch:
+  """The batch of ids [B, S + 1] in documents [B, S], 0 for padding; all of task 0."""
+  positions = np.zeros(segments.shape, int)
+  for i in range(1, segments.shape[1]):
     positions[:, i] = np.where(segments[:, i] == segments[:, i - 1], positions[:, i - 1] + 1, 0)
   targets = np.where(segments > 0, text[:, 1:], IGNORE)
-  ints = (np.array(a, np.int32) for a in (text[:, :-1], targets, segments, positions, np.zeros(ROWS)))
+  ints = (np.array(a, np.int32) for a in (text[:, :-1], targets, segments, positions, np.zeros(len(segments))))
   tokens, targets, segments, positions, tasks = ints
   return Batch(tokens, targets, targets != IGNORE, segments, positions, tasks)
 
