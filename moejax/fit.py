@@ -15,13 +15,15 @@ import math
 from typing import NamedTuple
 
 import jax
+from jax.sharding import AbstractDevice, AbstractMesh
+
 from moejax.config import ConfigError
 from moejax.cost import count_parameters
 from moejax.experiment import ExperimentConfig
 from moejax.hlo import Collective
 from moejax.meshes import meshes_of, parts_of
 from moejax.moe.dispatch import exchange_of
-from moejax.moe.exchange import Group, moved
+from moejax.moe.exchange import Group, lacking_ragged, moved
 from moejax.roofline import bounds, least, step_flops
 from moejax.sharding import RULES, MeshConfig, is_param, make_mesh, param_axes
 from moejax.state import shapes_of
@@ -82,8 +84,8 @@ def exchanged(cfg: ExperimentConfig, mesh: MeshConfig, topology: Topology) -> Ex
   if mesh.expert == 1:
     return Exchanged(0.0, tokens, tokens * router.top_k)
   group = Group(mesh.expert, tokens, router.top_k, router.num_experts, model.d_model, itemsize_of(cfg), 0)
-  large_v5e = topology.text.startswith('v5e') and topology.count > 16   # see `lacking_ragged`
-  lacking = topology.text if topology.compiler == 'cpu' or large_v5e else ''
+  device = AbstractDevice(topology.chip.kind if topology.chip else 'cpu', None, platform=topology.compiler)
+  lacking = lacking_ragged(AbstractMesh((topology.count,), ('expert',), abstract_device=device))
   name = exchange_of(model.moe.dispatch, group, lacking) if not model.moe.dispatch.capacity_factor else 'gather'
   each = min(router.top_k, here) if name == 'ragged' else router.top_k
   copies = tokens * each * (1.25 if topology.compiler == 'tpu' else mesh.expert)
