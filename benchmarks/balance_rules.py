@@ -18,12 +18,12 @@ from rich.table import Table
 
 from configs.tiny import get_config
 from moejax.config import from_config_dict, frozendict
-from moejax.data import Data, open_data
-from moejax.experiment import ExperimentConfig, resolved
-from moejax.moe.balance import BalanceConfig
+from moejax.data.pipeline import Data, open_data
+from moejax.moe.balance.config import BalanceConfig
 from moejax.moe.statistics import layer_statistics
-from moejax.state import TrainState, init_state
-from moejax.step import compile_step, eval_step
+from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
+from moejax.train.step.train_state import TrainState, init_state
+from moejax.train.step.train_step import compile_step, eval_step
 
 # name -> what keeps experts even
 BALANCES = {
@@ -63,7 +63,7 @@ def main() -> None:
   args = parser.parse_args()
   base = dataclasses.replace(from_config_dict(ExperimentConfig, get_config()), steps=args.steps)
   data = open_data(base.data, batch_size=base.batch_size, seq_len=base.seq_len, seed=base.seed)
-  base = resolved(base, data.vocab_size)
+  base = with_vocabulary(base, data.vocab_size)
   table = Table(title=f'{args.steps} steps of configs/tiny.py, seed {base.seed}; {data.validation_tokens} tokens')
   for column in ('balance', 'MaxVio', 'worst layer', 'noise floor', 'experts used', 'bits per byte', 'seconds'):
     table.add_column(column, justify='left' if column == 'balance' else 'right')

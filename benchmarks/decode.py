@@ -21,18 +21,19 @@ from jax import Array
 from rich.console import Console
 from rich.table import Table
 
-from moejax.attention import AttentionConfig, LatentConfig
-from moejax.data import Batch, Data, open_data
-from moejax.experiment import ExperimentConfig
-from moejax.moe.balance import BalanceConfig
+from moejax.data.batch import Batch
+from moejax.data.pipeline import Data, open_data
+from moejax.data.sources import DataConfig
+from moejax.inference.sampling import SampleConfig, decode
+from moejax.model.config import AttentionConfig, LatentConfig, ModelConfig
+from moejax.model.transformer import Transformer, empty_caches
+from moejax.moe.balance.config import BalanceConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
-from moejax.optim import OptimConfig
-from moejax.sampling import SampleConfig, decode
-from moejax.sources import DataConfig
-from moejax.state import init_state
-from moejax.step import compile_step
-from moejax.transformer import ModelConfig, Transformer, empty_caches
+from moejax.train.experiment.config import ExperimentConfig
+from moejax.train.optimizer import OptimConfig
+from moejax.train.step.train_state import init_state
+from moejax.train.step.train_step import compile_step
 
 GROUPED = AttentionConfig(num_heads=8, num_kv_heads=2, d_head=32)
 LATENT = AttentionConfig(num_heads=8, num_kv_heads=8, d_head=32, latent=LatentConfig(64, 128, 16, 32))

@@ -8,25 +8,28 @@ written, so that reading them may be copying from memory; threads share it, and 
 """
 
 import argparse
-from collections.abc import Callable
 import dataclasses
 import json
 import os
-from pathlib import Path
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from moejax import checkpoint, hf, opened
+from moejax.checkpoint import checkpoints as checkpoint
 from moejax.families import FAMILIES, config_json
-from moejax.families.names import file_shapes, leaves, tensors
-from moejax.tensors import Spec, Tensors, write_tensors
+from moejax.families.schema.tensor_names import file_shapes, leaves, tensors
+from moejax.hf import import_model
+from moejax.hf import logits as opened
+from moejax.hf.safetensors.directory import Tensors, write_tensors
+from moejax.hf.safetensors.file import Spec
 
 KNOWN = FAMILIES['mixtral']
 SHARD_BYTES = 400_000_000
@@ -75,12 +78,12 @@ def measured_import(source: str, out: str) -> dict[str, float]:
   """Seconds of each part, and bytes of memory at the peak and before."""
   spent = dict.fromkeys(('read', 'load', 'digest', 'save', 'all'), 0.0)
   Tensors.read = timed(spent, 'read', Tensors.read)
-  opened.load = timed(spent, 'load', opened.load)
+  opened.read_weights = timed(spent, 'load', opened.read_weights)
   checkpoint.digests = timed(spent, 'digest', checkpoint.digests)
   for name in ('save', 'close'):
     setattr(checkpoint.Checkpoints, name, timed(spent, 'save', getattr(checkpoint.Checkpoints, name)))
   before = memory('VmRSS')
-  timed(spent, 'all', hf.import_model)(source, out)
+  timed(spent, 'all', import_model.import_model)(source, out)
   return spent | {'peak': memory('VmHWM'), 'before': before}
 
 

@@ -22,21 +22,21 @@ from rich.table import Table
 
 from configs.tiny import get_config
 from moejax.config import from_config_dict, frozendict
-from moejax.data import Batch
-from moejax.experiment import ExperimentConfig, resolved
-from moejax.moe.balance import BalanceConfig
+from moejax.data.batch import Batch
+from moejax.moe.balance.config import BalanceConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig, Routing
 from moejax.moe.statistics import Stats, observe
-from moejax.state import TrainState, init_state
-from moejax.step import compile_step
+from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
+from moejax.train.step.train_state import TrainState, init_state
+from moejax.train.step.train_step import compile_step
 
 VOCABULARY = 4096
 
 
 def tiny() -> ExperimentConfig:
   """configs/tiny.py."""
-  return resolved(from_config_dict(ExperimentConfig, get_config()), VOCABULARY)
+  return with_vocabulary(from_config_dict(ExperimentConfig, get_config()), VOCABULARY)
 
 
 def of(num_experts: int, d_expert: int, d_model: int, num_layers: int) -> ExperimentConfig:
@@ -59,7 +59,7 @@ class Racer:
 
   def __init__(self, cfg: ExperimentConfig, batch: Batch, with_statistics: bool) -> None:
     off = mock.patch.multiple('moejax.moe.layer', observe=nothing), mock.patch.multiple(
-      'moejax.step', statistics=lambda sums, router, cfg: {})
+      'moejax.train.step.train_step', statistics=lambda sums, router, cfg: {})
     self.state: TrainState = jax.jit(functools.partial(init_state, cfg))()
     self.batch = jax.device_put(batch)
     for patch in () if with_statistics else off:

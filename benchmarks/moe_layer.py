@@ -20,12 +20,12 @@ from jax import Array
 from rich.console import Console
 from rich.table import Table
 
-from moejax.layers import swiglu
-from moejax.moe.copies import sort_copies
-from moejax.moe.dispatch import DISPATCHERS, DispatchConfig
-from moejax.moe.experts import Weights
+from moejax.moe.dispatch.dispatchers import DISPATCHERS, DispatchConfig
+from moejax.moe.experts.ffn import swiglu
+from moejax.moe.experts.sorted_copies import sort_copies
+from moejax.moe.experts.weights import Weights
 from moejax.moe.routing import RouterConfig, Routing, route
-from moejax.moe.sets import load
+from moejax.moe.token_sets import expert_load
 
 B, S, D, F, K = 8, 256, 256, 512, 2
 CAPACITY = 1.25
@@ -132,7 +132,7 @@ def main() -> None:
   for num_experts in args.experts:
     logits = inputs(num_experts)[1][1]
     ids = route(logits, jnp.zeros(num_experts), RouterConfig(num_experts, K)).expert_ids
-    counts = load(ids, jnp.ones((B, S), bool), num_experts)
+    counts = expert_load(ids, jnp.ones((B, S), bool), num_experts)
     uneven[num_experts] = float(counts.max() / counts.mean()) - 1
   violations = ', '.join(f'{v:.2f} at E={e}' for e, v in uneven.items())
   console.print(f'D {D}, F {F}, T {B * S}, K {K}, float32, {jax.default_backend()}, JAX {jax.__version__}')

@@ -22,16 +22,16 @@ from rich.table import Table
 
 from configs.tiny import get_config
 from moejax.config import from_config_dict
-from moejax.data import open_data
-from moejax.distributed import Vote
-from moejax.experiment import ExperimentConfig, resolved
-from moejax.launch import connect, launched
-from moejax.meshes import mesh_of
-from moejax.process import keep_compiled_programs
-from moejax.programs import compile_programs
-from moejax.sharding import MeshConfig
-from moejax.sources import DataConfig
-from moejax.start import initialised
+from moejax.data.pipeline import open_data
+from moejax.data.sources import DataConfig
+from moejax.runtime.launch import connect, read_launch_flags
+from moejax.runtime.lifecycle import keep_compiled_programs
+from moejax.runtime.multiprocess import Vote
+from moejax.sharding.mesh import MeshConfig
+from moejax.train.compile import compile_programs
+from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
+from moejax.train.initial_state import initialised
+from moejax.train.shapes import mesh_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCHEDULER = '--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'
@@ -50,7 +50,7 @@ def work(cfg: ExperimentConfig) -> None:
   """One process: for each number that comes in, so many steps; tells the seconds."""
   keep_compiled_programs()
   data = open_data(cfg.data, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=cfg.seed)
-  cfg = resolved(cfg, data.vocab_size)
+  cfg = with_vocabulary(cfg, data.vocab_size)
   mesh = mesh_of(cfg)
   with jax.set_mesh(mesh):
     programs, done = compile_programs(cfg, mesh), 0
@@ -131,7 +131,7 @@ def told(values: list[float], digits: int) -> str:
 
 def main(argv: list[str]) -> None:
   """The table."""
-  here, argv = launched(argv)
+  here, argv = read_launch_flags(argv)
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   for name, default in (('rounds', 12), ('turn', 5), ('devices', 8), ('layers', 4)):
     parser.add_argument(f'--{name}', type=int, default=default)

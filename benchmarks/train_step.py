@@ -34,16 +34,16 @@ def our_step() -> tuple[int, Step]:
   import jax
   import numpy as np
 
-  from moejax.attention import AttentionConfig
   from moejax.config import frozendict
-  from moejax.data import Batch
-  from moejax.experiment import ExperimentConfig
-  from moejax.moe.balance import BalanceConfig
+  from moejax.data.batch import Batch
+  from moejax.model.config import AttentionConfig, ModelConfig
+  from moejax.moe.balance.config import BalanceConfig
   from moejax.moe.layer import MoEConfig
   from moejax.moe.routing import RouterConfig
-  from moejax.optim import OptimConfig
-  from moejax.step import compile_step, init_state
-  from moejax.transformer import ModelConfig
+  from moejax.step import init_state
+  from moejax.train.experiment.config import ExperimentConfig
+  from moejax.train.optimizer import OptimConfig
+  from moejax.train.step.train_step import compile_step
   model = ModelConfig(vocab_size=V, d_model=D, num_layers=L, unroll=L,
                       attention=AttentionConfig(num_heads=H, num_kv_heads=H, d_head=D // H),
                       moe=MoEConfig(router=RouterConfig(num_experts=E, top_k=K), d_expert=F))

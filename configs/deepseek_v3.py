@@ -28,15 +28,15 @@ from typing import Literal
 from ml_collections import ConfigDict
 
 from moejax.config import frozendict, to_config_dict
-from moejax.experiment import EvalConfig, ExperimentConfig
-from moejax.families import DEEPSEEK_V3
-from moejax.initial import InitConfig
-from moejax.losses import LossConfig
-from moejax.moe.balance import BalanceConfig
-from moejax.optim import OptimConfig
-from moejax.rope import RopeConfig
-from moejax.sharding import MeshConfig
-from moejax.sources import DataConfig
+from moejax.data.sources import DataConfig
+from moejax.families.deepseek_v3 import DEEPSEEK_V3
+from moejax.model.config import InitConfig
+from moejax.model.cross_entropy import LossConfig
+from moejax.model.rope import RopeConfig
+from moejax.moe.balance.config import BalanceConfig
+from moejax.sharding.mesh import MeshConfig
+from moejax.train.experiment.config import EvalConfig, ExperimentConfig
+from moejax.train.optimizer import OptimConfig
 
 PEAK, TOKENS = 2.2e-4, 14.8e12
 

@@ -7,14 +7,13 @@ Hardware: two CPU cores, 2 GB. 10 M parameters, of which 5 M are active; 2 M tok
 
 from ml_collections import ConfigDict
 
-from moejax.attention import AttentionConfig
 from moejax.config import frozendict, to_config_dict
-from moejax.experiment import EvalConfig, ExperimentConfig
-from moejax.moe.balance import BalanceConfig
+from moejax.model.config import AttentionConfig, ModelConfig
+from moejax.moe.balance.config import BalanceConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
-from moejax.optim import OptimConfig
-from moejax.transformer import ModelConfig
+from moejax.train.experiment.config import EvalConfig, ExperimentConfig
+from moejax.train.optimizer import OptimConfig
 
 
 def get_config() -> ConfigDict:

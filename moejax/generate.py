@@ -1,57 +1,19 @@
-"""Text from a trained model: the command, and reading the model of a run.
+"""Text from a trained model: the command.
 
   python -m moejax.generate --workdir=DIR --prompt="def " [--max_tokens=64 --temperature=0.8 --top_p=0.95 --draft]
   python -m moejax.generate --workdir=DIR --prompt_ids=1,2,3            a run without a tokenizer; prints ids
 """
 
 import argparse
-from collections.abc import Sequence
 import dataclasses
-import pathlib
 import sys
+from collections.abc import Sequence
 
-import jax
-from jax import Array
-
-from moejax.checkpoint import Checkpoints, NoLoadableCheckpoint
+from moejax.checkpoint.checkpoints import NoLoadableCheckpoint
 from moejax.config import ConfigError, check
-from moejax.experiment import CHECKPOINTS, TOKENIZER_FILE, ExperimentConfig, read_config, resolved
-from moejax.moe.bias import BiasState
-from moejax.sampling import SampleConfig, Timed, decode, guesses, opened, text
-from moejax.state import TrainState, init_state
-from moejax.tensors import inside
-from moejax.tokenizer import Tokenizer, load_tokenizer
-from moejax.transformer import ModelConfig, Transformer
-
-
-def load(workdir: str) -> tuple[ExperimentConfig, Tokenizer | None, int, Transformer, Array]:
-  """The newest verified step of a run. -> config, tokenizer if there is one, step, model, router bias."""
-  cfg, tokenizer = run_in(workdir)
-  step, model, router = read_model(workdir, jax.eval_shape(lambda: init_state(cfg)), cfg)
-  return cfg, tokenizer, step, model, router.bias
-
-
-def run_in(workdir: str) -> tuple[ExperimentConfig, Tokenizer | None]:
-  """The config of a run, with the size of the vocabulary, and the tokenizer if there is one."""
-  cfg, path = read_config(workdir), inside(pathlib.Path(workdir), TOKENIZER_FILE)
-  tokenizer = load_tokenizer(str(path)) if path.exists() else None
-  cfg = resolved(cfg, tokenizer.vocab_size if tokenizer else 0)
-  check('' if cfg.model.vocab_size else f'{path} is missing, and the config has model.vocab_size=0: put it back')
-  return cfg, tokenizer
-
-
-def read_model(workdir: str, target: TrainState, cfg: ExperimentConfig) -> tuple[int, Transformer, BiasState]:
-  """Step, model and router of the newest verified checkpoint of a run, on the shardings of `target`.
-
-  Raises:
-    ConfigError: that run's model has other shapes than `target`.
-    NoLoadableCheckpoint: there is none, or none that verifies.
-  """
-  checkpoints = Checkpoints(pathlib.Path(workdir) / CHECKPOINTS, cfg.checkpoint, readonly=True)
-  found = checkpoints.restore({'model': target.model, 'router': target.router}, {}, only=('model', 'router'))
-  if found is None:
-    raise NoLoadableCheckpoint(f'workdir={workdir!r} has no checkpoint yet: train it first')
-  return found[0], found[1]['model'], found[1]['router']
+from moejax.inference.sampling import SampleConfig, Timed, decode, guesses, opened, text
+from moejax.model.config import ModelConfig
+from moejax.train.experiment.run_dir import TOKENIZER_FILE, open_run
 
 
 def main(argv: Sequence[str]) -> int:
@@ -60,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
   workdir, prompt, ids = (args.pop(name) for name in ('workdir', 'prompt', 'prompt_ids'))
   try:
     cfg = SampleConfig(**args | {'stop': tuple(args['stop'])})
-    _, tokenizer, step, model, router = load(workdir)
+    _, tokenizer, step, model, router = open_run(workdir)
     guesses(model.cfg, cfg)
     check('' if tokenizer or ids else f'{workdir} holds no {TOKENIZER_FILE}: give --prompt_ids instead of --prompt')
     if ids:

@@ -64,8 +64,8 @@ print(len(jax.devices()), 'x', jax.devices()[0].device_kind)
 # %%
 from configs.tiny import get_config
 from moejax.config import from_config_dict
-from moejax.experiment import ExperimentConfig
-from moejax.trainer import train
+from moejax.train.experiment.config import ExperimentConfig
+from moejax.train.trainer import train
 
 config = get_config()
 config.workdir = WORKDIR
@@ -86,10 +86,10 @@ print('exit status', status)
 # %%
 import json
 
-from IPython.display import Image, display
 import numpy as np
+from IPython.display import Image, display
 
-from moejax.metrics import load_image, png
+from moejax.train.telemetry.load_plots import load_image, png
 
 with open(f'{WORKDIR}/load.jsonl') as file:
   history = np.array([json.loads(line)['load'] for line in file])  # [steps logged, L, E]
@@ -111,9 +111,9 @@ print('exit status', status)
 # ## Sample
 
 # %%
-from moejax.generate import load
-from moejax.sampling import SampleConfig, sample
+from moejax.inference.sampling import SampleConfig, sample
+from moejax.train.experiment.run_dir import open_run
 
-_, tokenizer, step, model, router = load(WORKDIR)
+_, tokenizer, step, model, router = open_run(WORKDIR)
 print(f'step {step}:')
 print('def ' + ''.join(sample(model, router, tokenizer, 'def ', SampleConfig(max_tokens=120))))

@@ -21,4 +21,4 @@ def ragged_all_to_all(operand: Array, output: Array, input_offsets: Array, send_
 def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
   """For what is traced from here on, as long as the test lasts."""
   monkeypatch.setattr(jax.lax, 'ragged_all_to_all', ragged_all_to_all)
-  monkeypatch.setattr('moejax.moe.dispatch.lacking_ragged', lambda mesh: '')
+  monkeypatch.setattr('moejax.moe.dispatch.dispatchers.lacking_ragged', lambda mesh: '')

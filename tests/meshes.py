@@ -23,23 +23,24 @@ from jax.sharding import NamedSharding
 from quick import QUICK
 from rich.console import Console
 
-from moejax.attention import AttentionConfig
 from moejax.certify.report import rewrite
-from moejax.certify.tiny import packed
+from moejax.certify.tiny_model import packed
 from moejax.config import frozendict
-from moejax.data import Batch
-from moejax.experiment import ExperimentConfig
-from moejax.losses import LossConfig
-from moejax.meshes import mesh_of
-from moejax.moe.balance import BalanceConfig
-from moejax.moe.dispatch import DispatchConfig
+from moejax.data.batch import Batch
+from moejax.model.config import AttentionConfig, ModelConfig
+from moejax.model.cross_entropy import LossConfig
+from moejax.moe.balance.config import BalanceConfig
+from moejax.moe.dispatch.dispatchers import DispatchConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
-from moejax.optim import OptimConfig
-from moejax.sharding import MeshConfig, shardings, spec
-from moejax.state import TrainState, init_state, shapes_of
-from moejax.step import Metrics, eval_step, train_step
-from moejax.transformer import ModelConfig
+from moejax.sharding.logical_axes import spec
+from moejax.sharding.mesh import MeshConfig
+from moejax.sharding.params import shardings
+from moejax.train.experiment.config import ExperimentConfig
+from moejax.train.optimizer import OptimConfig
+from moejax.train.shapes import mesh_of, shapes_of
+from moejax.train.step.train_state import TrainState, init_state
+from moejax.train.step.train_step import Metrics, eval_step, train_step
 
 ROWS, LENGTH, VOCAB, EXPERTS, TOP_K = 48, 8, 32, 8, 2
 EVERYTHING = EXPERTS / TOP_K   # a capacity factor at which a token's own place in a buffer is always free

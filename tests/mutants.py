@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from jax import Array
 
-from moejax import objective, step
-from moejax.moe import balance, bias, canonical, layer, routing, selection, sets
-from moejax.moe.quantile import quantile
-from moejax.sharding import row_shards
-from moejax.transformer import Output, Transformer
+from moejax.model.transformer import Output, Transformer
+from moejax.moe import balance, bias, layer, routing, selection
+from moejax.moe import token_sets as sets
+from moejax.moe.balance import aux_loss as canonical
+from moejax.moe.bias_quantile import quantile
+from moejax.sharding.logical_axes import row_shards
+from moejax.train.step import objective
+from moejax.train.step import train_step as step
 
 Patch = pytest.MonkeyPatch
 MICRO_BATCHES = 2   # into which the lines that look at bias rules cut a batch
@@ -68,7 +71,7 @@ def bias_inside_p(patch: Patch) -> None:
 def counts_per_shard(patch: Patch) -> None:
   def first_shard(found: routing.Routing, b: Array, mask: Array) -> Array:
     rows = mask.shape[0] // row_shards()
-    return row_shards() * sets.load(found.expert_ids[:rows], mask[:rows], b.shape[-1])
+    return row_shards() * sets.expert_load(found.expert_ids[:rows], mask[:rows], b.shape[-1])
   row(patch, bias.BIAS_RULES, 'sign', observe=first_shard)
 
 

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from moejax.certify.oracle import *
-from moejax.certify.oracle import F64, Bool, logsumexp, sigmoid, softmax
-from moejax.certify.oracle_balance import *
-from moejax.certify.oracle_bias import *
-from moejax.certify.oracle_selection import *
+from moejax.certify.oracle.balance import *
+from moejax.certify.oracle.bias import *
+from moejax.certify.oracle.routing import *
+from moejax.certify.oracle.routing import F64, Bool, logsumexp, sigmoid, softmax
+from moejax.certify.oracle.selection import *
 
 IGNORE = -100
 

@@ -18,27 +18,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.table
-from quick import QUICK
 from jax.sharding import Mesh, NamedSharding
+from quick import QUICK
 from rich.console import Console
 
-from moejax import transfer
 from moejax.certify.report import rewrite
 from moejax.config import frozendict
-from moejax.data import IGNORE, Batch
-from moejax.experiment import ExperimentConfig
-from moejax.families.names import to_file
-from moejax.losses import LossConfig
+from moejax.data.batch import IGNORE, Batch
+from moejax.families.schema.tensor_names import to_file
+from moejax.hf import weights as transfer
+from moejax.inference.sampling import SampleConfig, decode
+from moejax.model.config import ModelConfig
+from moejax.model.cross_entropy import LossConfig
+from moejax.model.transformer import Transformer
 from moejax.moe import layer as moe_layer
-from moejax.moe.balance import BalanceConfig
+from moejax.moe.balance.config import BalanceConfig
 from moejax.moe.routing import Routing
-from moejax.objective import ahead
-from moejax.optim import OptimConfig
-from moejax.sampling import SampleConfig, decode
-from moejax.sharding import MeshConfig, make_mesh, shardings, spec
-from moejax.state import init_state
-from moejax.step import train_step
-from moejax.transformer import ModelConfig, Transformer
+from moejax.sharding.logical_axes import spec
+from moejax.sharding.mesh import MeshConfig, make_mesh
+from moejax.sharding.params import shardings
+from moejax.train.experiment.config import ExperimentConfig
+from moejax.train.optimizer import OptimConfig
+from moejax.train.step.objective import ahead
+from moejax.train.step.train_state import init_state
+from moejax.train.step.train_step import train_step
 
 GOLDEN = Path(__file__).parent / 'golden'
 NAMES = sorted(path.parent.name for path in GOLDEN.glob('*/about.json'))
@@ -70,7 +73,7 @@ class Golden(NamedTuple):
 def load(name: str) -> Golden:
   """The golden checkpoint as an import reads it."""
   source = transfer.published(GOLDEN / name)
-  model, router = jax.device_get(transfer.load(source, make_mesh(MeshConfig(), jax.devices()[:1]), lambda nbytes: None))
+  model, router = jax.device_get(transfer.read_weights(source, make_mesh(MeshConfig(), jax.devices()[:1]), lambda nbytes: None))
   about = json.loads((source.directory / 'about.json').read_text())
   return Golden(source.directory, about, source.cfg, model, router, source.made_of)
 

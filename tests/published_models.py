@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from moejax.families import FAMILIES, config_json
-from moejax.families.names import file_shapes, leaves, tensors
-from moejax.tensors import DTYPES, Spec, open_tensors, write_tensors
+from moejax.families.schema.tensor_names import file_shapes, leaves, tensors
+from moejax.hf.safetensors.directory import open_tensors, write_tensors
+from moejax.hf.safetensors.file import DTYPES, Spec
 
 GOLDEN = Path(__file__).parent / 'golden'
 NAMES = sorted(path.parent.name for path in GOLDEN.glob('*/about.json'))

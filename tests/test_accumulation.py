@@ -3,17 +3,14 @@ import jax
 import pytest
 from quick import QUICK
 
-from moejax.accumulation import gradients
-from moejax.attention import AttentionConfig
-from moejax.experiment import ExperimentConfig
-from moejax.hlo import collectives
-from moejax.meshes import mesh_of
-from moejax.moe.dispatch import DispatchConfig
+from moejax.model.config import AttentionConfig, ModelConfig
+from moejax.moe.dispatch.dispatchers import DispatchConfig
 from moejax.moe.layer import MoEConfig
-from moejax.programs import batch_of
-from moejax.sharding import MeshConfig
-from moejax.start import target_of
-from moejax.transformer import ModelConfig
+from moejax.plan.hlo.collectives import collectives
+from moejax.sharding.mesh import MeshConfig
+from moejax.train.experiment.config import ExperimentConfig
+from moejax.train.shapes import batch_of, mesh_of, target_of
+from moejax.train.step.gradient_accumulation import gradients
 
 
 @pytest.mark.slow

@@ -8,10 +8,10 @@ import pytest
 import test_step
 from test_trainer import config, rows
 
-from moejax.alarms import FEW, KINDS, PATIENCE, Alarms, sounding
-from moejax.certify.tiny import batch
-from moejax.moe.dispatch import DispatchConfig
-from moejax.trainer import train
+from moejax.certify.tiny_model import batch
+from moejax.moe.dispatch.dispatchers import DispatchConfig
+from moejax.train.telemetry.collapse_alarms import FEW, KINDS, PATIENCE, Alarms, sounding
+from moejax.train.trainer import train
 
 NONE = np.zeros(2)
 EVEN = np.full((2, 4), 1000.0)

@@ -11,8 +11,8 @@ import oracle
 import pytest
 from quick import QUICK
 
-from moejax import attend
-from moejax.attend import ATTENTIONS
+from moejax.model import attention_cores as attend
+from moejax.model.attention_cores import ATTENTIONS
 
 # cuDNN is not here, and with float32 its row is the xla row. So is splash where blocks do not fit: see test_splash.py.
 ROWS = sorted(set(ATTENTIONS) - {'cudnn', 'splash'})

@@ -9,12 +9,14 @@ import oracle
 import pytest
 from quick import QUICK
 
-from moejax import attend
-from moejax.attention import (AHEAD, Attention, AttentionConfig, KVCache, LatentAttention, LatentConfig, empty_cache,
-                              make_attention)
 from moejax.config import ConfigError
-from moejax.rope import RopeConfig, YarnConfig, attention_factor, softmax_factor
-from moejax.sharding import MeshConfig, is_param, make_mesh, shardings
+from moejax.model import attention_cores as attend
+from moejax.model.attention import Attention, LatentAttention, make_attention
+from moejax.model.config import AttentionConfig, LatentConfig
+from moejax.model.kv_cache import AHEAD, KVCache, empty_cache
+from moejax.model.rope import RopeConfig, YarnConfig, attention_factor, softmax_factor
+from moejax.sharding.mesh import MeshConfig, make_mesh
+from moejax.sharding.params import is_param, shardings
 
 B, S, WIDTH, H, D = 2, 36, 16, 4, 6
 EPS = 0.5   # of the model's norms: large enough to be seen

@@ -13,22 +13,15 @@ import pytest
 from jax import Array
 from quick import QUICK
 
-from moejax.certify import oracle_balance, oracle_codebases
-from moejax.certify.plan import MIXED, PACKED, PADDED, WHOLE, B, Case, S
+from moejax.certify.cases import MIXED, PACKED, PADDED, WHOLE, B, Case, S
+from moejax.certify.oracle import balance as oracle_balance
+from moejax.certify.oracle import codebases as oracle_codebases
 from moejax.config import ConfigError, frozendict
-from moejax.moe.balance import (
-  ACCUMULATIONS,
-  BALANCE_LOSSES,
-  CODEBASES,
-  BalanceConfig,
-  convert_coefficient,
-  misfits,
-  shares,
-  spans_micro_batches,
-)
-from moejax.moe.canonical import ASSIGNMENTS
+from moejax.moe.balance.aux_loss import ASSIGNMENTS
+from moejax.moe.balance.config import ACCUMULATIONS, BalanceConfig, misfits
+from moejax.moe.balance.losses import BALANCE_LOSSES, CODEBASES, convert_coefficient, shares, spans_micro_batches
 from moejax.moe.routing import SCORE_FNS, RouterConfig, Routing, route
-from moejax.moe.sets import Scope, load, parts_of_set
+from moejax.moe.token_sets import Scope, expert_load, parts_of_set
 
 MICRO_BATCHES, EP_GROUPS = 2, 4
 PROBABILITIES = ('', 'sigmoid', 'softmax')
@@ -611,11 +604,11 @@ def test_oracle_of_parts_is_the_oracle_of_the_whole() -> None:
 def test_load_counts_every_copy_of_every_token_that_counts(cfg: RouterConfig) -> None:
   for label, case in cases(cfg.num_experts).items():
     ids = measured(cfg, label)[3].expert_ids
-    got = np.asarray(load(ids, case.mask, cfg.num_experts))
+    got = np.asarray(expert_load(ids, case.mask, cfg.num_experts))
     np.testing.assert_array_equal(got, oracle_balance.load(ids, case.mask, cfg.num_experts))
     assert got.sum() == case.mask.sum() * cfg.top_k and got.dtype == np.float32
   nobody = np.where(np.arange(2) == 1, 8, ids)
-  assert load(nobody, np.ones((B, S), bool), 8).sum() == B * S, 'an id of E is nobody\'s'
+  assert expert_load(nobody, np.ones((B, S), bool), 8).sum() == B * S, 'an id of E is nobody\'s'
 
 
 # Coefficients of others.

@@ -9,8 +9,8 @@ import oracle
 import pytest
 from quick import QUICK
 
-from moejax.moe.bias import BIAS_RULES, BiasState, counts, init_state
-from moejax.moe.quantile import BINS, EDGES, above_the_line, bin_of, histogram, quantile
+from moejax.moe.bias import BIAS_RULES, BiasState, counts, init_bias_state
+from moejax.moe.bias_quantile import BINS, EDGES, above_the_line, bin_of, histogram, quantile
 from moejax.moe.routing import SCORE_FNS, RouterConfig, route
 
 RULES = sorted(BIAS_RULES)
@@ -126,7 +126,7 @@ def test_momentum_of_smebu_decays_and_still_moves() -> None:
 
 def test_under_a_steady_load_smebu_moves_by_the_rate() -> None:
   """The weights of its average sum to 1: a crowd that stays the same moves the bias as fast as without momentum."""
-  state = init_state(E)
+  state = init_bias_state(E)
   for _ in range(30):
     before, state = state, BiasState(*(a[0] for a in push(state, LOAD[None], 0.01)['smebu']))
   push_of = np.tanh(2 * (1 - LOAD / LOAD.mean()))
@@ -134,7 +134,7 @@ def test_under_a_steady_load_smebu_moves_by_the_rate() -> None:
 
 
 def test_begins_at_zero_in_float32() -> None:
-  state = init_state(6)
+  state = init_bias_state(6)
   assert all(a.shape == (6,) and a.dtype == jnp.float32 and not a.any() for a in state)
 
 
@@ -142,7 +142,7 @@ def test_begins_at_zero_in_float32() -> None:
 def test_crowded_experts_go_down_and_empty_ones_up(rule: str) -> None:
   """Seen from the expert that has the mean load."""
   load = np.array([9, 5, 1, 6, 4, 10, 0], np.float32)
-  moved = np.asarray(push(init_state(7), load * np.array([[1], [11], [4099]], np.float32), 1.0)[rule].bias)
+  moved = np.asarray(push(init_bias_state(7), load * np.array([[1], [11], [4099]], np.float32), 1.0)[rule].bias)
   for step in moved:
     relative = step - step[1]
     np.testing.assert_array_equal(np.where(np.abs(relative) < 1e-6, 0, np.sign(relative)), np.sign(5 - load))
@@ -150,7 +150,7 @@ def test_crowded_experts_go_down_and_empty_ones_up(rule: str) -> None:
 
 @pytest.mark.parametrize('rule', ['centred_sign', 'quantile', 'smebu'])
 def test_centred_rules_keep_the_mean(rule: str) -> None:
-  state = init_state(E)
+  state = init_bias_state(E)
   *_, got = steps(state, batches()['padded'][0][None], MASK[None], 0.5, RouterConfig(E, K))
   assert np.abs(got[rule].bias).max() > 0.01 and abs(got[rule].bias.mean()) < 1e-7
 
@@ -194,7 +194,7 @@ def test_layers_do_not_see_each_other(rule: str) -> None:
 def test_counts_of_the_whole_batch_are_not_the_mean_of_what_shards_would_do(rule: str) -> None:
   """One step from global counts is the rule; the mean of what uneven shards would do is another."""
   shards = np.array([[8, 0, 0, 0], [1, 3, 2, 2], [0, 4, 3, 9]], np.float32)
-  new = np.asarray(push(init_state(4), np.stack([shards.sum(0), *shards]), 1.0)[rule].bias)
+  new = np.asarray(push(init_bias_state(4), np.stack([shards.sum(0), *shards]), 1.0)[rule].bias)
   start = oracle.BiasState(np.zeros(4), np.zeros(4))
   np.testing.assert_allclose(new[0], oracle.COUNT_RULES[rule](start, np.float64(shards.sum(0)), 1.0).bias, rtol=1e-6)
   assert np.abs(new[0] - new[1:].mean(0)).max() > 0.1
@@ -214,7 +214,7 @@ def closed_loop(score_fn: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndar
             for name, state in states.items()}, loads
 
   rates = 0.01 * np.linspace(1, 0, 200, dtype=np.float32)
-  states, loads = jax.jit(lambda: jax.lax.scan(step, {name: init_state(E) for name in RULES}, rates))()
+  states, loads = jax.jit(lambda: jax.lax.scan(step, {name: init_bias_state(E) for name in RULES}, rates))()
   return {name: np.asarray(state.bias) for name, state in states.items()}, jax.device_get(loads)
 
 

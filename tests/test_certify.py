@@ -11,7 +11,7 @@ from mutants import MUTANTS
 
 from moejax.certify import contract, report
 from moejax.certify.__main__ import main
-from moejax.certify.plan import Plan
+from moejax.certify.cases import Plan
 from moejax.certify.report import Certificate, Check, Result, Worst
 
 PATCH = pytest.MonkeyPatch

@@ -21,11 +21,14 @@ import tensorstore
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moejax import checkpoint, leaves
-from moejax.checkpoint import CheckpointConfig, Checkpoints, NoLoadableCheckpoint, RunInUse, SaveFailed
+from moejax.checkpoint import checkpoints as checkpoint
+from moejax.checkpoint import reader as leaves
+from moejax.checkpoint.checkpoints import CheckpointConfig, Checkpoints, NoLoadableCheckpoint
+from moejax.checkpoint.lock import RunInUse
+from moejax.checkpoint.steps import Steps, kept
+from moejax.checkpoint.writer import SaveFailed
 from moejax.config import ConfigError
-from moejax.manifest import flatten, kinds
-from moejax.rundir import Steps, kept
+from moejax.sharding.tree import flatten, kinds
 
 DATA = {'source': 'stdlib', 'seed': '0'}
 
@@ -473,7 +476,7 @@ def test_kept_for_random_metrics() -> None:
 # ---- who may write
 
 def test_a_second_lock_names_the_process_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
-  code = ('import sys, time; from moejax.rundir import lock\n'
+  code = ('import sys, time; from moejax.checkpoint.lock import lock\n'
           'with lock(sys.argv[1]): print(1, flush=True); time.sleep(60)')
   with subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], stdout=subprocess.PIPE) as other:
     assert other.stdout.read(1) == b'1'

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from moejax import compressors
-from moejax.compressors import gzip_bits_per_byte, xz_bits_per_byte
+from moejax.train.telemetry import compression as compressors
+from moejax.train.telemetry.compression import gzip_bits_per_byte, xz_bits_per_byte
 
 NOISE = random.Random(0).randbytes(20_000)
 OTHER = random.Random(1).randbytes(100_000)

@@ -9,12 +9,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from moejax.config import ConfigError, check, from_config_dict, frozendict, to_config_dict
-from moejax.experiment import ExperimentConfig
-from moejax.moe.balance import BALANCE_LOSSES, BalanceConfig
+from moejax.data.sources import DataConfig
+from moejax.model.config import ModelConfig
+from moejax.moe.balance.config import BalanceConfig
+from moejax.moe.balance.losses import BALANCE_LOSSES
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
-from moejax.sources import DataConfig
-from moejax.transformer import ModelConfig
+from moejax.train.experiment.config import ExperimentConfig
 
 
 @dataclasses.dataclass(frozen=True)

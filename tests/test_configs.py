@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from moejax import flags
-from moejax.cost import Parameters, count_parameters
-from moejax.experiment import ExperimentConfig
-from moejax.optim import learning_rate
-from moejax.schedule import piecewise
-from moejax.sharding import MESH_AXES
-from moejax.start import differences
-from moejax.state import TrainState, init_state
-from moejax.summary import bytes_on_device
+from moejax.config import flags
+from moejax.config.schedule import piecewise
+from moejax.sharding.mesh import MESH_AXES
+from moejax.sharding.params import bytes_on_device
+from moejax.train.experiment.config import ExperimentConfig
+from moejax.train.experiment.cost import Parameters, count_parameters
+from moejax.train.initial_state import differences
+from moejax.train.optimizer import learning_rate
+from moejax.train.step.train_state import TrainState, init_state
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / 'configs').glob('*.py'))
@@ -43,7 +43,7 @@ def names() -> list[str]:
 
 @functools.cache
 def config_of(name: str) -> ExperimentConfig:
-  return flags.parse([f'--config={ROOT / name}'], ExperimentConfig, '')
+  return flags.parse_flags([f'--config={ROOT / name}'], ExperimentConfig, '')
 
 
 @functools.cache

@@ -6,18 +6,15 @@ import re
 import jax
 import pytest
 
-from moejax.attention import AttentionConfig, LatentConfig
-from moejax.experiment import ExperimentConfig
-from moejax.meshes import mesh_of
-from moejax.moe.dispatch import DispatchConfig
+from moejax.model.config import AttentionConfig, LatentConfig, ModelConfig
+from moejax.moe.dispatch.dispatchers import DispatchConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
-from moejax.programs import batch_of
-from moejax.sharding import MeshConfig
-from moejax.start import target_of
-from moejax.step import train_step
-from moejax.topology import parse
-from moejax.transformer import ModelConfig
+from moejax.plan.topology import parse_topology
+from moejax.sharding.mesh import MeshConfig
+from moejax.train.experiment.config import ExperimentConfig
+from moejax.train.shapes import batch_of, mesh_of, target_of
+from moejax.train.step.train_step import train_step
 
 pytestmark = [pytest.mark.cuda_aot, pytest.mark.slow, pytest.mark.skipif(
   importlib.util.find_spec('jax_cuda13_plugin') is None,
@@ -33,7 +30,7 @@ def test_the_step_of_eight_gpus(exchange: str) -> None:
     batch_size=16, seq_len=128, mesh=MeshConfig(data=1, fsdp=2, expert=4),
     model=ModelConfig(vocab_size=512, d_model=256, num_layers=1, dtype='bfloat16', remat='full', moe=moe,
                       attention=AttentionConfig(num_heads=2, num_kv_heads=2, d_head=128, latent=latent)))
-  mesh = mesh_of(cfg, parse('h200:8').devices())
+  mesh = mesh_of(cfg, parse_topology('h200:8').devices())
   with jax.set_mesh(mesh):
     target = target_of(cfg, mesh)
     lowered = jax.jit(functools.partial(train_step, cfg=cfg), donate_argnums=0).lower(target, batch_of(cfg, mesh))

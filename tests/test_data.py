@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import tokenizers
 
-from moejax import data as data_module
-from moejax import sources
-from moejax import tokenizer as tokenizer_module
 from moejax.config import ConfigError
-from moejax.data import IGNORE, Batch, Data, Rows, open_data
-from moejax.sources import SOURCES, DataConfig
-from moejax.tokenizer import Tokenizer, load_tokenizer
+from moejax.data import pipeline as data_module
+from moejax.data import sources
+from moejax.data import tokenizer as tokenizer_module
+from moejax.data.batch import IGNORE, Batch
+from moejax.data.pipeline import Data, Rows, open_data
+from moejax.data.sources import SOURCES, DataConfig
+from moejax.data.tokenizer import Tokenizer, load_tokenizer
 
 S, B = 32, 5
 

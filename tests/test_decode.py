@@ -11,18 +11,18 @@ import pytest
 from jax import monitoring
 from quick import QUICK
 
-from moejax import decode, sampling
-from moejax.attention import AttentionConfig, LatentConfig
 from moejax.config import ConfigError
-from moejax.data import Batch
-from moejax.decode import Drawing, draw, foremost, prefill, step
-from moejax.initial import InitConfig
+from moejax.data.batch import Batch
+from moejax.inference import decode, sampling
+from moejax.inference.decode import Drawing, draw, foremost, prefill, step
+from moejax.inference.sampling import SampleConfig
+from moejax.model.config import AttentionConfig, InitConfig, LatentConfig, ModelConfig
+from moejax.model.rope import RopeConfig, YarnConfig
+from moejax.model.transformer import Transformer, empty_caches
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
-from moejax.rope import RopeConfig, YarnConfig
-from moejax.sampling import SampleConfig
-from moejax.sharding import MeshConfig, make_mesh, shardings
-from moejax.transformer import ModelConfig, Transformer, empty_caches
+from moejax.sharding.mesh import MeshConfig, make_mesh
+from moejax.sharding.params import shardings
 
 V, E = 24, 4
 GREEDY = SampleConfig(max_tokens=24, temperature=0.0)

@@ -16,13 +16,13 @@ from jax import Array
 from quick import QUICK
 
 from moejax.config import ConfigError
-from moejax.layers import ACTIVATIONS
-from moejax.moe.copies import sort_copies
-from moejax.moe.dispatch import DISPATCHERS, DROP_BY, DispatchConfig
-from moejax.moe.experts import Biases, Weights
-from moejax.moe.grouped_ffn import BEST, IMPLEMENTATIONS, best
+from moejax.moe.dispatch.dispatchers import DISPATCHERS, DROP_BY, DispatchConfig
+from moejax.moe.experts.ffn import ACTIVATIONS
+from moejax.moe.experts.grouped_ffn import BEST, IMPLEMENTATIONS, best
+from moejax.moe.experts.sorted_copies import sort_copies
+from moejax.moe.experts.weights import Biases, Weights
 from moejax.moe.routing import Routing
-from moejax.sharding import MeshConfig, make_mesh
+from moejax.sharding.mesh import MeshConfig, make_mesh
 
 B, S, D, F = 4, 5, 6, 4
 T = B * S
@@ -268,7 +268,7 @@ def test_few_copies_are_gathered_but_on_a_tpu(monkeypatch: pytest.MonkeyPatch) -
     return best(sort_copies(ids, ids.astype(jnp.float32), 8))
 
   assert [of(1, 2), of(2, 2), of(1, 5), of(8, 2)] == ['gathered', 'gathered', 'blocked', 'blocked']
-  monkeypatch.setattr('moejax.moe.grouped_ffn.platform', lambda: 'tpu')
+  monkeypatch.setattr('moejax.moe.experts.grouped_ffn.platform', lambda: 'tpu')
   assert of(1, 2) == of(8, 2) == 'ragged_dot'
 
 

@@ -10,14 +10,14 @@ from exchanged import emulate
 from quick import QUICK
 from test_trainer import CONFIG, config
 
-from moejax.checkpoint import Checkpoints, digests
-from moejax.data import Batch
-from moejax.experiment import ExperimentConfig, resolved
-from moejax.meshes import mesh_of
-from moejax.start import target_of
-from moejax.state import TrainState
-from moejax.step import train_step
-from moejax.trainer import train
+from moejax.checkpoint.checkpoints import Checkpoints
+from moejax.checkpoint.manifest import digests
+from moejax.data.batch import Batch
+from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
+from moejax.train.shapes import mesh_of, target_of
+from moejax.train.step.train_state import TrainState
+from moejax.train.step.train_step import train_step
+from moejax.train.trainer import train
 
 EVERY = 2   # steps between changes
 # One after the other: the mesh, and how experts are reached. Batch and model are the same; its vocabulary is even.
@@ -49,8 +49,8 @@ def compile_quickly(cfg: ExperimentConfig, state: TrainState, batch: Batch) -> j
 @pytest.mark.slow
 def test_a_run_goes_on_on_any_mesh_by_any_dispatcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   emulate(monkeypatch)
-  monkeypatch.setattr('moejax.programs.compile_step', compile_quickly)
-  monkeypatch.setattr('moejax.cost.lacking_ragged', lambda mesh: '')   # the summary, too, asks what there is
+  monkeypatch.setattr('moejax.train.compile.compile_step', compile_quickly)
+  monkeypatch.setattr('moejax.train.experiment.cost.lacking_ragged', lambda mesh: '')   # the summary, too, asks what there is
   whole, moved = tmp_path / 'whole', tmp_path / 'moved'
   end = EVERY * len(PLACES)
   assert CONFIG.steps > end
@@ -63,7 +63,7 @@ def test_a_run_goes_on_on_any_mesh_by_any_dispatcher(tmp_path: Path, monkeypatch
     np.testing.assert_allclose([row[name] for row in losses], [row[name] for row in alone], rtol=1e-5, err_msg=name)
   assert rows(moved, 'load.jsonl') == rows(whole, 'load.jsonl'), 'the same experts for every token'
   # What the last place wrote, one device, is on all of them as the second has them, bit for bit.
-  cfg = resolved(place(moved, 1, end), 257)
+  cfg = with_vocabulary(place(moved, 1, end), 257)
   mesh = mesh_of(cfg)
   with jax.set_mesh(mesh):
     target = target_of(cfg, mesh)

@@ -14,24 +14,26 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from quick import QUICK
 
-from moejax.attention import AttentionConfig
 from moejax.config import ConfigError
-from moejax.cost import exchanged
-from moejax.experiment import ExperimentConfig
-from moejax.hlo import array_bytes, axes_of, collectives, groups_of, parse, walk
-from moejax.layers import ACTIVATIONS
-from moejax.moe import dispatch
-from moejax.moe.dispatch import DISPATCHERS, DispatchConfig, exchange_of, exchanges, group_of
-from moejax.moe.exchange import Group, lacking_ragged, layout, move, moved
-from moejax.moe.experts import Weights
+from moejax.model.config import AttentionConfig, ModelConfig
+from moejax.moe.dispatch import dispatchers as dispatch
+from moejax.moe.dispatch.dispatchers import DISPATCHERS, DispatchConfig, exchange_of, exchanges, group_of
+from moejax.moe.dispatch.exchange import layout, move
+from moejax.moe.dispatch.exchange_cost import Group, lacking_ragged, moved
+from moejax.moe.experts.ffn import ACTIVATIONS
+from moejax.moe.experts.weights import Weights
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig, Routing
-from moejax.programs import batch_of
-from moejax.sharding import RULES, MeshConfig, make_mesh
-from moejax.start import target_of
-from moejax.step import train_step
-from moejax.summary import exchange_lines, human
-from moejax.transformer import ModelConfig
+from moejax.plan.hlo.collectives import collectives, walk
+from moejax.plan.hlo.program import array_bytes, parse_program
+from moejax.plan.hlo.replica_groups import axes_of, groups_of
+from moejax.sharding.logical_axes import RULES
+from moejax.sharding.mesh import MeshConfig, make_mesh
+from moejax.train.experiment.config import ExperimentConfig
+from moejax.train.experiment.cost import exchanged
+from moejax.train.experiment.summary import exchange_lines, human
+from moejax.train.shapes import batch_of, target_of
+from moejax.train.step.train_step import train_step
 
 FOUR = MeshConfig(1, fsdp=2, expert=4)
 MIXED = MeshConfig(2, expert=2, tensor=2)
@@ -61,7 +63,7 @@ def compiled_step(cfg: ExperimentConfig) -> str:
 
 def axes_of_expert_weights(text: str, mesh: Mapping[str, int]) -> set[tuple[str, str]]:
   """(kind, axis) of every collective, in a whole program, whose result is as large as a part of experts' weights."""
-  computations, entry = parse(text)
+  computations, entry = parse_program(text)
   return {(instruction.op, axis) for _, instruction, _ in walk(computations, entry)
           for axis in axes_of(groups_of(instruction.rest, 8), mesh)
           if any(size % PRIME == 0 for size in array_bytes(instruction.shape))}

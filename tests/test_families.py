@@ -10,15 +10,25 @@ import pytest
 from published import FIGURES, PUBLISHED
 
 from moejax.config import ConfigError
-from moejax.cost import count_parameters
-from moejax.data import Batch
-from moejax.experiment import ExperimentConfig
+from moejax.data.batch import Batch
 from moejax.families import FAMILIES, config_json, model_config
-from moejax.families.family import KEPT, UNBUILT
-from moejax.families.names import (
-    ABSENT, FROM_FILE, copies, file_shapes, holds_mtp, leaves, must_be_zero, tensors, to_file)
-from moejax.shards import read_header
-from moejax.transformer import ModelConfig, Transformer
+from moejax.families.schema.family import KEPT, UNBUILT
+from moejax.families.schema.tensor_names import (
+  ABSENT,
+  FROM_FILE,
+  copies,
+  file_shapes,
+  holds_mtp,
+  leaves,
+  must_be_zero,
+  tensors,
+  to_file,
+)
+from moejax.hf.safetensors.file import read_header
+from moejax.model.config import ModelConfig
+from moejax.model.transformer import Transformer
+from moejax.train.experiment.config import ExperimentConfig
+from moejax.train.experiment.cost import count_parameters
 
 T = TypeVar('T')
 GOLDEN = Path(__file__).parent / 'golden'

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import faults
 import pytest
-import train
 from test_trainer import final_digest, flags, rows, spawn, wait_for
 
+import train
+from moejax.checkpoint.manifest import unseal
 from moejax.config import ConfigError
-from moejax.faults import ACTIONS, NUMBERS, POINTS, SPOILS, planned
-from moejax.manifest import unseal
-from moejax.trainer import EXIT_STATUS
-from moejax.watch import HANG
+from moejax.runtime.faults import ACTIONS, NUMBERS, POINTS, SPOILS, planned
+from moejax.runtime.watchdog import HANG
+from moejax.train.trainer import EXIT_STATUS
 
 SEED = 5
 STARTED: list[subprocess.Popen] = []

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 import train
-from moejax import flags
-from moejax.config import ConfigError, check, frozendict
-from moejax.experiment import ExperimentConfig
-from moejax.moe.balance import BalanceConfig
+from moejax.config import ConfigError, check, flags, frozendict
+from moejax.moe.balance.config import BalanceConfig
+from moejax.train.experiment.config import ExperimentConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,28 +64,28 @@ def default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def problems_of(argv: list[str], default: str) -> tuple[str, ...]:
   with pytest.raises(ConfigError) as caught:
-    flags.parse(argv, Root, default)
+    flags.parse_flags(argv, Root, default)
   return caught.value.problems
 
 
 def test_no_argument_is_the_default_file(default: str) -> None:
-  assert flags.parse([], Root, default) == Root(steps=5)
+  assert flags.parse_flags([], Root, default) == Root(steps=5)
 
 
 def test_every_type_of_field_can_be_set(default: str) -> None:
   argv = ['--config.steps=7', '--workdir', 'a=b', '--config.model.tied', '--config.model.layers=(3,)',
           '--config.model.router.scale=2', '--config.losses.sequence=0.1@0', '--config.losses.router_z=1e-3']
-  config = flags.parse(argv, Root, default)
+  config = flags.parse_flags(argv, Root, default)
   assert config == Root(7, 'a=b', Model(tied=True, layers=(3,), router=Router(scale=2.0)),
                         frozendict(sequence='0.1@0', router_z=0.001))
-  assert not flags.parse(['--noconfig.model.tied'], Root, default).model.tied
+  assert not flags.parse_flags(['--noconfig.model.tied'], Root, default).model.tied
 
 
 def test_order_decides_and_another_file_can_be_named(default: str, tmp_path: Path) -> None:
   other = tmp_path / 'other.py'
   other.write_text(FILE.replace('5', '6'))
   argv = ['--config.model={"d_model": 8}', '--config.model.d_model=32', f'--config={other}']
-  config = flags.parse(argv, Root, default)
+  config = flags.parse_flags(argv, Root, default)
   assert (config.steps, config.model.d_model, config.model.layers) == (6, 32, (1, 2))
 
 
@@ -136,8 +135,8 @@ def test_a_missing_config_file_is_named(default: str) -> None:
 def stub(default: str, monkeypatch: pytest.MonkeyPatch) -> list[Root]:
   """train.py with a small config and a trainer that only keeps what it is given."""
   seen: list[Root] = []
-  monkeypatch.setattr('moejax.experiment.ExperimentConfig', Root)
-  monkeypatch.setattr('moejax.trainer.train', lambda config: seen.append(config) or 4)
+  monkeypatch.setattr('moejax.train.experiment.config.ExperimentConfig', Root)
+  monkeypatch.setattr('moejax.train.trainer.train', lambda config: seen.append(config) or 4)
   return seen
 
 
@@ -153,10 +152,10 @@ def get_config(variant: Literal['', 'tiny', 'big'] = ''):
 def test_a_variant_of_a_file_is_named_after_a_colon(tmp_path: Path, default: str) -> None:
   path = tmp_path / 'variants.py'
   path.write_text(VARIANTS)
-  assert flags.parse([f'--config={path}'], Root, default).steps == 5
-  assert flags.parse([f'--config={path}:tiny'], Root, default).steps == 9
-  assert flags.parse([f'--config={path}:tiny', '--config.steps=3'], Root, default).steps == 3
-  assert flags.parse([], Root, f'{path}:big').steps == 8
+  assert flags.parse_flags([f'--config={path}'], Root, default).steps == 5
+  assert flags.parse_flags([f'--config={path}:tiny'], Root, default).steps == 9
+  assert flags.parse_flags([f'--config={path}:tiny', '--config.steps=3'], Root, default).steps == 3
+  assert flags.parse_flags([], Root, f'{path}:big').steps == 8
   assert '--config.steps=9' in flags.describe([f'--config={path}:tiny'], Root, default)
 
 
@@ -173,7 +172,7 @@ def test_a_variant_that_is_not_there_names_those_that_are(tmp_path: Path, defaul
 def test_a_file_whose_variants_are_any_text_decides_itself(tmp_path: Path, default: str) -> None:
   path = tmp_path / 'variants.py'
   path.write_text(VARIANTS.replace("Literal['', 'tiny', 'big']", 'str'))
-  assert flags.parse([f'--config={path}:three'], Root, default).steps == 10
+  assert flags.parse_flags([f'--config={path}:three'], Root, default).steps == 10
 
 
 def test_train_gives_the_config_to_the_trainer_and_returns_its_status(stub: list[Root], default: str) -> None:
@@ -222,14 +221,14 @@ def test_every_switch_of_balance_can_be_set_on_the_real_tree(tmp_path: Path) -> 
           'balance.losses.simbal=1', 'balance.bias_rule=quantile', 'balance.bias_rate=0.5, 0@90%',
           'balance.partition=4', 'balance.assignment=dispatched', 'balance.probability=sigmoid',
           'balance.accumulation=lagged', 'balance.ep_groups=2', 'model.moe.router.jitter=0.01', 'loss.z_coef=1e-4']
-  cfg = flags.parse([f'--config.{arg}' for arg in argv], ExperimentConfig, str(path))
+  cfg = flags.parse_flags([f'--config.{arg}' for arg in argv], ExperimentConfig, str(path))
   assert cfg.balance.active() == ('global_batch', 'router_z', 'simbal')
   assert cfg.balance == BalanceConfig(
     frozendict(global_batch='0.1, 0.01@10%, 0.001@70%', router_z='0.001', simbal='1.0'), 'quantile', '0.5, 0@90%', 2, 4,
     'dispatched', 'sigmoid', 'lagged')
   assert cfg.model.moe.router.jitter == 0.01 and cfg.loss.z_coef == '1e-4'
   with pytest.raises(ConfigError, match='losses.global_bach is not a balance loss: use one of'):
-    flags.parse(['--config.balance.losses.global_bach=0.1'], ExperimentConfig, str(path))
+    flags.parse_flags(['--config.balance.losses.global_bach=0.1'], ExperimentConfig, str(path))
 
 
 def test_a_real_process_tells_all_problems_and_exits_2_before_anything_runs(tmp_path: Path) -> None:

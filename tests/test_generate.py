@@ -11,22 +11,22 @@ import numpy as np
 import pytest
 from quick import QUICK
 
-from moejax import decode, sampling
-from moejax.attention import AttentionConfig
-from moejax.checkpoint import CheckpointConfig, Checkpoints
+from moejax.checkpoint.checkpoints import CheckpointConfig, Checkpoints
 from moejax.config import ConfigError, frozendict
-from moejax.data import Batch
-from moejax.experiment import CHECKPOINTS, TOKENIZER_FILE, ExperimentConfig, resolved, write_config
-from moejax.generate import load, main
-from moejax.initial import InitConfig
-from moejax.moe.balance import BalanceConfig
+from moejax.data.batch import Batch
+from moejax.data.sources import DataConfig
+from moejax.data.tokenizer import Tokenizer, load_tokenizer
+from moejax.generate import main
+from moejax.inference import decode, sampling
+from moejax.inference.sampling import SampleConfig, opened, sample, text
+from moejax.model.config import AttentionConfig, InitConfig, ModelConfig
+from moejax.model.transformer import Transformer
+from moejax.moe.balance.config import BalanceConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
-from moejax.sampling import SampleConfig, opened, sample, text
-from moejax.sources import DataConfig
-from moejax.state import TrainState, init_state
-from moejax.tokenizer import Tokenizer, load_tokenizer
-from moejax.transformer import ModelConfig, Transformer
+from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
+from moejax.train.experiment.run_dir import CHECKPOINTS, TOKENIZER_FILE, open_run, write_config
+from moejax.train.step.train_state import TrainState, init_state
 
 TOKENIZER = load_tokenizer('bytes')
 EOD = TOKENIZER.eod_id
@@ -54,7 +54,7 @@ PROGRAMS = {'prefill': jax.jit(decode.prefill.__wrapped__, donate_argnums=3, com
 @pytest.fixture(scope='module')
 def state() -> TrainState:
   """Not trained, but with a bias that decides something."""
-  cfg = resolved(CONFIG, TOKENIZER.vocab_size)
+  cfg = with_vocabulary(CONFIG, TOKENIZER.vocab_size)
   made = jax.jit(functools.partial(init_state, cfg), compiler_options=QUICK)()
   return made._replace(router=made.router._replace(bias=jnp.array([[0.1, -0.1, 0.05, 0.0], [0.0] * 4])))
 
@@ -126,7 +126,7 @@ def test_the_same_seed_is_the_same_text_and_another_seed_another(state: TrainSta
 
 
 def test_a_run_comes_back_as_it_was_saved(run_directory: Path, state: TrainState) -> None:
-  cfg, tokenizer, step, model, router = load(str(run_directory))
+  cfg, tokenizer, step, model, router = open_run(str(run_directory))
   assert step == 7 and cfg.model.vocab_size == tokenizer.vocab_size == TOKENIZER.vocab_size
   assert isinstance(tokenizer, Tokenizer) and tokenizer.digest == TOKENIZER.digest
   np.testing.assert_array_equal(router, state.router.bias)
@@ -160,7 +160,7 @@ def test_a_run_without_a_tokenizer_goes_on_from_ids(
   assert capsys.readouterr().out == ','.join(map(str, ids + want)) + '\n'
   bare = shutil.copytree(run_directory, tmp_path / 'bare')
   (bare / TOKENIZER_FILE).unlink()
-  whole = dataclasses.replace(CONFIG, workdir=str(bare), model=resolved(CONFIG, TOKENIZER.vocab_size).model)
+  whole = dataclasses.replace(CONFIG, workdir=str(bare), model=with_vocabulary(CONFIG, TOKENIZER.vocab_size).model)
   command[0] = f'--workdir={bare}'
   assert main(command) == 2 and 'model.vocab_size=0' in capsys.readouterr().err
   write_config(whole)

@@ -17,21 +17,27 @@ import pytest
 from published_models import GOLDEN, NAMES, Arrays, arrays_in, copied, edited, random_model, written
 from quick import QUICK
 
-from moejax import generate, hf, opened
-from moejax.checkpoint import CheckpointConfig, Checkpoints, SaveFailed
+from moejax import generate
+from moejax.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from moejax.checkpoint.manifest import digests
+from moejax.checkpoint.writer import SaveFailed
 from moejax.config import ConfigError, check
-from moejax.experiment import CHECKPOINTS, ExperimentConfig, read_config, write_config
+from moejax.data.sources import DataConfig
+from moejax.data.tokenizer import load_tokenizer
 from moejax.families import FAMILIES
-from moejax.hf import main
-from moejax.manifest import digests
-from moejax.moe.dispatch import DispatchConfig
-from moejax.optim import OptimConfig
-from moejax.sources import DataConfig
-from moejax.state import init_state
-from moejax.tensors import Tensors, open_tensors
-from moejax.tokenizer import load_tokenizer
-from moejax.trainer import train
-from moejax.transformer import ModelConfig
+from moejax.hf import __main__ as hf
+from moejax.hf import logits as opened
+from moejax.hf.__main__ import main
+from moejax.hf.safetensors.directory import Tensors, open_tensors
+from moejax.model.config import ModelConfig
+from moejax.moe.dispatch.dispatchers import DispatchConfig
+from moejax.train.experiment import run_dir
+from moejax.train.experiment.config import ExperimentConfig
+from moejax.train.experiment.initial_model import model_and_router_shapes
+from moejax.train.experiment.run_dir import CHECKPOINTS, read_config, write_config
+from moejax.train.optimizer import OptimConfig
+from moejax.train.step.train_state import init_state
+from moejax.train.trainer import train
 
 ROOT = Path(__file__).parents[1]
 SLOW = pytest.mark.slow
@@ -92,7 +98,7 @@ def test_what_is_imported_is_exported(name: str, tmp_path: Path, capfd: pytest.C
 def test_an_import_is_a_run(tmp_path: Path) -> None:
   """At step 0, with config, vocabulary, tokenizer, router bias of all layers and a momentum of zeros."""
   source = with_text(tmp_path / 'source', num_layers=3, mtp_depth=0)
-  cfg, tokenizer, step, model, bias = generate.load(str(imported(source, tmp_path / 'run')))
+  cfg, tokenizer, step, model, bias = run_dir.open_run(str(imported(source, tmp_path / 'run')))
   assert step == 0 and cfg.model.vocab_size == 260 and tokenizer.vocab_size == 257
   assert cfg.workdir == str(tmp_path / 'run') and cfg.data.tokenizer == str(tmp_path / 'run' / 'tokenizer.json')
   arrays = arrays_in(source)
@@ -100,14 +106,13 @@ def test_an_import_is_a_run(tmp_path: Path) -> None:
   np.testing.assert_array_equal(bias, np.stack(want).astype(np.float32))
   np.testing.assert_array_equal(model.blocks.moe.experts.down[...][1, 5],
                                 arrays['model.layers.2.mlp.experts.5.down_proj.weight'].astype(np.float32).T)
-  target = jax.eval_shape(functools.partial(init_state, cfg))
-  _, _, router = generate.read_model(str(tmp_path / 'run'), target, cfg)
+  _, _, router = run_dir.read_model(str(tmp_path / 'run'), cfg, model_and_router_shapes(cfg))
   assert not router.momentum.any() and router.momentum.shape == bias.shape
   # Another config, of all that has no shape.
   other = dataclasses.replace(cfg, seed=5, optim=OptimConfig(learning_rate=0.1), model=dataclasses.replace(
     cfg.model, dtype='bfloat16', remat='full', norm_eps=1e-5,
     moe=dataclasses.replace(cfg.model.moe, dispatch=DispatchConfig('dense_matmul'))))
-  _, model, _ = generate.read_model(str(tmp_path / 'run'), jax.eval_shape(functools.partial(init_state, other)), other)
+  _, model, _ = run_dir.read_model(str(tmp_path / 'run'), other, model_and_router_shapes(other))
   assert model.cfg == other.model
   assert run('export', f'--workdir={tmp_path / "run"}', f'--out={tmp_path / "back"}') == 0
   assert_same_files(source, tmp_path / 'back')
@@ -373,7 +378,7 @@ def test_published_files_are_not_taken_for_a_run(tmp_path: Path, capfd: pytest.C
   assert 'holds a published model: import it with `python -m moejax.hf import ' in first
   assert 'holds no config.json: name the directory of a run' in second and not os.listdir(tmp_path)
   with pytest.raises(ConfigError, match='import'):
-    generate.load(str(GOLDEN / 'llama'))
+    run_dir.open_run(str(GOLDEN / 'llama'))
 
 
 # ---- others' readers

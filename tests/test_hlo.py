@@ -2,17 +2,18 @@
 from collections.abc import Callable
 
 import jax
-from jax import Array
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
+from jax import Array
+from jax.sharding import PartitionSpec as P
 from quick import QUICK
 
-from moejax.groups import axes_of, groups_of
-from moejax.hlo import Collective, collectives, parse, sent_bytes, walk
-from moejax.sharding import MeshConfig, make_mesh
-from moejax.traffic import traffic
+from moejax.plan.hlo.collectives import Collective, collectives, sent_bytes, walk
+from moejax.plan.hlo.memory_traffic import traffic
+from moejax.plan.hlo.program import parse_program
+from moejax.plan.hlo.replica_groups import axes_of, groups_of
+from moejax.sharding.mesh import MeshConfig, make_mesh
 
 SIZES = {'data': 2, 'fsdp': 2, 'expert': 2, 'tensor': 1}
 ROWS = P(('data', 'fsdp', 'expert'))
@@ -109,7 +110,7 @@ def test_a_tpus_way_of_writing() -> None:
     'all-gather': Collective('all-gather', ('expert',), 58, 58 * 2 * size / 2),
     'reduce-scatter': Collective('reduce-scatter', ('data', 'fsdp', 'expert'), 58, 58 * size * 7 / 8),
     'ragged-all-to-all': Collective('ragged-all-to-all', ('expert',), 58, 58 * size / 2)}
-  computations, entry = parse(ASYNC)
+  computations, entry = parse_program(ASYNC)
   permute = next(walk(computations, entry))[1]._replace(
     op='collective-permute-start', shape='(f32[8]{0}, f32[8]{0}, u32[]{:S(2)}, u32[]{:S(2)})')
   assert sent_bytes('collective-permute', permute, 2, []) == 32

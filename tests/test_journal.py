@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from moejax.data import Size
-from moejax.experiment import ExperimentConfig
-from moejax.journal import Journal
+from moejax.data.pipeline import Size
+from moejax.model.config import ModelConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
 from moejax.moe.statistics import STATISTICS, Stats, bias_statistics, layer_statistics, token_statistics
-from moejax.transformer import ModelConfig
+from moejax.train.experiment.config import ExperimentConfig
+from moejax.train.journal import Journal
 
 L, E, K, STEPS = 2, 4, 2, 6
 CLOCK = ('tokens_per_second', 'mfu')

@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 from quick import QUICK
 
-from moejax.initial import normal
-from moejax.layers import Embed, Linear, RMSNorm, SwiGLU, param, rms_norm
+from moejax.model.layers import Embed, Linear, RMSNorm, rms_norm
+from moejax.moe.experts.ffn import SwiGLU
+from moejax.sharding.params import normal, param
 
 D, F, V = 6, 10, 7
 RNG = np.random.default_rng(0)

@@ -10,7 +10,7 @@ import oracle
 import pytest
 
 from moejax.config import ConfigError, frozendict
-from moejax.losses import LossConfig, PerToken, cross_entropy, join, split
+from moejax.model.cross_entropy import LossConfig, PerToken, cross_entropy, join, split
 
 B, S, D, V = 2, 12, 6, 10
 IGNORED = [(0, 3), (1, 0), (1, 11)]

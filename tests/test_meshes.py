@@ -10,13 +10,15 @@ import pytest
 from exchanged import emulate
 from meshes import ALONE, COLUMNS, DISPATCHES, MESHES, REFERENCE, Case, batch, cases, config, measure, reference
 
-from moejax.attention import AttentionConfig, LatentConfig
 from moejax.config import ConfigError
-from moejax.experiment import ExperimentConfig
-from moejax.meshes import mesh_of, nearest, parts_of
-from moejax.metrics import devices_at_work
-from moejax.sharding import RULES, MeshConfig, make_mesh, shardings
-from moejax.state import shapes_of
+from moejax.model.config import AttentionConfig, LatentConfig
+from moejax.sharding.divisibility import nearest
+from moejax.sharding.logical_axes import RULES
+from moejax.sharding.mesh import MeshConfig, make_mesh
+from moejax.sharding.params import shardings
+from moejax.train.experiment.config import ExperimentConfig
+from moejax.train.experiment.cost import devices_at_work
+from moejax.train.shapes import mesh_of, parts_of, shapes_of
 
 FAST = [(MeshConfig(1, fsdp=2, expert=2, tensor=2), 'sparse_matmul'),
         (MeshConfig(2, expert=4), 'sparse_matmul, ragged'),

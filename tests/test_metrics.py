@@ -12,9 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import faults
-from moejax.appended import Appended
-from moejax.metrics import MetricsLog, TensorBoard, load_bars, load_image, mfu, png
+from moejax.runtime import faults
+from moejax.runtime.append_log import Appended
+from moejax.train.experiment.cost import mfu
+from moejax.train.telemetry.load_plots import load_bars, load_image, png
+from moejax.train.telemetry.metrics_log import MetricsLog
+from moejax.train.telemetry.tensorboard import TensorBoard
 
 # ---- pictures
 
@@ -139,7 +142,7 @@ def test_a_resumed_run_shows_no_step_twice(tmp_path: Path) -> None:
 
 def test_no_tensorflow_even_where_there_is_one_and_nothing_heavy_to_import(tmp_path: Path) -> None:
   (tmp_path / 'tensorflow.py').write_text('raise SystemExit("tensorflow was imported")\n')
-  code = ('import sys; import moejax.metrics as m; import numpy as np; import jax\n'
+  code = ('import sys; import moejax.train.telemetry.tensorboard as m; import numpy as np; import jax\n'
           'assert not {"tensorboard", "PIL"} & sys.modules.keys()\n'
           'b = m.TensorBoard(sys.argv[1] + "/b", 0); b.scalars(1, {"a": 1.0}); b.text("t", "x", 1)\n'
           'b.image("i", m.load_image(np.ones((2, 2))), 1); b.close()\n'

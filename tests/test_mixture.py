@@ -11,13 +11,14 @@ import grain
 import numpy as np
 import pytest
 
-from moejax import data as data_module
-from moejax import flags, mixture, sources
-from moejax.config import ConfigError, from_config_dict, frozendict, to_config_dict
-from moejax.data import Batch, Data, Rows, open_data
-from moejax.heldout import digest_of, survey_of
-from moejax.sources import DataConfig
-from moejax.tokenizer import Tokenizer, load_tokenizer
+from moejax.config import ConfigError, flags, from_config_dict, frozendict, to_config_dict
+from moejax.data import mixture, sources
+from moejax.data import pipeline as data_module
+from moejax.data.batch import Batch
+from moejax.data.holdout import digest_of, survey_of
+from moejax.data.pipeline import Data, Rows, open_data
+from moejax.data.sources import DataConfig
+from moejax.data.tokenizer import Tokenizer, load_tokenizer
 
 S, B = 16, 6
 LETTERS = {'code': 'abc', 'maths': 'pqrs', 'notes': 'xyz火'}  # each task its own: a row's letters tell its text
@@ -83,12 +84,12 @@ def test_a_plain_source_is_one_task() -> None:
 
 def test_flags_files_and_hashes_know_mixtures(tmp_path: Path) -> None:
   (tmp_path / 'base.py').write_text(
-    'from moejax.config import to_config_dict\nfrom moejax.sources import DataConfig\n'
+    'from moejax.config import to_config_dict\nfrom moejax.data.sources import DataConfig\n'
     'def get_config():\n  return to_config_dict(DataConfig())\n')
   argv = ['--config.source=mixture', '--config.mixture.code=0.7 text a/**/*.py,b/*.py', '--config.mixture.kjv=0.3']
-  config = flags.parse(argv, DataConfig, f'{tmp_path}/base.py')
+  config = flags.parse_flags(argv, DataConfig, f'{tmp_path}/base.py')
   assert config.mixture == {'code': '0.7 text a/**/*.py,b/*.py', 'kjv': 0.3} and config.tasks == ('code', 'kjv')
-  assert flags.parse([argv[0], *argv[:0:-1]], DataConfig, f'{tmp_path}/base.py') == config
+  assert flags.parse_flags([argv[0], *argv[:0:-1]], DataConfig, f'{tmp_path}/base.py') == config
   assert from_config_dict(DataConfig, json.loads(to_config_dict(config).to_json())) == config
   assert len({config, from_config_dict(DataConfig, to_config_dict(config)), DataConfig()}) == 2
 

@@ -14,15 +14,16 @@ import pytest
 from jax import Array
 from quick import QUICK
 
-from moejax.certify import oracle_balance
+from moejax.certify.oracle import balance as oracle_balance
 from moejax.config import ConfigError, frozendict
-from moejax.moe.balance import BALANCE_LOSSES, Scope
+from moejax.moe.balance.losses import BALANCE_LOSSES
 from moejax.moe.bias import BIAS_RULES
-from moejax.moe.dispatch import DISPATCHERS, DROP_BY, DispatchConfig
+from moejax.moe.dispatch.dispatchers import DISPATCHERS, DROP_BY, DispatchConfig
 from moejax.moe.layer import MoE, MoEAux, MoEConfig
 from moejax.moe.routing import SCORE_FNS, RouterConfig
 from moejax.moe.selection import JITTER, NOISE, SELECTIONS, Tokens, row_keys
-from moejax.sharding import MeshConfig, make_mesh
+from moejax.moe.token_sets import Scope
+from moejax.sharding.mesh import MeshConfig, make_mesh
 
 B, S, D, F, MICRO_BATCHES = 2, 6, 8, 4, 2
 DY = np.random.default_rng(2).normal(size=(B, S, D)).astype(np.float32)

@@ -9,15 +9,15 @@ import oracle
 import pytest
 from test_step import CONFIG, LENGTH, QUICK, ROWS, VOCAB, differentiate, flat, make_batch, replace, start
 
-from moejax.accumulation import f_gap, gradients
 from moejax.config import ConfigError, frozendict
-from moejax.data import IGNORE, Batch
-from moejax.experiment import ExperimentConfig
-from moejax.interference import interference, only
-from moejax.losses import LossConfig
-from moejax.objective import ahead, coefficients, lm_terms, token_weights
-from moejax.sources import DataConfig
-from moejax.step import task_losses, task_tokens, train_step
+from moejax.data.batch import IGNORE, Batch
+from moejax.data.sources import DataConfig
+from moejax.model.cross_entropy import LossConfig
+from moejax.train.experiment.config import ExperimentConfig
+from moejax.train.step.gradient_accumulation import f_gap, gradients
+from moejax.train.step.gradient_interference import interference, only
+from moejax.train.step.objective import ahead, coefficients, lm_terms, token_weights
+from moejax.train.step.train_step import task_losses, task_tokens, train_step
 
 TASKS = DataConfig(source='mixture', mixture=frozendict(code='0.7 stdlib', prose='0.3 synthetic'))
 D, DEPTHS = 4, 2

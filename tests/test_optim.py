@@ -12,9 +12,8 @@ import pytest
 from flax import nnx
 
 from moejax.config import ConfigError
-from moejax.initial import constant, normal
-from moejax.layers import param
-from moejax.optim import SCHEDULES, OptimConfig, decayed, learning_rate, optimizer, updates_made
+from moejax.sharding.params import constant, normal, param
+from moejax.train.optimizer import SCHEDULES, OptimConfig, decayed, learning_rate, optimizer, updates_made
 
 STEPS = 6
 CFG = OptimConfig(learning_rate=0.1, warmup_steps=2, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.3,

@@ -3,36 +3,37 @@ import dataclasses
 import importlib.util
 import math
 import os
-from pathlib import Path
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from moejax import plan, planned
-from moejax.attention import AttentionConfig
-from moejax.chips import CHIPS
 from moejax.config import ConfigError
-from moejax.cost import count_parameters, flops_per_token
-from moejax.experiment import ExperimentConfig
-from moejax.fit import candidates, memory, shapes, variants
-from moejax.hlo import Collective
-from moejax.meshes import mesh_of
+from moejax.data.sources import DataConfig
+from moejax.model.config import AttentionConfig, ModelConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
-from moejax.programs import compile_programs
-from moejax.roofline import Bound, bounds, ceiling, least, links, step_flops
-from moejax.sharding import MeshConfig, make_mesh
-from moejax.sources import DataConfig
-from moejax.start import initialised, target_of
-from moejax.summary import bytes_on_device
-from moejax.topology import Topology, asked, parse
-from moejax.transformer import ModelConfig
+from moejax.plan import planner as plan
+from moejax.plan import report as planned
+from moejax.plan.hlo.collectives import Collective
+from moejax.plan.memory_model import memory, shapes
+from moejax.plan.roofline import Bound, bounds, ceiling, least, links, step_flops
+from moejax.plan.search import candidates, variants
+from moejax.plan.topology import Topology, parse_topology, read_plan_flags
+from moejax.runtime.chips import CHIPS
+from moejax.sharding.mesh import MeshConfig, make_mesh
+from moejax.sharding.params import bytes_on_device
+from moejax.train.compile import compile_programs
+from moejax.train.experiment.config import ExperimentConfig
+from moejax.train.experiment.cost import count_parameters, flops_per_token
+from moejax.train.initial_state import initialised
+from moejax.train.shapes import mesh_of, target_of
 
 ROOT = Path(__file__).parents[1]
-HERE = parse('cpu:8')
+HERE = parse_topology('cpu:8')
 CONFIG = ExperimentConfig(seq_len=128, batch_size=32, mesh=MeshConfig(1, 2, 4), model=ModelConfig(
   vocab_size=512, d_model=128, num_layers=4, remat='full',
   attention=AttentionConfig(num_heads=4, num_kv_heads=4, d_head=32),
@@ -57,7 +58,7 @@ def done() -> planned.Compiled:
 
 def on(name: str, compiler: str = 'cpu', **limits: float) -> Topology:
   """Eight devices of a chip, which the CPU's stand in for."""
-  return parse('v5e:2x4')._replace(chip=CHIPS[name]._replace(**limits), compiler=compiler)
+  return parse_topology('v5e:2x4')._replace(chip=CHIPS[name]._replace(**limits), compiler=compiler)
 
 
 @pytest.mark.slow
@@ -162,7 +163,7 @@ def test_what_a_compiler_refuses_is_told(monkeypatch: pytest.MonkeyPatch, capsys
       'RESOURCE_EXHAUSTED: E1000: the total memory required for HLO temporaries (231.27G) exceeds available HBM')
 
   monkeypatch.setattr(plan, 'compile_step', refuse)
-  assert plan.plan(changed('none', data=8), 'once', on('v5e', compiler='cpu')._replace(text='cpu:8')) == 2
+  assert plan.print_plan(changed('none', data=8), 'once', on('v5e', compiler='cpu')._replace(text='cpu:8')) == 2
   said = capsys.readouterr().out
   assert '231 GiB' in said and 'it does not fit' in said and '--config.model.remat=full: about ' in said
 
@@ -176,22 +177,22 @@ def test_what_a_compiler_refuses_is_told(monkeypatch: pytest.MonkeyPatch, capsys
 def test_names_of_slices(text: str, count: int, message: str) -> None:
   if message:
     with pytest.raises(ConfigError, match=message):
-      parse(text)
+      parse_topology(text)
     return
-  topology = parse(text)
+  topology = parse_topology(text)
   assert topology.count == count
   assert topology.compiler != 'cpu' or 'CPU' in topology.note
 
 
 def test_flags_go_together() -> None:
-  assert asked(['--config.steps=3']) == ('', None, ['--config.steps=3'])
+  assert read_plan_flags(['--config.steps=3']) == ('', None, ['--config.steps=3'])
   for argv, message in ((['--topology=cpu:8'], 'add --plan'), (['--plan'], 'needs --topology'),
                         (['--plan=best', '--topology=cpu:8'], '--plan=best: use --plan'),
                         (['--plan', '--topology='], 'needs --topology')):
     with pytest.raises(ConfigError, match=message):
-      asked(argv)
+      read_plan_flags(argv)
   with pytest.raises(ConfigError, match='has 8 CPU devices: start it with XLA_FLAGS'):
-    parse('cpu:9').devices()
+    parse_topology('cpu:9').devices()
 
 
 def test_a_vocabulary_that_needs_no_data() -> None:

@@ -4,8 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moejax.probe import NOBODY, TOKENS, agreement, compact
-from moejax.probes import Probes
+from moejax.train.telemetry.routing_probe import NOBODY, TOKENS, Probes, agreement, compact
 
 L, B, S, K, E = 2, 4, 5, 2, 6
 

@@ -16,11 +16,11 @@ import pytest
 from quick import QUICK
 from test_trainer import ROOT, config, flags, rows
 
-from moejax import launch
+from moejax.checkpoint.lock import lock
 from moejax.config import ConfigError
-from moejax.data import open_data
-from moejax.rundir import lock
-from moejax.trainer import train
+from moejax.data.pipeline import open_data
+from moejax.runtime import launch
+from moejax.train.trainer import train
 
 HEARTBEAT = 10
 MESH = {'mesh__fsdp': 2, 'mesh__expert': 2}
@@ -229,14 +229,14 @@ BAD = {
 @pytest.mark.parametrize('told', BAD)
 def test_flags_that_make_no_sense_are_refused(told: str) -> None:
   with pytest.raises(ConfigError) as error:
-    launch.launched(BAD[told])
+    launch.read_launch_flags(BAD[told])
   assert told in str(error.value)
 
 
 def test_flags_are_taken_out_of_the_rest() -> None:
-  found = launch.launched(['--config.steps=1', '--coordinator=a:1', '--num_processes', '2', '--process_id=1', 'x'])
+  found = launch.read_launch_flags(['--config.steps=1', '--coordinator=a:1', '--num_processes', '2', '--process_id=1', 'x'])
   assert found == (launch.Launch('a:1', 2, 1), ['--config.steps=1', 'x'])
-  assert launch.launched([]) == (launch.Launch(), [])
+  assert launch.read_launch_flags([]) == (launch.Launch(), [])
 
 
 @pytest.mark.parametrize(('environment', 'expected'), [

@@ -3,16 +3,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from quick import QUICK
 
-from moejax.layers import ACTIVATIONS
-from moejax.moe import ragged
-from moejax.moe.copies import sort_copies
-from moejax.moe.experts import Biases, Weights
-from moejax.sharding import MeshConfig, make_mesh
+from moejax.moe.experts import ragged_dot_ffn as ragged
+from moejax.moe.experts.ffn import ACTIVATIONS
+from moejax.moe.experts.sorted_copies import sort_copies
+from moejax.moe.experts.weights import Biases, Weights
+from moejax.sharding.mesh import MeshConfig, make_mesh
 
 T, K, E, D, F = 30, 2, 4, 6, 5   # 60 copies
 RNG = np.random.default_rng(0)

@@ -8,7 +8,7 @@ import oracle
 import pytest
 
 from moejax.config import ConfigError
-from moejax.rope import RopeConfig, YarnConfig, attention_factor, inverse_frequencies, rotate, softmax_factor
+from moejax.model.rope import RopeConfig, YarnConfig, attention_factor, inverse_frequencies, rotate, softmax_factor
 
 B, S, H, D = 2, 5, 3, 8
 CFG = RopeConfig(theta=100.0)

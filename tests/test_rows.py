@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from moejax.data import Size
+from moejax.data.pipeline import Size
 from moejax.moe.statistics import STATISTICS, Stats, layer_statistics, token_statistics
-from moejax.rows import added, clock, perplexity, progress, training_row, validation_row
+from moejax.train.telemetry.metric_rows import added, clock, perplexity, progress, training_row, validation_row
 
 L, E, K = 3, 4, 2
 

@@ -18,18 +18,19 @@ from test_checkpoint import Bomb, cut, flip, largest, zero
 from test_processes import two
 from test_trainer import ROOT, config, final_digest, flags, rows, spawn, wait_for
 
-from moejax.cache import cached
-from moejax.checkpoint import Checkpoints, lock
+from moejax.checkpoint.checkpoints import Checkpoints
+from moejax.checkpoint.lock import lock
 from moejax.config import ConfigError, frozendict
-from moejax.data import open_data
-from moejax.experiment import ExperimentConfig, read_config, resolved, write_config
-from moejax.generate import load, run_in
-from moejax.meshes import mesh_of
-from moejax.opened import token_ids
-from moejax.probes import Probes
-from moejax.sources import DataConfig
-from moejax.start import computed, target_of
-from moejax.tokenizer import load_tokenizer
+from moejax.data.pipeline import open_data
+from moejax.data.sources import DataConfig
+from moejax.data.token_cache import cached
+from moejax.data.tokenizer import load_tokenizer
+from moejax.hf.logits import token_ids
+from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
+from moejax.train.experiment.run_dir import open_run, read_config, read_setup, write_config
+from moejax.train.initial_state import computed
+from moejax.train.shapes import mesh_of, target_of
+from moejax.train.telemetry.routing_probe import Probes
 
 Record = Callable[[str, object], None]   # keeps a number for the table of `make faults`
 ONE = {'XLA_FLAGS': '--xla_force_host_platform_device_count=1'}   # device: a process starts faster
@@ -168,7 +169,7 @@ def test_without_a_good_step_a_run_is_not_started_over(copy: Path) -> None:
 def refusal(cfg: ExperimentConfig) -> str:
   """Why a run with this config does not go on from the checkpoints in its directory; '' if it does."""
   data = open_data(cfg.data, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=cfg.seed)
-  cfg = resolved(cfg, data.vocab_size)
+  cfg = with_vocabulary(cfg, data.vocab_size)
   checkpoints = Checkpoints(Path(cfg.workdir) / 'checkpoints', cfg.checkpoint, readonly=True)
   try:
     checkpoints.restore(target_of(cfg, mesh_of(cfg)), data.fingerprint | computed(cfg.model))
@@ -229,10 +230,10 @@ def test_what_a_reader_of_a_run_cannot_trust_is_one_error(
   cfg = config(tmp_path / 'run')
   write_config(cfg)
   load_tokenizer('bytes').save(tmp_path / 'run' / 'tokenizer.json')
-  assert run_in(cfg.workdir)[1]
+  assert read_setup(cfg.workdir)[1]
   harm(tmp_path / 'run' / name)
   with pytest.raises(ConfigError) as error:
-    run_in(cfg.workdir)
+    read_setup(cfg.workdir)
   assert name in str(error.value) and says in str(error.value) and not (tmp_path / 'run' / 'run').exists()
 
 
@@ -286,7 +287,7 @@ def test_a_second_trainer_is_turned_away_and_readers_are_not(tmp_path: Path) -> 
   try:
     status, output = go(workdir)
     assert status == 5 and f'workdir={workdir} is in use by process {first.pid}; stop it or name another' in output
-    found = [load(str(workdir))[2] for _ in range(3)]
+    found = [open_run(str(workdir))[2] for _ in range(3)]
     assert found == sorted(found) and found[0] < found[-1], found
     command = [sys.executable, '-m', 'moejax.generate', f'--workdir={workdir}', '--prompt=ab', '--max_tokens=4']
     done = subprocess.run(command, env=os.environ | {'PYTHONPATH': str(ROOT)} | ONE, capture_output=True, text=True)

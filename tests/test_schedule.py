@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.schedule import piecewise, pieces, schedule_problem
+from moejax.config.schedule import pieces, piecewise, schedule_problem
 
 
 @pytest.mark.parametrize(('spec', 'want'), [

@@ -10,15 +10,16 @@ from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moejax.attention import AttentionConfig
 from moejax.config import ConfigError
-from moejax.initial import normal
-from moejax.layers import SwiGLU, param
+from moejax.model.config import AttentionConfig, ModelConfig
+from moejax.model.transformer import Transformer
+from moejax.moe.experts.ffn import SwiGLU
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
-from moejax.sharding import (MESH_AXES, RULES, MeshConfig, constrain, is_param, make_mesh, param_spec,
-                             platform, product_problem, row_shards, shardings, size, spec)
-from moejax.transformer import ModelConfig, Transformer
+from moejax.sharding.logical_axes import RULES, constrain, platform, row_shards, spec
+from moejax.sharding.mesh import MESH_AXES, MeshConfig, make_mesh, product_problem
+from moejax.sharding.params import is_param, normal, param, param_spec, shardings
+from moejax.sharding.tree import size
 
 CONFIG = ModelConfig(
   vocab_size=32, d_model=16, num_layers=3, num_dense_layers=1, d_ff=16,

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from quick import QUICK
 
-from moejax.attend import ATTENTIONS
-from moejax.sharding import MeshConfig, make_mesh
-from moejax.splash import takes
+from moejax.model.attention_cores import ATTENTIONS
+from moejax.model.splash_attention import supports
+from moejax.sharding.mesh import MeshConfig, make_mesh
 
 B, S, H, J, D, V = 4, 256, 4, 2, 6, 4
 RNG = np.random.default_rng(0)
@@ -40,7 +40,7 @@ def both(name: str, window: int, sinks: np.ndarray | None) -> tuple[jax.Array, t
   (MeshConfig(), 0, None), (MeshConfig(fsdp=2, expert=2, tensor=2), 37, SINKS)], ids=['one device', 'mesh'])
 def test_values_and_gradients(sizes: MeshConfig, window: int, sinks: np.ndarray | None,
                               monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr('moejax.splash.BLOCKS', (128,))   # two by two
+  monkeypatch.setattr('moejax.model.splash_attention.BLOCKS', (128,))   # two by two
   want = both('chunked', window, sinks)
   with jax.set_mesh(make_mesh(sizes, jax.devices()[:sizes.fsdp * sizes.expert * sizes.tensor])):
     got = both('splash', window, sinks)
@@ -49,7 +49,7 @@ def test_values_and_gradients(sizes: MeshConfig, window: int, sinks: np.ndarray 
 
 def test_what_does_not_divide_is_not_for_the_kernel() -> None:
   def fits(rows: int, length: int, kv_heads: int) -> bool:
-    return takes(jnp.zeros((rows, length, 4, 8)), jnp.zeros((rows, length, kv_heads, 8)))
+    return supports(jnp.zeros((rows, length, 4, 8)), jnp.zeros((rows, length, kv_heads, 8)))
 
   assert [fits(1, 128, 1), fits(1, 130, 1)] == [True, False]
   with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])):

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.stability import RATE, SIGMAS, Stability, init, limit, update
+from moejax.train.step.spikes import RATE, SIGMAS, Stability, init, limit, update
 
 WARM = round(1 / RATE)
 NAMES = {'stability', 'loss_trend', 'loss_spike', 'loss_spikes', 'grad_norm_spike', 'grad_norm_spikes'}

@@ -7,10 +7,11 @@ import pytest
 from test_trainer import CONFIG, config, rows
 
 from moejax.config import ConfigError
-from moejax.experiment import write_config
-from moejax.sharding import MeshConfig, make_mesh
-from moejax.start import config_of, differences, target_of, undivided
-from moejax.trainer import train
+from moejax.sharding.mesh import MeshConfig, make_mesh
+from moejax.train.experiment.run_dir import write_config
+from moejax.train.initial_state import config_of, differences, undivided
+from moejax.train.shapes import target_of
+from moejax.train.trainer import train
 
 DENSE = {'model__moe__router__num_experts': 1, 'model__moe__router__top_k': 1, 'model__moe__d_expert': 32,
          'balance__bias_rule': '', 'balance__losses__sequence': '0'}

@@ -5,13 +5,22 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-
 import oracle
+import pytest
 from quick import QUICK
+
 from moejax.moe.routing import Routing
-from moejax.moe.statistics import NEAR_TIE, STATISTICS, Stats, add, bias_statistics, layer_statistics, observe
-from moejax.moe.statistics import over_layers, token_statistics
+from moejax.moe.statistics import (
+  NEAR_TIE,
+  STATISTICS,
+  Stats,
+  add,
+  bias_statistics,
+  layer_statistics,
+  observe,
+  over_layers,
+  token_statistics,
+)
 
 B, S, E, K = 4, 6, 8, 3
 LOAD_ORACLE = {

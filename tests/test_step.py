@@ -11,25 +11,30 @@ import pytest
 from jax.sharding import NamedSharding
 from quick import QUICK
 
-from moejax import faults, step
-from moejax.attention import AttentionConfig, LatentConfig
-from moejax.certify.tiny import LENGTH, ROWS, VOCAB, batch as make_batch
+from moejax.certify.tiny_model import LENGTH, ROWS, VOCAB
+from moejax.certify.tiny_model import batch as make_batch
 from moejax.config import frozendict
-from moejax.data import IGNORE, Batch
-from moejax.experiment import ExperimentConfig
-from moejax.losses import LossConfig
-from moejax.moe.balance import BALANCE_LOSSES, BalanceConfig
+from moejax.data.batch import IGNORE, Batch
+from moejax.model.config import AttentionConfig, LatentConfig, ModelConfig
+from moejax.model.cross_entropy import LossConfig
+from moejax.model.rope import RopeConfig, YarnConfig
+from moejax.model.transformer import Transformer
+from moejax.moe.balance.config import BalanceConfig
+from moejax.moe.balance.losses import BALANCE_LOSSES
 from moejax.moe.bias import BIAS_RULES
-from moejax.moe.dispatch import DispatchConfig
+from moejax.moe.dispatch.dispatchers import DispatchConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import SCORE_FNS, RouterConfig
 from moejax.moe.statistics import token_statistics
-from moejax.rope import RopeConfig, YarnConfig
-from moejax.sharding import MeshConfig, make_mesh, shardings, spec
-from moejax.accumulation import gradients
-from moejax.state import TrainState, init_state
-from moejax.step import eval_step, train_step
-from moejax.transformer import ModelConfig, Transformer
+from moejax.runtime import faults
+from moejax.sharding.logical_axes import spec
+from moejax.sharding.mesh import MeshConfig, make_mesh
+from moejax.sharding.params import shardings
+from moejax.train.experiment.config import ExperimentConfig
+from moejax.train.step import train_step as step
+from moejax.train.step.gradient_accumulation import gradients
+from moejax.train.step.train_state import TrainState, init_state
+from moejax.train.step.train_step import eval_step, train_step
 
 # Of a gradient's largest entry: sums in another order, float32.
 TOLERANCE = 1e-6

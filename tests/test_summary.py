@@ -5,17 +5,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moejax.attention import AttentionConfig, LatentConfig
 from moejax.config import ConfigError
-from moejax.cost import Parameters, count_parameters, flops_per_token
-from moejax.experiment import ExperimentConfig
-from moejax.moe.dispatch import DispatchConfig
+from moejax.model.config import AttentionConfig, LatentConfig, ModelConfig
+from moejax.model.transformer import Transformer
+from moejax.moe.dispatch.dispatchers import DispatchConfig
 from moejax.moe.layer import MoEConfig, causality
 from moejax.moe.routing import RouterConfig
 from moejax.moe.selection import SELECTIONS
-from moejax.sharding import MeshConfig, make_mesh
-from moejax.summary import bytes_on_device, human
-from moejax.transformer import ModelConfig, Transformer
+from moejax.sharding.mesh import MeshConfig, make_mesh
+from moejax.sharding.params import bytes_on_device
+from moejax.train.experiment.config import ExperimentConfig
+from moejax.train.experiment.cost import Parameters, count_parameters, flops_per_token
+from moejax.train.experiment.summary import human
 
 CONFIG = ExperimentConfig(seq_len=12, model=ModelConfig(
   vocab_size=32, d_model=16, num_layers=3, num_dense_layers=1, d_ff=20,

@@ -16,9 +16,10 @@ import pytest
 import safetensors
 from safetensors.numpy import save_file
 
-from moejax import shards
 from moejax.config import ConfigError
-from moejax.tensors import DTYPES, Spec, expect, open_tensors, write_tensors
+from moejax.hf.safetensors import file as shards
+from moejax.hf.safetensors.directory import expect, open_tensors, write_tensors
+from moejax.hf.safetensors.file import DTYPES, Spec
 
 ROOT = Path(__file__).parents[1]
 STORED = {dtype: name for name, dtype in DTYPES.items()}

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tokenizers
 
-from moejax import tokenizer as tokenizer_module
 from moejax.config import ConfigError
-from moejax.tokenizer import EOD, Tokenizer, load_tokenizer, spec_problem
+from moejax.data import tokenizer as tokenizer_module
+from moejax.data.tokenizer import EOD, Tokenizer, load_tokenizer, spec_problem
 
 WORDS = [f'def name_{i}(self, value={i * 37}):\n  return "été{i}" + self.{chr(97 + i % 26) * 3}\n'
          for i in range(400)]

@@ -2,32 +2,29 @@
 
 Each program is compiled once; several tests look at it. Widths are multiples of 128, as the tiles of a TPU are.
 """
-from collections.abc import Iterator
 import dataclasses
 import functools
 import importlib.util
 import math
 import os
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
+import pytest
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
-import pytest
 
-from moejax.attention import AttentionConfig, LatentConfig
 from moejax.config import ConfigError
-from moejax.experiment import ExperimentConfig
-from moejax.meshes import mesh_of
-from moejax.moe.dispatch import DispatchConfig
+from moejax.model.config import AttentionConfig, LatentConfig, ModelConfig
+from moejax.moe.dispatch.dispatchers import DispatchConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
-from moejax.programs import batch_of
-from moejax.sharding import MeshConfig
-from moejax.start import target_of
-from moejax.step import compile_step
-from moejax.transformer import ModelConfig
+from moejax.sharding.mesh import MeshConfig
+from moejax.train.experiment.config import ExperimentConfig
+from moejax.train.shapes import batch_of, mesh_of, target_of
+from moejax.train.step.train_step import compile_step
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.slow, pytest.mark.skipif(
   importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed: pip install "moejax[tpu]"')]

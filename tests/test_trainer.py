@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moejax.trainer import train
-from moejax.attention import AttentionConfig
-from moejax.checkpoint import CheckpointConfig
+from moejax.checkpoint.checkpoints import CheckpointConfig
 from moejax.config import from_config_dict, frozendict, to_config_dict
-from moejax.experiment import EvalConfig, ExperimentConfig, read_config
-from moejax.metrics import TensorBoard
-from moejax.moe.balance import BalanceConfig
+from moejax.data.sources import DataConfig
+from moejax.model.config import AttentionConfig, ModelConfig
+from moejax.moe.balance.config import BalanceConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
-from moejax.optim import OptimConfig
-from moejax.sources import DataConfig
-from moejax.transformer import ModelConfig
+from moejax.train.experiment.config import EvalConfig, ExperimentConfig
+from moejax.train.experiment.run_dir import read_config
+from moejax.train.optimizer import OptimConfig
+from moejax.train.telemetry.tensorboard import TensorBoard
+from moejax.train.trainer import train
 
 ROOT = Path(__file__).parents[1]
 CLOCK = ('tokens_per_second', 'mfu')   # what cannot be the same twice
@@ -113,7 +113,7 @@ def test_tensorboard_holds_scalars_pictures_and_text(straight: Path) -> None:
   assert {'lm_loss', 'max_vio', 'eval/bits_per_byte'} <= {*board.Tags()['scalars'], *board.Tags()['tensors']}
   assert 'expert_load/layer_0' in {*board.Tags()['images'], *board.Tags()['tensors']}
   assert 'sample' in board.Tags()['tensors']
-  assert TensorBoard.__module__ == 'moejax.metrics' and 'tensorflow' not in sys.modules
+  assert TensorBoard.__module__ == 'moejax.train.telemetry.tensorboard' and 'tensorflow' not in sys.modules
 
 
 def test_stopping_and_resuming_changes_no_bit(straight: Path, tmp_path: Path) -> None:

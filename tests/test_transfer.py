@@ -9,17 +9,20 @@ import numpy as np
 import pytest
 from published_models import GOLDEN, NAMES, arrays_in, copied, edited, random_model, written
 
-from moejax import transfer
 from moejax.config import ConfigError
-from moejax.experiment import ExperimentConfig
 from moejax.families import FAMILIES
-from moejax.hf import run_config
-from moejax.manifest import flatten
-from moejax.publish import Origin, Plan, origin_of, plan
-from moejax.sharding import MeshConfig, make_mesh, shardings
-from moejax.tensors import DTYPES, Spec, Tensors
-from moejax.transfer import Published, load, lost, published, specs
-from moejax.transformer import ModelConfig, Transformer
+from moejax.hf import weights as transfer
+from moejax.hf.export_model import Origin, Plan, origin_of, plan_export
+from moejax.hf.import_model import run_config
+from moejax.hf.safetensors.directory import Tensors
+from moejax.hf.safetensors.file import DTYPES, Spec
+from moejax.hf.weights import Published, lost, published, read_weights, specs
+from moejax.model.config import ModelConfig
+from moejax.model.transformer import Transformer
+from moejax.sharding.mesh import MeshConfig, make_mesh
+from moejax.sharding.params import shardings
+from moejax.sharding.tree import flatten
+from moejax.train.experiment.config import ExperimentConfig
 
 MESH = MeshConfig(data=2, fsdp=2, expert=2)
 
@@ -27,7 +30,7 @@ MESH = MeshConfig(data=2, fsdp=2, expert=2)
 def loaded(source: Published, mesh: MeshConfig | None = None) -> dict[str, jax.Array]:
   """Path -> leaf; on one device unless there is a mesh."""
   devices = make_mesh(mesh) if mesh else make_mesh(MeshConfig(data=1), jax.devices()[:1])
-  model, bias = load(source, devices, lambda count: None)
+  model, bias = read_weights(source, devices, lambda count: None)
   assert isinstance(model, Transformer) and model.cfg == source.cfg
   return dict(zip(source.made_of, [*flatten(model).values(), bias], strict=True))
 
@@ -35,7 +38,7 @@ def loaded(source: Published, mesh: MeshConfig | None = None) -> dict[str, jax.A
 def given_back(source: Published, leaves: dict[str, jax.Array], dtype: str = '') -> tuple[Plan, list[Spec]]:
   """What an export of the import would write."""
   origin = Origin(**json.loads(json.dumps(origin_of(source)._asdict())))
-  how = plan(run_config(source.cfg, 'run'), origin, -1, '', dtype)
+  how = plan_export(run_config(source.cfg, 'run'), origin, -1, '', dtype)
   views = {path: np.asarray(leaf) for path, leaf in leaves.items()}
   assert not lost(how.known, how.config, how.made_of, views)
   return how, specs(how.made_of, views, how.copies, how.dtypes)
@@ -62,7 +65,7 @@ def test_a_golden_comes_back_to_the_byte(name: str, tmp_path: Path) -> None:
 def test_the_other_spelling_is_the_same_model_and_is_given_back(name: str, tmp_path: Path) -> None:
   one, other = (published(copied(name, tmp_path / file, file)) for file in ('config.json', 'config_hub.json'))
   assert one.cfg == other.cfg and one.made_of == other.made_of and one.config != other.config
-  assert plan(run_config(other.cfg, 'run'), origin_of(other), -1, '', '').config == other.config
+  assert plan_export(run_config(other.cfg, 'run'), origin_of(other), -1, '', '').config == other.config
 
 
 @pytest.mark.parametrize('name', ['mixtral', 'gpt_oss', *(
@@ -95,7 +98,7 @@ def test_a_stack_is_never_whole_in_numpy(tmp_path: Path, monkeypatch: pytest.Mon
   assembled = transfer._assembled
   monkeypatch.setattr(transfer, 'SMALL', 0)
   monkeypatch.setattr(transfer, '_assembled', lambda *args: sizes.append(assembled(*args)) or sizes[-1])
-  load(source, make_mesh(MeshConfig(data=1), jax.devices()[:1]), done.append)
+  read_weights(source, make_mesh(MeshConfig(data=1), jax.devices()[:1]), done.append)
   largest = {path: max(2 * np.prod(arrays[part.name].shape) for part in parts)
              for path, parts in source.made_of.items() if parts}
   experts = 4
@@ -188,7 +191,7 @@ def test_a_changed_model_is_written_anew(tmp_path: Path) -> None:
   """With what the old config.json says beside the model."""
   source = published(copied('mixtral', tmp_path / 'm'))
   changed = dataclasses.replace(source.cfg, norm_eps=1e-3)
-  config = plan(run_config(changed, 'run'), origin_of(source), -1, '', '').config
+  config = plan_export(run_config(changed, 'run'), origin_of(source), -1, '', '').config
   assert config['rms_norm_eps'] == 1e-3 and config['bos_token_id'] == source.config['bos_token_id']
   assert 'transformers_version' not in config and config != source.config
 
@@ -206,22 +209,22 @@ def test_a_bias_that_only_some_files_hold_is_in_a_changed_model_too(tmp_path: Pa
   how, back = given_back(source, leaves)
   assert how.config == config and {spec.name for spec in back} == {*arrays}
   moe = dataclasses.replace(source.cfg.moe, router=dataclasses.replace(source.cfg.moe.router, scale=2.0))
-  how = plan(run_config(dataclasses.replace(source.cfg, moe=moe), 'run'), origin_of(source), -1, '', '')
+  how = plan_export(run_config(dataclasses.replace(source.cfg, moe=moe), 'run'), origin_of(source), -1, '', '')
   assert how.config != config and len(how.made_of['router.bias']) == 3
 
 
 def test_the_only_family_that_can_hold_a_model_is_found() -> None:
   for kind, known in FAMILIES.items():
     cfg = ExperimentConfig(model=known.presets['tiny'], seq_len=77)
-    how = plan(cfg, None, 5, kind, '')
+    how = plan_export(cfg, None, 5, kind, '')
     assert how.config['model_type'] == kind and {*how.dtypes.values()} == {'F32'}
     assert how.config['torch_dtype'] == 'float32' and how.config['bos_token_id'] == 5
     assert how.generation_config == {'bos_token_id': 5, 'eos_token_id': 5}
     assert len(how.copies) == 2 * cfg.model.mtp_depth
-  assert plan(cfg, None, 5, '', '').config == how.config
-  assert plan(cfg, None, -1, '', '').generation_config == {}
+  assert plan_export(cfg, None, 5, '', '').config == how.config
+  assert plan_export(cfg, None, -1, '', '').generation_config == {}
   deepseek = ExperimentConfig(model=FAMILIES['deepseek_v3'].presets['tiny'], seq_len=77)
-  yarn = plan(deepseek, None, -1, '', 'bfloat16')
+  yarn = plan_export(deepseek, None, -1, '', 'bfloat16')
   assert yarn.config['max_position_embeddings'] == 256 and how.config['max_position_embeddings'] == 77
   assert {kind for name, kind in yarn.dtypes.items() if 'e_score' in name} == {'F32'}, 'steps of 1e-3 are lost in bf16'
   assert {kind for name, kind in yarn.dtypes.items() if 'e_score' not in name} == {'BF16'}
@@ -231,15 +234,15 @@ def test_errors_say_what_cannot_be_held_and_by_whom() -> None:
   moe = dataclasses.replace(ModelConfig().moe, num_shared=1)
   odd = ExperimentConfig(model=ModelConfig(vocab_size=96, moe=moe, sandwich_norm=True))
   with pytest.raises(ConfigError, match='no family here(.|\n)*  mixtral: .*num_shared(.|\n)*  qwen3_moe: '):
-    plan(odd, None, -1, '', '')
+    plan_export(odd, None, -1, '', '')
   with pytest.raises(ConfigError, match='this family cannot(.|\n)*  llama: ') as error:
-    plan(odd, None, -1, 'llama', '')
+    plan_export(odd, None, -1, 'llama', '')
   assert 'mixtral' not in str(error.value)
   plain = dataclasses.replace(FAMILIES['llama'].presets['tiny'])
   with pytest.raises(ConfigError, match='as llama or mistral or mixtral: choose one with --family'):
-    plan(ExperimentConfig(model=plain), None, -1, '', '')
+    plan_export(ExperimentConfig(model=plain), None, -1, '', '')
   with pytest.raises(ConfigError, match=r"--family='gpt' is not one of (.|\n)*--dtype='int8' is not one of"):
-    plan(odd, None, -1, 'gpt', 'int8')
+    plan_export(odd, None, -1, 'gpt', 'int8')
 
 
 def test_a_router_bias_that_files_cannot_hold_is_no_silent_loss(tmp_path: Path) -> None:

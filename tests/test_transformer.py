@@ -10,18 +10,17 @@ import oracle
 import pytest
 from quick import QUICK
 
-from moejax.attention import AttentionConfig
 from moejax.config import ConfigError, frozendict
-from moejax.data import Batch
+from moejax.data.batch import Batch
+from moejax.model.blocks import Route
+from moejax.model.config import REMAT_POLICIES, AttentionConfig, InitConfig, ModelConfig
+from moejax.model.transformer import Draws, Output, Transformer, empty_caches, turn_windows
 from moejax.moe import layer as moe_layer
-from moejax.initial import InitConfig
-from moejax.moe.dispatch import DispatchConfig
+from moejax.moe.dispatch.dispatchers import DispatchConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig, Routing
 from moejax.moe.selection import Tokens
-from moejax.moe.sets import Scope
-from moejax.transformer import (
-  REMAT_POLICIES, Draws, ModelConfig, Output, Route, Transformer, empty_caches, turn_windows)
+from moejax.moe.token_sets import Scope
 
 RNG = np.random.default_rng
 B, S, V, D, E = 2, 8, 32, 16, 4

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from quick import QUICK
 
-from moejax.attention import AttentionConfig
 from moejax.config import ConfigError
-from moejax.data import Batch
-from moejax.manifest import flatten
-from moejax.moe.dispatch import DispatchConfig
+from moejax.data.batch import Batch
+from moejax.model.config import AttentionConfig, ModelConfig
+from moejax.model.transformer import Transformer
+from moejax.model.upcycle import UpcycleConfig, granularity, misfits, moe_layers, not_dense, outcome, redrawn, upcycle
+from moejax.moe.dispatch.dispatchers import DispatchConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
-from moejax.transformer import ModelConfig, Transformer
-from moejax.upcycle import UpcycleConfig, granularity, misfits, moe_layers, not_dense, outcome, redrawn, upcycle
+from moejax.sharding.tree import flatten
 
 RNG = np.random.default_rng
 B, S, V, D, F, L = 2, 8, 32, 16, 16, 2

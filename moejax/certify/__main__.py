@@ -4,10 +4,10 @@ Exit status: 0 all lines hold, 1 one does not, 2 bad arguments. Eight virtual CP
 """
 
 import argparse
-from collections.abc import Sequence
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 
 DEVICES = 8
 

@@ -8,26 +8,25 @@ one program serves all depths.
 Letters: B batch, S sequence, E experts, L MoE layers.
 """
 
-from collections.abc import Iterator
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
-from jax import Array
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from moejax.attention import AttentionConfig
-from moejax.certify.plan import Plan, router_name
+from moejax.certify.cases import Plan, router_name
 from moejax.certify.report import Check, Worst, number
-from moejax.data import IGNORE, Batch
-from moejax.initial import InitConfig
-from moejax.moe.dispatch import DISPATCHERS, DispatchConfig
+from moejax.data.batch import IGNORE, Batch
+from moejax.model.config import AttentionConfig, InitConfig, ModelConfig
+from moejax.model.transformer import Draws, Transformer
+from moejax.moe.dispatch.dispatchers import DISPATCHERS, DispatchConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import SCORE_FNS, RouterConfig
 from moejax.moe.selection import SELECTIONS
-from moejax.transformer import Draws, ModelConfig, Transformer
 
 ROWS, LENGTH, VOCAB, LAYERS, EXPERTS = 4, 12, 32, 3, 4
 # Of hidden states of size 1. What leaks moves them by 1e-2 and more; a sum in another order by 1e-7.

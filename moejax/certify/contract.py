@@ -3,28 +3,28 @@
   names -> each line's checks, as they finish -> results -> Certificate
 """
 
-from collections.abc import Callable, Iterator, Sequence
 import importlib.metadata
 import math
 import pathlib
 import platform
 import subprocess
 import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
 
 import moejax
+from moejax.certify.bias_rules import bias_line
+from moejax.certify.cases import Plan
 from moejax.certify.causality import causality_line
-from moejax.certify.controller import bias_line
 from moejax.certify.equations import oracle_line
-from moejax.certify.laws import balance_line, padding_line, probabilities_line, shrink_line
-from moejax.certify.plan import Plan
+from moejax.certify.invariance import invariance_line, layers_line, logged_line
+from moejax.certify.properties import balance_line, padding_line, probabilities_line, shrink_line
 from moejax.certify.report import Certificate, Check, Result
-from moejax.certify.steps import invariance_line, layers_line, logged_line
-from moejax.moe.balance import BALANCE_LOSSES
+from moejax.moe.balance.losses import BALANCE_LOSSES
 from moejax.moe.bias import BIAS_RULES
-from moejax.moe.dispatch import DISPATCHERS
+from moejax.moe.dispatch.dispatchers import DISPATCHERS
 from moejax.moe.routing import SCORE_FNS
 from moejax.moe.selection import SELECTIONS
 

@@ -5,16 +5,18 @@
 Letters: B batch, S sequence, E experts, K experts per token.
 """
 
-from collections.abc import Callable, Iterator
 import functools
 import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from moejax.certify import oracle, oracle_balance, oracle_selection
-from moejax.certify.controller import of_rules
+from moejax.certify.bias_rules import of_rules
+from moejax.certify.cases import EP_GROUPS, MICRO_BATCHES, Case, Plan, make_cases, router_name
 from moejax.certify.measure import Inputs, Loss, Measured, inputs_of, losses, measured, tokens_of
-from moejax.certify.plan import EP_GROUPS, MICRO_BATCHES, Case, Plan, make_cases, router_name
+from moejax.certify.oracle import balance as oracle_balance
+from moejax.certify.oracle import routing as oracle
+from moejax.certify.oracle import selection as oracle_selection
 from moejax.certify.report import Check, Worst
 from moejax.moe import balance, routing
 

@@ -7,13 +7,13 @@ import itertools
 from typing import NamedTuple
 
 import jax
-from jax import Array
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from moejax.certify.plan import EP_GROUPS, MICRO_BATCHES, B, Case, Plan, S
+from moejax.certify.cases import EP_GROUPS, MICRO_BATCHES, B, Case, Plan, S
 from moejax.moe import balance, routing, selection
-from moejax.moe.sets import Scope
+from moejax.moe.token_sets import Scope
 
 CANONICAL = ('ep_group', 'global_batch', 'micro_batch', 'sequence')   # one loss; its sets are its name
 REALS = ('logits', 'scores', 'probs', 'weights', 'likely', 'router')   # of a Routing

@@ -3,11 +3,10 @@
 A new one is a file with a Family, and its row here.
 """
 
-from moejax.checks import ConfigError
+from moejax.config import ConfigError
 from moejax.families.deepseek_v2 import DEEPSEEK_V2
 from moejax.families.deepseek_v3 import DEEPSEEK_V3
 from moejax.families.dense import LLAMA, MISTRAL, QWEN2, QWEN3
-from moejax.families.family import Config, Family, read, write
 from moejax.families.glm4_moe import GLM4_MOE
 from moejax.families.gpt_oss import GPT_OSS
 from moejax.families.mixtral import MIXTRAL
@@ -15,7 +14,9 @@ from moejax.families.olmoe import OLMOE
 from moejax.families.openpangu_ultra_moe import OPENPANGU_ULTRA_MOE
 from moejax.families.qwen2_moe import QWEN2_MOE
 from moejax.families.qwen3_moe import QWEN3_MOE
-from moejax.transformer import ModelConfig
+from moejax.families.schema.config_keys import Config
+from moejax.families.schema.family import Family, read, write
+from moejax.model.config import ModelConfig
 
 # model_type in config.json -> what is known of it
 FAMILIES: dict[str, Family] = {known.model_type: known for known in (

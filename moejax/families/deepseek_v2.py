@@ -1,14 +1,14 @@
 """DeepSeek-V2 (2405.04434): latent attention; softmax over all experts, groups worth their best one, no bias."""
 
-from moejax.attention import AttentionConfig, LatentConfig
-from moejax.families import layer_keys, tables
-from moejax.families.family import Family
-from moejax.families.keys import Fixed
-from moejax.families.rope_keys import rope
+from moejax.families.schema import layer_keys
+from moejax.families.schema import shared_rows as tables
+from moejax.families.schema.config_keys import Fixed
+from moejax.families.schema.family import Family
+from moejax.families.schema.rope_keys import rope
+from moejax.model.config import AttentionConfig, LatentConfig, ModelConfig
+from moejax.model.rope import RopeConfig, YarnConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
-from moejax.rope import RopeConfig, YarnConfig
-from moejax.transformer import ModelConfig
 
 ROPE = RopeConfig(interleaved=True, yarn=YarnConfig(factor=40.0, mscale=0.707, mscale_all_dim=0.707))
 

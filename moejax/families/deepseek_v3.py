@@ -1,15 +1,14 @@
 """DeepSeek-V3 and R1 (2412.19437): latent attention, sigmoid router with groups and a loss-free bias, an MTP layer."""
 
-from moejax.attention import AttentionConfig, LatentConfig
-from moejax.families import tables
-from moejax.families.family import Family
-from moejax.families.keys import Key
-from moejax.families.names import Name
-from moejax.families.rope_keys import rope
+from moejax.families.schema import shared_rows as tables
+from moejax.families.schema.config_keys import Key
+from moejax.families.schema.family import Family
+from moejax.families.schema.rope_keys import rope
+from moejax.families.schema.tensor_names import Name
+from moejax.model.config import AttentionConfig, LatentConfig, ModelConfig
+from moejax.model.rope import RopeConfig, YarnConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
-from moejax.rope import RopeConfig, YarnConfig
-from moejax.transformer import ModelConfig
 
 # The norms of the latent vectors have an eps of their own, 1e-6, that no config.json says.
 FULL = ModelConfig(

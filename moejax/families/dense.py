@@ -3,16 +3,16 @@
 So they are read, run, written and upcycled like the rest; only a router that chooses nothing is beside their weights.
 """
 
-from moejax.attention import AttentionConfig
-from moejax.families import layer_keys, tables
-from moejax.families.family import Family
-from moejax.families.keys import Codec, Fixed, Key, equal_heads
-from moejax.families.names import Name
-from moejax.families.rope_keys import rope
+from moejax.families.schema import layer_keys
+from moejax.families.schema import shared_rows as tables
+from moejax.families.schema.config_keys import Codec, Fixed, Key, equal_heads
+from moejax.families.schema.family import Family
+from moejax.families.schema.rope_keys import rope
+from moejax.families.schema.tensor_names import Name
+from moejax.model.config import AttentionConfig, ModelConfig
+from moejax.model.rope import RopeConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
-from moejax.rope import RopeConfig
-from moejax.transformer import ModelConfig
 
 ONE = RouterConfig(num_experts=1, top_k=1)
 NAMES = (tables.MODEL | tables.NORMS | tables.GROUPED | tables.NO_ROUTER_BIAS | tables.ffn('moe.experts', 'mlp')

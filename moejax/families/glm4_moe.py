@@ -1,15 +1,15 @@
 """GLM-4.5 (2508.06471): DeepSeek-V3's router over grouped-query attention that rotates half of each head."""
 
-from moejax.attention import AttentionConfig
-from moejax.families import layer_keys, tables
-from moejax.families.family import Family
-from moejax.families.keys import Key
-from moejax.families.names import Name
-from moejax.families.rope_keys import rope
+from moejax.families.schema import layer_keys
+from moejax.families.schema import shared_rows as tables
+from moejax.families.schema.config_keys import Key
+from moejax.families.schema.family import Family
+from moejax.families.schema.rope_keys import rope
+from moejax.families.schema.tensor_names import Name
+from moejax.model.config import AttentionConfig, ModelConfig
+from moejax.model.rope import RopeConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
-from moejax.rope import RopeConfig
-from moejax.transformer import ModelConfig
 
 ROPE = RopeConfig(theta=1e6, fraction=0.5)
 

@@ -1,14 +1,14 @@
 """gpt-oss (2508.10925): sinks, a window in every other layer, biases everywhere, experts with a clamped activation."""
 
-from moejax.attention import AttentionConfig
-from moejax.families import layer_keys, tables
-from moejax.families.family import Family
-from moejax.families.keys import Fixed, Key, equal_heads
-from moejax.families.rope_keys import rope
+from moejax.families.schema import layer_keys
+from moejax.families.schema import shared_rows as tables
+from moejax.families.schema.config_keys import Fixed, Key, equal_heads
+from moejax.families.schema.family import Family
+from moejax.families.schema.rope_keys import rope
+from moejax.model.config import AttentionConfig, ModelConfig
+from moejax.model.rope import RopeConfig, YarnConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
-from moejax.rope import RopeConfig, YarnConfig
-from moejax.transformer import ModelConfig
 
 ROPE = RopeConfig(theta=150_000.0, yarn=YarnConfig(factor=32.0, truncate=False))
 ATTENTION = AttentionConfig(num_heads=64, num_kv_heads=8, d_head=64, windows=(128, 0), qkv_bias=True, out_bias=True,

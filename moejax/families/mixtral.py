@@ -1,14 +1,14 @@
 """Mixtral (2401.04088): eight experts in every layer, two a token, softmax over the two."""
 
-from moejax.attention import AttentionConfig
-from moejax.families import layer_keys, tables
-from moejax.families.family import Family
-from moejax.families.keys import Key
-from moejax.families.rope_keys import rope
+from moejax.families.schema import layer_keys
+from moejax.families.schema import shared_rows as tables
+from moejax.families.schema.config_keys import Key
+from moejax.families.schema.family import Family
+from moejax.families.schema.rope_keys import rope
+from moejax.model.config import AttentionConfig, ModelConfig
+from moejax.model.rope import RopeConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
-from moejax.rope import RopeConfig
-from moejax.transformer import ModelConfig
 
 FULL = ModelConfig(
   vocab_size=32000, d_model=4096, num_layers=32, norm_eps=1e-5,

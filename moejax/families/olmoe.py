@@ -1,13 +1,12 @@
 """OLMoE (2409.02060): 64 experts in every layer, eight a token, softmax over all; a norm over all of q and all of k."""
 
-from moejax.attention import AttentionConfig
-from moejax.families import tables
-from moejax.families.family import Family
-from moejax.families.keys import Key
-from moejax.families.rope_keys import rope
+from moejax.families.schema import shared_rows as tables
+from moejax.families.schema.config_keys import Key
+from moejax.families.schema.family import Family
+from moejax.families.schema.rope_keys import rope
+from moejax.model.config import AttentionConfig, ModelConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
-from moejax.transformer import ModelConfig
 
 # OLMoE-1B-7B-0924
 FULL = ModelConfig(

@@ -3,16 +3,15 @@
 Two spellings of config.json are read, the original and DeepSeek's, which vLLM loads and which is written.
 """
 
-from moejax.attention import AttentionConfig, LatentConfig
-from moejax.families import tables
-from moejax.families.family import Family
-from moejax.families.keys import Fixed, Key
-from moejax.families.names import Name
-from moejax.families.rope_keys import rope
+from moejax.families.schema import shared_rows as tables
+from moejax.families.schema.config_keys import Fixed, Key
+from moejax.families.schema.family import Family
+from moejax.families.schema.rope_keys import rope
+from moejax.families.schema.tensor_names import Name
+from moejax.model.config import AttentionConfig, LatentConfig, ModelConfig
+from moejax.model.rope import RopeConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
-from moejax.rope import RopeConfig
-from moejax.transformer import ModelConfig
 
 # The eps of the latent norms is rms_norm_eps in Huawei's two serving codes, and 1e-6 in its pull request to
 # transformers; config.json does not say. No release was seen that would settle it.

@@ -1,13 +1,13 @@
 """Qwen3-MoE (2505.09388): 128 experts in every layer, eight a token, softmax over the eight; norms on heads of q, k."""
 
-from moejax.attention import AttentionConfig
-from moejax.families import layer_keys, tables
-from moejax.families.family import Family
-from moejax.families.rope_keys import rope
+from moejax.families.schema import layer_keys
+from moejax.families.schema import shared_rows as tables
+from moejax.families.schema.family import Family
+from moejax.families.schema.rope_keys import rope
+from moejax.model.config import AttentionConfig, ModelConfig
+from moejax.model.rope import RopeConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
-from moejax.rope import RopeConfig
-from moejax.transformer import ModelConfig
 
 FULL = ModelConfig(
   vocab_size=151936, d_model=2048, num_layers=48, d_ff=6144, norm_eps=1e-6,

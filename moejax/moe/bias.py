@@ -17,12 +17,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from jax import Array
 import jax.numpy as jnp
+from jax import Array
 
-from moejax.moe.quantile import histogram, quantile
+from moejax.moe.bias_quantile import histogram, quantile
 from moejax.moe.routing import Routing
-from moejax.moe.sets import load
+from moejax.moe.token_sets import expert_load
 
 SHARPNESS = 2.0   # kappa of SMEBU: the tanh bends where a load is off by half of the mean
 MEMORY = 0.5      # beta of SMEBU
@@ -47,14 +47,14 @@ class BiasRule(NamedTuple):
   update: Callable[[BiasState, Array, Array, int], BiasState]
 
 
-def init_state(num_experts: int) -> BiasState:
+def init_bias_state(num_experts: int) -> BiasState:
   """The state of a router that nobody has pushed yet."""
   return BiasState(*jnp.zeros((2, num_experts), jnp.float32))
 
 
 def counts(routing: Routing, bias: Array, mask: Array) -> Array:
   """Copies that went to each expert, of tokens that count. [E] f32."""
-  return load(routing.expert_ids, mask, bias.shape[-1])
+  return expert_load(routing.expert_ids, mask, bias.shape[-1])
 
 
 def distances(routing: Routing, bias: Array, mask: Array) -> Array:

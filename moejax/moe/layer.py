@@ -4,24 +4,25 @@ Letters: B batch, S sequence, D model, E experts, K experts per token.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from flax import nnx
 import jax
-from jax import Array
 import jax.numpy as jnp
+from flax import nnx
+from jax import Array
 
 from moejax.config import check, frozendict
-from moejax.initial import constant, normal
-from moejax.layers import ACTIVATIONS, SwiGLU, param
-from moejax.moe.balance import BALANCE_LOSSES
+from moejax.moe.balance.losses import BALANCE_LOSSES
 from moejax.moe.bias import BIAS_RULES
-from moejax.moe.dispatch import DISPATCHERS, DispatchConfig
-from moejax.moe.experts import Experts
+from moejax.moe.dispatch.dispatchers import DISPATCHERS, DispatchConfig
+from moejax.moe.experts.ffn import ACTIVATIONS, SwiGLU
+from moejax.moe.experts.weights import Experts
 from moejax.moe.routing import RouterConfig, Routing, route, router_logits
-from moejax.moe.selection import SELECTIONS, Tokens, jittered
-from moejax.moe.sets import load
+from moejax.moe.selection import SELECTIONS, Tokens, jittered, whole_rows
 from moejax.moe.statistics import Stats, observe
+from moejax.moe.token_sets import Scope, expert_load
+from moejax.sharding.params import constant, normal, param
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,24 +84,45 @@ class MoEAux(NamedTuple):
 class MoE(nnx.Module):
   """A router, E experts of which each token sees K, and shared ones that it always sees.
 
-  scopes: loss -> Scope, the losses to compute.  bias_rule: a row of BIAS_RULES, or ''.  out_std: of `down`; 0: std.
+  scopes: balance loss -> Scope, the losses to compute; Scope() takes all rows at hand as one set.
+  bias_rule: a row of BIAS_RULES, which then observes every batch; '' for none.
+  std, out_std: of the normal distribution that matrices start from, and of `down`'s; out_std=0: std.
   """
 
-  def __init__(self, key: Array, d_model: int, cfg: MoEConfig, scopes: frozendict, bias_rule: str, std: float,
-               out_std: float = 0.0) -> None:
-    keys, out_std = jax.random.split(key, 3), out_std or std
-    self.cfg, self.scopes, self.bias_rule = cfg, scopes, bias_rule
-    self.router = param(keys[0], (d_model, cfg.router.num_experts), ('embed', ''), normal(std))
+  def __init__(
+    self,
+    key: Array,
+    d_model: int,
+    cfg: MoEConfig = MoEConfig(),
+    scopes: Mapping[str, Scope] = frozendict(),
+    bias_rule: str = '',
+    std: float = 0.02,
+    out_std: float = 0.0,
+  ) -> None:
+    self.cfg, self.scopes, self.bias_rule = cfg, frozendict(scopes), bias_rule
+    out_std = out_std or std
+    num_experts = cfg.router.num_experts
+    router_key, experts_key, shared_key = jax.random.split(key, 3)
+    self.router = param(router_key, (d_model, num_experts), ('embed', ''), normal(std))
     if cfg.router.noisy:
       # From zero: the noise begins at softplus(0) = 0.69 for every expert.
-      self.noise = param(keys[0], (d_model, cfg.router.num_experts), ('embed', ''), normal(0.0))
+      self.noise = param(router_key, (d_model, num_experts), ('embed', ''), normal(0.0))
     if cfg.router.logit_bias:
-      self.router_logit_bias = param(key, (cfg.router.num_experts,), ('norm',), constant(0.0))
-    self.experts = Experts(keys[1], cfg.router.num_experts, d_model, cfg.d_expert, std, out_std, cfg.expert_bias)
+      self.router_logit_bias = param(key, (num_experts,), ('norm',), constant(0.0))
+    self.experts = Experts(
+      experts_key,
+      num_experts,
+      d_model,
+      cfg.d_expert,
+      std=std,
+      out_std=out_std,
+      bias=cfg.expert_bias,
+    )
     if cfg.num_shared:
-      self.shared = SwiGLU(keys[2], d_model, cfg.num_shared * cfg.d_expert, std, out_std)
+      self.shared = SwiGLU(shared_key, d_model, cfg.num_shared * cfg.d_expert, std, out_std)
     if cfg.shared_gate:
-      self.shared_gate = param(jax.random.fold_in(key, 3), (d_model, 1), ('embed', ''), normal(std))
+      gate_key = jax.random.fold_in(key, 3)
+      self.shared_gate = param(gate_key, (d_model, 1), ('embed', ''), normal(std))
 
   def route(self, x: Array, bias: Array, tokens: Tokens) -> Routing:
     """x [B, S, D] normalised, bias [E] f32 -> the routing of all tokens, padding included."""
@@ -110,31 +132,71 @@ class MoE(nnx.Module):
     logits = router_logits(x, w)
     if cfg.logit_bias:
       logits = logits + self.router_logit_bias[...]
-    return route(logits, jax.lax.stop_gradient(bias), cfg, tokens, noise_std)._replace(router=w)
+    routing = route(logits, jax.lax.stop_gradient(bias), cfg, tokens, noise_std)
+    return routing._replace(router=w)
 
-  def __call__(self, x: Array, bias: Array, tokens: Tokens, whole: dict[str, Array] | None) -> tuple[Array, MoEAux]:
-    """x [B, S, D] normalised, bias [E] f32 -> y [B, S, D] and the aux. Padding gets 0 from the routed experts.
+  def __call__(
+    self,
+    x: Array,
+    bias: Array | None = None,
+    tokens: Tokens | None = None,
+    whole: Mapping[str, Array] | None = frozendict(),
+  ) -> tuple[Array, MoEAux]:
+    """x [B, S, D] normalised -> y [B, S, D] and the aux. Padding gets 0 from the routed experts.
 
-    whole: loss -> [E] f32, what `BalanceLoss.seen` sums over the whole set, for losses whose sets are larger than x;
-      None where nothing is trained: no losses.
+    bias: [E] f32, added to the scores where experts are chosen; None: zeros.
+    tokens: which of them count, and of which document they are; None: all, a document a row.
+    whole: loss -> [E] f32, what `BalanceLoss.seen` sums over the whole set, for losses whose sets are
+      larger than x; None where nothing is trained: no losses.
     """
-    cfg, num_experts = self.cfg, self.cfg.router.num_experts
+    num_experts = self.cfg.router.num_experts
+    bias = jnp.zeros(num_experts) if bias is None else bias
+    tokens = whole_rows(*x.shape[:2]) if tokens is None else tokens
     routing = self.route(x, bias, tokens)
-    somebody = jnp.where(tokens.mask[..., None], routing.expert_ids, num_experts)
-    y, dropped = DISPATCHERS[cfg.dispatch.dispatcher](
-      x, routing._replace(expert_ids=somebody), self.experts.weights(x.dtype),
-      ACTIVATIONS[cfg.activation](cfg.activation_limit), cfg.dispatch)
+    y, dropped = self.mixture(x, routing, tokens)
+    losses, seen = self.balance(routing, tokens, whole)
+    load = expert_load(routing.expert_ids, tokens.mask, num_experts)
+    observed = load
+    if self.bias_rule:
+      observed = BIAS_RULES[self.bias_rule].observe(routing, bias, tokens.mask)
+    return y, MoEAux(
+      load=load,
+      seen=observed,
+      whole=jax.lax.stop_gradient(seen),
+      losses=losses,
+      dropped=dropped,
+      stats=observe(routing, routing.best_ids, tokens.mask),
+      expert_ids=routing.expert_ids,
+    )
+
+  def mixture(self, x: Array, routing: Routing, tokens: Tokens) -> tuple[Array, Array]:
+    """What the experts make of the tokens, [B, S, D], and the fraction of copies that were dropped."""
+    cfg = self.cfg
+    # Padding is sent to no expert, whatever its routing says.
+    dispatch_ids = jnp.where(tokens.mask[..., None], routing.expert_ids, cfg.router.num_experts)
+    dispatch = DISPATCHERS[cfg.dispatch.dispatcher]
+    activation = ACTIVATIONS[cfg.activation](cfg.activation_limit)
+    weights = self.experts.weights(x.dtype)
+    y, dropped = dispatch(x, routing._replace(expert_ids=dispatch_ids), weights, activation, cfg.dispatch)
     if cfg.shared_gate:
-      y = y + jax.nn.sigmoid(router_logits(x, self.shared_gate[...])).astype(x.dtype) * self.shared(x)
-    elif cfg.num_shared:
-      y = y + self.shared(x)
-    losses, seen = {}, {}
-    for name, scope in self.scopes.items() if whole is not None else ():
+      gate = jax.nn.sigmoid(router_logits(x, self.shared_gate[...]))
+      return y + gate.astype(x.dtype) * self.shared(x), dropped
+    if cfg.num_shared:
+      return y + self.shared(x), dropped
+    return y, dropped
+
+  def balance(
+    self, routing: Routing, tokens: Tokens, whole: Mapping[str, Array] | None
+  ) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The losses of `scopes`, without coefficients, and what those of larger sets see of this batch."""
+    losses: dict[str, Array] = {}
+    seen: dict[str, Array] = {}
+    if whole is None:
+      return losses, seen
+    for name, scope in self.scopes.items():
       loss = BALANCE_LOSSES[name]
-      if scope.rows > x.shape[0]:
-        seen[name], scope = loss.seen(routing, tokens.mask, scope), scope._replace(whole=whole[name])
+      if scope.rows > tokens.mask.shape[0]:
+        seen[name] = loss.seen(routing, tokens.mask, scope)
+        scope = scope._replace(whole=whole[name])
       losses[name] = loss.value(routing, tokens.mask, tokens.segments, scope)
-    used = load(routing.expert_ids, tokens.mask, num_experts)
-    observed = BIAS_RULES[self.bias_rule].observe(routing, bias, tokens.mask) if self.bias_rule else used
-    stats = observe(routing, routing.best_ids, tokens.mask)
-    return y, MoEAux(used, observed, jax.lax.stop_gradient(seen), losses, dropped, stats, routing.expert_ids)
+    return losses, seen

@@ -7,13 +7,13 @@ Everything here is float32 whatever the compute dtype: a bias step of 1e-3 is be
 Letters: B batch, S sequence, D model, E experts, K experts per token, M groups of experts.
 """
 
-from collections.abc import Callable
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from jax import Array
 import jax.numpy as jnp
+from jax import Array
 
 from moejax.config import check
 from moejax.moe.selection import SELECTIONS, Tokens, keep_second, limit_to_groups, margin, noisy, without_some

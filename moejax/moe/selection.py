@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from jax import Array
 import jax.numpy as jnp
+from jax import Array
 
 SINKHORN_ROUNDS = 8
 JITTER, NOISE, EXPERT_DROPOUT, SECOND = range(4)   # what a key is drawn for
@@ -28,6 +28,12 @@ class Tokens(NamedTuple):
   rows: Array                    # [B] i32, each row's number in the global batch
   key: Array | None = None       # of this layer in this step; None: nothing random
   replayed: Array | None = None  # [B, S, K] i32, recorded expert_ids to use again
+
+
+def whole_rows(rows: int, length: int) -> Tokens:
+  """Tokens of which nothing is known but that all of them count, each row one document. The ids are 0."""
+  ids = jnp.zeros((rows, length), jnp.int32)
+  return Tokens(ids, ids == 0, ids + 1, jnp.arange(rows))
 
 
 def row_keys(tokens: Tokens, purpose: int) -> Array:

@@ -8,16 +8,16 @@ says of each which layer is the worst. All but `observe` also take NumPy arrays,
 Letters: B batch, S sequence, E experts, K experts per token, L MoE layers, T tokens that count.
 """
 
-from collections.abc import Callable, Mapping
 import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
-from jax import Array
 import jax.numpy as jnp
+from jax import Array
 
 from moejax.moe.routing import Routing
-from moejax.moe.sets import assignment_matrix
+from moejax.moe.token_sets import assignment_matrix
 
 # Below it a choice may be another one on another mesh: sums that differ in their order differ by about this much.
 NEAR_TIE = 1e-3

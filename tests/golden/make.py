@@ -34,18 +34,17 @@ import time
 from pathlib import Path
 
 import numpy as np
+import record
 import safetensors
+import spelling
 import torch
 import transformers as hf
-from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers.modeling_layers import MtpModel
-
-import record
-import spelling
 from families import FAMILIES
 from models import LOCAL, Family, Tensors, build, randomise, state
 from mtp import build_mtp, mtp_state
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.modeling_layers import MtpModel
 
 HERE = Path(__file__).parent
 TRIES = 3000

@@ -6,10 +6,9 @@ MtpModel masks no padding and keeps only the last row's logits, so its layers ar
 """
 import torch
 import torch.nn.functional as F
+from models import Family, Tensors, published
 from torch import nn
 from transformers.modeling_layers import MtpModel
-
-from models import Family, Tensors, published
 
 
 def build_mtp(model: nn.Module, depth: int) -> MtpModel:

@@ -9,12 +9,11 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers.modeling_layers import MtpModel
-
 from models import Family, Tensors, gradients, published
 from mtp import mtp_logits, mtp_loss, mtp_names
 from routers import watching
+from torch import nn
+from transformers.modeling_layers import MtpModel
 
 BATCH, LENGTH = 2, 14
 PADDING = {'': (0, 0), 'left': (5, 2), 'right': (0, 4)}  # case -> tokens of padding of each row

@@ -7,9 +7,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
-
 from models import Family
+from torch import nn
 
 SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     'sigmoid': torch.sigmoid, 'softmax': lambda x: x.softmax(-1), 'logits': lambda x: x}

@@ -1,0 +1,7 @@
+"""Checkpoints of a run: saved beside training, verified bit by bit, restored on any mesh."""
+
+from moejax.checkpoint.checkpoints import CheckpointConfig, Checkpoints, NoLoadableCheckpoint
+from moejax.checkpoint.lock import RunInUse
+from moejax.checkpoint.writer import SaveFailed
+
+__all__ = ['CheckpointConfig', 'Checkpoints', 'NoLoadableCheckpoint', 'RunInUse', 'SaveFailed']

@@ -1,0 +1,77 @@
+"""What a checkpoint says of its arrays, sealed: names (ours, not Flax's), kinds, digests of the bits."""
+
+import functools
+import hashlib
+import json
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.sharding.tree import flatten, kinds
+
+
+class Meta(NamedTuple):
+  """All of a checkpoint but the arrays."""
+  metric: float                # lower is better; inf: not measured, or not finite
+  fingerprint: dict[str, str]  # of data and model, see fingerprint.py
+  versions: dict[str, str]
+  kinds: dict[str, str]        # path -> 'float32[4, 8]'
+  digests: dict[str, str]
+
+
+def digests(tree: object) -> dict[str, str]:
+  """path -> digest of the leaf's bits (its kind is not in it), the same on every mesh."""
+  # One program at a time: dozens of them, each with a collective, fill XLA's queue, and virtual devices wait forever.
+  sums = {path: jax.device_get(_sums(leaf)) for path, leaf in flatten(tree).items()}
+  return {path: ''.join(f'{int(word):08x}' for word in pair) for path, pair in sums.items()}
+
+
+def digest(tree: object) -> str:
+  """One digest of names, kinds and bits: equal for two runs that ended in the same state."""
+  return _sha256([kinds(tree), digests(tree)])
+
+
+def seal(meta: Meta) -> dict[str, object]:
+  """JSON with a digest of itself: damaged in a dtype or the fingerprint, it would pass for another config."""
+  body = meta._asdict() | {'metric': meta.metric if math.isfinite(meta.metric) else None}  # JSON has no inf
+  return {'sha256': _sha256(body), 'meta': body}
+
+
+def unseal(text: str) -> Meta:
+  """Raises ValueError where the text is damaged."""
+  try:
+    sealed = json.loads(text)
+    body, sha256 = sealed['meta'], sealed['sha256']
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f'meta/metadata is not JSON of ours ({type(error).__name__})') from None
+  if _sha256(body) != sha256:
+    raise ValueError('meta/metadata does not match its digest')
+  return Meta(**body | {'metric': math.inf if body['metric'] is None else body['metric']})
+
+
+def _sha256(value: object) -> str:
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _sums(x: jax.Array, stacked: bool = True) -> jax.Array:  # [2] u32
+  """Plain and position-weighted sum of the bits mod 2^32: no mesh, no order of summation shows in integers.
+
+  The plain sum sees any flipped bit; the weighted one what moved: a swapped block, a repeated one.
+  """
+  if stacked and x.ndim > 2:  # a layer at a time: XLA's CPU backend copies all that it sums
+    plain, weighted = jax.lax.map(lambda layer: _sums(layer, False), x).T
+    before = np.arange(len(x), dtype=np.uint32) * np.uint32(x[0].size * max(1, x.dtype.itemsize // 4) % 2**32)
+    return jnp.stack([plain.sum(dtype=jnp.uint32), (weighted + before * plain).sum(dtype=jnp.uint32)])
+  if x.dtype.name in ('bool', 'int4', 'uint4', 'int2', 'uint2'):
+    x = x.astype(jnp.int8)
+  words = jnp.dtype(f'uint{min(8 * x.dtype.itemsize, 32)}')  # 64 bits become two words in a last axis
+  bits = jax.lax.bitcast_convert_type(x, words).astype(jnp.uint32)
+  position, stride = jnp.ones(bits.shape, jnp.uint32), 1
+  for axis in reversed(range(bits.ndim)):  # an arange reshaped would gather a sharded array
+    position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * np.uint32(stride % 2**32)
+    stride *= bits.shape[axis]
+  return jnp.stack([bits.sum(dtype=jnp.uint32), (bits * position).sum(dtype=jnp.uint32)])

@@ -1,0 +1,71 @@
+"""How a mixture of texts is written: task -> 'WEIGHT SOURCE [ARGUMENT]', one entry of a config's table for each task.
+
+  --config.data.source=mixture --config.data.mixture.code='0.7 stdlib'
+  --config.data.mixture.notes='0.3 text ~/notes/**/*.md, ~/journal.txt'
+
+Source `text` takes globs as its argument and `synthetic` a seed. A weight alone is of the source with the task's
+name: --config.data.mixture.kjv=0.3. Weights are parts of the rows; what they add up to does not matter.
+"""
+
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import NamedTuple
+
+SOURCE = 'mixture'  # the name that turns the table on
+EXAMPLE = "as '0.7 stdlib', '0.2 text notes/**/*.md' or '0.1 synthetic 7'"
+
+
+class Entry(NamedTuple):
+  """An entry, taken apart."""
+  weight: float      # nan if it is no number
+  source: str
+  argument: str      # '' if there is none
+
+
+def entry_of(task: str, value: str | float) -> Entry:
+  """Takes an entry apart; what is wrong with it, `problems` tells."""
+  words = str(value).split(None, 2) or ['']
+  weight, source, argument = words + [task, ''][len(words) - 1:]
+  try:
+    return Entry(float(weight), source, argument.strip())
+  except ValueError:
+    return Entry(math.nan, source, argument.strip())
+
+
+def shares(mixture: Mapping[str, str | float]) -> dict[str, float]:
+  """Task, in the order of task ids -> its part of the rows; they add up to 1."""
+  weights = {task: entry_of(task, mixture[task]).weight for task in sorted(mixture)}
+  total = sum(weights.values())
+  return {task: float(f'{weight / total:.12g}') for task, weight in weights.items()}  # 7 : 3 is 0.7 : 0.3 to the bit
+
+
+def problems(mixture: Mapping[str, str | float], sources: Collection[str]) -> Iterator[str]:
+  """What is wrong with a mixture of these sources, an entry a line."""
+  if not mixture:
+    yield f"mixture has no task: source='{SOURCE}' needs some, as mixture.code='0.7 stdlib' and mixture.bible='0.3 kjv'"
+  first: dict[tuple[str, str], str] = {}
+  for task in sorted(mixture):
+    if problem := _problem(task, entry_of(task, mixture[task]), sources, first):
+      yield f'mixture.{task}={mixture[task]!r}: {problem}'
+
+
+def _problem(task: str, entry: Entry, sources: Collection[str], first: dict[tuple[str, str], str]) -> str:
+  """What is wrong with one entry; `first` remembers who came with a text."""
+  text = entry[1:]
+  twin = first.setdefault(text, task)
+  if not re.fullmatch(r'[\w-]+', task):
+    return f'a task has a name of letters, digits, _ and -, and {task!r} is none; give another'
+  if math.isnan(entry.weight):
+    return f"give 'WEIGHT SOURCE', {EXAMPLE}"
+  if not 0 < entry.weight < math.inf:
+    return f'the weight {entry.weight:g} is to be a number above 0; leave the task out to have none of it'
+  if entry.source not in sources:
+    return f"{entry.source!r} is not one of {sorted(sources)}; give 'WEIGHT SOURCE', {EXAMPLE}"
+  if entry.source == 'text' and not entry.argument:
+    return "source 'text' needs globs, as '1 text ~/notes/**/*.md'"
+  if entry.source == 'synthetic' and not re.fullmatch('[0-9]*', entry.argument):
+    return f"{entry.argument!r} is no seed; give a whole number, as '1 synthetic 7'"
+  if entry.source not in ('text', 'synthetic') and entry.argument:
+    return f'source {entry.source!r} takes nothing after its name; drop {entry.argument!r}'
+  return '' if twin == task else f'mixture.{twin} is the same text; leave one of them out'

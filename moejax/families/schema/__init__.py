@@ -1,0 +1,1 @@
+"""What describes a published architecture: keys of its config.json, names of its tensors."""

@@ -1,0 +1,1 @@
+"""Published checkpoints, imported and exported: `python -m moejax.hf`."""

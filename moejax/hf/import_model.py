@@ -1,0 +1,51 @@
+"""Published files to the directory of a run at step 0."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from moejax.checkpoint.checkpoints import Checkpoints
+from moejax.config import frozendict
+from moejax.data.sources import DataConfig
+from moejax.hf.export_model import ORIGIN_FILE, origin_of
+from moejax.hf.logits import ONE_DEVICE, read
+from moejax.hf.progress import say
+from moejax.hf.weights import published
+from moejax.model.config import ModelConfig
+from moejax.moe.balance.config import BalanceConfig
+from moejax.moe.bias import BiasState
+from moejax.runtime.files import staged
+from moejax.sharding.mesh import MeshConfig
+from moejax.train.experiment.config import ExperimentConfig
+from moejax.train.experiment.run_dir import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, read_tokenizer
+
+
+def import_model(directory: str, out: str, mesh: MeshConfig = ONE_DEVICE) -> None:
+  """Makes `out` the directory of a run whose step 0 is the published model; whatever happens, it is whole or not there.
+
+  Raises:
+    ConfigError: the model cannot be read as it is, or `out` holds something.
+  """
+  source, target, start = published(directory), Path(out).resolve(), time.monotonic()
+  tokenizer = read_tokenizer(directory, source.cfg.vocab_size)
+  cfg = run_config(source.cfg, out, str(target / TOKENIZER_FILE) if tokenizer else '')
+  with staged(target) as partial:
+    model, bias = read(source, mesh)
+    checkpoints = Checkpoints(partial / CHECKPOINTS, cfg.checkpoint)
+    checkpoints.save(0, {'model': model, 'router': BiasState(bias, jnp.zeros_like(bias))}, {})
+    checkpoints.close()
+    if tokenizer:
+      tokenizer.save(partial / TOKENIZER_FILE)
+    for name, content in ((CONFIG_FILE, dataclasses.asdict(cfg)), (ORIGIN_FILE, origin_of(source)._asdict())):
+      (partial / name).write_text(json.dumps(content, indent=2) + '\n')
+  say(f'imported {directory} to {out} in {time.monotonic() - start:.1f} s')
+
+
+def run_config(model: ModelConfig, workdir: str, tokenizer: str = '') -> ExperimentConfig:
+  """Of a model that was not trained here: no balance losses, and no rule that moves the bias."""
+  data = DataConfig(tokenizer=tokenizer) if tokenizer else DataConfig()
+  return ExperimentConfig(workdir=workdir or 'none', data=data, model=model,
+                          balance=BalanceConfig(frozendict(), bias_rule=''))

@@ -1,0 +1,1 @@
+"""Directories of safetensors files, read without trust and written whole. Knows no model."""

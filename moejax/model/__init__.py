@@ -1,0 +1,1 @@
+"""The transformer: attention, blocks, multi-token prediction, and its config."""

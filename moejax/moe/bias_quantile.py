@@ -1,0 +1,91 @@
+"""The quantile rule's histogram: how far each expert's choices lie above the line between chosen and not chosen.
+
+  choice = scores + bias, less the token's (K+1)-th largest -> counts [E, BINS] -> the quantile of each expert
+
+Counts are whole numbers: they add up over micro-batches, shards and devices to the same bits in any order, and the
+quantile of the sum is that of the whole batch. A mean of quantiles is not: experts that half of the shards crowd and
+half leave alone look balanced in it.
+
+The bins are a float's own: its exponent and the first two bits of its mantissa, so they are found by adding, shifting
+and nothing else, the same on every device, and no scale of scores has to be known. `bias` is inside: where the
+balance is nearly there, what is looked for is near 0, and there the bins are finest. With the bias outside, MaxVio ends
+ten times higher at as many bins.
+
+Letters: B batch, S sequence, E experts, K experts per token.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+BINS = 256
+FINEST = 2.0**-24   # scores near 1/2 are this coarse in float32: below it there is nothing to tell apart
+PER_OCTAVE = 4      # with BINS / 2 bins a side that is 32 octaves: the end bins hold what lies beyond 2**8
+
+
+def magnitudes() -> np.ndarray:
+  """Where the bins of one sign begin: `FINEST` more than that is a float of two mantissa bits. [BINS/2 + 2]."""
+  k = np.arange(BINS // 2 + 2)
+  return FINEST * (2.0**(k // PER_OCTAVE) * (1 + k % PER_OCTAVE / PER_OCTAVE) - 1)
+
+
+# [BINS + 1] f32, rising. Bin BINS/2 holds 0 in its middle: the (K+1)-th choice itself is exactly 0, and must not lean.
+EDGES = np.r_[-magnitudes()[:0:-1], magnitudes()[1:-1]].astype(np.float32)
+
+
+def bin_of(x: Array) -> Array:
+  """The bin of each number, i32; symmetric, and beyond the ends the end bins."""
+  bits = jax.lax.bitcast_convert_type(jnp.abs(x) + FINEST, jnp.int32)
+  finest = int(np.float32(FINEST).view(np.int32))
+  k = (bits - finest) >> (23 - PER_OCTAVE.bit_length() + 1)
+  return jnp.clip(jnp.where(x < 0, -k, k), -BINS // 2, BINS // 2 - 1) + BINS // 2
+
+
+def above_the_line(choice: Array, expert_ids: Array) -> Array:
+  """How far each expert's choice lies above the line between a token's experts and the others. [B, S, E] f32.
+
+  The line a is the best choice not taken that is no better than the least one taken: among all experts, the (K+1)-th
+  largest. Where groups are left out, or an expert is dropped, better ones may go untaken: derived here, they count as
+  on the line, so that above it are, but for ties, exactly the experts that the token went to.
+
+  Args:
+    choice: [B, S, E] f32, scores plus bias, of all experts.
+    expert_ids: [B, S, K] i32, the experts taken; E: nobody.
+  """
+  taken = jax.nn.one_hot(expert_ids, choice.shape[-1], dtype=jnp.bool_).any(-2)
+  least = jnp.where(taken, choice, jnp.inf).min(-1, keepdims=True)
+  a = jnp.where(taken | (choice > least), -jnp.inf, choice).max(-1, keepdims=True)
+  return jnp.where(taken, choice - a, jnp.minimum(choice - a, 0.0))
+
+
+def histogram(choice: Array, expert_ids: Array, mask: Array) -> Array:
+  """For each expert how many tokens that count have it in each bin. [B, S, E], [B, S, K], [B, S] -> [E, BINS] i32."""
+  num_experts = choice.shape[-1]
+  counts = jnp.zeros((num_experts, BINS), jnp.int32)
+  bins = bin_of(above_the_line(choice, expert_ids))
+  return counts.at[jnp.arange(num_experts), bins].add(mask[..., None].astype(jnp.int32))
+
+
+def quantile(counts: Array, top_k: int) -> Array:
+  """The number that K of E tokens lie above, for each expert. [E, BINS] i32 -> [E] f32; 0 tokens: anything finite.
+
+  How many lie below is compared as whole numbers, whatever the number of tokens; within a bin they are taken to lie
+  evenly. Where no token lies between two numbers that both would do, it is the middle of them.
+  """
+  num_experts = counts.shape[0]
+  whole_experts, rest = jnp.divmod(counts[0].sum(), num_experts)
+  extra, part = jnp.divmod(rest * (num_experts - top_k), num_experts)
+  below = whole_experts * (num_experts - top_k) + extra                             # and part / E of a token
+  reached = jnp.cumsum(counts, axis=-1)
+
+  def at(bins: Array) -> Array:
+    i = jnp.minimum(bins, BINS - 1)[:, None]
+    inside = jnp.maximum(jnp.take_along_axis(counts, i, axis=-1), 1)
+    before = jnp.take_along_axis(reached, i, axis=-1) - inside
+    share = jnp.clip((below - before + part / num_experts) / inside, 0.0, 1.0)
+    edges = jnp.asarray(EDGES)
+    return (edges[i] + share * (edges[i + 1] - edges[i]))[:, 0]
+
+  first, last = (reached < below + (part > 0)).sum(-1), (reached <= below).sum(-1)  # [E] each
+  return 0.5 * (at(first) + at(last))

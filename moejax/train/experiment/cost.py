@@ -1,0 +1,81 @@
+"""What a model costs: its parameters, total and active, the arithmetic of a token, and what experts exchange.
+
+Letters: D model, L layers, H heads, d head width, S sequence, V vocab.
+"""
+
+import dataclasses
+
+import jax
+from jax.sharding import AbstractMesh
+
+from moejax.model.blocks import MoEBlock
+from moejax.model.transformer import Transformer
+from moejax.moe.dispatch.dispatchers import exchange_of, group_of
+from moejax.moe.dispatch.exchange_cost import lacking_ragged, moved
+from moejax.runtime.chips import peak_flops
+from moejax.sharding.tree import size
+from moejax.train.experiment.config import ExperimentConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+  """Counts of numbers. `active` are those that one token's forward pass reads: K of E routed experts.
+
+  `mtp` are the blocks of multi-token prediction, in the total and not among the active: decoding does without them.
+  """
+
+  total: int
+  active: int
+  embedding: int
+  mtp: int
+  mtp_active: int
+
+
+def count_parameters(model: Transformer, cfg: ExperimentConfig) -> Parameters:
+  """From the model or its ShapeDtypeStructs."""
+  router, depth = cfg.model.moe.router, cfg.model.mtp_depth
+
+  def active(part: object, blocks: MoEBlock) -> int:
+    routed = size(blocks.moe.experts)
+    return size(part) - routed + routed * router.top_k // router.num_experts
+
+  mtp, mtp_active = (size(model.mtp), active(model.mtp, model.mtp.block)) if depth else (0, 0)
+  return Parameters(size(model), active(model, model.blocks) - mtp, size(model.embed), mtp, mtp_active)
+
+
+def flops_per_token(parameters: Parameters, cfg: ExperimentConfig) -> int:
+  """Forward and backward, matrix products only: 6 for each active number that multiplies, and causal attention.
+
+  An embedding is a lookup, unless it is also the head; each depth of multi-token prediction runs the head once more.
+  Attention's two products over half a square of S make 2 * S / 2 * H * (d of q + d of v) a layer forward, three times
+  that with the backward pass. Windows are not taken off; recomputation is not counted.
+  """
+  model = cfg.model
+  lookup = 0 if model.tie_embeddings else parameters.embedding
+  products = parameters.active - lookup + parameters.mtp_active + model.mtp_depth * parameters.embedding
+  attention, latent = model.attention, model.attention.latent
+  widths = attention.d_head + latent.d_rope + latent.d_value if latent.kv_rank else 2 * attention.d_head
+  return 6 * products + 3 * cfg.seq_len * attention.num_heads * widths * (model.num_layers + model.mtp_depth)
+
+
+def exchanged(cfg: ExperimentConfig, mesh: AbstractMesh) -> tuple[str, dict[str, int]]:
+  """How tokens get to their experts, and each way's bytes, see `moved`; ('', {}) where all experts are at home."""
+  dispatch, router, model = cfg.model.moe.dispatch, cfg.model.moe.router, cfg.model
+  if mesh.shape['expert'] == 1:
+    return '', {}
+  tokens = cfg.batch_size // cfg.micro_batches * cfg.seq_len
+  group = group_of(dispatch, mesh, tokens, router.top_k, router.num_experts, model.d_model, model.dtype)
+  places = router.num_experts if router.selection == 'expert_choice' else router.top_k
+  return exchange_of(dispatch, group._replace(top_k=places), lacking_ragged(mesh)), moved(group)
+
+
+def mfu(tokens_per_second: float, flops_per_token: float, devices: list[jax.Device]) -> float:
+  """Model FLOPs done over what the devices could do in bfloat16; 0 where that is not known, as on CPU."""
+  peak = peak_flops(devices[0].device_kind)
+  return tokens_per_second * flops_per_token / (peak * len(devices)) if peak else 0.0
+
+
+def devices_at_work() -> list[jax.Device]:
+  """Those of the mesh that is set, which may leave some idle; without one, all there are."""
+  mesh = jax.sharding.get_mesh()
+  return jax.devices() if mesh.empty else [*mesh.devices.flat]

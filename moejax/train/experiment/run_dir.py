@@ -1,0 +1,148 @@
+"""The directory of a run: its config, its tokenizer, and the model in its newest checkpoint.
+
+Everything that reads a run from outside its training loop reads it here.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax import Array
+from jax.sharding import SingleDeviceSharding
+
+from moejax.checkpoint.checkpoints import Checkpoints, NoLoadableCheckpoint
+from moejax.config import check, from_config_dict
+from moejax.data.tokenizer import Tokenizer, load_tokenizer
+from moejax.model.transformer import Transformer
+from moejax.moe.bias import BiasState
+from moejax.runtime.files import inside, read_json, write_whole
+from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
+from moejax.train.experiment.initial_model import ModelAndRouter, model_and_router_shapes
+
+# What lies in a run directory.
+CONFIG_FILE = 'config.json'
+TOKENIZER_FILE = 'tokenizer.json'
+CHECKPOINTS = 'checkpoints'
+
+
+class RunSetup(NamedTuple):
+  """What a run was started with."""
+
+  cfg: ExperimentConfig  # with the size of the vocabulary
+  tokenizer: Tokenizer | None
+
+
+class StoredModel(NamedTuple):
+  """The model of a checkpoint."""
+
+  step: int
+  model: Transformer
+  router: BiasState  # [L, E] f32 each
+
+
+class OpenedRun(NamedTuple):
+  """A run that is ready to be sampled from."""
+
+  cfg: ExperimentConfig
+  tokenizer: Tokenizer | None
+  step: int
+  model: Transformer
+  router_bias: Array  # [L, E] f32
+
+
+def write_config(cfg: ExperimentConfig) -> None:
+  """Leaves the config in its run directory, for whoever reads the run later."""
+  workdir = Path(cfg.workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  write_whole(workdir / CONFIG_FILE, json.dumps(dataclasses.asdict(cfg), indent=2) + '\n')
+
+
+def read_config(workdir: str) -> ExperimentConfig:
+  """The config of an existing run, as it was written.
+
+  Raises:
+    ConfigError: there is none, or it does not fit this version.
+  """
+  fields = read_json(Path(workdir), CONFIG_FILE)
+  is_published = 'model_type' in fields
+  import_command = f'python -m moejax.hf import {workdir} --out=DIR'
+  check(
+    '' if fields else f'workdir={workdir!r} holds no {CONFIG_FILE}: name the directory of a run',
+    f'workdir={workdir!r} holds a published model: import it with `{import_command}` and name DIR'
+    if is_published
+    else '',
+  )
+  return from_config_dict(ExperimentConfig, fields | {'workdir': workdir})
+
+
+def read_tokenizer(directory: str | os.PathLike, vocab_size: int = 0) -> Tokenizer | None:
+  """The tokenizer that lies in the directory of a run or of a published model; None without one.
+
+  Raises:
+    ConfigError: it has more tokens than `vocab_size`, that of the model beside it; 0: not compared.
+  """
+  path = inside(Path(directory), TOKENIZER_FILE)
+  if not path.exists():
+    return None
+  tokenizer = load_tokenizer(str(path))
+  largest = tokenizer.vocab_size - 1
+  problem = (
+    f'{path}: expected ids below vocab_size={vocab_size} of config.json, found {largest}: '
+    'is it the tokenizer of this model?'
+  )
+  check(problem if 0 < vocab_size <= largest else '')
+  return tokenizer
+
+
+def read_setup(workdir: str) -> RunSetup:
+  """Config and tokenizer of a run.
+
+  Raises:
+    ConfigError: there is no config, or neither it nor a tokenizer tells the size of the vocabulary.
+  """
+  cfg, tokenizer = read_config(workdir), read_tokenizer(workdir)
+  cfg = with_vocabulary(cfg, tokenizer.vocab_size if tokenizer else 0)
+  path = Path(workdir) / TOKENIZER_FILE
+  missing = f'{path} is missing, and the config has model.vocab_size=0: put it back'
+  check('' if cfg.model.vocab_size else missing)
+  return RunSetup(cfg, tokenizer)
+
+
+def read_model(workdir: str, cfg: ExperimentConfig, target: ModelAndRouter) -> StoredModel:
+  """The model of the newest verified checkpoint of a run, on the shardings of `target`.
+
+  Raises:
+    ConfigError: that run's model has other shapes than `target`.
+    NoLoadableCheckpoint: there is none, or none that verifies.
+  """
+  checkpoints = Checkpoints(Path(workdir) / CHECKPOINTS, cfg.checkpoint, readonly=True)
+  found = checkpoints.restore(target._asdict(), {}, only=target._fields)
+  if found is None:
+    raise NoLoadableCheckpoint(f'workdir={workdir!r} has no checkpoint yet: train it first')
+  step, state = found[:2]
+  return StoredModel(step, state['model'], state['router'])
+
+
+def read_model_on(device: jax.Device, workdir: str, cfg: ExperimentConfig) -> StoredModel:
+  """The model of the newest verified checkpoint of a run, all of it on one device."""
+  home = SingleDeviceSharding(device)
+  target = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home),
+    model_and_router_shapes(cfg),
+  )
+  return read_model(workdir, cfg, target)
+
+
+def open_run(workdir: str) -> OpenedRun:
+  """The newest verified step of a run, with what sampling from it needs.
+
+  Raises:
+    ConfigError: `workdir` is not the directory of a run.
+    NoLoadableCheckpoint: it has no checkpoint that verifies.
+  """
+  cfg, tokenizer = read_setup(workdir)
+  step, model, router = read_model(workdir, cfg, model_and_router_shapes(cfg))
+  return OpenedRun(cfg, tokenizer, step, model, router.bias)

@@ -1,0 +1,92 @@
+"""How a run begins: from random numbers, with another run's model, or with experts made of a dense run's FFN."""
+
+import dataclasses
+import functools
+import itertools
+import logging
+from collections.abc import Iterator
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moejax.config import ConfigError, check
+from moejax.config.fields import parts
+from moejax.model.config import ModelConfig
+from moejax.model.upcycle import misfits, not_dense, outcome, upcycle
+from moejax.sharding.tree import kinds
+from moejax.train.experiment.config import ExperimentConfig
+from moejax.train.experiment.initial_model import ModelAndRouter
+from moejax.train.experiment.run_dir import read_model, read_setup
+from moejax.train.shapes import target_of
+from moejax.train.step.train_state import TrainState, init_state
+
+log = logging.getLogger(__name__)
+# Fields of a model that say how it runs or began, and not what it computes.
+FREE = {f'model.{name}' for name in ('attention.implementation', 'dtype', 'init', 'moe.dispatch', 'remat', 'unroll')}
+
+
+def initialised(cfg: ExperimentConfig, target: TrainState, mesh: Mesh) -> TrainState:
+  """A fresh state on the target's shardings, with the model of `init_from` where that is given.
+
+  Raises:
+    ConfigError: that model has other shapes, and is not a dense one whose FFN could become this one's experts.
+    NoLoadableCheckpoint: it has no checkpoint that verifies.
+  """
+  # XLA has nothing to win in an initialisation, and takes a second to see it.
+  quickly = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 1})
+  state = quickly(functools.partial(init_state, cfg), out_shardings=jax.tree.map(lambda a: a.sharding, target))()
+  if not cfg.init_from:
+    return state
+  source = config_of(cfg.init_from)
+  dense = target_of(source, mesh)
+  others = [*differences(cfg.model, source.model)]
+  if kinds(dense.model) == kinds(target.model):
+    _, model, router = read_model(cfg.init_from, cfg, ModelAndRouter(target.model, target.router))
+    log.info('the model of %s%s', cfg.init_from, ''.join(f'; {other}' for other in others))
+    return state._replace(model=model, router=router)
+  try:
+    check(*not_dense(source.model))
+    check(*misfits(source.model, cfg.model))
+  except ConfigError as error:
+    raise ConfigError('init_from: neither the same model nor one that experts can be made of', *error.problems, *others
+                      ) from error
+  dense_model = jax.tree.map(undivided, ModelAndRouter(dense.model, dense.router))
+  _, model, _ = read_model(cfg.init_from, source, dense_model)
+  log.info('the model of %s, upcycled: %s', cfg.init_from, outcome(source.model, cfg.model, cfg.upcycle))
+  # Of the last step, which is never drawn from: steps are counted from 0.
+  key = jax.random.fold_in(jax.random.key(cfg.seed), cfg.steps)
+  made = quickly(upcycle, static_argnums=2, out_shardings=jax.tree.map(lambda a: a.sharding, target.model))
+  return state._replace(model=made(model, state.model, cfg.upcycle, key))
+
+
+def config_of(directory: str) -> ExperimentConfig:
+  """The config of the run in `directory`; problems are prefixed with init_from."""
+  try:
+    return read_setup(directory).cfg
+  except ConfigError as error:
+    raise ConfigError(*(f'init_from: {problem}' for problem in error.problems)) from error
+
+
+def undivided(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  """The same with its axes of size 1 on every device: the one expert of a dense model is no stack to be split."""
+  axes = [None if size == 1 else axis for size, axis in itertools.zip_longest(leaf.shape, leaf.sharding.spec)]
+  where = NamedSharding(leaf.sharding.mesh, PartitionSpec(*axes))
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+def computed(model: ModelConfig) -> dict[str, str]:
+  """What a model computes, and in which dtype, for the fingerprint of its checkpoints."""
+  free = tuple(f'{name}.' for name in FREE - {'model.dtype'})
+  return {name: value for name, value in parts(model, 'model.') if not f'{name}.'.startswith(free)}
+
+
+def differences(here: object, there: object, path: str = 'model.') -> Iterator[str]:
+  """The fields that decide what a model computes and that are not the same in two configs."""
+  for field in dataclasses.fields(here):
+    a, b, name = getattr(here, field.name), getattr(there, field.name), path + field.name
+    if name in FREE:
+      continue
+    if dataclasses.is_dataclass(a):
+      yield from differences(a, b, f'{name}.')
+    elif a != b:
+      yield f'{name}={a!r} here, {b!r} there'

@@ -1,0 +1,1 @@
+"""The training step, a pure function: objective, gradient accumulation, optimizer, router bias."""

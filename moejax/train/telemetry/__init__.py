@@ -1,0 +1,1 @@
+"""What a run records: metrics, TensorBoard events, routing probes, alarms and the final report."""

@@ -1,0 +1,67 @@
+"""Where what a run measures goes: metrics.jsonl, TensorBoard, pictures of the load; and what its devices could do.
+
+Letters: E experts.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from jax import Array
+
+from moejax.runtime.append_log import Appended
+
+
+class MetricsLog:
+  """A file of JSON objects, one a line, each with a `step`; see `as_json`.
+
+  Opened at the step that a run goes on from. Lines of later steps, which the run will write again, are cut
+  away, and so is what is no line: the one that a killed process was writing.
+  """
+
+  def __init__(self, path: str | os.PathLike, step: int) -> None:
+    self._path = Path(path)
+    lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
+    stay = [line for line in lines if line.endswith(b'\n') and _step(line) <= step]
+    if stay != lines:
+      new = self._path.with_name(f'{self._path.name}.new')
+      new.write_bytes(b''.join(stay))
+      new.replace(self._path)
+    self._file = Appended(self._path)
+
+  def write(self, row: Mapping[str, object]) -> None:
+    """When it returns the line has left the process: no kill takes it back. On a full disk it is lost."""
+    self._file.write(as_json(row).encode() + b'\n')
+
+  def rows(self) -> list[dict[str, object]]:
+    """All lines, of earlier processes too."""
+    return [json.loads(line) for line in self._path.read_text(encoding='utf-8').splitlines()]
+
+  def close(self) -> None:
+    """Nothing is left to be written."""
+    self._file.close()
+
+
+def _step(line: bytes) -> float:
+  try:
+    return json.loads(line)['step']
+  except (ValueError, KeyError, TypeError):
+    return math.inf
+
+
+def as_json(value: object, indent: int | None = None) -> str:
+  """NaN and infinities are null: JSON has none. Arrays are lists."""
+  return json.dumps(_finite(value), allow_nan=False, indent=indent)
+
+
+def _finite(value: object) -> object:
+  if isinstance(value, Mapping):
+    return {key: _finite(v) for key, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_finite(v) for v in value]
+  if isinstance(value, (np.ndarray, np.generic, Array)):
+    return _finite(value.tolist())
+  return None if isinstance(value, float) and not math.isfinite(value) else value
