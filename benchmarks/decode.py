@@ -21,7 +21,7 @@ from jax import Array
 from rich.console import Console
 from rich.table import Table
 
-from moejax.data.batch import Batch
+from moejax.data.batch import make_batch
 from moejax.data.pipeline import Data, open_data
 from moejax.data.sources import DataConfig
 from moejax.inference.sampling import SampleConfig, decode
@@ -80,7 +80,7 @@ def likeliest(model: Transformer, router: Array, tokens: Array, length: Array) -
   """The next token of rows of `length` tokens, all computed anew: [B, S] padded behind -> [B]."""
   at = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   segments = (at < length).astype(jnp.int32)
-  hidden = model(Batch(tokens, tokens, segments > 0, segments, at, tokens[:, 0]), router).hidden
+  hidden = model(make_batch(tokens, segment_ids=segments), router).hidden
   return model.logits(hidden[:, length - 1][:, None])[:, 0].argmax(-1)
 
 

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from configs.tiny import get_config
 from moejax.config import from_config_dict, frozendict
-from moejax.data.batch import Batch
+from moejax.data.batch import Batch, make_batch
 from moejax.moe.balance.config import BalanceConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig, Routing
@@ -78,10 +78,7 @@ class Racer:
 def race(cfg: ExperimentConfig, rounds: int) -> np.ndarray:
   """Seconds of each step. [rounds, with and without, clock and processors]."""
   tokens = np.random.default_rng(0).integers(0, VOCABULARY, (cfg.batch_size, cfg.seq_len + 1), dtype=np.int32)
-  shape = cfg.batch_size, cfg.seq_len
-  batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones(shape, bool), np.ones(shape, np.int32),
-                np.tile(np.arange(cfg.seq_len, dtype=np.int32), (cfg.batch_size, 1)),
-                np.zeros(cfg.batch_size, np.int32))
+  batch = make_batch(tokens[:, :-1], tokens[:, 1:])
   racers = [Racer(cfg, batch, with_statistics) for with_statistics in (True, False)]
   for racer in racers * 2:
     racer.step()

@@ -35,14 +35,14 @@ def our_step() -> tuple[int, Step]:
   import numpy as np
 
   from moejax.config import frozendict
-  from moejax.data.batch import Batch
+  from moejax.data.batch import make_batch
   from moejax.model.config import AttentionConfig, ModelConfig
   from moejax.moe.balance.config import BalanceConfig
   from moejax.moe.layer import MoEConfig
   from moejax.moe.routing import RouterConfig
-  from moejax.step import init_state
   from moejax.train.experiment.config import ExperimentConfig
   from moejax.train.optimizer import OptimConfig
+  from moejax.train.step.train_state import init_state
   from moejax.train.step.train_step import compile_step
   model = ModelConfig(vocab_size=V, d_model=D, num_layers=L, unroll=L,
                       attention=AttentionConfig(num_heads=H, num_kv_heads=H, d_head=D // H),
@@ -51,8 +51,7 @@ def our_step() -> tuple[int, Step]:
                          balance=BalanceConfig(losses=frozendict(global_batch=0.01)),
                          optim=OptimConfig(learning_rate=1e-3, warmup_steps=0, schedule='constant'))
   tokens = np.random.default_rng(0).integers(0, V, (B, S + 1), dtype=np.int32)
-  batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((B, S), bool), np.ones((B, S), np.int32),
-                np.tile(np.arange(S, dtype=np.int32), (B, 1)), np.zeros(B, np.int32))
+  batch = make_batch(tokens[:, :-1], tokens[:, 1:])
   state = jax.jit(functools.partial(init_state, cfg))()
   step = compile_step(cfg, state, batch)
 

@@ -22,6 +22,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moejax.checkpoint import checkpoints as checkpoint
+from moejax.checkpoint import lock as checkpoint_lock
+from moejax.checkpoint import manifest
 from moejax.checkpoint import reader as leaves
 from moejax.checkpoint.checkpoints import CheckpointConfig, Checkpoints, NoLoadableCheckpoint
 from moejax.checkpoint.lock import RunInUse
@@ -62,7 +64,7 @@ def write(root: Path, metrics: dict[int, float], cfg: CheckpointConfig) -> list[
 
 def read(root: Path) -> tuple[int, State]:
   step, tree, _ = Checkpoints(root, CheckpointConfig(), readonly=True).restore(state(), DATA)
-  assert checkpoint.digest(tree) == checkpoint.digest(state(step))  # whatever is returned is right
+  assert manifest.digest(tree) == manifest.digest(state(step))  # whatever is returned is right
   return step, tree
 
 
@@ -105,17 +107,17 @@ def test_digest_sees_every_bit_and_every_swap(dtype: str) -> None:
   with jax.enable_x64(True):
     bits = np.random.default_rng(0).integers(0, 2, (3, 5), np.uint8)
     x = np.asarray(bits, jnp.dtype(dtype))
-    base = checkpoint.digests({'x': jnp.asarray(x)})['x']
-    assert base == checkpoint.digests({'x': jnp.asarray(x.copy())})['x']
+    base = manifest.digests({'x': jnp.asarray(x)})['x']
+    assert base == manifest.digests({'x': jnp.asarray(x.copy())})['x']
     for i in range(x.size):
       for bit in range(1 if dtype in ('bool', 'int4') else 8 * x.itemsize):
         y = x.copy()
         y.reshape(-1).view(np.uint8)[i * x.itemsize + bit // 8] ^= 1 << bit % 8
-        assert checkpoint.digests({'x': jnp.asarray(y)})['x'] != base
+        assert manifest.digests({'x': jnp.asarray(y)})['x'] != base
     y = x.reshape(-1).copy()
     a, b = int(np.flatnonzero(y == y[0])[0]), int(np.flatnonzero(y != y[0])[0])
     y[[a, b]] = y[[b, a]]
-    assert checkpoint.digests({'x': jnp.asarray(y.reshape(x.shape))})['x'] != base
+    assert manifest.digests({'x': jnp.asarray(y.reshape(x.shape))})['x'] != base
 
 
 def test_digest_is_the_sums_it_says_it_is_and_the_same_on_every_mesh() -> None:
@@ -126,13 +128,13 @@ def test_digest_is_the_sums_it_says_it_is_and_the_same_on_every_mesh() -> None:
     mesh = jax.make_mesh(shape, ('a', 'b'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     for spec in [(), ('a',), (None, 'b', 'a') if shape == (4, 2) else (('b', 'a'),), ('b', None, None)]:
       placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
-      assert checkpoint.digests({'x': placed}) == {'x': want}
+      assert manifest.digests({'x': placed}) == {'x': want}
 
 
 def test_one_digest_for_a_run_sees_names_kinds_and_bits() -> None:
   x = jnp.zeros((2, 3))
   trees = [{'a': x}, {'b': x}, {'a': x.T}, {'a': x.astype(jnp.int32)}, {'a': x.at[0, 0].set(-0.0)}]
-  assert len({checkpoint.digest(t) for t in trees}) == len(trees)
+  assert len({manifest.digest(t) for t in trees}) == len(trees)
 
 
 # ---- save and restore
@@ -142,9 +144,9 @@ def test_what_is_saved_comes_back_on_another_mesh(root: Path) -> None:
   target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(
     mesh, PartitionSpec('a', 'b') if x.shape == (64, 40) else PartitionSpec())), state())
   step, tree, meta = Checkpoints(root, CheckpointConfig(), readonly=True).restore(target, DATA)
-  assert step == 3 and checkpoint.digest(tree) == checkpoint.digest(state(3))
+  assert step == 3 and manifest.digest(tree) == manifest.digest(state(3))
   assert jax.tree.map(lambda x: x.sharding, tree) == jax.tree.map(lambda x: x.sharding, target)
-  assert meta.fingerprint == DATA and meta.metric == math.inf and meta.digests == checkpoint.digests(state(3))
+  assert meta.fingerprint == DATA and meta.metric == math.inf and meta.digests == manifest.digests(state(3))
 
 
 def test_modules_and_empty_leaves_come_back(tmp_path: Path) -> None:
@@ -153,28 +155,28 @@ def test_modules_and_empty_leaves_come_back(tmp_path: Path) -> None:
   checkpoints.save(5, tree, DATA, 0.0)
   checkpoints.close()
   _, back, meta = Checkpoints(tmp_path, CheckpointConfig(), readonly=True).restore(tree, DATA)
-  assert checkpoint.digest(back) == checkpoint.digest(tree) and isinstance(back['model'], Layer)
+  assert manifest.digest(back) == manifest.digest(tree) and isinstance(back['model'], Layer)
   assert meta.metric == 0.0 and back['router'].shape == (0, 4)
 
 
 def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path: Path) -> None:
   step = jax.jit(lambda x: x * -3 + 1, donate_argnums=0)
   x = jnp.arange(1 << 20, dtype=jnp.float32)
-  want = checkpoint.digest({'x': x})
+  want = manifest.digest({'x': x})
   checkpoints = Checkpoints(tmp_path, CheckpointConfig())
   checkpoints.save(1, {'x': x}, DATA)
   for _ in range(5):
     x = step(x)
   checkpoints.close()
   _, back, _ = checkpoints.restore({'x': jax.ShapeDtypeStruct(x.shape, x.dtype)}, DATA)
-  assert checkpoint.digest(back) == want
+  assert manifest.digest(back) == want
 
 
 def test_a_reader_of_a_part_gives_its_prefixes(root: Path) -> None:
   checkpoints = Checkpoints(root, CheckpointConfig(), readonly=True)
   target = {'model': state().model, 'router': state().router}
   step, tree, _ = checkpoints.restore(target, {}, only=('model/', 'router'))
-  assert step == 3 and checkpoint.digest(tree['model']) == checkpoint.digest(state(3).model)
+  assert step == 3 and manifest.digest(tree['model']) == manifest.digest(state(3).model)
   with pytest.raises(ConfigError, match='step: int32.* in the checkpoint, absent'):
     checkpoints.restore(target, {})
 
@@ -480,11 +482,11 @@ def test_a_second_lock_names_the_process_and_a_dead_one_holds_nothing(tmp_path: 
           'with lock(sys.argv[1]): print(1, flush=True); time.sleep(60)')
   with subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], stdout=subprocess.PIPE) as other:
     assert other.stdout.read(1) == b'1'
-    with pytest.raises(RunInUse, match=f'in use by process {other.pid};'), checkpoint.lock(tmp_path):
+    with pytest.raises(RunInUse, match=f'in use by process {other.pid};'), checkpoint_lock.lock(tmp_path):
       pass
     other.send_signal(signal.SIGKILL)
     other.wait()
-    with checkpoint.lock(tmp_path):
+    with checkpoint_lock.lock(tmp_path):
       assert (tmp_path / 'lock').read_text() == f'{os.getpid()}\n'
 
 
@@ -515,7 +517,8 @@ def test_a_reader_changes_nothing(root: Path) -> None:
 WRITER = '''
 import sys
 import jax.numpy as jnp
-from moejax.checkpoint import Checkpoints, CheckpointConfig, lock
+from moejax.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from moejax.checkpoint.lock import lock
 with lock(sys.argv[1]):
   checkpoints = Checkpoints(sys.argv[1] + '/c', CheckpointConfig(keep_latest=2))
   done = checkpoints.restore({'x': jnp.zeros((400, 1000))}, {})

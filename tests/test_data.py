@@ -16,7 +16,7 @@ import tokenizers
 
 from moejax.config import ConfigError
 from moejax.data import pipeline as data_module
-from moejax.data import sources
+from moejax.data import sources, token_stream
 from moejax.data import tokenizer as tokenizer_module
 from moejax.data.batch import IGNORE, Batch
 from moejax.data.pipeline import Data, Rows, open_data
@@ -206,10 +206,10 @@ def test_a_tokenizer_learns_from_a_sample_of_the_training_text(
     seen.extend(documents)
     return load_tokenizer(spec, seen)
 
-  monkeypatch.setattr(data_module, 'load_tokenizer', load)
+  monkeypatch.setattr(token_stream, 'load_tokenizer', load)
   _open(folder, tokenizer='bpe:300')
   assert seen == train and held_out
-  monkeypatch.setattr(data_module, 'TOKENIZER_SAMPLE', 2000)
+  monkeypatch.setattr(token_stream, 'TOKENIZER_SAMPLE', 2000)
   seen.clear()
   _open(folder, tokenizer='bpe:301')
   assert seen and set(seen) < set(train) and len(''.join(seen)) < 4000
@@ -219,7 +219,7 @@ def test_pieces_and_groups_change_nothing(folder: Path, monkeypatch: pytest.Monk
   (folder / 'text' / 'long.py').write_text('x = 1\ny = f(x)\n' * 200)
   before = _open(folder, tokenizer='bpe:300')
   monkeypatch.setattr(tokenizer_module, 'PIECE', 50)
-  monkeypatch.setattr(data_module, 'GROUP', 200)
+  monkeypatch.setattr(token_stream, 'GROUP', 200)
   after = _open(folder, tokenizer='bpe:300', cache_dir=f'{folder}/cache2')
   assert after.fingerprint == before.fingerprint
   assert all(_equal(a, b) for a, b in zip(after.validation(), before.validation(), strict=True))
@@ -241,7 +241,7 @@ def _flip(content: bytes) -> bytes:
 @pytest.mark.parametrize('kind', ['survey', 'tokenizer', 'tokens'])
 def test_damaged_cache_is_built_anew(
     folder: Path, kind: str, damage: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr(data_module, 'RACY', 0)
+  monkeypatch.setattr(token_stream, 'RACY', 0)
   before = _open(folder, tokenizer='bpe:300')
   files = [path for path in (folder / 'cache').iterdir() if path.name.startswith(kind)]
   contents = [path.read_bytes() for path in files]
@@ -273,13 +273,13 @@ def test_one_cache_for_many(folder: Path) -> None:
 
 
 def test_a_warm_start_neither_reads_nor_trains(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr(data_module, 'RACY', 0)
+  monkeypatch.setattr(token_stream, 'RACY', 0)
   before = _open(folder, tokenizer='bpe:300')
   monkeypatch.setattr(sources, '_read', None)
-  monkeypatch.setattr(data_module, 'load_tokenizer', None)
+  monkeypatch.setattr(token_stream, 'load_tokenizer', None)
   after = _open(folder, tokenizer='bpe:300')
   assert after.fingerprint == before.fingerprint and after.tokenizer.decode(after.batch(0).tokens[0])
-  monkeypatch.setattr(data_module, 'RACY', 60)  # files this young are read again all the same
+  monkeypatch.setattr(token_stream, 'RACY', 60)  # files this young are read again all the same
   with pytest.raises(TypeError):
     _open(folder, tokenizer='bpe:300')
 
@@ -287,7 +287,7 @@ def test_a_warm_start_neither_reads_nor_trains(folder: Path, monkeypatch: pytest
 @pytest.mark.parametrize('wait, racy', [(0.05, 0.0), (0.0, 2.0)])  # by its stamp; by its youth
 def test_a_changed_source_is_noticed(
     folder: Path, wait: float, racy: float, monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr(data_module, 'RACY', racy)
+  monkeypatch.setattr(token_stream, 'RACY', racy)
   for path in (folder / 'text').iterdir():
     os.utime(path, (1, 1))
   path = max((folder / 'text').iterdir(), key=os.path.getsize)

@@ -210,7 +210,7 @@ runpy.run_path('train.py', run_name='__main__')
   assert out.startswith(f"{done.pid} ['-c'") and out.strip().endswith('glibc.malloc.hugetlb=1')
 
 
-REAL = ('from moejax import config, experiment\n\n\n'
+REAL = ('from moejax import config\nfrom moejax.train.experiment import config as experiment\n\n\n'
         'def get_config():\n  return config.to_config_dict(experiment.ExperimentConfig())\n')
 
 

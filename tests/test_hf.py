@@ -25,7 +25,7 @@ from moejax.config import ConfigError, check
 from moejax.data.sources import DataConfig
 from moejax.data.tokenizer import load_tokenizer
 from moejax.families import FAMILIES
-from moejax.hf import __main__ as hf
+from moejax.hf import import_model
 from moejax.hf import logits as opened
 from moejax.hf.__main__ import main
 from moejax.hf.safetensors.directory import Tensors, open_tensors
@@ -350,7 +350,7 @@ def test_an_import_that_breaks_off_leaves_nothing(
   elif where == 'the save':
     monkeypatch.setattr(Checkpoints, 'save', fail(SaveFailed))
   else:
-    monkeypatch.setattr(hf, 'origin_of', fail(OSError))
+    monkeypatch.setattr(import_model, 'origin_of', fail(OSError))
   assert run('import', GOLDEN / 'llama', f'--out={tmp_path / "run"}') == 2
   assert capfd.readouterr().err.endswith('moejax.hf: no more\n') and not os.listdir(tmp_path)
 

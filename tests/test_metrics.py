@@ -145,7 +145,8 @@ def test_no_tensorflow_even_where_there_is_one_and_nothing_heavy_to_import(tmp_p
   code = ('import sys; import moejax.train.telemetry.tensorboard as m; import numpy as np; import jax\n'
           'assert not {"tensorboard", "PIL"} & sys.modules.keys()\n'
           'b = m.TensorBoard(sys.argv[1] + "/b", 0); b.scalars(1, {"a": 1.0}); b.text("t", "x", 1)\n'
-          'b.image("i", m.load_image(np.ones((2, 2))), 1); b.close()\n'
+          'from moejax.train.telemetry.load_plots import load_image\n'
+          'b.image("i", load_image(np.ones((2, 2))), 1); b.close()\n'
           'print("fine")')
   env = os.environ | {'PYTHONPATH': f'{tmp_path}{os.pathsep}{Path(__file__).parents[1]}'}
   run = subprocess.run([sys.executable, '-c', code, str(tmp_path)], capture_output=True, text=True, env=env)
@@ -172,10 +173,11 @@ LIMITED = """
 import json, logging, resource, sys
 from pathlib import Path
 import numpy as np
-from moejax import faults
-from moejax.appended import Appended
-from moejax.metrics import MetricsLog, TensorBoard
-from moejax.probes import Probes
+from moejax.runtime import faults
+from moejax.runtime.append_log import Appended
+from moejax.train.telemetry.metrics_log import MetricsLog
+from moejax.train.telemetry.tensorboard import TensorBoard
+from moejax.train.telemetry.routing_probe import Probes
 
 def room(size):
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
@@ -192,7 +194,7 @@ for step in range(1, 9):
   assert churn == {} if step == 1 else not churn['churn'].any()
   assert log.rows()[-1]['step'] == (2 if 3 <= step <= 5 else step)
 assert [row['step'] for row in log.rows()] == [1, 2, 6, 7, 8] and probes.steps() == [1, 2, 6, 7, 8]
-assert sorted(probes.saturation()) == [1, 2, 6, 7] and not list((home / 'probes').glob('*.new'))
+assert sorted(probes.saturation()) == [1, 2, 6, 7] and not list((home / 'probes').glob('*.tmp'))
 """
 
 
@@ -221,7 +223,7 @@ def test_the_head_waits_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
   board = TensorBoard(tmp_path, 2)
   now = {('log', faults._passed['log'] + 1): 'full'}
   with monkeypatch.context() as patched:
-    patched.setattr(faults, 'plan', lambda: now)
+    patched.setattr(faults, 'parse_environment', lambda: now)
     board.scalars(3, {'loss': 30})
   board.scalars(4, {'loss': 40})
   board.close()

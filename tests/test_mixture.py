@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from moejax.config import ConfigError, flags, from_config_dict, frozendict, to_config_dict
-from moejax.data import mixture, sources
-from moejax.data import pipeline as data_module
+from moejax.data import mixture, sources, token_stream
 from moejax.data.batch import Batch
 from moejax.data.holdout import digest_of, survey_of
 from moejax.data.pipeline import Data, Rows, open_data
@@ -321,7 +320,7 @@ def test_a_document_of_two_tasks_is_on_one_side_in_both(folder: Path) -> None:
 
 
 def test_what_others_hold_out_leaves_no_trace_in_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr(data_module, 'RACY', 0)
+  monkeypatch.setattr(token_stream, 'RACY', 0)
   _copy_notes_into_code(folder)
   alone = _open(folder, {'code': 1})
   mixed = _open(folder, {'code': 1, 'notes': 1})
@@ -367,7 +366,7 @@ def _sampled(folder: Path, weights: dict[str, float], monkeypatch: pytest.Monkey
     seen.extend(documents)
     return load_tokenizer(spec, seen)
 
-  monkeypatch.setattr(data_module, 'load_tokenizer', load)
+  monkeypatch.setattr(token_stream, 'load_tokenizer', load)
   _open(folder, weights, tokenizer='bpe:260', batch_size=1)
   bytes_of = Counter()
   for text in seen:
@@ -381,7 +380,7 @@ def _sampled(folder: Path, weights: dict[str, float], monkeypatch: pytest.Monkey
                                      {'code': 1, 'maths': 2, 'notes': 7}])
 def test_the_tokenizer_learns_from_all_as_they_are_weighted(
     folder: Path, weights: dict[str, float], sample: int, monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr(data_module, 'TOKENIZER_SAMPLE', sample)
+  monkeypatch.setattr(token_stream, 'TOKENIZER_SAMPLE', sample)
   found = _sampled(folder, weights, monkeypatch)
   total = sum(found.values())
   assert total <= sample * 1.2 and (total > sample / 2.5 or sample > 10_000)
@@ -390,7 +389,7 @@ def test_the_tokenizer_learns_from_all_as_they_are_weighted(
 
 
 def test_a_long_document_does_not_drown_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr(data_module, 'TOKENIZER_SAMPLE', 4000)
+  monkeypatch.setattr(token_stream, 'TOKENIZER_SAMPLE', 4000)
   for path in (folder / 'maths').iterdir():
     path.unlink()
   (folder / 'maths' / 'x.txt').write_text('pqrs\n' * 4000)
@@ -430,10 +429,10 @@ def test_fingerprint_tells_tasks_weights_and_texts(folder: Path) -> None:
 
 
 def test_a_warm_start_neither_reads_nor_trains(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr(data_module, 'RACY', 0)
+  monkeypatch.setattr(token_stream, 'RACY', 0)
   before = _open(folder, tokenizer='bpe:300')
   monkeypatch.setattr(sources, '_read', None)
-  monkeypatch.setattr(data_module, 'load_tokenizer', None)
+  monkeypatch.setattr(token_stream, 'load_tokenizer', None)
   after = _open(folder, tokenizer='bpe:300')
   assert after.fingerprint == before.fingerprint and _equal(after.batch(3), before.batch(3))
 

@@ -199,7 +199,7 @@ def test_a_vocabulary_that_needs_no_data() -> None:
   def of(tokenizer: str, size: int = 0) -> int:
     model = dataclasses.replace(CONFIG.model, vocab_size=size)
     cfg = dataclasses.replace(CONFIG, model=model, data=DataConfig(tokenizer=tokenizer))
-    return plan.with_vocabulary(cfg).model.vocab_size
+    return plan.with_known_vocabulary(cfg).model.vocab_size
 
   assert (of('bytes'), of('bpe:2048'), of('some/tokenizer.json', 99)) == (257, 2048, 99)
   with pytest.raises(ConfigError, match='a plan reads no data: give --config.model.vocab_size=N'):

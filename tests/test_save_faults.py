@@ -28,7 +28,7 @@ from moejax.data.tokenizer import load_tokenizer
 from moejax.hf.logits import token_ids
 from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
 from moejax.train.experiment.run_dir import open_run, read_config, read_setup, write_config
-from moejax.train.initial_state import computed
+from moejax.train.initial_state import model_fingerprint
 from moejax.train.shapes import mesh_of, target_of
 from moejax.train.telemetry.routing_probe import Probes
 
@@ -172,7 +172,7 @@ def refusal(cfg: ExperimentConfig) -> str:
   cfg = with_vocabulary(cfg, data.vocab_size)
   checkpoints = Checkpoints(Path(cfg.workdir) / 'checkpoints', cfg.checkpoint, readonly=True)
   try:
-    checkpoints.restore(target_of(cfg, mesh_of(cfg)), data.fingerprint | computed(cfg.model))
+    checkpoints.restore(target_of(cfg, mesh_of(cfg)), data.fingerprint | model_fingerprint(cfg.model))
   except ConfigError as error:
     return str(error)
   return ''

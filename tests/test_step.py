@@ -292,9 +292,9 @@ def test_a_fault_on_purpose_is_in_the_program_only_when_asked_for(monkeypatch: p
     return str(jax.make_jaxpr(functools.partial(train_step, cfg=CONFIG))(start(CONFIG), make_batch()))
   unset = program()
   with monkeypatch.context() as m:
-    m.setattr(step, 'spoilt', lambda point, numbers, step: numbers)
+    m.setattr(step, 'inject', lambda point, numbers, step: numbers)
     assert program() == unset
-  monkeypatch.setattr(faults, 'plan', lambda: faults.planned('nan@loss:2,inf@gradient:3,nan@validation:1'))
+  monkeypatch.setattr(faults, 'parse_environment', lambda: faults.planned('nan@loss:2,inf@gradient:3,nan@validation:1'))
   assert program() != unset
   run = jax.jit(lambda state, batch: train_step(state, batch, CONFIG), compiler_options=QUICK)
   state, metrics = run(start(CONFIG), make_batch())

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -437,8 +438,10 @@ def test_every_file_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch
   monkeypatch.setattr(Path, 'rename', lambda path, target: (done.append('rename'), rename(path, target))[1])
   write(tmp_path / 'm', {'a': noise((9,), 'U8'), 'b': noise((9,), 'U8')}, 10, **{'config.json': '{}'})
   *synced, last, renamed, parent = done
-  assert {Path(path).name for path in synced} == {path.name for path in (tmp_path / 'm').iterdir()}
-  assert all(path.stat().st_size == sizes[path.name] for path in (tmp_path / 'm').iterdir())
+  written = {path.name: path.stat().st_size for path in (tmp_path / 'm').iterdir()}
+  temporary = re.compile(r'\.[0-9a-f]{32}\.tmp$')   # the name that each had until it was whole
+  assert {temporary.sub('', Path(path).name) for path in synced} == {*written}
+  assert {temporary.sub('', name): size for name, size in sizes.items() if temporary.search(name)} == written
   assert (last, renamed, parent) == (str(tmp_path / 'm.moejax-partial'), 'rename', str(tmp_path))
 
 
@@ -446,7 +449,8 @@ def test_a_killed_write_leaves_what_the_next_one_takes_away_and_two_do_not_meet(
   code = f"""
 import sys, time
 import numpy as np
-from moejax.tensors import Spec, write_tensors
+from moejax.hf.safetensors.directory import write_tensors
+from moejax.hf.safetensors.file import Spec
 specs = [Spec('a', (9,), 'U8', lambda: np.zeros(9, np.uint8)),
          Spec('b', (9,), 'U8', lambda: (print('here', flush=True), time.sleep(60)))]
 write_tensors({str(tmp_path / 'm')!r}, specs, {{}}, 10)

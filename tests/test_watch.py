@@ -7,7 +7,7 @@ import pytest
 
 CODE = """
 import sys, pathlib, time
-from moejax.watch import beat, watch
+from moejax.runtime.watchdog import beat, watch
 with watch(0.6, pathlib.Path(sys.argv[1])):
   time.sleep(0.9)                       # nothing is too long before the first beat
   for _ in range(3):

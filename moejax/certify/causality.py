@@ -20,7 +20,7 @@ from jax import Array
 
 from moejax.certify.cases import Plan, router_name
 from moejax.certify.report import Check, Worst, number
-from moejax.data.batch import IGNORE, Batch
+from moejax.data.batch import make_batch
 from moejax.model.config import AttentionConfig, InitConfig, ModelConfig
 from moejax.model.transformer import Draws, Transformer
 from moejax.moe.dispatch.dispatchers import DISPATCHERS, DispatchConfig
@@ -83,8 +83,7 @@ def random_model(key: Array, subject: Subject) -> Transformer:
 
 def outputs(key: Array, tokens: Array, subject: Subject) -> Array:
   """The output of each layer, 0: of the embedding. [ROWS, LENGTH] -> [L + 1, ROWS, LENGTH, D]."""
-  model, ones = random_model(key, subject), jnp.ones_like(tokens)
-  batch = Batch(tokens, jnp.full_like(tokens, IGNORE), tokens < 0, ones, jnp.cumsum(ones, 1) - 1, tokens[:, 0] * 0)
+  model, batch = random_model(key, subject), make_batch(tokens)
   bias = 0.1 * jax.random.normal(key, (LAYERS, EXPERTS)) * SELECTIONS[subject.router.selection].takes_bias
   draws = Draws(key, jnp.arange(ROWS)) if subject.router.random else None
 

@@ -18,7 +18,7 @@ from moejax.certify.cases import Plan
 from moejax.certify.oracle import balance as oracle_balance
 from moejax.certify.oracle import routing as oracle
 from moejax.certify.report import Check, Worst
-from moejax.data.batch import IGNORE, Batch
+from moejax.data.batch import IGNORE, Batch, make_batch
 from moejax.model.config import REMAT_POLICIES
 from moejax.moe.dispatch.dispatchers import DISPATCHERS, DispatchConfig
 from moejax.moe.routing import SCORE_FNS, RouterConfig, Routing
@@ -86,9 +86,14 @@ class Same:
 
 def wide(by: int = 5) -> Batch:
   """The batch with columns of padding on its right, that hold garbage."""
-  fills = Batch(7, IGNORE, False, 0, 0, 0)
-  return Batch(*(np.pad(a, ((0, 0), (0, by)), constant_values=fill) if a.ndim > 1 else a
-                 for a, fill in zip(tiny.batch(), fills)))
+  narrow = tiny.batch()
+  padding = ((0, 0), (0, by))
+  return make_batch(
+    np.pad(narrow.tokens, padding, constant_values=7),
+    np.pad(narrow.targets, padding, constant_values=IGNORE),
+    np.pad(narrow.segment_ids, padding),
+    np.pad(narrow.positions, padding),
+    narrow.task_ids)
 
 
 def variants(plan: Plan) -> Iterator[Variant]:
@@ -144,7 +149,7 @@ def documents(*rows: tuple[int, ...]) -> Batch:
     fills = (3, IGNORE, 0, 0)
     padded.append([column + [fill] * (tiny.LENGTH - len(column)) for column, fill in zip(columns, fills)])
   tokens, targets, segments, positions = (np.array(column, np.int32) for column in zip(*padded))
-  return Batch(tokens, targets, targets != IGNORE, segments, positions, np.zeros(len(rows), np.int32))
+  return make_batch(tokens, targets, segments, positions)
 
 
 def invariance_line(plan: Plan) -> Iterator[Check]:

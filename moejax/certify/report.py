@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moejax.runtime.files import write_whole
+
 BAR = 10   # cells: one for each power of ten between what was found and what is allowed
 
 
@@ -173,8 +175,8 @@ def to_markdown(certificate: Certificate) -> str:
 def write(certificate: Certificate, directory: pathlib.Path) -> None:
   """certificate.json and certificate.md."""
   directory.mkdir(parents=True, exist_ok=True)
-  (directory / 'certificate.json').write_text(to_json(certificate))
-  (directory / 'certificate.md').write_text(to_markdown(certificate))
+  write_whole(directory / 'certificate.json', to_json(certificate))
+  write_whole(directory / 'certificate.md', to_markdown(certificate))
 
 
 def rewrite_readme(certificate: Certificate, path: pathlib.Path) -> None:
@@ -193,7 +195,7 @@ def rewrite(path: pathlib.Path, name: str, body: str) -> None:
   old, closed, tail = rest.partition(end)
   if not found or not closed:
     raise ValueError(f'{path} does not hold {begin} and, after it, {end}: put both where the table belongs')
-  path.write_text(f'{head}{begin}\n{body}\n{end}{tail}')
+  write_whole(path, f'{head}{begin}\n{body}\n{end}{tail}')
 
 
 class Terminal:

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from moejax.certify.cases import Plan
 from moejax.checkpoint.checkpoints import CheckpointConfig, Checkpoints
 from moejax.config import frozendict
-from moejax.data.batch import IGNORE, Batch
+from moejax.data.batch import IGNORE, Batch, make_batch
 from moejax.model.config import AttentionConfig, ModelConfig
 from moejax.model.cross_entropy import LossConfig
 from moejax.model.transformer import Transformer
@@ -95,13 +95,7 @@ def batch(seed: int = 0) -> Batch:
 
 def packed(text: np.ndarray, segments: np.ndarray) -> Batch:
   """The batch of ids [B, S + 1] in documents [B, S], 0 for padding; all of task 0."""
-  positions = np.zeros(segments.shape, int)
-  for i in range(1, segments.shape[1]):
-    positions[:, i] = np.where(segments[:, i] == segments[:, i - 1], positions[:, i - 1] + 1, 0)
-  targets = np.where(segments > 0, text[:, 1:], IGNORE)
-  ints = (np.array(a, np.int32) for a in (text[:, :-1], targets, segments, positions, np.zeros(len(segments))))
-  tokens, targets, segments, positions, tasks = ints
-  return Batch(tokens, targets, targets != IGNORE, segments, positions, tasks)
+  return make_batch(text[:, :-1], np.where(segments > 0, text[:, 1:], IGNORE), segments)
 
 
 def start(plan: Plan, cfg: ExperimentConfig) -> state.TrainState:

@@ -6,7 +6,7 @@ A fingerprint is name -> value as text: of the data, and of what the model compu
 from collections.abc import Mapping
 
 from moejax.config import check
-from moejax.config.fields import parts
+from moejax.config.fields import walk_fields
 
 # What checkpoint.accept may name -> the parts of a fingerprint that may then be others; what is in no row follows.
 ACCEPT = {
@@ -58,6 +58,9 @@ def accept_problem(accept: str) -> str:
 
 def changes(old: object, new: object) -> list[str]:
   """A line for each field of a config that is another now than when the run was started last."""
-  before, after = dict(parts(old)), dict(parts(new))
-  return [f'{name} {before[name]} -> {after[name]}' for name in after
-          if before[name] != after[name] and name not in ALWAYS]
+  before = dict(walk_fields(old))
+  return [
+    f'{path} {before[path]!r} -> {value!r}'
+    for path, value in walk_fields(new)
+    if before[path] != value and path not in ALWAYS
+  ]

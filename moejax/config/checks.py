@@ -19,6 +19,26 @@ def check(*problems: str) -> None:
     raise ConfigError(*found)
 
 
+def problem_if(wrong: object, problem: str) -> str:
+  """The problem where something is wrong, '' where it is not: an argument of `check`."""
+  return problem if wrong else ''
+
+
+def at_least(least: float, config: object, *fields: str, meaning: str = '') -> list[str]:
+  """A problem for each of the fields of a config that is less than `least`, or not a number.
+
+  meaning: what the least value stands for, as in 'use 0 (off) or more'.
+  """
+  values = {name: getattr(config, name) for name in fields}
+  remedy = f'use {least}{meaning and f" ({meaning})"} or more'
+  return [f'{name}={value}: {remedy}' for name, value in values.items() if not value >= least]
+
+
+def not_one_of(name: str, value: str, known: Collection[str]) -> str:
+  """The problem of a name that is not in a table, with all that are; '' where it is."""
+  return problem_if(value not in known, f'{name}={value!r} is not one of {sorted(known)}')
+
+
 def unknown(path: str, known: Collection[str]) -> str:
   """The message for a field that is not there: the nearest name, or all of them where none is near."""
   near = difflib.get_close_matches(path.rpartition('.')[2], known, 1) or sorted(known)

@@ -7,13 +7,13 @@ import difflib
 import inspect
 import runpy
 import traceback
-from collections.abc import Iterator
 from typing import TypeVar, get_args
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from moejax.config import ConfigError, check, from_config_dict, to_config_dict
+from moejax.config.fields import walk_fields
 
 T = TypeVar('T')
 
@@ -26,7 +26,7 @@ def parse_flags(argv: list[str], cls: type[T], default: str) -> T:
   problems: list[str] = []
   path, workdir, rest = _split(argv, default, problems)
   config = _load(path, cls, problems)
-  names = [name for name, _ in _fields(config)]
+  names = [name for name, _ in walk_fields(config)]
   for arg in rest:
     is_override = arg.startswith(('--config.', '--noconfig.'))
     problems += _override(config, arg, names) if is_override else [_stray(arg, names)]
@@ -43,13 +43,7 @@ def parse_flags(argv: list[str], cls: type[T], default: str) -> T:
 def describe(argv: list[str], cls: type, default: str) -> str:
   """Every field of the config file that `argv` names, as the flag that would set it to what it is."""
   config = _load(_split(argv, default, [])[0], cls, [])
-  return '\n'.join(f'  --config.{name}={value!r}' for name, value in _fields(config))
-
-
-def _fields(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, object]]:
-  for name, value in config.items():
-    is_section = isinstance(value, ConfigDict)
-    yield from _fields(value, f'{prefix}{name}.') if is_section else [(prefix + name, value)]
+  return '\n'.join(f'  --config.{name}={value!r}' for name, value in walk_fields(config))
 
 
 def _split(argv: list[str], default: str, problems: list[str]) -> tuple[str, str, list[str]]:

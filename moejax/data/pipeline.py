@@ -19,7 +19,7 @@ import grain
 import numpy as np
 
 from moejax.config import check
-from moejax.data.batch import IGNORE, Batch
+from moejax.data.batch import IGNORE, Batch, make_batch
 from moejax.data.holdout import digest_of, split
 from moejax.data.sources import DataConfig
 from moejax.data.token_stream import _digest, _naming, _stream, _texts, _tokenizer
@@ -74,7 +74,7 @@ class Data:
   def batch(self, step: int, rows: Sequence[int] = ()) -> Batch:
     """Training batch number `step`, or rows of it, the same whatever was asked before; epochs follow without a seam."""
     B = self._shape[0]
-    return _batch(*map(np.stack, zip(*(self._rows[step * B + row] for row in rows or range(B)))), self.tokenizer.eod_id)
+    return batch_from_rows(*map(np.stack, zip(*(self._rows[step * B + row] for row in rows or range(B)))), self.tokenizer.eod_id)
 
   def validation(self, max_batches: int = 0, rows: Sequence[int] = ()) -> Iterator[Batch]:
     """The held-out streams, each in order, the last row of each and the last batch padded; or `max_batches` of it,
@@ -94,7 +94,7 @@ class Data:
         task_ids[row], n = tasks[chosen], places[chosen]
         chunk = self._validation[tasks[chosen]][n * S:(n + 1) * S + 1]
         ids[row, :len(chunk)] = chunk
-      yield _batch(ids, task_ids, self.tokenizer.eod_id)
+      yield batch_from_rows(ids, task_ids, self.tokenizer.eod_id)
 
   def train_text(self) -> bytes:
     """The training text, read anew (a compressor's dictionary); ConfigError when it is another by now."""
@@ -157,15 +157,18 @@ def _labelled(task: int) -> Callable[[np.ndarray], tuple[np.ndarray, np.int32]]:
   return lambda row: (row, np.int32(task))
 
 
-def _batch(rows: np.ndarray, task_ids: np.ndarray, eod_id: int) -> Batch:
-  """[B, S + 1] ids, -1 past the end of the stream, and [B] tasks -> Batch."""
+def batch_from_rows(rows: np.ndarray, task_ids: np.ndarray, eod_id: int) -> Batch:
+  """[B, S + 1] ids of streams, -1 past the end of one, and [B] tasks -> Batch.
+
+  An end-of-document token opens a document; a row may start inside one.
+  """
   tokens, targets = rows[:, :-1], rows[:, 1:]
-  mask = targets >= 0
-  opens = (tokens == eod_id) & mask
-  index = np.arange(tokens.shape[1], dtype=np.int32)
-  segments = np.cumsum(opens, axis=1, dtype=np.int32) + ~opens[:, :1]  # 1 first, also inside a document
-  positions = index - np.maximum.accumulate(np.where(opens, index, 0), axis=1)
-  return Batch(
-    np.where(mask, tokens, eod_id).astype(np.int32), np.where(mask, targets, IGNORE).astype(np.int32), mask,
-    np.where(mask, segments, 0).astype(np.int32), np.where(mask, positions, 0).astype(np.int32),
-    task_ids)
+  is_real = targets >= 0
+  opens = (tokens == eod_id) & is_real
+  segments = np.cumsum(opens, axis=1, dtype=np.int32) + ~opens[:, :1]  # the row's first one is 1
+  return make_batch(
+    tokens=np.where(is_real, tokens, eod_id),
+    targets=np.where(is_real, targets, IGNORE),
+    segment_ids=np.where(is_real, segments, 0),
+    task_ids=task_ids,
+  )

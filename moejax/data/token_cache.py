@@ -4,13 +4,13 @@ import contextlib
 import hashlib
 import logging
 import time
-import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
 from moejax.config import ConfigError
+from moejax.runtime.files import whole_file
 
 logger = logging.getLogger('moejax')
 
@@ -49,13 +49,9 @@ def _write(path: Path, chunks: Iterable[bytes]) -> None:
     with contextlib.suppress(FileNotFoundError):
       if time.time() - stale.stat().st_mtime > 3600:
         stale.unlink()
-  temporary, seal = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp'), _seal(path, b'')
-  try:
-    with open(temporary, 'xb') as file:
-      for chunk in chunks:
-        file.write(chunk)
-        seal.update(chunk)
-      file.write(seal.digest())
-    temporary.replace(path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  seal = _seal(path, b'')
+  with whole_file(path) as file:
+    for chunk in chunks:
+      file.write(chunk)
+      seal.update(chunk)
+    file.write(seal.digest())

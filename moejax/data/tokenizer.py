@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moejax.config import ConfigError, check
+from moejax.runtime.files import write_whole
 
 logger = logging.getLogger('moejax')
 
@@ -66,7 +67,7 @@ class Tokenizer:
 
   def save(self, path: str | Path) -> None:
     """Writes the tokenizer.json that `load_tokenizer(path)` gives back, digest and all."""
-    Path(path).write_bytes(self.json_text.encode())
+    write_whole(Path(path), self.json_text)
 
 
 def spec_problem(spec: str) -> str:

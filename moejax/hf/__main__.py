@@ -10,7 +10,6 @@ What an import makes is the run directory of a model at step 0: `generate` runs 
 """
 
 import argparse
-import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from rich.table import Table
 from moejax.checkpoint.checkpoints import NoLoadableCheckpoint
 from moejax.checkpoint.writer import SaveFailed
 from moejax.config import ConfigError
+from moejax.config.fields import walk_fields
 from moejax.hf.export_model import DTYPES, export_model
 from moejax.hf.import_model import import_model, run_config
 from moejax.hf.logits import write_logits
@@ -51,17 +51,15 @@ def show(directory: str) -> None:
     'tokenizer': f'{tokenizer.vocab_size:,} tokens' if tokenizer else f'no {TOKENIZER_FILE}',
   }
   table = Table('', directory)
-  for name, value in (facts | unusual(cfg, ModelConfig())).items():
+  for name, value in (facts | unusual(cfg)).items():
     table.add_row(name, str(value))
   Console().print(table)
 
 
-def unusual(cfg: object, plain: object, path: str = '') -> dict[str, object]:
-  """Dotted path -> value of every field that is not what it is in `plain`."""
-  if not dataclasses.is_dataclass(cfg):
-    return {} if cfg == plain else {path: cfg}
-  return {name: value for field in vars(cfg)
-          for name, value in unusual(vars(cfg)[field], vars(plain)[field], f'{path}.{field}'.lstrip('.')).items()}
+def unusual(cfg: ModelConfig) -> dict[str, object]:
+  """Dotted path -> value of every field that does not have its default."""
+  plain = dict(walk_fields(ModelConfig()))
+  return {path: value for path, value in walk_fields(cfg) if value != plain[path]}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -17,7 +17,7 @@ from moejax.hf.weights import published
 from moejax.model.config import ModelConfig
 from moejax.moe.balance.config import BalanceConfig
 from moejax.moe.bias import BiasState
-from moejax.runtime.files import staged
+from moejax.runtime.files import staged, write_whole
 from moejax.sharding.mesh import MeshConfig
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.run_dir import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, read_tokenizer
@@ -40,7 +40,7 @@ def import_model(directory: str, out: str, mesh: MeshConfig = ONE_DEVICE) -> Non
     if tokenizer:
       tokenizer.save(partial / TOKENIZER_FILE)
     for name, content in ((CONFIG_FILE, dataclasses.asdict(cfg)), (ORIGIN_FILE, origin_of(source)._asdict())):
-      (partial / name).write_text(json.dumps(content, indent=2) + '\n')
+      write_whole(partial / name, json.dumps(content, indent=2) + '\n')
   say(f'imported {directory} to {out} in {time.monotonic() - start:.1f} s')
 
 

@@ -6,15 +6,15 @@ Letters: B batch, S sequence, V vocab, L layers, E experts.
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from moejax.config import ConfigError, check
-from moejax.data.batch import Batch
+from moejax.data.batch import make_batch
 from moejax.hf.progress import progress
 from moejax.hf.weights import Published, published, read_weights
 from moejax.model.transformer import Transformer
+from moejax.runtime.files import whole_path
 from moejax.sharding.mesh import MeshConfig, make_mesh
 from moejax.train.experiment.run_dir import CHECKPOINTS, read_model_on, read_setup
 
@@ -58,22 +58,17 @@ def write_logits(directory: str, tokens_file: str, out: str) -> None:
     bias = router.bias
   else:
     model, bias = read(source, ONE_DEVICE)
-  partial = Path(f'{out}.moejax-partial')
-  try:
+  with whole_path(Path(out)) as partial:
     # A row at a time: all logits of a long batch are larger than the model.
     rows = np.lib.format.open_memmap(partial, 'w+', np.float32, (*tokens.shape, vocab_size))
     for row, ids in zip(rows, tokens):
       row[...] = logits(model, bias, ids[None])[0]
     rows.flush()
-    partial.replace(out)
-  finally:
-    partial.unlink(missing_ok=True)
 
 
 @jax.jit
 def logits(model: Transformer, bias: Array, tokens: Array) -> Array:
   """Of whole rows, each one document. tokens [B, S], bias [L, E] -> [B, S, V] f32."""
-  ones, at = jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  batch = Batch(tokens, tokens, ones > 0, ones, at, jnp.zeros_like(tokens[:, 0]))
+  batch = make_batch(tokens)
   with jax.default_matmul_precision('highest'):
     return model.logits(model(batch, bias).hidden)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moejax.data.batch import Batch
+from moejax.data.batch import Batch, make_batch
 from moejax.model.kv_cache import AHEAD, KVCache
 from moejax.model.transformer import Caches, Transformer
 from moejax.sharding.logical_axes import constrain, replicated
@@ -119,7 +119,7 @@ def batch_of(tokens: Array, first: Array, starts: Array, alive: Array) -> Batch:
   """Tokens [B, C] from slot `first` [B] on, of rows that begin at slot `starts`; before that is padding."""
   positions = (first - starts)[:, None] + jnp.arange(tokens.shape[1])
   segments = ((positions >= 0) & alive[:, None]).astype(jnp.int32)
-  return Batch(tokens, tokens, segments > 0, segments, jnp.maximum(positions, 0), jnp.zeros_like(starts))
+  return make_batch(tokens, segment_ids=segments, positions=jnp.maximum(positions, 0))
 
 
 def length_of(caches: Caches) -> Array:

@@ -1,4 +1,8 @@
-"""A new directory that is whole under its name, or not there: made beside it, and renamed."""
+"""Files and directories that are whole under their names, or not there; and files that are not trusted.
+
+Whatever is written for somebody else to read is made under a temporary name, synchronised to the disk and renamed:
+whoever is killed in the act leaves no half of it.
+"""
 
 import contextlib
 import fcntl
@@ -13,28 +17,68 @@ from pathlib import Path
 
 from moejax.config import ConfigError
 
+DAMAGED = 'the file is damaged or cut short: fetch or export it again'
+FETCH_AGAIN = 'fetch or export the directory again'
+
+
+@contextlib.contextmanager
+def whole_path(path: Path) -> Iterator[Path]:
+  """A temporary path beside `path`, whose file takes its place when the block ends well and vanishes if not.
+
+  A link at `path` is replaced and not followed. Readers see what was there before, or all of what is new.
+  """
+  temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')
+  try:
+    yield temporary
+    # A rename may reach the disk before the bytes do, unless these are sent first.
+    with open(temporary, 'rb') as file:
+      os.fsync(file.fileno())
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[io.BufferedWriter]:
+  """A new file to write to, which takes the place of `path` when the block ends well; see `whole_path`."""
+  with whole_path(path) as temporary, open(temporary, 'xb') as file:
+    yield file
+    file.flush()
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+  """A file with this content, or what was there before."""
+  with whole_file(path) as file:
+    file.write(content.encode() if isinstance(content, str) else content)
+
 
 def expect_room(target: Path) -> None:
   """ConfigError where something is already: worth asking before long work."""
-  if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+  is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+  if not is_free:
     raise ConfigError(f'{target} is there and not empty; name another directory, or move it away')
 
 
 @contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
-  """An empty directory beside the target, which becomes the target when the block ends well, and vanishes if not."""
+  """An empty directory beside the target, which becomes the target when the block ends well, and vanishes if not.
+
+  Raises:
+    ConfigError: the target holds something, or another process is making it.
+  """
   expect_room(target)
   partial = target.with_name(f'{target.name}.moejax-partial')
   partial.mkdir(parents=True, exist_ok=True)
-  lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)  # goes with the process, however that dies
+  # The lock goes with the process, however that dies.
+  lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
   try:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise ConfigError(f'{target} is being written by another process; wait for it, or name another') from None
+      busy = f'{target} is being written by another process; wait for it, or name another'
+      raise ConfigError(busy) from None
     try:
-      for stale in partial.iterdir():  # of a process that was killed
-        shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
+      _clear(partial)
       yield partial
       os.fsync(lock)
       partial.rename(target)
@@ -48,50 +92,61 @@ def staged(target: Path) -> Iterator[Path]:
   os.close(parent)
 
 
-def write_whole(path: Path, text: str) -> None:
-  """A file with this text, or what was there before; a link in its place is not followed."""
-  temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')
-  temporary.write_bytes(text.encode())
-  temporary.replace(path)
-
-
-AGAIN = 'fetch or export the directory again'
+def _clear(directory: Path) -> None:
+  """Removes what a process that was killed left in the directory."""
+  for stale in directory.iterdir():
+    if stale.is_dir() and not stale.is_symlink():
+      shutil.rmtree(stale)
+    else:
+      stale.unlink()
 
 
 def inside(directory: Path, name: str) -> Path:
-  """The file's path; ConfigError where it leads out of the directory, but to the blobs of a cache of snapshots."""
+  """The path of a file in the directory.
+
+  Raises:
+    ConfigError: it leads out of the directory, and not to the blobs of a cache of snapshots.
+  """
   root = directory.resolve()
-  homes = [root, root.parents[1] / 'blobs'] if root.parent.name == 'snapshots' else [root]
+  homes = [root]
+  if root.parent.name == 'snapshots':
+    homes.append(root.parents[1] / 'blobs')
   try:
     target = (root / name).resolve()
   except RuntimeError as error:  # links in a circle
-    raise bad_file(directory, 'the name of a file in it', f'{name!r:.200} ({error})', AGAIN) from error
+    found = f'{name!r:.200} ({error})'
+    raise bad_file(directory, 'the name of a file in it', found, FETCH_AGAIN) from error
   if not any(target.is_relative_to(home) for home in homes):
-    raise bad_file(directory, 'files inside it only', f'{name!r:.200}, which is {target}', 'copy the file there')
+    found = f'{name!r:.200}, which is {target}'
+    raise bad_file(directory, 'files inside it only', found, 'copy the file there')
   return directory / name
 
 
 def read_json(directory: Path, name: str) -> dict[str, object]:
-  """The JSON object in a file of the directory, {} without the file; ConfigError where it is another thing."""
+  """The JSON object in a file of the directory; {} without the file.
+
+  Raises:
+    ConfigError: the file holds another thing, or is not inside the directory.
+  """
   path = inside(directory, name)
   return parse_json_object(path, path.read_bytes()) if path.is_file() else {}
 
 
-DAMAGED = 'the file is damaged or cut short: fetch or export it again'
-
-
-def bad_file(path: Path, expected: object, found: object, remedy: str = DAMAGED) -> ConfigError:
-  """The error for a file of a model that cannot be read as it is."""
-  return ConfigError(f'{path}: expected {expected}, found {found}; {remedy}')
-
-
 def parse_json_object(path: Path, raw: bytes) -> dict[str, object]:
-  """The JSON object in the bytes; ConfigError where it is none or says one thing twice."""
+  """The JSON object in the bytes of the file at `path`.
+
+  Raises:
+    ConfigError: it is none, says one thing twice, or has a name that would garble a terminal or a log.
+  """
+
   def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    if twice := [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]:
-      raise bad_file(path, 'every name once', f'duplicated {twice[0]!r}')
-    if odd := [name for name, _ in pairs if not name.isprintable()]:  # it would garble a terminal or a log
-      raise bad_file(path, 'names that can be printed', repr(odd[0]))
+    counts = Counter(name for name, _ in pairs)
+    for name, count in counts.items():
+      if count > 1:
+        raise bad_file(path, 'every name once', f'duplicated {name!r}')
+    for name in counts:
+      if not name.isprintable():
+        raise bad_file(path, 'names that can be printed', repr(name))
     return dict(pairs)
 
   try:
@@ -105,10 +160,6 @@ def parse_json_object(path: Path, raw: bytes) -> dict[str, object]:
   return found
 
 
-@contextlib.contextmanager
-def durable(path: Path) -> Iterator[io.BufferedWriter]:
-  """A new file to write to, on the disk when the block ends: a rename after it cannot overtake its bytes."""
-  with open(path, 'xb') as file:
-    yield file
-    file.flush()
-    os.fsync(file.fileno())
+def bad_file(path: Path, expected: object, found: object, remedy: str = DAMAGED) -> ConfigError:
+  """The error for a file that cannot be read as it is."""
+  return ConfigError(f'{path}: expected {expected}, found {found}; {remedy}')

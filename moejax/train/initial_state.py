@@ -1,17 +1,15 @@
 """How a run begins: from random numbers, with another run's model, or with experts made of a dense run's FFN."""
 
-import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Iterator
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.config import ConfigError, check
-from moejax.config.fields import parts
 from moejax.model.config import ModelConfig
+from moejax.model.field_roles import fields_with_role
 from moejax.model.upcycle import misfits, not_dense, outcome, upcycle
 from moejax.sharding.tree import kinds
 from moejax.train.experiment.config import ExperimentConfig
@@ -21,8 +19,6 @@ from moejax.train.shapes import target_of
 from moejax.train.step.train_state import TrainState, init_state
 
 log = logging.getLogger(__name__)
-# Fields of a model that say how it runs or began, and not what it computes.
-FREE = {f'model.{name}' for name in ('attention.implementation', 'dtype', 'init', 'moe.dispatch', 'remat', 'unroll')}
 
 
 def initialised(cfg: ExperimentConfig, target: TrainState, mesh: Mesh) -> TrainState:
@@ -39,7 +35,7 @@ def initialised(cfg: ExperimentConfig, target: TrainState, mesh: Mesh) -> TrainS
     return state
   source = config_of(cfg.init_from)
   dense = target_of(source, mesh)
-  others = [*differences(cfg.model, source.model)]
+  others = differences(cfg.model, source.model)
   if kinds(dense.model) == kinds(target.model):
     _, model, router = read_model(cfg.init_from, cfg, ModelAndRouter(target.model, target.router))
     log.info('the model of %s%s', cfg.init_from, ''.join(f'; {other}' for other in others))
@@ -74,19 +70,17 @@ def undivided(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
-def computed(model: ModelConfig) -> dict[str, str]:
+def model_fingerprint(model: ModelConfig) -> dict[str, str]:
   """What a model computes, and in which dtype, for the fingerprint of its checkpoints."""
-  free = tuple(f'{name}.' for name in FREE - {'model.dtype'})
-  return {name: value for name, value in parts(model, 'model.') if not f'{name}.'.startswith(free)}
+  fields = fields_with_role(model, 'function', 'training', 'precision')
+  return {f'model.{path}': repr(value) for path, value in fields.items()}
 
 
-def differences(here: object, there: object, path: str = 'model.') -> Iterator[str]:
-  """The fields that decide what a model computes and that are not the same in two configs."""
-  for field in dataclasses.fields(here):
-    a, b, name = getattr(here, field.name), getattr(there, field.name), path + field.name
-    if name in FREE:
-      continue
-    if dataclasses.is_dataclass(a):
-      yield from differences(a, b, f'{name}.')
-    elif a != b:
-      yield f'{name}={a!r} here, {b!r} there'
+def differences(here: ModelConfig, there: ModelConfig) -> list[str]:
+  """A line for each field that decides what a model computes and is not the same in two configs."""
+  ours, theirs = (fields_with_role(model, 'function', 'training') for model in (here, there))
+  return [
+    f'model.{path}={value!r} here, {theirs[path]!r} there'
+    for path, value in ours.items()
+    if value != theirs[path]
+  ]

@@ -16,6 +16,7 @@ from rich.progress import Progress, TextColumn
 
 from moejax.data.pipeline import Data
 from moejax.runtime.append_log import spared
+from moejax.runtime.files import write_whole
 from moejax.runtime.multiprocess import is_first
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.cost import devices_at_work, mfu
@@ -134,7 +135,7 @@ class Journal:
     report = {'bits_per_byte': bpb, 'best_bits_per_byte': best(rows, bpb), 'not_finite': not_finite(rows),
               'digest': digest, **self.compressed, **watched, 'saturation': self.saturation(last)}
     with spared(self.workdir / 'report.json'):
-      (self.workdir / 'report.json').write_text(as_json(report, indent=2) + '\n')
+      write_whole(self.workdir / 'report.json', as_json(report, indent=2) + '\n')
     self.say(*last_words(report, watched, self.compressed, self.usage, self.text, self.workdir, self.cfg.sample_prompt))
 
   def saturation(self, last: dict[str, object]) -> dict[str, float]:
@@ -153,7 +154,7 @@ class NullJournal:
   def __init__(self, cfg: ExperimentConfig, data: Data) -> None:
     self.cfg, self.data, self.skips_in_a_row = cfg, data, 0
 
-  def __enter__(self) -> 'Silent':
+  def __enter__(self) -> 'NullJournal':
     return self
 
   def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:

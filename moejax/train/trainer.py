@@ -28,7 +28,7 @@ from moejax.train.compile import Programs, compile_programs
 from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
 from moejax.train.experiment.run_dir import CHECKPOINTS, TOKENIZER_FILE, read_config, write_config
 from moejax.train.experiment.summary import lines, summarise
-from moejax.train.initial_state import computed, initialised
+from moejax.train.initial_state import initialised, model_fingerprint
 from moejax.train.journal import Journal, NullJournal, open_journal
 from moejax.train.shapes import mesh_of
 from moejax.train.step.train_state import TrainState
@@ -67,7 +67,7 @@ def run(cfg: ExperimentConfig, received: list[int]) -> int:
   with together(ConfigError):
     data = open_data(cfg.data, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=cfg.seed)
     full = with_vocabulary(cfg, data.vocab_size)
-  data = dataclasses.replace(data, fingerprint=data.fingerprint | computed(full.model))
+  data = dataclasses.replace(data, fingerprint=data.fingerprint | model_fingerprint(full.model))
   alike('the config', repr(vars(cfg) | {'workdir': '', 'data': ''}))   # paths may have other names on other machines
   alike('the text or tokenizer', repr(sorted(data.fingerprint.items())))
   mesh = mesh_of(full)

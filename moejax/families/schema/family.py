@@ -13,6 +13,7 @@ from moejax.config import ConfigError, check, from_config_dict
 from moejax.families.schema.config_keys import Codec, Config, Fields, Fixed, Key
 from moejax.families.schema.tensor_names import Name
 from moejax.model.config import ModelConfig
+from moejax.model.field_roles import fields_with_role
 
 # Keys that change nothing of what given weights compute, but that whoever trains on, samples or serves wants back.
 KEPT = frozenset({
@@ -23,10 +24,6 @@ KEPT = frozenset({
 # Keys of kin of these families, for what is not built here; 0, false or nothing is as good as absent.
 UNBUILT = ('attn_logit_softcapping', 'final_logit_softcapping', 'index_topk', 'param_sink_number', 'per_layer_config',
            'swa_layers', 'use_mhc')
-
-# Fields that a file says nothing about: how fast and on what it runs, how it began, what is random in training.
-_FREE = ('dtype', 'remat', 'unroll', 'init', 'attention.implementation', 'moe.dispatch', 'moe.router.jitter',
-         'moe.router.expert_dropout', 'moe.router.random_second')
 
 
 class Family(NamedTuple):
@@ -97,13 +94,10 @@ def write(family: Family, cfg: ModelConfig, kept: Config) -> dict[str, object]:
 
 
 def _decisive(cfg: ModelConfig) -> Fields:
-  """Dotted path -> value of every field that decides what given weights compute."""
-  def walk(node: object, path: str) -> Fields:
-    if not dataclasses.is_dataclass(node):
-      return {path: node}
-    return {k: v for f in dataclasses.fields(node) if (at := f'{path}.{f.name}'.lstrip('.')) not in _FREE
-            for k, v in walk(getattr(node, f.name), at).items()}
-
+  """Dotted path -> value of every field that decides what given weights compute, as a file can say it."""
+  fields = fields_with_role(cfg, 'function')
   windows = cfg.attention.windows
-  unread = {} if cfg.num_dense_layers else {'d_ff': 0}
-  return walk(cfg, '') | unread | {'attention.windows': [windows[i % len(windows)] for i in range(cfg.num_layers)]}
+  fields['attention.windows'] = [windows[i % len(windows)] for i in range(cfg.num_layers)]
+  if not cfg.num_dense_layers:
+    fields['d_ff'] = 0  # no layer reads it
+  return fields

@@ -15,7 +15,7 @@ import numpy as np
 from moejax.config import ConfigError, check
 from moejax.hf.safetensors.file import Index, Spec, Stored, read_header, write_file
 from moejax.hf.safetensors.quantised import PackedFP4, ScaledBlocks, unquantised
-from moejax.runtime.files import AGAIN, bad_file, durable, inside, parse_json_object, read_json, staged
+from moejax.runtime.files import FETCH_AGAIN, bad_file, inside, parse_json_object, read_json, staged, write_whole
 
 ONE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 PICKLES = ('*.bin', '*.pt', '*.pth', '*.pkl', '*.ckpt')
@@ -104,8 +104,7 @@ def write_tensors(directory: str | os.PathLike, specs: Iterable[Spec], extra_fil
       for file, shard in files.items():
         write_file(partial / file, shard)
       for name, content in extra_files.items():
-        with durable(partial / name) as file:
-          file.write(content.encode() if isinstance(content, str) else content)
+        write_whole(partial / name, content)
   except OSError as error:
     raise ConfigError(f'{target}: {error}; nothing was written: mend that, or name another directory') from error
 
@@ -131,21 +130,21 @@ def _indexed(directory: Path, index: Path) -> dict[str, Stored]:
   weight_map = parse_json_object(index, index.read_bytes()).pop('weight_map', None)
   if not isinstance(weight_map, dict) or not all(
       isinstance(file, str) and file.isprintable() for file in weight_map.values()):
-    raise bad_file(index, 'a weight_map of tensor to file', f'{weight_map!r:.200}', AGAIN)
+    raise bad_file(index, 'a weight_map of tensor to file', f'{weight_map!r:.200}', FETCH_AGAIN)
   shards: dict[str, set[str]] = {}
   for name, file in weight_map.items():
     shards.setdefault(file, set()).add(name)
   paths = {file: inside(directory, file) for file in shards}
   if strange := [file for file in shards if not file.endswith('.safetensors')]:
-    raise bad_file(index, 'files of safetensors, nothing else is read', _some(strange), AGAIN)
+    raise bad_file(index, 'files of safetensors, nothing else is read', _some(strange), FETCH_AGAIN)
   if gone := [file for file, path in paths.items() if not path.is_file()]:
-    raise bad_file(index, f'{len(shards)} shards beside it', f'{len(gone)} missing: {_some(gone)}', AGAIN)
+    raise bad_file(index, f'{len(shards)} shards beside it', f'{len(gone)} missing: {_some(gone)}', FETCH_AGAIN)
   stored: dict[str, Stored] = {}
   for file, wanted in shards.items():
     found = read_header(paths[file])
     if found.keys() != wanted:
       problems = f'missing {_some(wanted - found.keys())}; extra {_some(found.keys() - wanted)}'
-      raise bad_file(paths[file], f'the {len(wanted)} tensors that {INDEX} says', problems, AGAIN)
+      raise bad_file(paths[file], f'the {len(wanted)} tensors that {INDEX} says', problems, FETCH_AGAIN)
     stored |= found
   return stored
 

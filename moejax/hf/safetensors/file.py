@@ -18,7 +18,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from moejax.runtime.files import bad_file, durable, parse_json_object
+from moejax.runtime.files import bad_file, parse_json_object, whole_file
 
 DTYPES: dict[str, np.dtype] = {name: np.dtype(kind) for name, kind in {
   'BOOL': np.bool_, 'U8': np.uint8, 'I8': np.int8, 'U16': np.uint16, 'I16': np.int16, 'U32': np.uint32,
@@ -137,7 +137,7 @@ def write_file(path: Path, specs: Iterable[Spec]) -> None:
     header[spec.name] = {'dtype': spec.dtype, 'shape': spec.shape, 'data_offsets': [at, at := at + spec.nbytes]}
   raw = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
   raw += b' ' * (-len(raw) % 8)
-  with durable(path) as file:
+  with whole_file(path) as file:
     file.write(len(raw).to_bytes(8, 'little') + raw)
     for spec in specs:
       _write(file, spec)

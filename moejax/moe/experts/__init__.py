@@ -1,7 +1,6 @@
 """The experts' weights, and the ways to compute their FFNs on the copies of tokens that are routed to them."""
 
 from moejax.moe.experts.ffn import ACTIVATIONS, SwiGLU
-from moejax.moe.experts.grouped_ffn import grouped_ffn
 from moejax.moe.experts.weights import Experts, Weights
 
-__all__ = ['ACTIVATIONS', 'Experts', 'SwiGLU', 'Weights', 'grouped_ffn']
+__all__ = ['ACTIVATIONS', 'Experts', 'SwiGLU', 'Weights']

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from moejax.runtime.append_log import Appended
+from moejax.runtime.files import write_whole
 
 
 class MetricsLog:
@@ -27,9 +28,7 @@ class MetricsLog:
     lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
     stay = [line for line in lines if line.endswith(b'\n') and _step(line) <= step]
     if stay != lines:
-      new = self._path.with_name(f'{self._path.name}.new')
-      new.write_bytes(b''.join(stay))
-      new.replace(self._path)
+      write_whole(self._path, b''.join(stay))
     self._file = Appended(self._path)
 
   def write(self, row: Mapping[str, object]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from moejax.runtime.append_log import spared
+from moejax.runtime.files import whole_file
 
 TOKENS = 4096        # of the batch's first rows, one row at least: of a large run a batch would fill the disk
 NOBODY = 2**16 - 1   # in place of an expert
@@ -49,7 +50,7 @@ class Probes:
   def __init__(self, directory: str | os.PathLike, step: int) -> None:
     self._directory = pathlib.Path(directory)
     self._directory.mkdir(parents=True, exist_ok=True)
-    for path in [*self._directory.glob('*.new'), *(self._path(later) for later in self.steps() if later > step)]:
+    for path in [*self._directory.glob('*.tmp'), *(self._path(later) for later in self.steps() if later > step)]:
       path.unlink()
     for damaged in [earlier for earlier in self.steps() if not self._is_whole(earlier)]:
       log.warning('%s is damaged: deleted, and what it told of this step is lost', self._path(damaged))
@@ -62,14 +63,8 @@ class Probes:
   def record(self, step: int, probe: np.ndarray) -> dict[str, np.ndarray]:
     """Keeps a probe [L, T, K]. -> churn [L], the share of copies whose expert the token did not have in the probe
     before this one, as a dict; the first probe has none."""
-    new = self._path(step).with_suffix('.new')
-    with spared(self._directory):
-      with open(new, 'wb') as file:
-        np.savez_compressed(file, expert_ids=probe)
-        file.flush()
-        os.fsync(file.fileno())
-      new.replace(self._path(step))
-    new.unlink(missing_ok=True)   # there was no room for it
+    with spared(self._directory), whole_file(self._path(step)) as file:
+      np.savez_compressed(file, expert_ids=probe)
     before = [earlier for earlier in self.steps() if earlier < step]
     return {'churn': 1 - agreement(probe, self._read(before[-1]))} if before else {}
 
