@@ -21,7 +21,7 @@ fast: $(VENV)/.dev
 
 # Programs for chips that are not here.
 aot: $(VENV)/.tpu
-	$(PY) -m pytest -n $(WORKERS) --durations=5 tests/test_tpu_aot.py $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --durations=5 tests/plan/test_tpu_aot.py $(ARGS)
 
 certify: $(VENV)/.dev
 	$(PY) -m moejax.certify $(ARGS)
@@ -31,14 +31,14 @@ DEVICES = JAX_PLATFORMS=cpu XLA_FLAGS="--xla_force_host_platform_device_count=8 
   --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
 
 families: $(VENV)/.dev
-	$(DEVICES) $(PY) tests/parity.py $(ARGS)
+	$(DEVICES) $(PY) -m tests.support.family_table $(ARGS)
 
 meshes: $(VENV)/.dev
-	$(DEVICES) $(PY) tests/meshes.py $(ARGS)
+	$(DEVICES) $(PY) -m tests.support.mesh_table $(ARGS)
 
 # What a run survives, as real processes: some minutes.
 faults: $(VENV)/.dev
-	$(PY) tests/faults.py --workers=$(WORKERS) $(ARGS)
+	$(PY) -m tests.support.fault_table --workers=$(WORKERS) $(ARGS)
 
 bench: $(VENV)/.bench
 	$(PY) benchmarks/moe_layer.py

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import QUICK
 
 from moejax.checkpoint.checkpoints import CheckpointConfig, Checkpoints
 from moejax.config import ConfigError, frozendict
@@ -27,6 +26,7 @@ from moejax.moe.routing import RouterConfig
 from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
 from moejax.train.experiment.run_dir import CHECKPOINTS, TOKENIZER_FILE, open_run, write_config
 from moejax.train.step.train_state import TrainState, init_state
+from tests.support.quick import QUICK
 
 TOKENIZER = load_tokenizer('bytes')
 EOD = TOKENIZER.eod_id

@@ -1,0 +1,363 @@
+"""Bias rules against the oracle, and what every rule must do whatever its formula."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.moe.bias import BIAS_RULES, BiasState, counts, init_bias_state
+from moejax.moe.bias_quantile import BINS, EDGES, above_the_line, bin_of, histogram, quantile
+from moejax.moe.routing import SCORE_FNS, RouterConfig, route
+from tests.support import oracle
+from tests.support.quick import QUICK
+
+RULES = sorted(BIAS_RULES)
+COUNTING = sorted(rule for rule in BIAS_RULES if BIAS_RULES[rule].observe is counts)
+rules = pytest.mark.parametrize('rule', RULES)
+counting = pytest.mark.parametrize('rule', COUNTING)
+B, S, E, K = 2, 16, 8, 2
+LOAD = np.array([9, 5, 1, 6, 4, 5, 0, 12], np.float32)
+MASK = np.arange(S) < np.array([[13], [16]])
+
+
+def some_state(num_experts: int, seed: int = 0) -> BiasState:
+  rng = np.random.default_rng(num_experts + seed)
+  return BiasState(*rng.normal(scale=0.1, size=(2, num_experts)).astype(np.float32))
+
+
+@functools.partial(jax.jit, static_argnames='names', compiler_options=QUICK)
+def push(state: BiasState, loads: jax.Array, rate: jax.Array, names: tuple[str, ...] = (*COUNTING,)
+         ) -> dict[str, BiasState]:
+  """Rule -> the states [n, E] that loads [n, E], or histograms [n, E, BINS], make of one state."""
+  return {rule: jax.vmap(BIAS_RULES[rule].update, (None, 0, None, None))(state, loads, rate, K) for rule in names}
+
+
+@functools.partial(jax.jit, static_argnames='cfg', compiler_options=QUICK)
+def steps(state: BiasState, logits: jax.Array, mask: jax.Array, rate: jax.Array, cfg: RouterConfig
+          ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array], dict[str, BiasState]]:
+  """For n batches: scores, expert_ids, what each rule sees, and the state that it makes of it. logits [n, B, S, E]."""
+  routing = jax.vmap(lambda z: route(z, state.bias, cfg))(logits)
+  seen = {name: jax.vmap(rule.observe, (0, None, 0))(routing, state.bias, mask) for name, rule in BIAS_RULES.items()}
+  new = {name: jax.vmap(rule.update, (None, 0, None, None))(state, seen[name], rate, cfg.top_k)
+         for name, rule in BIAS_RULES.items()}
+  return routing.scores, routing.expert_ids, seen, new
+
+
+@functools.cache
+def batches() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """Batches by what is unusual about them: logits [B, S, E] and mask [B, S]."""
+  rng = np.random.default_rng(0)
+  z = rng.normal(size=(B, S, E)).astype(np.float32)
+  single = np.zeros((B, S), bool)
+  single[1, 3] = True
+  return {
+    'plain': (z, np.ones((B, S), bool)), 'padded': (z, MASK), 'nothing counts': (z, np.zeros((B, S), bool)),
+    'one row counts': (z, np.arange(B)[:, None] * np.ones(S) > 0), 'single token': (z, single),
+    'all alike': (np.zeros_like(z), MASK), 'two alike': (z[..., [0, 0, 1, 1, 2, 2, 3, 3]], MASK),
+    'one crowd': (z + 20 * np.eye(E, dtype=np.float32)[0], MASK), 'extreme': (1e4 * np.sign(z), MASK),
+    'tiny': (1e-3 * z, MASK), 'never chosen': (z - 30 * np.eye(E, dtype=np.float32)[5], MASK),
+  }
+
+
+@pytest.mark.parametrize('num_experts', [4, 8, 60])
+@counting
+def test_update_is_the_oracles(rule: str, num_experts: int) -> None:
+  rng = np.random.default_rng(0)
+  state = some_state(num_experts)
+  loads = np.stack([
+    *rng.integers(0, 50, (8, num_experts)), np.eye(num_experts)[1] * 37, np.eye(num_experts)[2],
+    np.r_[0, rng.integers(1, 50, num_experts - 1)], np.full(num_experts, 12),
+    rng.integers(10**4, 10**5, num_experts)])
+  for rate in (1e-3, 0.5):
+    got = push(state, loads.astype(np.float32), rate)[rule]
+    for i, load in enumerate(loads):
+      want = oracle.COUNT_RULES[rule](oracle.BiasState(*map(np.float64, state)), load.astype(np.float64), rate)
+      np.testing.assert_allclose(got.bias[i], want.bias, rtol=1e-6, atol=1e-7, err_msg=f'{load}')
+      np.testing.assert_allclose(got.momentum[i], want.momentum, rtol=1e-6, atol=1e-7, err_msg=f'{load}')
+  assert got.bias.dtype == got.momentum.dtype == jnp.float32 and got.bias.shape == loads.shape
+
+
+@pytest.mark.parametrize('score_fn', sorted(SCORE_FNS))
+def test_what_is_observed_and_done_is_the_oracles(score_fn: str) -> None:
+  """From logits to the new state, every rule, on batches with masks, ties and extremes; all of it stays finite."""
+  state, rate = some_state(E), 0.01
+  logits, masks = (np.stack(a) for a in zip(*batches().values(), strict=True))
+  scores, expert_ids, _, got = steps(state, logits, masks, rate, RouterConfig(E, K, score_fn))
+  for i, (label, (_, mask)) in enumerate(batches().items()):
+    seen = oracle.Seen(scores[i], expert_ids[i], mask)
+    for rule in RULES:
+      want = oracle.bias_step(rule, state, seen, rate)
+      for new, wanted in zip(got[rule], want, strict=True):
+        np.testing.assert_allclose(new[i], wanted, rtol=1e-6, atol=1e-7, err_msg=f'{rule} {label}')
+
+
+@rules
+def test_nothing_to_do_holds_every_bit(rule: str) -> None:
+  """At a rate of 0, and where no token counts: bias and momentum stay."""
+  state = some_state(E)
+  logits, masks = (np.stack(a) for a in zip(*batches().values(), strict=True))
+  *_, at_zero = steps(state, logits, masks, 0.0, RouterConfig(E, K))
+  *_, unseen = steps(state, logits, np.zeros_like(masks), 0.5, RouterConfig(E, K))
+  *_, moved = steps(state, logits, masks, 0.5, RouterConfig(E, K))
+  for held in (at_zero, unseen):
+    for old, new in zip(state, held[rule], strict=True):
+      np.testing.assert_array_equal(new, np.broadcast_to(old, new.shape))
+  assert (moved[rule].bias[0] != state.bias).any()
+
+
+@pytest.mark.parametrize('num_experts', [3, 7, 12, 60, 160])
+def test_even_load_does_not_push(num_experts: int) -> None:
+  """To the bit, and also where E is no power of two: a mean off by a rounding is a whole step of the sign rules."""
+  state = some_state(num_experts)._replace(momentum=np.zeros(num_experts, np.float32))
+  loads = np.outer([1, 7, 11, 4099], np.ones(num_experts)).astype(np.float32)
+  for rule, new in push(state, loads, 1e-3).items():
+    np.testing.assert_array_equal(new.bias, np.broadcast_to(state.bias, loads.shape), err_msg=rule)
+    assert not np.any(new.momentum)
+
+
+def test_momentum_of_smebu_decays_and_still_moves() -> None:
+  state = some_state(E)
+  new = push(state, np.full((1, E), 12, np.float32), 1e-3)['smebu']
+  np.testing.assert_allclose(new.momentum[0], state.momentum / 2, rtol=1e-6)
+  np.testing.assert_allclose(new.bias[0], state.bias + state.momentum / 2, rtol=1e-6)
+
+
+def test_under_a_steady_load_smebu_moves_by_the_rate() -> None:
+  """The weights of its average sum to 1: a crowd that stays the same moves the bias as fast as without momentum."""
+  state = init_bias_state(E)
+  for _ in range(30):
+    before, state = state, BiasState(*(a[0] for a in push(state, LOAD[None], 0.01)['smebu']))
+  push_of = np.tanh(2 * (1 - LOAD / LOAD.mean()))
+  np.testing.assert_allclose(state.bias - before.bias, 0.01 * (push_of - push_of.mean()), rtol=1e-4)
+
+
+def test_begins_at_zero_in_float32() -> None:
+  state = init_bias_state(6)
+  assert all(a.shape == (6,) and a.dtype == jnp.float32 and not a.any() for a in state)
+
+
+@counting
+def test_crowded_experts_go_down_and_empty_ones_up(rule: str) -> None:
+  """Seen from the expert that has the mean load."""
+  load = np.array([9, 5, 1, 6, 4, 10, 0], np.float32)
+  moved = np.asarray(push(init_bias_state(7), load * np.array([[1], [11], [4099]], np.float32), 1.0)[rule].bias)
+  for step in moved:
+    relative = step - step[1]
+    np.testing.assert_array_equal(np.where(np.abs(relative) < 1e-6, 0, np.sign(relative)), np.sign(5 - load))
+
+
+@pytest.mark.parametrize('rule', ['centred_sign', 'quantile', 'smebu'])
+def test_centred_rules_keep_the_mean(rule: str) -> None:
+  state = init_bias_state(E)
+  *_, got = steps(state, batches()['padded'][0][None], MASK[None], 0.5, RouterConfig(E, K))
+  assert np.abs(got[rule].bias).max() > 0.01 and abs(got[rule].bias.mean()) < 1e-7
+
+
+@rules
+def test_renaming_experts_renames_the_bias(rule: str) -> None:
+  state, cfg = some_state(E), RouterConfig(E, K)
+  logits, mask = batches()['padded']
+  old_name = np.random.default_rng(3).permutation(E)
+  *_, want = steps(state, logits[None], mask[None], 0.01, cfg)
+  *_, got = steps(BiasState(*(a[old_name] for a in state)), logits[None, ..., old_name], mask[None], 0.01, cfg)
+  for a, b in zip(got[rule], want[rule], strict=True):
+    np.testing.assert_allclose(a, b[:, old_name], rtol=1e-6, atol=1e-8)
+
+
+@rules
+def test_a_larger_batch_of_the_same_shares_is_the_same_step(rule: str) -> None:
+  state = some_state(E)
+  logits, mask = batches()['padded']
+  seen = steps(state, logits[None], mask[None], 0.01, RouterConfig(E, K))[2][rule]
+  once, often = (push(state, seen * n, 0.01, (rule,))[rule] for n in (1, 64))
+  np.testing.assert_allclose(often.bias, once.bias, rtol=1e-6)
+  assert (once.bias != state.bias).any()
+
+
+@rules
+def test_layers_do_not_see_each_other(rule: str) -> None:
+  """A rule is vmapped over layers [L, E]: each is as if alone."""
+  logits = np.stack([batches()['padded'][0], batches()['one crowd'][0]])
+  states = [some_state(E, 0), some_state(E, 1)]
+  seen = [steps(state, z[None], MASK[None], 0.01, RouterConfig(E, K))[2][rule][0]
+          for state, z in zip(states, logits, strict=True)]
+  both = jax.vmap(BIAS_RULES[rule].update, (0, 0, None, None))(
+    BiasState(*map(np.stack, zip(*states, strict=True))), np.stack(seen), 0.01, K)
+  for layer in range(2):
+    alone = push(states[layer], seen[layer][None], 0.01, (rule,))[rule]
+    np.testing.assert_allclose(both.bias[layer], alone.bias[0], rtol=1e-6)
+
+
+@counting
+def test_counts_of_the_whole_batch_are_not_the_mean_of_what_shards_would_do(rule: str) -> None:
+  """One step from global counts is the rule; the mean of what uneven shards would do is another."""
+  shards = np.array([[8, 0, 0, 0], [1, 3, 2, 2], [0, 4, 3, 9]], np.float32)
+  new = np.asarray(push(init_bias_state(4), np.stack([shards.sum(0), *shards]), 1.0)[rule].bias)
+  start = oracle.BiasState(np.zeros(4), np.zeros(4))
+  np.testing.assert_allclose(new[0], oracle.COUNT_RULES[rule](start, np.float64(shards.sum(0)), 1.0).bias, rtol=1e-6)
+  assert np.abs(new[0] - new[1:].mean(0)).max() > 0.1
+
+
+@functools.cache
+def closed_loop(score_fn: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+  """Rule -> bias and loads of each step, for a fixed crowd that prefers some experts."""
+  rng = np.random.default_rng(0)
+  logits = (rng.normal(size=(4, 64, E)) + np.linspace(-1, 1, E)).astype(np.float32)
+  mask, cfg = np.ones((4, 64), bool), RouterConfig(E, K, score_fn)
+
+  def step(states: dict[str, BiasState], rate: jax.Array) -> tuple[dict[str, BiasState], dict[str, jax.Array]]:
+    routings = {name: route(logits, state.bias, cfg) for name, state in states.items()}
+    loads = {name: counts(routing, states[name].bias, mask) for name, routing in routings.items()}
+    return {name: BIAS_RULES[name].update(state, BIAS_RULES[name].observe(routings[name], state.bias, mask), rate, K)
+            for name, state in states.items()}, loads
+
+  rates = 0.01 * np.linspace(1, 0, 200, dtype=np.float32)
+  states, loads = jax.jit(lambda: jax.lax.scan(step, {name: init_bias_state(E) for name in RULES}, rates))()
+  return {name: np.asarray(state.bias) for name, state in states.items()}, jax.device_get(loads)
+
+
+@pytest.mark.parametrize('score_fn', sorted(SCORE_FNS))
+@rules
+def test_closes_the_loop_with_the_router(rule: str, score_fn: str) -> None:
+  """The bias alone spreads the crowd."""
+  bias, loads = (a[rule] for a in closed_loop(score_fn))
+  assert oracle.max_vio(loads[0]) > 0.8
+  assert oracle.max_vio(loads[-1]) < 0.15, loads[-1]
+  assert np.isfinite(bias).all()
+
+
+@pytest.mark.parametrize('score_fn', sorted(SCORE_FNS))
+def test_the_quantile_rule_is_there_in_ten_steps(score_fn: str) -> None:
+  """And stays, at rates from 0.01 to almost 0: it has none."""
+  assert max(oracle.max_vio(load) for load in closed_loop(score_fn)[1]['quantile'][10:]) < 0.05
+  assert min(oracle.max_vio(load) for name in COUNTING for load in [closed_loop(score_fn)[1][name][10]]) > 0.2
+
+
+# The quantile rule's histogram.
+
+
+@functools.cache
+def shards() -> np.ndarray:
+  """Scores [shards, T, E] of shards that each crowd other experts: what one shard alone would balance differs."""
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(8, 256, E)) + rng.normal(size=E) + 2 * rng.normal(size=(8, 1, E))
+  return (1 / (1 + np.exp(-logits))).astype(np.float32)
+
+
+def spread(bias: np.ndarray) -> float:
+  """MaxVio of all shards' tokens together."""
+  chosen = np.argsort(-(shards() + np.float32(bias)), axis=-1, kind='stable')[..., :K]
+  return oracle.max_vio(np.bincount(chosen.ravel(), minlength=E))
+
+
+def seen_of(choice: jax.Array, mask: jax.Array, top_k: int = K) -> jax.Array:
+  """The histogram where top-k chooses. [B, S, E], [B, S] -> [E, BINS]."""
+  return histogram(choice, jax.lax.top_k(choice, top_k)[1], mask)
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def histograms(bias: jax.Array) -> jax.Array:
+  """Of each shard. [E] -> [shards, E, BINS]."""
+  return jax.vmap(lambda choice: seen_of(choice, jnp.ones(choice.shape[:2], bool)))(shards()[:, None] + bias)
+
+
+quantiles = jax.jit(jax.vmap(lambda seen: quantile(seen, K)), compiler_options=QUICK)
+
+
+def test_pooled_histograms_balance_and_averaged_quantiles_do_not() -> None:
+  """Pooled: as even as exact quantiles of all tokens. Averaged, on shards that differ: hardly better than nothing."""
+  pooled, averaged, exact = np.zeros(E, np.float32), np.zeros(E, np.float32), np.zeros(E)
+  for _ in range(12):
+    pooled = pooled - np.asarray(quantiles(histograms(pooled).sum(0, keepdims=True))[0])
+    averaged = averaged - np.asarray(quantiles(histograms(averaged))).mean(0)
+    choice = shards().reshape(-1, E) + exact
+    x = choice - np.sort(choice, axis=-1)[:, [E - K - 1]]
+    exact = exact - [oracle.exact_quantile(x[:, e], K, E) for e in range(E)]
+    pooled, averaged, exact = (b - b.mean() for b in (pooled, averaged, exact))
+  assert spread(np.zeros(E)) > 0.3
+  assert spread(exact) < 0.03 and spread(pooled) < spread(exact) + 0.01
+  assert spread(averaged) > 0.2
+
+
+def test_the_line_is_the_next_largest() -> None:
+  """K+1-th of all where top-k chooses among all; with groups left out, above it are those that were taken."""
+  scores, bias = batches()['plain'][0], some_state(E).bias
+  for cfg in (RouterConfig(E, K, 'sigmoid'), RouterConfig(E, K, 'sigmoid', num_groups=4, top_groups=2)):
+    routing = jax.jit(route, static_argnames='cfg', compiler_options=QUICK)(scores, bias, cfg)
+    x = np.asarray(above_the_line(routing.scores + bias, routing.expert_ids))
+    seen = oracle.Seen(routing.scores, routing.expert_ids, np.ones((B, S), bool))
+    np.testing.assert_array_equal(x.reshape(-1, E), oracle.above_the_line(bias, seen))
+    np.testing.assert_array_equal(np.sort(np.argsort(-x, axis=-1)[..., :K]), np.sort(routing.expert_ids))
+    assert ((x > 0).sum(-1) == K).all() and (x.max(-1, where=x <= 0, initial=-1) == 0).all()
+    if cfg.num_groups == 1:
+      choice = np.asarray(routing.scores + bias)
+      np.testing.assert_array_equal(x, choice - np.sort(choice, axis=-1)[..., [E - K - 1]])
+
+
+def test_within_a_bin_of_the_exact_quantile() -> None:
+  """One step is off by less than the bin that the quantile lies in, a quarter of it: the next step's are finer."""
+  for seed in range(3):
+    bias = some_state(E, seed).bias
+    choice = shards().reshape(-1, E) + bias
+    x = choice - np.sort(choice, axis=-1)[:, [E - K - 1]]
+    exact = np.array([oracle.exact_quantile(x[:, e], K, E) for e in range(E)])
+    got = np.asarray(quantiles(histograms(bias).sum(0, keepdims=True))[0])
+    np.testing.assert_array_less(np.abs(got - exact), (np.abs(exact) + 2.0**-23) / 4)
+    assert np.abs(got - exact).max() < 0.02 * np.abs(exact).max()
+
+
+def test_histograms_add_up_over_shards_to_the_bit() -> None:
+  """Whole numbers: micro-batches in any order, and eight devices, give the histogram of the whole batch."""
+  bias = some_state(E).bias
+  choice = np.asarray(shards() + bias)
+  mask = np.random.default_rng(0).random(choice.shape[:2]) < 0.7
+  expert_ids = np.argsort(-choice, axis=-1, kind='stable')[..., :K].astype(np.int32)
+  count = jax.jit(histogram, compiler_options=QUICK)
+  whole = count(choice, expert_ids, mask)
+  parts = [np.asarray(count(choice, expert_ids, mask * (np.arange(8) == i)[:, None])) for i in (5, 2, 7, 0, 1, 6, 3, 4)]
+  np.testing.assert_array_equal(whole, sum(parts))
+  np.testing.assert_array_equal(whole.sum(-1), mask.sum())
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+  given = jax.device_put((choice, expert_ids, mask), rows)
+  spread_out = count.lower(*given).compile()
+  np.testing.assert_array_equal(whole, spread_out(*given))
+  assert 'all-reduce' in spread_out.as_text() and 'all-gather' not in spread_out.as_text()
+
+
+def test_every_number_is_in_its_bin() -> None:
+  rng = np.random.default_rng(0)
+  x = np.r_[0, 10.0**rng.uniform(-9, 3, 4000) * rng.choice([-1, 1], 4000), np.inf, -np.inf].astype(np.float32)
+  bins = np.asarray(bin_of(x))
+  np.testing.assert_array_equal(bins, np.clip(np.searchsorted(EDGES, x, 'right') - 1, 0, BINS - 1))
+  assert EDGES.shape == (BINS + 1,) and (np.diff(EDGES) > 0).all() and EDGES[BINS // 2] == -EDGES[BINS // 2 + 1]
+  for v in (0.0, 2.0**-26, -1e-7, 1e-3, -0.3, 5.0, 255.0, 300.0, -300.0):
+    np.testing.assert_allclose(oracle.bin_around(v), EDGES[bin_of(np.float32(v)):][:2], rtol=1e-6)
+  assert 0 <= bin_of(np.float32(np.nan)) < BINS
+
+
+def test_counts_are_whole_numbers_up_to_the_largest_batch() -> None:
+  """A thousand million tokens, where float32 and E times the count would both go wrong."""
+  n = 2**30 + 1
+  seen = np.zeros((1, 4, BINS), np.int32)
+  for e, below in enumerate((n // 2, n // 2 + 1, n // 2 - 1, 0)):   # K = 2 of 4: need n/2, which is no whole number
+    seen[0, e, 100], seen[0, e, 150] = below, n - below
+  got = np.asarray(quantiles(seen)[0])
+  np.testing.assert_array_equal(got > 0, [True, False, True, True])
+  np.testing.assert_allclose(got[:3], [EDGES[150], EDGES[101], EDGES[150]], rtol=1e-6)
+
+
+def test_the_middle_of_a_gap() -> None:
+  """Where any number between two tokens' would give the expert its share, neither end of the gap is preferred."""
+  seen = np.zeros((1, 4, BINS), np.int32)
+  seen[0, :, [100, 150]] = 3
+  np.testing.assert_allclose(quantiles(seen)[0], np.full(4, (EDGES[101] + EDGES[150]) / 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize('top_k', [1, 2, 3, 4])
+def test_any_top_k_gives_finite_numbers(top_k: int) -> None:
+  choice = np.random.default_rng(0).normal(size=(1, 5, 4)).astype(np.float32)
+  for mask in (np.ones((1, 5), bool), np.zeros((1, 5), bool)):
+    assert np.isfinite(quantile(seen_of(choice, mask, top_k), top_k)).all()
