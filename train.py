@@ -1,6 +1,7 @@
 """Trains a Mixture-of-Experts language model; the same command again goes on where it stopped.
 
-  python train.py                                       configs/tiny.py: ten minutes on two CPU cores
+  python train.py                                       configs/tiny.py: ten minutes on two CPU \
+cores
   python train.py --config=FILE[:VARIANT] --workdir=DIR --config.steps=100 \
     another experiment, its run in DIR
   python train.py --plan --topology=v5p:8x8x8           what that would take there; --plan=fit \

@@ -64,8 +64,18 @@ def main() -> None:
   base = dataclasses.replace(from_config_dict(ExperimentConfig, get_config()), steps=args.steps)
   data = open_data(base.data, batch_size=base.batch_size, seq_len=base.seq_len, seed=base.seed)
   base = with_vocabulary(base, data.vocab_size)
-  table = Table(title=f'{args.steps} steps of configs/tiny.py, seed {base.seed}; {data.validation_tokens} tokens')
-  for column in ('balance', 'MaxVio', 'worst layer', 'noise floor', 'experts used', 'bits per byte', 'seconds'):
+  table = Table(
+    title=f'{args.steps} steps of configs/tiny.py, seed {base.seed}; {data.validation_tokens} tokens'
+  )
+  for column in (
+    'balance',
+    'MaxVio',
+    'worst layer',
+    'noise floor',
+    'experts used',
+    'bits per byte',
+    'seconds',
+  ):
     table.add_column(column, justify='left' if column == 'balance' else 'right')
   for name, balance in BALANCES.items():
     if args.only not in name:
@@ -73,8 +83,14 @@ def main() -> None:
     since, cfg = time.perf_counter(), dataclasses.replace(base, balance=balance)
     found = measured(cfg, data, trained(cfg, data, name))
     vio = found['max_vio']
-    row = [f'{vio.mean():.3f}', f'{vio.max():.3f}', f'{found["noise_floor"].mean():.3f}',
-           f'{found["expert_usage"].mean():.0%}', f'{found["bits_per_byte"]:.4f}', f'{time.perf_counter() - since:.0f}']
+    row = [
+      f'{vio.mean():.3f}',
+      f'{vio.max():.3f}',
+      f'{found["noise_floor"].mean():.3f}',
+      f'{found["expert_usage"].mean():.0%}',
+      f'{found["bits_per_byte"]:.4f}',
+      f'{time.perf_counter() - since:.0f}',
+    ]
     print(name, *row, flush=True)
     table.add_row(name, *row)
   Console().print(table)

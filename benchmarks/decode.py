@@ -7,6 +7,7 @@ prediction: of random weights, which are never right; of weights after --train s
 sources; and of weights made so that every guess is right, at the same cost. The likeliest token is taken, and with
 guesses the text is the same. The rows of the table take turns, once a round; printed are the median and its range.
 """
+
 import argparse
 import dataclasses
 import functools
@@ -36,18 +37,32 @@ from moejax.train.step.train_state import init_state
 from moejax.train.step.train_step import compile_step
 
 GROUPED = AttentionConfig(num_heads=8, num_kv_heads=2, d_head=32)
-LATENT = AttentionConfig(num_heads=8, num_kv_heads=8, d_head=32, latent=LatentConfig(64, 128, 16, 32))
-MODEL = ModelConfig(vocab_size=4096, d_model=256, num_layers=12, attention=LATENT, mtp_depth=1,
-                    moe=MoEConfig(RouterConfig(8, 2), d_expert=256))
+LATENT = AttentionConfig(
+  num_heads=8, num_kv_heads=8, d_head=32, latent=LatentConfig(64, 128, 16, 32)
+)
+MODEL = ModelConfig(
+  vocab_size=4096,
+  d_model=256,
+  num_layers=12,
+  attention=LATENT,
+  mtp_depth=1,
+  moe=MoEConfig(RouterConfig(8, 2), d_expert=256),
+)
 Prompts = list[list[int]]
-Run = Callable[[], Iterator[list[list[int]]]]   # decodes prompts: what each step adds to each row
+Run = Callable[[], Iterator[list[list[int]]]]  # decodes prompts: what each step adds to each row
 
 
 def config(attention: AttentionConfig) -> ExperimentConfig:
   """Of training the model with this attention."""
   return ExperimentConfig(
-    steps=400, batch_size=8, seq_len=128, data=DataConfig(tokenizer='bytes'), balance=BalanceConfig(bias_rule='sign'),
-    optim=OptimConfig(learning_rate=3e-3, warmup_steps=20), model=dataclasses.replace(MODEL, attention=attention))
+    steps=400,
+    batch_size=8,
+    seq_len=128,
+    data=DataConfig(tokenizer='bytes'),
+    balance=BalanceConfig(bias_rule='sign'),
+    optim=OptimConfig(learning_rate=3e-3, warmup_steps=20),
+    model=dataclasses.replace(MODEL, attention=attention),
+  )
 
 
 def trained(cfg: ExperimentConfig, data: Data, seconds: float) -> tuple[Transformer, Array, int]:
@@ -84,13 +99,15 @@ def likeliest(model: Transformer, router: Array, tokens: Array, length: Array) -
   return model.logits(hidden[:, length - 1][:, None])[:, 0].argmax(-1)
 
 
-def anew(model: Transformer, router: Array, prompts: Prompts, tokens: int) -> Iterator[list[list[int]]]:
+def anew(
+  model: Transformer, router: Array, prompts: Prompts, tokens: int
+) -> Iterator[list[list[int]]]:
   """Decoding without a cache; the prompts are of one length."""
   length = len(prompts[0])
   rows = np.pad(np.array(prompts, np.int32), ((0, 0), (0, tokens)))
   for at in range(length, length + tokens):
     rows[:, at] = likeliest(model, router, rows, at)
-    yield rows[:, at:at + 1].tolist()
+    yield rows[:, at : at + 1].tolist()
 
 
 def timed(run: Run) -> tuple[float, float, float]:
@@ -100,13 +117,22 @@ def timed(run: Run) -> tuple[float, float, float]:
     times.append(time.perf_counter())
     counts.append(len(sum(new, [])))
     rows = len(new)
-  return times[0] - start, sum(counts[1:]) / (times[-1] - times[0]), sum(counts[1:]) / len(counts[1:]) / rows
+  return (
+    times[0] - start,
+    sum(counts[1:]) / (times[-1] - times[0]),
+    sum(counts[1:]) / len(counts[1:]) / rows,
+  )
 
 
 def cache_bytes(attention: AttentionConfig) -> int:
   """That one more token takes in the caches of one row, of all layers."""
-  caches = jax.eval_shape(lambda: empty_caches(1, 1024, dataclasses.replace(MODEL, attention=attention)))
-  return sum(a.size * a.dtype.itemsize for turn in caches.values() for c in turn for a in c.entries) // 1024
+  caches = jax.eval_shape(
+    lambda: empty_caches(1, 1024, dataclasses.replace(MODEL, attention=attention))
+  )
+  return (
+    sum(a.size * a.dtype.itemsize for turn in caches.values() for c in turn for a in c.entries)
+    // 1024
+  )
 
 
 def contenders(args: argparse.Namespace) -> tuple[dict[str, tuple[Run, int]], int]:
@@ -114,15 +140,19 @@ def contenders(args: argparse.Namespace) -> tuple[dict[str, tuple[Run, int]], in
   cfg = config(LATENT)
   data = open_data(cfg.data, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=0)
   text = next(iter(data.validation(1))).tokens.ravel().tolist()
-  prompts = [text[i:i + args.prompt] for i in range(args.rows)]
+  prompts = [text[i : i + args.prompt] for i in range(args.rows)]
   random = {attention: trained(config(attention), data, 0)[:2] for attention in (GROUPED, LATENT)}
   *after, steps = trained(cfg, data, args.train)
 
   def cached(model: Transformer, router: Array, draft: bool = False) -> Run:
-    return functools.partial(decode, model, router, prompts, SampleConfig(args.tokens, 0.0, draft=draft))
+    return functools.partial(
+      decode, model, router, prompts, SampleConfig(args.tokens, 0.0, draft=draft)
+    )
 
   same = [list(cached(*after, draft)()) for draft in (False, True)]
-  if [sum((new[0] for new in said), []) for said in same] != [sum((new[0] for new in same[0]), [])] * 2:
+  if [sum((new[0] for new in said), []) for said in same] != [
+    sum((new[0] for new in same[0]), [])
+  ] * 2:
     raise SystemExit('with guesses the text is another one')
   model, router = random[LATENT]
   few = max(3, args.tokens // 8)
@@ -131,34 +161,52 @@ def contenders(args: argparse.Namespace) -> tuple[dict[str, tuple[Run, int]], in
     'grouped-query, cache': (cached(*random[GROUPED]), cache_bytes(GROUPED)),
     'latent, cache': (cached(model, router), cache_bytes(LATENT)),
     '  + guesses, never right': (cached(model, router, True), cache_bytes(LATENT)),
-    f'  + guesses, after {args.train:.0f} s of training': (cached(*after, True), cache_bytes(LATENT)),
+    f'  + guesses, after {args.train:.0f} s of training': (
+      cached(*after, True),
+      cache_bytes(LATENT),
+    ),
     '  + guesses, always right': (cached(foreseeing(model), router, True), cache_bytes(LATENT)),
   }, steps
 
 
 def main() -> None:
   """Trains, races, prints the table."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   for name, default in (('rounds', 9), ('tokens', 48), ('prompt', 512), ('rows', 1), ('train', 90)):
     parser.add_argument(f'--{name}', type=int, default=default)
   args, console = parser.parse_args(), Console(width=150)
   runs, steps = contenders(args)
   results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in runs}
-  for i in range(args.rounds + 1):   # the first one compiles
+  for i in range(args.rounds + 1):  # the first one compiles
     for name, (run, _) in runs.items():
       result = timed(run)
       if i:
         results[name].append(result)
   base = statistics.median(rate for _, rate, _ in results['latent, cache'])
-  table = Table('decoding', 'tokens/s: median (least - most)', 'over the cache alone', 'tokens a step',
-                'cache, bytes a token', 'prefill, tokens/s')
+  table = Table(
+    'decoding',
+    'tokens/s: median (least - most)',
+    'over the cache alone',
+    'tokens a step',
+    'cache, bytes a token',
+    'prefill, tokens/s',
+  )
   for name, (_, size) in runs.items():
     firsts, rates, per_step = zip(*results[name])
-    table.add_row(name, f'{statistics.median(rates):.1f} ({min(rates):.1f} - {max(rates):.1f})',
-                  f'{statistics.median(rates) / base:.2f}', f'{statistics.median(per_step):.2f}', f'{size or "-"}',
-                  f'{args.rows * args.prompt / statistics.median(firsts):.0f}')
-  console.print(f'{args.rows} row(s), a prompt of {args.prompt} tokens and {args.tokens} more, {args.rounds} rounds; '
-                f'trained for {steps} steps; JAX {jax.__version__}, {jax.default_backend()}')
+    table.add_row(
+      name,
+      f'{statistics.median(rates):.1f} ({min(rates):.1f} - {max(rates):.1f})',
+      f'{statistics.median(rates) / base:.2f}',
+      f'{statistics.median(per_step):.2f}',
+      f'{size or "-"}',
+      f'{args.rows * args.prompt / statistics.median(firsts):.0f}',
+    )
+  console.print(
+    f'{args.rows} row(s), a prompt of {args.prompt} tokens and {args.tokens} more, {args.rounds} rounds; '
+    f'trained for {steps} steps; JAX {jax.__version__}, {jax.default_backend()}'
+  )
   console.print(table)
 
 

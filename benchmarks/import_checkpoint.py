@@ -33,15 +33,19 @@ from moejax.hf.safetensors.file import Spec
 
 KNOWN = FAMILIES['mixtral']
 SHARD_BYTES = 400_000_000
-POOL = 1 << 24   # random numbers, which all tensors are pieces of
+POOL = 1 << 24  # random numbers, which all tensors are pieces of
 
 
 def write_model(directory: Path, num_bytes: float) -> int:
   """A model of about so many bytes, an eighth as wide as the real one. Returns how many they are."""
   full = KNOWN.presets['full']
   cfg = dataclasses.replace(
-    full, d_model=1024, num_layers=1, attention=dataclasses.replace(full.attention, num_heads=8, num_kv_heads=2),
-    moe=dataclasses.replace(full.moe, d_expert=3584))
+    full,
+    d_model=1024,
+    num_layers=1,
+    attention=dataclasses.replace(full.attention, num_heads=8, num_kv_heads=2),
+    moe=dataclasses.replace(full.moe, d_expert=3584),
+  )
 
   def published(num_layers: int) -> tuple[dict[str, object], dict[str, tuple[int, ...]], int]:
     sized = dataclasses.replace(cfg, num_layers=num_layers)
@@ -55,15 +59,18 @@ def write_model(directory: Path, num_bytes: float) -> int:
   pool = (0.02 * rng.standard_normal(POOL, np.float32)).astype(ml_dtypes.bfloat16)
 
   def piece(shape: tuple[int, ...]) -> np.ndarray:
-    return np.resize(pool[rng.integers(POOL // 2):], shape)
+    return np.resize(pool[rng.integers(POOL // 2) :], shape)
 
-  specs = [Spec(name, shape, 'BF16', lambda shape=shape: piece(shape)) for name, shape in shapes.items()]
+  specs = [
+    Spec(name, shape, 'BF16', lambda shape=shape: piece(shape)) for name, shape in shapes.items()
+  ]
   write_tensors(directory, specs, {'config.json': json.dumps(config)}, SHARD_BYTES)
   return total
 
 
 def timed(spent: dict[str, float], name: str, call: Callable) -> Callable:
   """The function, which adds the seconds that it takes to `spent`."""
+
   def timing(*args: object, **kwargs: object) -> object:
     start = time.perf_counter()
     try:
@@ -81,7 +88,9 @@ def measured_import(source: str, out: str) -> dict[str, float]:
   opened.read_weights = timed(spent, 'load', opened.read_weights)
   checkpoint.digests = timed(spent, 'digest', checkpoint.digests)
   for name in ('save', 'close'):
-    setattr(checkpoint.Checkpoints, name, timed(spent, 'save', getattr(checkpoint.Checkpoints, name)))
+    setattr(
+      checkpoint.Checkpoints, name, timed(spent, 'save', getattr(checkpoint.Checkpoints, name))
+    )
   before = memory('VmRSS')
   timed(spent, 'all', import_model.import_model)(source, out)
   return spent | {'peak': memory('VmHWM'), 'before': before}
@@ -89,7 +98,9 @@ def measured_import(source: str, out: str) -> dict[str, float]:
 
 def memory(name: str) -> int:
   """Bytes of this process by a row of /proc/self/status."""
-  [line] = [line for line in Path('/proc/self/status').read_text().split('\n') if line.startswith(name)]
+  [line] = [
+    line for line in Path('/proc/self/status').read_text().split('\n') if line.startswith(name)
+  ]
   return int(line.split()[1]) * 1024
 
 
@@ -97,7 +108,9 @@ def main() -> None:
   """Writes, imports, prints, and removes what was written."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--gigabytes', type=float, default=2.1)
-  parser.add_argument('--directory', help='where to write; the system\'s place for temporary files without it')
+  parser.add_argument(
+    '--directory', help="where to write; the system's place for temporary files without it"
+  )
   parser.add_argument('--child', nargs=2, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.child:
@@ -108,22 +121,37 @@ def main() -> None:
     total = write_model(source, args.gigabytes * 1e9)
     shards = len(list(source.glob('*.safetensors')))
     start = time.perf_counter()
-    child = subprocess.run([sys.executable, '-m', 'benchmarks.import_checkpoint', '--child', source, out],
-                           check=True, stdout=subprocess.PIPE, text=True)
+    child = subprocess.run(
+      [sys.executable, '-m', 'benchmarks.import_checkpoint', '--child', source, out],
+      check=True,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
     whole = time.perf_counter() - start
     found = json.loads(child.stdout)
     on_disk = sum(path.stat().st_size for path in out.rglob('*') if path.is_file())
-  table = Table('', 'seconds', title=f'import of {total / 1e9:.2f} GB in {shards} shards, {os.cpu_count()} cores')
-  parts = {'read the files': found['read'], 'convert, transpose, stack': found['load'] - found['read'],
-           'digests': found['digest'], 'save': found['save'] - found['digest'],
-           'headers, config, tidying': found['all'] - found['load'] - found['save'],
-           'start Python and JAX': whole - found['all'], 'all, as the command': whole}
+  table = Table(
+    '',
+    'seconds',
+    title=f'import of {total / 1e9:.2f} GB in {shards} shards, {os.cpu_count()} cores',
+  )
+  parts = {
+    'read the files': found['read'],
+    'convert, transpose, stack': found['load'] - found['read'],
+    'digests': found['digest'],
+    'save': found['save'] - found['digest'],
+    'headers, config, tidying': found['all'] - found['load'] - found['save'],
+    'start Python and JAX': whole - found['all'],
+    'all, as the command': whole,
+  }
   for name, seconds in parts.items():
     table.add_row(name, f'{seconds:.1f}')
   Console().print(table)
-  print(f'result {2 * total / 1e9:.2f} GB in memory (float32), {on_disk / 1e9:.2f} GB on the disk; peak of the process '
-        f'{found["peak"] / 1e9:.2f} GB, {found["before"] / 1e9:.2f} GB of it before anything is read: '
-        f'{(found["peak"] - found["before"]) / 2 / total:.2f} times the result')
+  print(
+    f'result {2 * total / 1e9:.2f} GB in memory (float32), {on_disk / 1e9:.2f} GB on the disk; peak of the process '
+    f'{found["peak"] / 1e9:.2f} GB, {found["before"] / 1e9:.2f} GB of it before anything is read: '
+    f'{(found["peak"] - found["before"]) / 2 / total:.2f} times the result'
+  )
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ bias), and no statistic is made of what is left. Both programs are compiled as t
 step each, so that what slows the machine slows both; the ratio is taken pair by pair. Beside the time on the clock
 stands the processors' time, which other programs on the machine disturb less.
 """
+
 import argparse
 import dataclasses
 import functools
@@ -43,7 +44,9 @@ def of(num_experts: int, d_expert: int, d_model: int, num_layers: int) -> Experi
   """The tiny config with eight of many experts, sigmoid scores, a bias, and a loss that counts what was dispatched."""
   cfg = tiny()
   moe = MoEConfig(router=RouterConfig(num_experts, 8, 'sigmoid'), d_expert=d_expert)
-  balance = BalanceConfig(losses=frozendict(global_batch='0.01'), bias_rule='sign', assignment='dispatched')
+  balance = BalanceConfig(
+    losses=frozendict(global_batch='0.01'), bias_rule='sign', assignment='dispatched'
+  )
   model = dataclasses.replace(cfg.model, d_model=d_model, num_layers=num_layers, moe=moe)
   return dataclasses.replace(cfg, model=model, balance=balance)
 
@@ -58,8 +61,10 @@ class Racer:
   """One compiled step and the state that it drives."""
 
   def __init__(self, cfg: ExperimentConfig, batch: Batch, with_statistics: bool) -> None:
-    off = mock.patch.multiple('moejax.moe.layer', observe=nothing), mock.patch.multiple(
-      'moejax.train.step.train_step', statistics=lambda sums, router, cfg: {})
+    off = (
+      mock.patch.multiple('moejax.moe.layer', observe=nothing),
+      mock.patch.multiple('moejax.train.step.train_step', statistics=lambda sums, router, cfg: {}),
+    )
     self.state: TrainState = jax.jit(functools.partial(init_state, cfg))()
     self.batch = jax.device_put(batch)
     for patch in () if with_statistics else off:
@@ -77,7 +82,9 @@ class Racer:
 
 def race(cfg: ExperimentConfig, rounds: int) -> np.ndarray:
   """Seconds of each step. [rounds, with and without, clock and processors]."""
-  tokens = np.random.default_rng(0).integers(0, VOCABULARY, (cfg.batch_size, cfg.seq_len + 1), dtype=np.int32)
+  tokens = np.random.default_rng(0).integers(
+    0, VOCABULARY, (cfg.batch_size, cfg.seq_len + 1), dtype=np.int32
+  )
   batch = make_batch(tokens[:, :-1], tokens[:, 1:])
   racers = [Racer(cfg, batch, with_statistics) for with_statistics in (True, False)]
   for racer in racers * 2:
@@ -97,7 +104,9 @@ def spread(ratios: np.ndarray) -> str:
 
 def main() -> None:
   """Prints, for each shape, the step's time and what the statistics multiply it by."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--rounds', type=int, default=30)
   parser.add_argument('--shapes', nargs='*', default=list(SHAPES), choices=list(SHAPES))
   args = parser.parse_args()
@@ -105,9 +114,16 @@ def main() -> None:
   for name in args.shapes:
     seconds = race(SHAPES[name](), args.rounds)
     ratios = seconds[:, 0] / seconds[:, 1]
-    table.add_row(name, f'{1e3 * statistics.median(seconds[:, 1, 0]):.0f}', spread(ratios[:, 0]), spread(ratios[:, 1]))
+    table.add_row(
+      name,
+      f'{1e3 * statistics.median(seconds[:, 1, 0]):.0f}',
+      spread(ratios[:, 0]),
+      spread(ratios[:, 1]),
+    )
   console = Console(width=100)
-  console.print(f'{args.rounds} pairs of steps on {jax.devices()[0].device_kind}; median (middle half)')
+  console.print(
+    f'{args.rounds} pairs of steps on {jax.devices()[0].device_kind}; median (middle half)'
+  )
   console.print(table)
 
 

@@ -6,6 +6,7 @@ The load is uneven, as a router's is. Each round times every row and takes its r
 round, so that a machine that slows down slows both; printed are the median ratio and its range over rounds.
 Letters: B batch, S sequence, D model, F FFN hidden, E experts, K experts per token, T = B * S, N = T * K.
 """
+
 import argparse
 import functools
 import os
@@ -30,8 +31,8 @@ from moejax.moe.token_sets import expert_load
 B, S, D, F, K = 8, 256, 256, 512, 2
 CAPACITY = 1.25
 BASE = 'one dense MLP'
-Inputs = tuple[Array, Array, Weights]                     # x [B, S, D], logits [B, S, E], experts
-Function = Callable[[Array, Array, Weights], Array]       # -> y [B, S, D]
+Inputs = tuple[Array, Array, Weights]  # x [B, S, D], logits [B, S, E], experts
+Function = Callable[[Array, Array, Weights], Array]  # -> y [B, S, D]
 
 
 def dense_mlp(x: Array, logits: Array, weights: Weights) -> Array:
@@ -53,7 +54,9 @@ def dispatched(x: Array, logits: Array, weights: Weights, cfg: DispatchConfig) -
 def ragged_dot(x: Array, logits: Array, weights: Weights) -> Array:
   """The peer: JAX's own grouped matmul over sorted copies, with a gather before it and a scatter after it."""
   routing: Routing = route(logits, jnp.zeros(logits.shape[-1]), RouterConfig(logits.shape[-1], K))
-  copies = sort_copies(routing.expert_ids.reshape(-1, K), routing.weights.reshape(-1, K), logits.shape[-1])
+  copies = sort_copies(
+    routing.expert_ids.reshape(-1, K), routing.weights.reshape(-1, K), logits.shape[-1]
+  )
   rows = x.reshape(-1, D)[copies.tokens]
   hidden = swiglu(*(jax.lax.ragged_dot(rows, w, copies.load) for w in (weights.gate, weights.up)))
   out = jax.lax.ragged_dot(hidden, weights.down, copies.load) * copies.weights[:, None]
@@ -63,36 +66,54 @@ def ragged_dot(x: Array, logits: Array, weights: Weights) -> Array:
 def inputs(num_experts: int) -> tuple[Inputs, Inputs]:
   """What the dense MLP gets, and what the experts get: logits that favour some experts."""
   keys = jax.random.split(jax.random.key(0), 9)
+
   def normal(key: Array, *shape: int) -> Array:
     return jax.random.normal(key, shape) * 0.02
+
   x = jax.random.normal(keys[0], (B, S, D))
-  logits = jax.random.normal(keys[1], (B, S, num_experts)) + 0.5 * jax.random.normal(keys[2], (num_experts,))
+  logits = jax.random.normal(keys[1], (B, S, num_experts)) + 0.5 * jax.random.normal(
+    keys[2], (num_experts,)
+  )
   dense = Weights(normal(keys[3], D, K * F), normal(keys[4], D, K * F), normal(keys[5], K * F, D))
-  experts = Weights(normal(keys[6], num_experts, D, F), normal(keys[7], num_experts, D, F),
-                    normal(keys[8], num_experts, F, D))
+  experts = Weights(
+    normal(keys[6], num_experts, D, F),
+    normal(keys[7], num_experts, D, F),
+    normal(keys[8], num_experts, F, D),
+  )
   return (x, logits, dense), (x, logits, experts)
 
 
 def compiled(function: Function, args: Inputs, backward: bool) -> Callable[[], float]:
   """A call that gives the seconds of the best of three; the gradient is to x, logits and all weights."""
+
   def objective(*args: Array) -> Array:
     return (function(*args) * args[0]).sum()
-  run = jax.jit(jax.value_and_grad(objective, (0, 1, 2)) if backward else function).lower(*args).compile()
+
+  run = (
+    jax.jit(jax.value_and_grad(objective, (0, 1, 2)) if backward else function)
+    .lower(*args)
+    .compile()
+  )
 
   def once() -> float:
     start = time.perf_counter()
     jax.block_until_ready(run(*args))
     return time.perf_counter() - start
+
   tries = 1 if min(once(), once()) > 1 else 3  # what takes seconds shows little noise
   return lambda: min(once() for _ in range(tries))
 
 
 def rows(peer: bool) -> dict[str, Function]:
   """name -> function, one for each dispatcher and the capacity that it knows."""
-  configs = {'dense_matmul, all experts': DispatchConfig('dense_matmul'),
-             f'dense_matmul, capacity {CAPACITY}': DispatchConfig('dense_matmul', CAPACITY)}
+  configs = {
+    'dense_matmul, all experts': DispatchConfig('dense_matmul'),
+    f'dense_matmul, capacity {CAPACITY}': DispatchConfig('dense_matmul', CAPACITY),
+  }
   configs |= {name: DispatchConfig(name) for name in DISPATCHERS if name != 'dense_matmul'}
-  functions: dict[str, Function] = {n: functools.partial(dispatched, cfg=c) for n, c in configs.items()}
+  functions: dict[str, Function] = {
+    n: functools.partial(dispatched, cfg=c) for n, c in configs.items()
+  }
   return functions | ({'peer: jax.lax.ragged_dot': ragged_dot} if peer else {})
 
 
@@ -123,10 +144,14 @@ def cell(values: list[float], form: str) -> str:
 
 def main() -> None:
   """Prints one table for the forward pass and one for forward and backward."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--experts', type=int, nargs='+', default=[8, 32, 64])
   parser.add_argument('--rounds', type=int, default=7)
-  parser.add_argument('--peer', action='store_true', help='also jax.lax.ragged_dot: on CPU it takes minutes')
+  parser.add_argument(
+    '--peer', action='store_true', help='also jax.lax.ragged_dot: on CPU it takes minutes'
+  )
   args, console = parser.parse_args(), Console(width=110)
   uneven = {}
   for num_experts in args.experts:
@@ -135,14 +160,18 @@ def main() -> None:
     counts = expert_load(ids, jnp.ones((B, S), bool), num_experts)
     uneven[num_experts] = float(counts.max() / counts.mean()) - 1
   violations = ', '.join(f'{v:.2f} at E={e}' for e, v in uneven.items())
-  console.print(f'D {D}, F {F}, T {B * S}, K {K}, float32, {jax.default_backend()}, JAX {jax.__version__}')
+  console.print(
+    f'D {D}, F {F}, T {B * S}, K {K}, float32, {jax.default_backend()}, JAX {jax.__version__}'
+  )
   console.print(f'MaxVio {violations}; median (least - most) of {args.rounds} rounds')
   for backward in (False, True):
     columns = [measure(e, backward, args.rounds, args.peer) for e in args.experts]
     title = 'forward and backward' if backward else 'forward'
     table = Table(title, *(f'E={e}' for e in args.experts))
     for name in columns[0]:
-      label, form = (f'{name}: ratio', '.2f') if name != BASE else (f'{BASE}, active FLOPs: ms', '.1f')
+      label, form = (
+        (f'{name}: ratio', '.2f') if name != BASE else (f'{BASE}, active FLOPs: ms', '.1f')
+      )
       table.add_row(label, *(cell(c[name], form) for c in columns))
     console.print(table)
 
@@ -150,6 +179,9 @@ def main() -> None:
 if __name__ == '__main__':
   # As train.py does: glibc reads it when a process starts, and each call maps the gradients of all experts anew.
   if sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ:
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]],
-              os.environ | {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'})
+    os.execve(
+      sys.executable,
+      [sys.executable, *sys.orig_argv[1:]],
+      os.environ | {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'},
+    )
   main()

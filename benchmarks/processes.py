@@ -6,6 +6,7 @@ Devices are virtual ones of this machine's CPU; processes talk over loopback by 
 All processes are started and compiled first. Then one process and two processes take turns of a few steps, each with
 its data and its vote on whether to stop, so that what slows the machine slows both; ratios are taken turn by turn.
 """
+
 import argparse
 import dataclasses
 import os
@@ -42,8 +43,13 @@ def experiment(mesh: str, layers: int) -> ExperimentConfig:
   """configs/tiny.py in short rows of synthetic text."""
   cfg = from_config_dict(ExperimentConfig, get_config())
   return dataclasses.replace(
-    cfg, batch_size=8, seq_len=128, mesh=MESHES[mesh], data=DataConfig(source='synthetic', tokenizer='bytes'),
-    model=dataclasses.replace(cfg.model, num_layers=layers))
+    cfg,
+    batch_size=8,
+    seq_len=128,
+    mesh=MESHES[mesh],
+    data=DataConfig(source='synthetic', tokenizer='bytes'),
+    model=dataclasses.replace(cfg.model, num_layers=layers),
+  )
 
 
 def work(cfg: ExperimentConfig) -> None:
@@ -72,13 +78,37 @@ class Team:
     with socket.socket() as taken:
       taken.bind(('localhost', 0))
       port = taken.getsockname()[1]
-    environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': (
-      f'--xla_force_host_platform_device_count={devices // processes} {SCHEDULER}')}
-    command = [sys.executable, '-m', 'benchmarks.processes', f'--layers={layers}', f'--mesh={mesh}', '--work']
-    many = [[f'--coordinator=localhost:{port}', f'--num_processes={processes}', f'--process_id={i}']
-            for i in range(processes)] if processes > 1 else [[]]
-    self.processes = [subprocess.Popen([*command, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                       env=environment) for flags in many]
+    environment = os.environ | {
+      'JAX_PLATFORMS': 'cpu',
+      'PYTHONPATH': str(ROOT),
+      'XLA_FLAGS': (f'--xla_force_host_platform_device_count={devices // processes} {SCHEDULER}'),
+    }
+    command = [
+      sys.executable,
+      '-m',
+      'benchmarks.processes',
+      f'--layers={layers}',
+      f'--mesh={mesh}',
+      '--work',
+    ]
+    many = (
+      [
+        [f'--coordinator=localhost:{port}', f'--num_processes={processes}', f'--process_id={i}']
+        for i in range(processes)
+      ]
+      if processes > 1
+      else [[]]
+    )
+    self.processes = [
+      subprocess.Popen(
+        [*command, *flags],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+      )
+      for flags in many
+    ]
 
   def turn(self, steps: int) -> float:
     """Seconds for so many steps, of the slowest."""
@@ -112,7 +142,7 @@ def race(args: argparse.Namespace, mesh: str) -> dict[int, list[float]]:
   try:
     for count in (1, 2):
       teams[count] = Team(count, args.devices, mesh, args.layers)
-      teams[count].turn(3)   # to warm up
+      teams[count].turn(3)  # to warm up
     found: dict[int, list[float]] = {count: [] for count in teams}
     for _ in range(args.rounds):
       for count, team in teams.items():
@@ -132,7 +162,9 @@ def told(values: list[float], digits: int) -> str:
 def main(argv: list[str]) -> None:
   """The table."""
   here, argv = read_launch_flags(argv)
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   for name, default in (('rounds', 12), ('turn', 5), ('devices', 8), ('layers', 4)):
     parser.add_argument(f'--{name}', type=int, default=default)
   parser.add_argument('--mesh', choices=list(MESHES), default='', help='one mesh instead of all')
@@ -142,10 +174,17 @@ def main(argv: list[str]) -> None:
     connect(here)
     work(experiment(args.mesh, args.layers))
     return
-  table = Table('mesh', 'one process, tokens/s', f'two of {args.devices // 2} devices, tokens/s', 'two over one')
+  table = Table(
+    'mesh', 'one process, tokens/s', f'two of {args.devices // 2} devices, tokens/s', 'two over one'
+  )
   for mesh in [args.mesh] if args.mesh else MESHES:
     one, two = race(args, mesh).values()
-    table.add_row(f'{mesh}={args.devices}', told(one, 0), told(two, 0), told([b / a for a, b in zip(one, two)], 2))
+    table.add_row(
+      f'{mesh}={args.devices}',
+      told(one, 0),
+      told(two, 0),
+      told([b / a for a, b in zip(one, two)], 2),
+    )
   Console(width=120).print(table)
 
 

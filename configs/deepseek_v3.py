@@ -57,14 +57,22 @@ def full() -> ExperimentConfig:
     workdir='runs/deepseek_v3',
     data=DataConfig(source='text', path='text/**/*.jsonl.gz', tokenizer='text/tokenizer.json'),
     model=dataclasses.replace(
-      published, attention=dataclasses.replace(published.attention, rope=RopeConfig(interleaved=True)),
-      init=InitConfig(std=0.006), dtype='bfloat16', remat='full'),
+      published,
+      attention=dataclasses.replace(published.attention, rope=RopeConfig(interleaved=True)),
+      init=InitConfig(std=0.006),
+      dtype='bfloat16',
+      remat='full',
+    ),
     loss=LossConfig(mtp_coef=f'0.3, 0.1@{after(10e12)}'),
-    balance=BalanceConfig(losses=frozendict(sequence='0.0001'), bias_rule='sign',
-                          bias_rate=f'0.001, 0@{after(14.3e12)}'),
+    balance=BalanceConfig(
+      losses=frozendict(sequence='0.0001'), bias_rule='sign', bias_rate=f'0.001, 0@{after(14.3e12)}'
+    ),
     optim=OptimConfig(
-      learning_rate=PEAK, warmup_steps=2000, schedule='phases',
-      phases=f'1, cosine 0.1@{after(10e12)}, 0.1@{after(14.3e12)}, {7.3e-6 / PEAK:.6f}@{after(14.633e12)}'),
+      learning_rate=PEAK,
+      warmup_steps=2000,
+      schedule='phases',
+      phases=f'1, cosine 0.1@{after(10e12)}, 0.1@{after(14.3e12)}, {7.3e-6 / PEAK:.6f}@{after(14.633e12)}',
+    ),
     mesh=MeshConfig(data=1, fsdp=64, expert=8),
     eval=EvalConfig(every=1000, batches=16),
   )
@@ -75,18 +83,41 @@ def tiny() -> ExperimentConfig:
   big, d_model = full(), 128
   attention, moe = big.model.attention, big.model.moe
   return dataclasses.replace(
-    big, steps=120, batch_size=8, seq_len=256, micro_batches=1, workdir='runs/deepseek_v3_tiny',
+    big,
+    steps=120,
+    batch_size=8,
+    seq_len=256,
+    micro_batches=1,
+    workdir='runs/deepseek_v3_tiny',
     data=DataConfig(tokenizer='bpe:2048'),
     model=dataclasses.replace(
-      big.model, vocab_size=0, d_model=d_model, num_layers=3, num_dense_layers=1, d_ff=384, dtype='float32',
-      remat='none', init=InitConfig(std=0.006 * (big.model.d_model / d_model) ** 0.5),
-      attention=dataclasses.replace(attention, num_heads=4, num_kv_heads=4, d_head=32, latent=dataclasses.replace(
-        attention.latent, kv_rank=64, q_rank=96, d_rope=16, d_value=32)),
-      moe=dataclasses.replace(moe, d_expert=64, router=dataclasses.replace(
-        moe.router, num_experts=16, top_k=4, num_groups=4, top_groups=2))),
+      big.model,
+      vocab_size=0,
+      d_model=d_model,
+      num_layers=3,
+      num_dense_layers=1,
+      d_ff=384,
+      dtype='float32',
+      remat='none',
+      init=InitConfig(std=0.006 * (big.model.d_model / d_model) ** 0.5),
+      attention=dataclasses.replace(
+        attention,
+        num_heads=4,
+        num_kv_heads=4,
+        d_head=32,
+        latent=dataclasses.replace(attention.latent, kv_rank=64, q_rank=96, d_rope=16, d_value=32),
+      ),
+      moe=dataclasses.replace(
+        moe,
+        d_expert=64,
+        router=dataclasses.replace(moe.router, num_experts=16, top_k=4, num_groups=4, top_groups=2),
+      ),
+    ),
     balance=dataclasses.replace(big.balance, bias_rate=f'0.01, 0@{after(14.3e12)}'),
     optim=dataclasses.replace(big.optim, learning_rate=4e-3, warmup_steps=20),
-    mesh=MeshConfig(), eval=EvalConfig(every=60, batches=4))
+    mesh=MeshConfig(),
+    eval=EvalConfig(every=60, batches=4),
+  )
 
 
 def get_config(variant: Literal['', 'tiny'] = '') -> ConfigDict:

@@ -52,8 +52,11 @@ def full() -> ExperimentConfig:
     workdir='runs/openpangu_ultra_moe',
     data=DataConfig(source='text', path='text/**/*.jsonl.gz', tokenizer='text/tokenizer.json'),
     model=dataclasses.replace(
-      OPENPANGU_ULTRA_MOE.presets['full'], dtype='bfloat16', remat='full',
-      init=InitConfig(rule='tiny', embed_std=0.5, attention_gain=0.283, ffn_gain=0.432)),
+      OPENPANGU_ULTRA_MOE.presets['full'],
+      dtype='bfloat16',
+      remat='full',
+      init=InitConfig(rule='tiny', embed_std=0.5, attention_gain=0.283, ffn_gain=0.432),
+    ),
     loss=LossConfig(mtp_coef='0.3'),
     # A group is the rows that 8 devices of the expert axis share in a micro-batch.
     balance=BalanceConfig(losses=frozendict(ep_group='0.1, 0.01@10%, 0.001@70%'), ep_groups=1024),
@@ -68,16 +71,38 @@ def tiny() -> ExperimentConfig:
   big = full()
   attention, moe = big.model.attention, big.model.moe
   return dataclasses.replace(
-    big, steps=120, batch_size=8, seq_len=256, micro_batches=1, workdir='runs/openpangu_ultra_moe_tiny',
+    big,
+    steps=120,
+    batch_size=8,
+    seq_len=256,
+    micro_batches=1,
+    workdir='runs/openpangu_ultra_moe_tiny',
     data=DataConfig(tokenizer='bpe:2048'),
     model=dataclasses.replace(
-      big.model, vocab_size=0, d_model=128, num_layers=3, num_dense_layers=1, d_ff=384, dtype='float32', remat='none',
-      attention=dataclasses.replace(attention, num_heads=4, num_kv_heads=4, d_head=32, latent=dataclasses.replace(
-        attention.latent, kv_rank=64, q_rank=96, d_rope=16, d_value=32)),
-      moe=dataclasses.replace(moe, d_expert=64, router=dataclasses.replace(moe.router, num_experts=16, top_k=4))),
+      big.model,
+      vocab_size=0,
+      d_model=128,
+      num_layers=3,
+      num_dense_layers=1,
+      d_ff=384,
+      dtype='float32',
+      remat='none',
+      attention=dataclasses.replace(
+        attention,
+        num_heads=4,
+        num_kv_heads=4,
+        d_head=32,
+        latent=dataclasses.replace(attention.latent, kv_rank=64, q_rank=96, d_rope=16, d_value=32),
+      ),
+      moe=dataclasses.replace(
+        moe, d_expert=64, router=dataclasses.replace(moe.router, num_experts=16, top_k=4)
+      ),
+    ),
     balance=BalanceConfig(losses=frozendict(ep_group='1, 0.1@10%, 0.01@70%'), ep_groups=2),
     optim=dataclasses.replace(big.optim, learning_rate=4e-3, warmup_steps=20),
-    mesh=MeshConfig(), eval=EvalConfig(every=60, batches=4))
+    mesh=MeshConfig(),
+    eval=EvalConfig(every=60, batches=4),
+  )
 
 
 def get_config(variant: Literal['', 'tiny'] = '') -> ConfigDict:

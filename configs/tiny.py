@@ -18,18 +18,20 @@ from moejax.train.optimizer import OptimConfig
 
 def get_config() -> ConfigDict:
   """Eight experts, top two, kept even by a bias that follows the load and by a sequence-wise balance loss."""
-  return to_config_dict(ExperimentConfig(
-    steps=500,
-    batch_size=16,
-    seq_len=256,
-    workdir='runs/tiny',
-    model=ModelConfig(
-      d_model=256,
-      num_layers=4,
-      attention=AttentionConfig(num_heads=4, num_kv_heads=2, d_head=64),
-      moe=MoEConfig(router=RouterConfig(num_experts=8, top_k=2), d_expert=256),
-    ),
-    balance=BalanceConfig(losses=frozendict(sequence='0.01'), bias_rule='sign'),
-    optim=OptimConfig(learning_rate=2e-3, warmup_steps=40),
-    eval=EvalConfig(every=100, batches=8),
-  ))
+  return to_config_dict(
+    ExperimentConfig(
+      steps=500,
+      batch_size=16,
+      seq_len=256,
+      workdir='runs/tiny',
+      model=ModelConfig(
+        d_model=256,
+        num_layers=4,
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, d_head=64),
+        moe=MoEConfig(router=RouterConfig(num_experts=8, top_k=2), d_expert=256),
+      ),
+      balance=BalanceConfig(losses=frozendict(sequence='0.01'), bias_rule='sign'),
+      optim=OptimConfig(learning_rate=2e-3, warmup_steps=40),
+      eval=EvalConfig(every=100, batches=8),
+    )
+  )

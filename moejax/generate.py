@@ -1,7 +1,7 @@
 """Text from a trained model: the command.
 
-  python -m moejax.generate --workdir=DIR --prompt="def " [--max_tokens=64 --temperature=0.8 --top_p=0.95 --draft]
-  python -m moejax.generate --workdir=DIR --prompt_ids=1,2,3            a run without a tokenizer; prints ids
+python -m moejax.generate --workdir=DIR --prompt="def " [--max_tokens=64 --temperature=0.8 --top_p=0.95 --draft]
+python -m moejax.generate --workdir=DIR --prompt_ids=1,2,3            a run without a tokenizer; prints ids
 """
 
 import argparse
@@ -24,9 +24,16 @@ def main(argv: Sequence[str]) -> int:
     cfg = SampleConfig(**args | {'stop': tuple(args['stop'])})
     _, tokenizer, step, model, router = open_run(workdir)
     guesses(model.cfg, cfg)
-    check('' if tokenizer or ids else f'{workdir} holds no {TOKENIZER_FILE}: give --prompt_ids instead of --prompt')
+    check(
+      ''
+      if tokenizer or ids
+      else f'{workdir} holds no {TOKENIZER_FILE}: give --prompt_ids instead of --prompt'
+    )
     if ids:
-      prompts, ends = [numbers(ids, '--prompt_ids', model.cfg)], numbers(','.join(cfg.stop), '--stop', model.cfg)
+      prompts, ends = (
+        [numbers(ids, '--prompt_ids', model.cfg)],
+        numbers(','.join(cfg.stop), '--stop', model.cfg),
+      )
     else:
       prompts, ends = opened(tokenizer, prompt, cfg.stop)
   except (ConfigError, NoLoadableCheckpoint) as error:
@@ -45,16 +52,26 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
   """Of the command's flags: those of SampleConfig, and what to go on with."""
-  made = argparse.ArgumentParser(prog='python -m moejax.generate', description='Samples text from a run.')
+  made = argparse.ArgumentParser(
+    prog='python -m moejax.generate', description='Samples text from a run.'
+  )
   made.add_argument('--workdir', required=True, help='directory of the run')
   what = made.add_mutually_exclusive_group()
   what.add_argument('--prompt', default='', help='text to continue')
-  what.add_argument('--prompt_ids', default='', metavar='1,2,3', help='token ids to continue; ids are printed')
+  what.add_argument(
+    '--prompt_ids', default='', metavar='1,2,3', help='token ids to continue; ids are printed'
+  )
   for field in dataclasses.fields(SampleConfig):
     if field.name == 'stop':
-      made.add_argument('--stop', action='append', default=[], help='where to end, before it; may be given again')
+      made.add_argument(
+        '--stop', action='append', default=[], help='where to end, before it; may be given again'
+      )
     elif field.name == 'draft':
-      made.add_argument('--draft', action='store_true', help='guess by multi-token prediction: same text, fewer steps')
+      made.add_argument(
+        '--draft',
+        action='store_true',
+        help='guess by multi-token prediction: same text, fewer steps',
+      )
     else:
       made.add_argument(f'--{field.name}', type=type(field.default), default=field.default)
   return made

@@ -2,6 +2,7 @@
 
 All by environment variables, set before anything imports jax: a test that needs no jax does not pay for it.
 """
+
 import gc
 import os
 import sys
@@ -12,8 +13,10 @@ import pytest
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # The default scheduler lets virtual devices meet two collectives in different orders, and wait for each other forever.
-os.environ['XLA_FLAGS'] = ('--xla_force_host_platform_device_count=8 '
-                           '--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED')
+os.environ['XLA_FLAGS'] = (
+  '--xla_force_host_platform_device_count=8 '
+  '--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'
+)
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(Path(__file__).parents[1] / '.cache' / 'jax')
 # Most of our programs are too small and too quick to compile for the defaults to keep them.
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'

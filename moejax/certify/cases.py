@@ -20,13 +20,19 @@ T = TypeVar('T')
 
 # All the time would be the compiler's, on programs that run for a millisecond: nothing is optimised, and fused loops
 # are not made by MLIR, which is two thirds of the time for a training step. Not every JAX has the second option.
-CHEAP = ({'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False},
-         {'xla_backend_optimization_level': 0})
-B, S = 4, 8                         # of the batches of logits
-MICRO_BATCHES, EP_GROUPS = 2, 4     # into which they are cut
+CHEAP = (
+  {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False},
+  {'xla_backend_optimization_level': 0},
+)
+B, S = 4, 8  # of the batches of logits
+MICRO_BATCHES, EP_GROUPS = 2, 4  # into which they are cut
 SHAPES = tuple((e, k) for e, k in itertools.product((4, 8, 64, 256), (1, 2, 8)) if k <= e)
 # What --quick looks at: every score function once, and every scale of E but the largest.
-QUICK_ROUTERS = {(4, 1): ('sigmoid',), (8, 2): ('sigmoid', 'softmax', 'sqrt_softplus'), (64, 8): ('softmax',)}
+QUICK_ROUTERS = {
+  (4, 1): ('sigmoid',),
+  (8, 2): ('sigmoid', 'softmax', 'sqrt_softplus'),
+  (64, 8): ('softmax',),
+}
 
 
 def cheapest() -> dict[str, int]:
@@ -35,7 +41,7 @@ def cheapest() -> dict[str, int]:
     try:
       jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
       return options
-    except jax.errors.JaxRuntimeError:   # no such option
+    except jax.errors.JaxRuntimeError:  # no such option
       continue
   return CHEAP[-1]
 
@@ -56,8 +62,10 @@ class Plan:
 
   def program(self, function: Callable, *static: Hashable) -> Callable:
     """`function(*arrays, *static)`, compiled once a run."""
+
     def make() -> Callable:
       return jax.jit(lambda *arrays: function(*arrays, *static), compiler_options=self.options)
+
     return self.once((function, static), make)
 
   def rng(self, *path: int) -> np.random.Generator:
@@ -71,19 +79,27 @@ class Plan:
     would choose.
     """
     for (experts, top_k), score_fn in itertools.product(SHAPES, sorted(routing.SCORE_FNS)):
-      if not self.quick or (experts, top_k) in QUICK_ROUTERS and score_fn in QUICK_ROUTERS[experts, top_k]:
-        yield routing.RouterConfig(experts, top_k, score_fn, num_groups=2 if 2 * top_k <= experts else 1)
+      if (
+        not self.quick
+        or (experts, top_k) in QUICK_ROUTERS
+        and score_fn in QUICK_ROUTERS[experts, top_k]
+      ):
+        yield routing.RouterConfig(
+          experts, top_k, score_fn, num_groups=2 if 2 * top_k <= experts else 1
+        )
 
   def other_routers(self) -> Iterator[routing.RouterConfig]:
     """Every other selection with every score function, noise, and the other ways to weigh."""
     scores = sorted(routing.SCORE_FNS)
     for i, name in enumerate(sorted(set(selection.SELECTIONS) - {'top_k'})):
-      for score_fn in scores[i % len(scores):][:1] if self.quick else scores:
+      for score_fn in scores[i % len(scores) :][:1] if self.quick else scores:
         yield routing.RouterConfig(8, 2, score_fn, selection=name)
     yield routing.RouterConfig(8, 2, 'softmax', noisy=True)
     if not self.quick:
       yield routing.RouterConfig(4, 1, 'sigmoid', noisy=True)
-      yield routing.RouterConfig(8, 2, 'sigmoid', weigh='softmax', num_groups=4, top_groups=2, group_best=1)
+      yield routing.RouterConfig(
+        8, 2, 'sigmoid', weigh='softmax', num_groups=4, top_groups=2, group_best=1
+      )
       yield routing.RouterConfig(8, 2, 'softmax', renormalise=False, scale=2.5)
       yield routing.RouterConfig(8, 2, 'softmax', random_second=True)
       yield routing.RouterConfig(8, 2, 'softmax', expert_dropout=0.25)
@@ -92,27 +108,34 @@ class Plan:
 class Case(NamedTuple):
   """A batch of logits, and which of its tokens count."""
 
-  logits: np.ndarray    # [B, S, E] f32
-  bias: np.ndarray      # [E] f32
-  mask: np.ndarray      # [B, S] bool
+  logits: np.ndarray  # [B, S, E] f32
+  bias: np.ndarray  # [E] f32
+  mask: np.ndarray  # [B, S] bool
   segments: np.ndarray  # [B, S] i32
 
 
 WHOLE = np.ones((B, S), np.int32)
 PADDED = (np.arange(S) < np.array([[8], [5], [1], [3]])).astype(np.int32)
-PACKED = np.array([[1, 1, 1, 2, 2, 2, 2, 3], [1, 2, 2, 3, 3, 3, 4, 4], [1] * 8, [1] * 4 + [2] * 4], np.int32)
+PACKED = np.array(
+  [[1, 1, 1, 2, 2, 2, 2, 3], [1, 2, 2, 3, 3, 3, 4, 4], [1] * 8, [1] * 4 + [2] * 4], np.int32
+)
 MIXED = np.where(np.arange(S) < np.array([[8], [6], [0], [7]]), PACKED, 0).astype(np.int32)
 
 
 def make_cases(plan: Plan, num_experts: int) -> dict[str, Case]:
   """Batches by what is unusual about them."""
   rng, shape = plan.rng(num_experts), (B, S, num_experts)
-  bias, none = rng.normal(scale=0.3, size=num_experts).astype(np.float32), np.zeros(num_experts, np.float32)
+  bias, none = (
+    rng.normal(scale=0.3, size=num_experts).astype(np.float32),
+    np.zeros(num_experts, np.float32),
+  )
   plain = rng.normal(size=shape).astype(np.float32)
   ahead, avoided = plain.copy(), plain.copy()
   ahead[..., 1], avoided[..., 0] = 50, -20
-  holes = (MIXED > 0) & (rng.random((B, S)) < 0.8)      # also tokens inside a document that do not count
-  holes[0, 3:7] = False                                 # and a document of which no token does
+  holes = (MIXED > 0) & (
+    rng.random((B, S)) < 0.8
+  )  # also tokens inside a document that do not count
+  holes[0, 3:7] = False  # and a document of which no token does
   single = np.zeros((B, S), bool)
   single[1, 2] = True
   return {
@@ -135,6 +158,9 @@ def router_name(cfg: routing.RouterConfig) -> str:
   """'sigmoid E8 K2', and what else is unusual about it."""
   usual = dataclasses.asdict(routing.RouterConfig())
   shown = ('num_experts', 'top_k', 'score_fn', 'num_groups', 'top_groups')
-  extra = [f'{name}={value}' for name, value in dataclasses.asdict(cfg).items()
-           if name not in shown and value != usual[name]]
+  extra = [
+    f'{name}={value}'
+    for name, value in dataclasses.asdict(cfg).items()
+    if name not in shown and value != usual[name]
+  ]
   return ' '.join([cfg.score_fn, f'E{cfg.num_experts}', f'K{cfg.top_k}', *extra])

@@ -31,7 +31,7 @@ from moejax.moe.selection import SELECTIONS
 ROWS, LENGTH, VOCAB, LAYERS, EXPERTS = 4, 12, 32, 3, 4
 # Of hidden states of size 1. What leaks moves them by 1e-2 and more; a sum in another order by 1e-7.
 LEAK = 1e-5
-CUTS = (2, 5, 8)   # t
+CUTS = (2, 5, 8)  # t
 
 
 class Subject(NamedTuple):
@@ -56,7 +56,9 @@ def labelled(router: RouterConfig, dispatch: DispatchConfig) -> Subject:
 
 def subjects(plan: Plan) -> Iterator[Subject]:
   """Every selection, score function and dispatcher; both ways to drop; every way to draw random numbers."""
-  dense, *others = (DispatchConfig(name) for name in sorted(DISPATCHERS, key=lambda name: name != 'dense_matmul'))
+  dense, *others = (
+    DispatchConfig(name) for name in sorted(DISPATCHERS, key=lambda name: name != 'dense_matmul')
+  )
   base, scores = RouterConfig(EXPERTS, 2), sorted(SCORE_FNS)
   for name in sorted(SELECTIONS):
     for score_fn in scores[:1] if plan.quick else scores:
@@ -75,16 +77,24 @@ def subjects(plan: Plan) -> Iterator[Subject]:
 def random_model(key: Array, subject: Subject) -> Transformer:
   """A model whose routers choose unevenly and whose experts matter."""
   cfg = ModelConfig(
-    vocab_size=VOCAB, d_model=16, num_layers=LAYERS, init=InitConfig(0.3),
+    vocab_size=VOCAB,
+    d_model=16,
+    num_layers=LAYERS,
+    init=InitConfig(0.3),
     attention=AttentionConfig(num_heads=2, num_kv_heads=2, d_head=8),
-    moe=MoEConfig(subject.router, subject.dispatch, d_expert=8))
+    moe=MoEConfig(subject.router, subject.dispatch, d_expert=8),
+  )
   return Transformer(key, cfg)
 
 
 def outputs(key: Array, tokens: Array, subject: Subject) -> Array:
   """The output of each layer, 0: of the embedding. [ROWS, LENGTH] -> [L + 1, ROWS, LENGTH, D]."""
   model, batch = random_model(key, subject), make_batch(tokens)
-  bias = 0.1 * jax.random.normal(key, (LAYERS, EXPERTS)) * SELECTIONS[subject.router.selection].takes_bias
+  bias = (
+    0.1
+    * jax.random.normal(key, (LAYERS, EXPERTS))
+    * SELECTIONS[subject.router.selection].takes_bias
+  )
   draws = Draws(key, jnp.arange(ROWS)) if subject.router.random else None
 
   def cut(depth: Array) -> Array:
@@ -112,16 +122,25 @@ def leaks(plan: Plan, subject: Subject) -> dict[str, tuple[int, float]]:
     before = np.asarray(program(key, tokens))
     for row in range(ROWS):
       changed = tokens.copy()
-      changed[row, t + 1:] = (changed[row, t + 1:] + rng.integers(1, VOCAB, LENGTH - t - 1)) % VOCAB
-      apart = np.abs(np.asarray(program(key, changed)) - before)[:, row, :t + 1].max((1, 2))   # [L + 1]
+      changed[row, t + 1 :] = (
+        changed[row, t + 1 :] + rng.integers(1, VOCAB, LENGTH - t - 1)
+      ) % VOCAB
+      apart = np.abs(np.asarray(program(key, changed)) - before)[:, row, : t + 1].max(
+        (1, 2)
+      )  # [L + 1]
       layers = np.flatnonzero(apart > LEAK)
-      found[f'seed {seed}, t = {t}, row {row}'] = (int(layers[0]) if len(layers) else 0, float(apart.max()))
+      found[f'seed {seed}, t = {t}, row {row}'] = (
+        int(layers[0]) if len(layers) else 0,
+        float(apart.max()),
+      )
   return found
 
 
 def causality_line(plan: Plan) -> Iterator[Check | str]:
   """Line 10; also says of each router that looks ahead in which layer it first shows."""
-  causal = Worst('change up to t, routers labelled causal', LEAK, 'of hidden states of size 1; leaks are 1e-2')
+  causal = Worst(
+    'change up to t, routers labelled causal', LEAK, 'of hidden states of size 1; leaks are 1e-2'
+  )
   hidden = Worst('routers labelled non-causal that pass', 0, 'the detector must flag each of them')
   for subject in subjects(plan):
     found = leaks(plan, subject)
@@ -132,7 +151,9 @@ def causality_line(plan: Plan) -> Iterator[Check | str]:
     else:
       hidden.see(subject.name, not first)
     largest = max(apart for _, apart in found.values())
-    yield (f'{"looks ahead, first in layer " + str(first[0]) if first else "causal":<31}'
-           f'{subject.name} (largest change {number(largest)})')
+    yield (
+      f'{"looks ahead, first in layer " + str(first[0]) if first else "causal":<31}'
+      f'{subject.name} (largest change {number(largest)})'
+    )
   yield causal.check()
   yield hidden.check()

@@ -1,6 +1,6 @@
 """The ten lines of the contract, by name, and a certificate that is made of them.
 
-  names -> each line's checks, as they finish -> results -> Certificate
+names -> each line's checks, as they finish -> results -> Certificate
 """
 
 import importlib.metadata
@@ -85,26 +85,41 @@ def run_line(name: str, plan: Plan, listener: Listener) -> Result:
       checks.append(found)
       listener.check(name, found)
   number = list(LINES).index(name) + 1
-  return Result(name, number, LINES[name].promise, tuple(checks), time.perf_counter() - start, tuple(notes))
+  return Result(
+    name, number, LINES[name].promise, tuple(checks), time.perf_counter() - start, tuple(notes)
+  )
 
 
-def certify(names: Sequence[str], quick: bool, seed: int = 0, listener: Listener = Silence()) -> Certificate:
+def certify(
+  names: Sequence[str], quick: bool, seed: int = 0, listener: Listener = Silence()
+) -> Certificate:
   """The lines of these names, in the order of the contract."""
   start, plan = time.perf_counter(), Plan(quick, seed)
   results = [run_line(name, plan, listener) for name in LINES if name in names]
   only = [f'--only {name}' for name in names if len(names) < len(LINES)]
   about = {
     'command': ' '.join(['python -m moejax.certify', *['--quick'] * quick, *only]),
-    'quick': quick, 'seed': seed, 'seconds': round(time.perf_counter() - start, 1), 'commit': commit(),
+    'quick': quick,
+    'seed': seed,
+    'seconds': round(time.perf_counter() - start, 1),
+    'commit': commit(),
     'made': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
-    'devices': f'{jax.device_count()} x {jax.default_backend()}', 'versions': versions(), 'covered': covered(plan)}
+    'devices': f'{jax.device_count()} x {jax.default_backend()}',
+    'versions': versions(),
+    'covered': covered(plan),
+  }
   return Certificate(results, about)
 
 
 def covered(plan: Plan) -> dict[str, list[str]]:
   """Every row of every registry that the lines go through, and at which sizes."""
-  registries = {'losses': BALANCE_LOSSES, 'bias rules': BIAS_RULES, 'score functions': SCORE_FNS,
-                'selections': SELECTIONS, 'dispatchers': DISPATCHERS}
+  registries = {
+    'losses': BALANCE_LOSSES,
+    'bias rules': BIAS_RULES,
+    'score functions': SCORE_FNS,
+    'selections': SELECTIONS,
+    'dispatchers': DISPATCHERS,
+  }
   shapes = dict.fromkeys(f'E={cfg.num_experts} K={cfg.top_k}' for cfg in plan.token_choice())
   return {name: sorted(rows) for name, rows in registries.items()} | {'shapes': list(shapes)}
 
@@ -112,34 +127,59 @@ def covered(plan: Plan) -> dict[str, list[str]]:
 def versions() -> dict[str, str]:
   """Of Python, of ours, and of what the numbers depend on."""
   return {'python': platform.python_version(), 'moejax': moejax.__version__} | {
-    name: importlib.metadata.version(name) for name in PACKAGES}
+    name: importlib.metadata.version(name) for name in PACKAGES
+  }
 
 
 def commit() -> str:
   """The commit of the source, 'unknown' where git does not say; with '+' where files differ from it."""
+
   def git(*args: str) -> str:
-    return subprocess.run(['git', '-c', 'safe.directory=*', *args], capture_output=True, text=True, check=True,
-                          cwd=pathlib.Path(moejax.__file__).parent).stdout.strip()
+    return subprocess.run(
+      ['git', '-c', 'safe.directory=*', *args],
+      capture_output=True,
+      text=True,
+      check=True,
+      cwd=pathlib.Path(moejax.__file__).parent,
+    ).stdout.strip()
+
   try:
-    return git('rev-parse', '--short=12', 'HEAD') + '+' * bool(git('status', '--porcelain', '--', '.'))
+    return git('rev-parse', '--short=12', 'HEAD') + '+' * bool(
+      git('status', '--porcelain', '--', '.')
+    )
   except (OSError, subprocess.CalledProcessError):
     return 'unknown'
 
 
 LINES: dict[str, Line] = {
-  'oracle': Line('every loss, router and bias rule is its equation in float64, every gradient its finite difference',
-                 oracle_line),
-  'balance': Line('1 at perfect balance for every E, K and score function; other codebases\' coefficients convert',
-                  balance_line),
-  'invariance': Line('dispatcher, mesh, micro-batches, scan, remat, padding, packing and resume change nothing',
-                     invariance_line),
+  'oracle': Line(
+    'every loss, router and bias rule is its equation in float64, every gradient its finite difference',
+    oracle_line,
+  ),
+  'balance': Line(
+    "1 at perfect balance for every E, K and score function; other codebases' coefficients convert",
+    balance_line,
+  ),
+  'invariance': Line(
+    'dispatcher, mesh, micro-batches, scan, remat, padding, packing and resume change nothing',
+    invariance_line,
+  ),
   'logged': Line('the value logged is the value differentiated', logged_line),
-  'probabilities': Line('probabilities are scores normalised over all experts, and never hold the bias',
-                        probabilities_line),
-  'bias': Line('the router bias moves once a step, by its rule on global counts, and by nothing else', bias_line),
-  'padding': Line('padding counts nowhere; a packed row is the mean of its documents', padding_line),
+  'probabilities': Line(
+    'probabilities are scores normalised over all experts, and never hold the bias',
+    probabilities_line,
+  ),
+  'bias': Line(
+    'the router bias moves once a step, by its rule on global counts, and by nothing else',
+    bias_line,
+  ),
+  'padding': Line(
+    'padding counts nowhere; a packed row is the mean of its documents', padding_line
+  ),
   'shrink': Line('shrinking all scores pushes no loss below its balanced value', shrink_line),
   'layers': Line('layers enter by one reduction, the mean over MoE layers', layers_line),
-  'causality': Line('changing tokens after t changes nothing up to t, except where a router is labelled so',
-                    causality_line),
+  'causality': Line(
+    'changing tokens after t changes nothing up to t, except where a router is labelled so',
+    causality_line,
+  ),
 }

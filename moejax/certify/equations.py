@@ -22,18 +22,26 @@ from moejax.moe import balance, routing
 
 VALUE, GRADIENT = 1e-6, 1e-5
 QUICK_CASES = ('padded', 'holes', 'extreme', 'low', 'nothing')
-LARGE_CASES = ('packed', 'holes', 'extreme')   # of 64 experts and more, where the oracle's loops take long
-OTHER_CASES = ('padded', 'packed', 'holes')    # of routers for which ties and 1e4 are no question
-STEP = 1e-5                                    # of finite differences: errors of 1e-10 both by cutting and by rounding
+LARGE_CASES = (
+  'packed',
+  'holes',
+  'extreme',
+)  # of 64 experts and more, where the oracle's loops take long
+OTHER_CASES = ('padded', 'packed', 'holes')  # of routers for which ties and 1e4 are no question
+STEP = 1e-5  # of finite differences: errors of 1e-10 both by cutting and by rounding
 
 
 class Point:
   """Inputs at which the oracle is asked for several losses: what they share is computed once."""
 
-  def __init__(self, inputs: Inputs, draws: np.ndarray, cfg: routing.RouterConfig, bias: np.ndarray) -> None:
+  def __init__(
+    self, inputs: Inputs, draws: np.ndarray, cfg: routing.RouterConfig, bias: np.ndarray
+  ) -> None:
     self.clean, self.std, self.router = (np.asarray(a, np.float64) for a in inputs)
     self.logits = self.clean + draws * self.std if cfg.noisy else self.clean
-    self.probabilities = functools.lru_cache(lambda score_fn: oracle.probabilities(self.logits, score_fn))
+    self.probabilities = functools.lru_cache(
+      lambda score_fn: oracle.probabilities(self.logits, score_fn)
+    )
     self.cfg, self.bias = cfg, bias
 
   def weights(self, expert_ids: np.ndarray) -> np.ndarray:
@@ -41,34 +49,47 @@ class Point:
     cfg = self.cfg
     logs = oracle_selection.log_scores(self.logits, cfg.score_fn)
     kept = expert_ids < cfg.num_experts
-    if cfg.random_second:   # both are weighed before the second is dropped
-      best = oracle_selection.top_k_experts(logs, np.exp(logs) + self.bias, kept, expert_ids, cfg.top_k)
+    if cfg.random_second:  # both are weighed before the second is dropped
+      best = oracle_selection.top_k_experts(
+        logs, np.exp(logs) + self.bias, kept, expert_ids, cfg.top_k
+      )
       expert_ids = np.where(kept, expert_ids, best)
     logs = self.logits if cfg.weigh == 'softmax' else logs
     return oracle_selection.weigh_chosen(logs, expert_ids, cfg.renormalise, cfg.scale) * kept
 
 
-def equation(loss: Loss, cfg: routing.RouterConfig, case: Case, found: Measured) -> Callable[[Point], float]:
+def equation(
+  loss: Loss, cfg: routing.RouterConfig, case: Case, found: Measured
+) -> Callable[[Point], float]:
   """The oracle's loss as a function of the inputs; f has no gradient: the choice stands."""
   mask, ids = case.mask, found.routing.expert_ids
   others: dict[str, Callable[[Point], float]] = {
     'router_z': lambda at: oracle_balance.router_z(at.logits, mask),
     'importance': lambda at: oracle_balance.importance(at.weights(ids), ids, mask, cfg.num_experts),
     'load': lambda at: oracle_balance.smooth_load(
-      oracle_selection.likely(at.clean, at.logits, at.std, cfg.top_k), mask),
-    'simbal': lambda at: oracle_balance.simbal(at.router)}
+      oracle_selection.likely(at.clean, at.logits, at.std, cfg.top_k), mask
+    ),
+    'simbal': lambda at: oracle_balance.simbal(at.router),
+  }
   if loss.name in others:
     return others[loss.name]
   if loss.name not in oracle_balance.SETS:
-    return lambda at: math.nan   # a row without its equation is not certified
+    return lambda at: math.nan  # a row without its equation is not certified
   assignment = 'first' if loss.name == 'gshard' else loss.assignment
-  if assignment == 'unbiased':   # K of them, also where a router has room for E
-    chosen = oracle_balance.assignment_of(found.routing.logits, ids[..., :cfg.top_k], cfg.score_fn, assignment)
+  if assignment == 'unbiased':  # K of them, also where a router has room for E
+    chosen = oracle_balance.assignment_of(
+      found.routing.logits, ids[..., : cfg.top_k], cfg.score_fn, assignment
+    )
   else:
     chosen = oracle_balance.assignment_of(found.routing.logits, ids, cfg.score_fn, assignment)
-  sets = oracle_balance.sets_of(loss.name, case.segments, micro_batches=MICRO_BATCHES, ep_groups=EP_GROUPS)
-  return lambda at: oracle_balance.mean_over_sets(oracle_balance.probability_losses(
-    at.probabilities(loss.probability or cfg.score_fn), chosen, mask, sets, loss.partition))
+  sets = oracle_balance.sets_of(
+    loss.name, case.segments, micro_batches=MICRO_BATCHES, ep_groups=EP_GROUPS
+  )
+  return lambda at: oracle_balance.mean_over_sets(
+    oracle_balance.probability_losses(
+      at.probabilities(loss.probability or cfg.score_fn), chosen, mask, sets, loss.partition
+    )
+  )
 
 
 def relative(found: float, wanted: float) -> float:
@@ -95,19 +116,31 @@ class LossChecks:
   """The worst of every loss: its value, its gradient along a direction, and what must have no gradient."""
 
   def __init__(self) -> None:
-    self.values = {name: Worst(f'value of {name}', VALUE, 'relative; sums of float32')
-                   for name in balance.BALANCE_LOSSES}
-    self.slopes = {name: Worst(f'gradient of {name}', GRADIENT, 'of its norm; float32 against differences of float64')
-                   for name in balance.BALANCE_LOSSES}
+    self.values = {
+      name: Worst(f'value of {name}', VALUE, 'relative; sums of float32')
+      for name in balance.BALANCE_LOSSES
+    }
+    self.slopes = {
+      name: Worst(
+        f'gradient of {name}', GRADIENT, 'of its norm; float32 against differences of float64'
+      )
+      for name in balance.BALANCE_LOSSES
+    }
     self.others = Worst('gradient of tokens that do not count', 0, 'it is exactly none')
 
   def compare(self, plan: Plan, cfg: routing.RouterConfig, label: str, case: Case) -> None:
     """All losses of one batch."""
-    found, inputs, rng = measured(plan, cfg, case), inputs_of(plan, case), plan.rng(1, cfg.num_experts)
+    found, inputs, rng = (
+      measured(plan, cfg, case),
+      inputs_of(plan, case),
+      plan.rng(1, cfg.num_experts),
+    )
     direction = Inputs(*(rng.normal(size=a.shape) for a in inputs))
-    at, above, below = (Point(moved(inputs, direction, by), found.draws, cfg, case.bias) for by in (0, STEP, -STEP))
+    at, above, below = (
+      Point(moved(inputs, direction, by), found.draws, cfg, case.bias) for by in (0, STEP, -STEP)
+    )
     for i, loss in enumerate(losses(cfg)):
-      if loss.name == 'load' and not cfg.noisy:   # there is no load that noise may give
+      if loss.name == 'load' and not cfg.noisy:  # there is no load that noise may give
         continue
       where, f = f'{loss}; {router_name(cfg)}; {label}', equation(loss, cfg, case, found)
       gradient = Inputs(*(g[i] for g in found.gradients))
@@ -139,18 +172,25 @@ def of_losses(plan: Plan) -> Iterator[Check]:
 
 def every_entry(plan: Plan) -> Iterator[Check]:
   """The smallest router: not a slope along one direction, but every entry of the gradient of the first row."""
-  worst = Worst('every entry of the gradients', GRADIENT, 'of the largest entry; differences in float64')
+  worst = Worst(
+    'every entry of the gradients', GRADIENT, 'of the largest entry; differences in float64'
+  )
   for score_fn in sorted(routing.SCORE_FNS):
     cfg, case = routing.RouterConfig(4, 2, score_fn, num_groups=2), make_cases(plan, 4)['holes']
     found, inputs = measured(plan, cfg, case), inputs_of(plan, case)
 
-    def at(row: np.ndarray, inputs: Inputs = inputs, found: Measured = found, cfg: routing.RouterConfig = cfg,
-           case: Case = case) -> Point:
+    def at(
+      row: np.ndarray,
+      inputs: Inputs = inputs,
+      found: Measured = found,
+      cfg: routing.RouterConfig = cfg,
+      case: Case = case,
+    ) -> Point:
       logits = np.concatenate([row[None], case.logits[1:]])
       return Point(inputs._replace(logits=logits), found.draws, cfg, case.bias)
 
     for i, loss in enumerate(losses(cfg)):
-      if loss.name not in ('load', 'simbal'):   # which have no gradient to logits here
+      if loss.name not in ('load', 'simbal'):  # which have no gradient to logits here
         f = equation(loss, cfg, case, found)
         wanted = oracle.finite_difference(lambda row, f=f, at=at: f(at(row)), case.logits[0])
         off = np.abs(found.gradients.logits[i][0] - wanted).max() / np.abs(wanted).max()
@@ -160,7 +200,9 @@ def every_entry(plan: Plan) -> Iterator[Check]:
 
 def chosen_experts(plan: Plan) -> Iterator[Check]:
   """Who is chosen, and the weights of those, of every selection."""
-  choice = Worst('experts chosen by top_k', VALUE, 'by how much a chosen score is less than the best, in float64')
+  choice = Worst(
+    'experts chosen by top_k', VALUE, 'by how much a chosen score is less than the best, in float64'
+  )
   weights = Worst('weights', VALUE, 'absolute, of weights that sum to 1 or scale')
   ties = Worst('ties go to the lowest expert', 0, 'whole numbers')
   for cfg in plan.token_choice():
@@ -170,9 +212,17 @@ def chosen_experts(plan: Plan) -> Iterator[Check]:
       found, where = measured(plan, cfg, case).routing, f'{router_name(cfg)}; {label}'
       biased = oracle.scores(case.logits, cfg.score_fn) + case.bias
       limited = np.apply_along_axis(
-        oracle_selection.limited_to_groups, -1, biased, cfg.num_groups, cfg.top_groups, cfg.group_best)
+        oracle_selection.limited_to_groups,
+        -1,
+        biased,
+        cfg.num_groups,
+        cfg.top_groups,
+        cfg.group_best,
+      )
       wanted = oracle_selection.top_k_experts(biased, limited, case.mask, case.segments, cfg.top_k)
-      lost = np.take_along_axis(biased, wanted, -1) - np.take_along_axis(biased, found.expert_ids, -1)
+      lost = np.take_along_axis(biased, wanted, -1) - np.take_along_axis(
+        biased, found.expert_ids, -1
+      )
       choice.see(where, np.abs(lost).max())
       theirs = Point(inputs_of(plan, case), np.zeros(()), cfg, case.bias).weights(found.expert_ids)
       weights.see(where, np.abs(found.weights - theirs).max())
@@ -186,8 +236,11 @@ def chosen_experts(plan: Plan) -> Iterator[Check]:
 
 def other_choices(plan: Plan, weights: Worst) -> Iterator[Check]:
   """Selections that are not the best scores: exactly the oracle's experts."""
-  exact = {cfg.selection: Worst(f'experts chosen by {cfg.selection}', 0, 'copies that go elsewhere')
-           for cfg in plan.other_routers() if cfg.selection != 'top_k'}
+  exact = {
+    cfg.selection: Worst(f'experts chosen by {cfg.selection}', 0, 'copies that go elsewhere')
+    for cfg in plan.other_routers()
+    if cfg.selection != 'top_k'
+  }
   for cfg in plan.other_routers():
     for label in OTHER_CASES:
       case = make_cases(plan, cfg.num_experts)[label]
@@ -196,9 +249,13 @@ def other_choices(plan: Plan, weights: Worst) -> Iterator[Check]:
       ids = found.routing.expert_ids
       weights.see(where, np.abs(found.routing.weights - at.weights(ids))[case.mask].max())
       if cfg.selection in exact:
-        logs, token_ids = oracle_selection.log_scores(at.logits, cfg.score_fn), tokens_of(case.mask, case.segments).ids
+        logs, token_ids = (
+          oracle_selection.log_scores(at.logits, cfg.score_fn),
+          tokens_of(case.mask, case.segments).ids,
+        )
         wanted = oracle_selection.SELECTIONS[cfg.selection](
-          logs, np.exp(logs) + case.bias, case.mask, np.asarray(token_ids), cfg.top_k)
+          logs, np.exp(logs) + case.bias, case.mask, np.asarray(token_ids), cfg.top_k
+        )
         exact[cfg.selection].see(where, (ids != wanted)[case.mask].sum())
   for worst in exact.values():
     yield worst.check()

@@ -19,17 +19,17 @@ from rich.text import Text
 
 from moejax.runtime.files import write_whole
 
-BAR = 10   # cells: one for each power of ten between what was found and what is allowed
+BAR = 10  # cells: one for each power of ten between what was found and what is allowed
 
 
 class Check(NamedTuple):
   """One comparison over many cases: how far off the worst of them is, and how far off it may be."""
 
-  what: str         # 'gradient of global_batch'
-  worst: float      # never NaN: that is infinitely far off
+  what: str  # 'gradient of global_batch'
+  worst: float  # never NaN: that is infinitely far off
   tolerance: float
-  why: str          # this tolerance, and of what it is a fraction
-  where: str        # the case that is worst
+  why: str  # this tolerance, and of what it is a fraction
+  where: str  # the case that is worst
   cases: int
 
   @property
@@ -61,7 +61,9 @@ class Worst:
 
   def check(self) -> Check:
     """What was seen so far."""
-    return Check(self.what, self.worst, self.tolerance, self.why, self.where or 'no case', self.cases)
+    return Check(
+      self.what, self.worst, self.tolerance, self.why, self.where or 'no case', self.cases
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Result:
   promise: str
   checks: tuple[Check, ...]
   seconds: float
-  notes: tuple[str, ...] = ()   # what a line found out besides
+  notes: tuple[str, ...] = ()  # what a line found out besides
 
   @property
   def passed(self) -> bool:
@@ -95,7 +97,7 @@ class Certificate(NamedTuple):
   """All lines, and what is needed to make them again."""
 
   results: list[Result]
-  about: dict[str, object]   # versions, commit, seed, covered, ...
+  about: dict[str, object]  # versions, commit, seed, covered, ...
 
   @property
   def passed(self) -> bool:
@@ -130,21 +132,38 @@ def to_json(certificate: Certificate) -> str:
   def finite(x: float) -> float | str:
     return x if math.isfinite(x) else str(x)
 
-  lines = [{'number': r.number, 'name': r.name, 'promise': r.promise, 'passed': r.passed,
-            'seconds': round(r.seconds, 2), 'notes': list(r.notes),
-            'checks': [check._asdict() | {'worst': finite(check.worst), 'passed': check.passed} for check in r.checks]}
-           for r in certificate.results]
-  return json.dumps({'passed': certificate.passed, **certificate.about, 'lines': lines}, indent=2) + '\n'
+  lines = [
+    {
+      'number': r.number,
+      'name': r.name,
+      'promise': r.promise,
+      'passed': r.passed,
+      'seconds': round(r.seconds, 2),
+      'notes': list(r.notes),
+      'checks': [
+        check._asdict() | {'worst': finite(check.worst), 'passed': check.passed}
+        for check in r.checks
+      ],
+    }
+    for r in certificate.results
+  ]
+  return (
+    json.dumps({'passed': certificate.passed, **certificate.about, 'lines': lines}, indent=2) + '\n'
+  )
 
 
 def summary_rows(certificate: Certificate) -> list[str]:
   """The table of a README: one row a line of the contract."""
-  rows = ['| | what holds, over every registered row | comparisons | worst deviation | allowed |',
-          '|---|---|---|---|---|']
+  rows = [
+    '| | what holds, over every registered row | comparisons | worst deviation | allowed |',
+    '|---|---|---|---|---|',
+  ]
   for r in certificate.results:
     check, mark = r.tightest, '✓' if r.passed else '✗'
-    rows.append(f'| {r.number} {mark} | {r.promise} | {r.cases} | {number(check.worst)} ({check.what}) '
-                f'| {allowed(check.tolerance)} |')
+    rows.append(
+      f'| {r.number} {mark} | {r.promise} | {r.cases} | {number(check.worst)} ({check.what}) '
+      f'| {allowed(check.tolerance)} |'
+    )
   return rows
 
 
@@ -158,16 +177,40 @@ def headline(certificate: Certificate) -> str:
 def to_markdown(certificate: Certificate) -> str:
   """The readable certificate: the table, then every check with the reason for its tolerance."""
   about = certificate.about
-  text = ['# Certificate of routing and balance', '', headline(certificate), '', *summary_rows(certificate), '',
-          'The deviation of a line is that of the check that came nearest to its tolerance.', '',
-          '## What was covered', '']
+  text = [
+    '# Certificate of routing and balance',
+    '',
+    headline(certificate),
+    '',
+    *summary_rows(certificate),
+    '',
+    'The deviation of a line is that of the check that came nearest to its tolerance.',
+    '',
+    '## What was covered',
+    '',
+  ]
   text += [f'- **{name}**: {", ".join(map(str, rows))}' for name, rows in about['covered'].items()]
-  text += ['', 'Versions: ' + ', '.join(f'{name} {version}' for name, version in about['versions'].items()) + '.']
+  text += [
+    '',
+    'Versions: '
+    + ', '.join(f'{name} {version}' for name, version in about['versions'].items())
+    + '.',
+  ]
   for r in certificate.results:
-    text += ['', f'## {r.number}. {r.name}', '', f'{r.promise} ({r.seconds:.1f} s)', '',
-             '| check | cases | worst | allowed | why that much | the worst case |', '|---|---|---|---|---|---|']
-    text += [f'| {"" if c.passed else "✗ "}{c.what} | {c.cases} | {number(c.worst)} | {allowed(c.tolerance)} '
-             f'| {c.why} | {c.where} |' for c in r.checks]
+    text += [
+      '',
+      f'## {r.number}. {r.name}',
+      '',
+      f'{r.promise} ({r.seconds:.1f} s)',
+      '',
+      '| check | cases | worst | allowed | why that much | the worst case |',
+      '|---|---|---|---|---|---|',
+    ]
+    text += [
+      f'| {"" if c.passed else "✗ "}{c.what} | {c.cases} | {number(c.worst)} | {allowed(c.tolerance)} '
+      f'| {c.why} | {c.where} |'
+      for c in r.checks
+    ]
     text += [''] * bool(r.notes) + [f'- {note}' for note in r.notes]
   return '\n'.join(text) + '\n'
 
@@ -194,7 +237,9 @@ def rewrite(path: pathlib.Path, name: str, body: str) -> None:
   head, found, rest = path.read_text().partition(begin)
   old, closed, tail = rest.partition(end)
   if not found or not closed:
-    raise ValueError(f'{path} does not hold {begin} and, after it, {end}: put both where the table belongs')
+    raise ValueError(
+      f'{path} does not hold {begin} and, after it, {end}: put both where the table belongs'
+    )
   write_whole(path, f'{head}{begin}\n{body}\n{end}{tail}')
 
 
@@ -210,7 +255,9 @@ class Terminal:
       self.status.start()
     return self
 
-  def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+  def __exit__(
+    self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
+  ) -> None:
     self.status.stop()
 
   def line(self, name: str, promise: str) -> None:
@@ -220,8 +267,12 @@ class Terminal:
   def check(self, line: str, check: Check) -> None:
     """One check, as it finishes; 80 columns hold that."""
     mark = Text('✓', 'green') if check.passed else Text('✗', 'bold red')
-    text = Text.assemble(mark, f' {line:<13} {check.what:<44} ', (f'{number(check.worst):>7}', 'bold'),
-                         (f' of {allowed(check.tolerance)}', 'dim'))
+    text = Text.assemble(
+      mark,
+      f' {line:<13} {check.what:<44} ',
+      (f'{number(check.worst):>7}', 'bold'),
+      (f' of {allowed(check.tolerance)}', 'dim'),
+    )
     if not check.passed:
       text.append(f'\n  worst of {check.cases}: {check.where}; allowed: {check.why}', 'red')
     self.console.print(text)
@@ -233,15 +284,35 @@ class Terminal:
   def table(self, certificate: Certificate, where: pathlib.Path) -> None:
     """The certificate at a glance."""
     table = Table(box=box.ROUNDED, title='routing and balance: the certificate', title_style='bold')
-    for name, how in (('', 'right'), ('line', 'left'), ('checks', 'right'), ('cases', 'right'), ('worst', 'right'),
-                      ('allowed', 'right'), ('margin', 'left'), ('time', 'right')):
+    for name, how in (
+      ('', 'right'),
+      ('line', 'left'),
+      ('checks', 'right'),
+      ('cases', 'right'),
+      ('worst', 'right'),
+      ('allowed', 'right'),
+      ('margin', 'left'),
+      ('time', 'right'),
+    ):
       table.add_column(name, justify=how, no_wrap=True)
     for r in certificate.results:
       check, style = r.tightest, 'green' if r.passed else 'bold red'
-      table.add_row(str(r.number), Text(r.name, style), str(len(r.checks)), str(r.cases), number(check.worst),
-                    allowed(check.tolerance), Text(bar(check) if r.passed else 'FAILED', style), f'{r.seconds:.0f} s')
+      table.add_row(
+        str(r.number),
+        Text(r.name, style),
+        str(len(r.checks)),
+        str(r.cases),
+        number(check.worst),
+        allowed(check.tolerance),
+        Text(bar(check) if r.passed else 'FAILED', style),
+        f'{r.seconds:.0f} s',
+      )
     self.console.print(table)
-    self.console.print('margin: one cell for each power of ten between the worst deviation and the allowed one',
-                       style='dim')
+    self.console.print(
+      'margin: one cell for each power of ten between the worst deviation and the allowed one',
+      style='dim',
+    )
     self.console.print(headline(certificate), style='bold' if certificate.passed else 'bold red')
-    self.console.print(f'{where / "certificate.md"} says more, and why each tolerance is what it is')
+    self.console.print(
+      f'{where / "certificate.md"} says more, and why each tolerance is what it is'
+    )

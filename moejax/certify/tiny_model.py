@@ -39,10 +39,10 @@ from moejax.train.step import train_state as state
 from moejax.train.step import train_step as step
 
 ROWS, LENGTH, VOCAB = 8, 12, 32
-STEPS = 100                    # of the run that schedules are parts of
-OF_CUT = ('micro_batch', 'gshard')   # another loss for another cut, by definition
-ALONE = 10                     # from this step on each loss has ten steps in which it alone has a coefficient
-WEIGHT = 20                    # of a loss that is alone
+STEPS = 100  # of the run that schedules are parts of
+OF_CUT = ('micro_batch', 'gshard')  # another loss for another cut, by definition
+ALONE = 10  # from this step on each loss has ten steps in which it alone has a coefficient
+WEIGHT = 20  # of a loss that is alone
 
 
 def names(noisy: bool = False) -> list[str]:
@@ -58,26 +58,43 @@ def alone_at(name: str, noisy: bool = False) -> int:
 def schedules(noisy: bool) -> frozendict:
   """At step 0 all losses that do not depend on the cut, then one after the other: one program for all of it."""
   first = {name: '0' if name in OF_CUT else '0.1' for name in names(noisy)}
-  return frozendict({name: f'{first[name]}, 0@{ALONE}%, {WEIGHT}@{alone_at(name, noisy)}%, '
-                           f'0@{alone_at(name, noisy) + 8}%' for name in names(noisy)})
+  return frozendict(
+    {
+      name: f'{first[name]}, 0@{ALONE}%, {WEIGHT}@{alone_at(name, noisy)}%, '
+      f'0@{alone_at(name, noisy) + 8}%'
+      for name in names(noisy)
+    }
+  )
 
 
 def config(noisy: bool = False) -> ExperimentConfig:
   """The base that everything is compared with: the dispatcher that compiles fastest, one micro-batch, no mesh."""
   return ExperimentConfig(
-    steps=STEPS, batch_size=ROWS, seq_len=LENGTH, loss=LossConfig(z_coef=f'1e-3, 0@{ALONE}%', chunks=2),
+    steps=STEPS,
+    batch_size=ROWS,
+    seq_len=LENGTH,
+    loss=LossConfig(z_coef=f'1e-3, 0@{ALONE}%', chunks=2),
     model=ModelConfig(
-      vocab_size=VOCAB, d_model=16, num_layers=2, attention=AttentionConfig(num_heads=2, num_kv_heads=2, d_head=8),
-      moe=MoEConfig(RouterConfig(4, 2, noisy=noisy), DispatchConfig('dense_matmul'), d_expert=8, num_shared=1)),
+      vocab_size=VOCAB,
+      d_model=16,
+      num_layers=2,
+      attention=AttentionConfig(num_heads=2, num_kv_heads=2, d_head=8),
+      moe=MoEConfig(
+        RouterConfig(4, 2, noisy=noisy), DispatchConfig('dense_matmul'), d_expert=8, num_shared=1
+      ),
+    ),
     balance=BalanceConfig(schedules(noisy), '' if noisy else 'sign', '0.05, 0@50%', ep_groups=4),
     # A large eps makes the update smooth in the gradient: at 1e-8 it would be the sign of the rounding of a zero.
-    optim=OptimConfig(learning_rate=0.05, warmup_steps=0, eps=1e-2, clip_norm=0.0))
+    optim=OptimConfig(learning_rate=0.05, warmup_steps=0, eps=1e-2, clip_norm=0.0),
+  )
 
 
 def change(cfg: ExperimentConfig, **changes: object) -> ExperimentConfig:
   """A config with other fields: of the root, of the model, of its MoE layers, by their names."""
   parts = {MoEConfig: cfg.model.moe, ModelConfig: cfg.model, ExperimentConfig: cfg}
-  of = {kind: {k: v for k, v in changes.items() if k in kind.__dataclass_fields__} for kind in parts}
+  of = {
+    kind: {k: v for k, v in changes.items() if k in kind.__dataclass_fields__} for kind in parts
+  }
   moe = dataclasses.replace(cfg.model.moe, **of[MoEConfig])
   model = dataclasses.replace(cfg.model, **of[ModelConfig] | {'moe': moe})
   return dataclasses.replace(cfg, **of[ExperimentConfig] | {'model': model})
@@ -88,7 +105,7 @@ def batch(seed: int = 0) -> Batch:
   rng = np.random.default_rng(seed)
   text = rng.integers(1, VOCAB, (ROWS, LENGTH + 1))
   segments = np.cumsum(rng.random((ROWS, LENGTH)) < 0.2, 1) + 1
-  segments[2, LENGTH // 2:] = 0
+  segments[2, LENGTH // 2 :] = 0
   segments[5, 1:] = 0
   return packed(text, segments)
 
@@ -109,9 +126,15 @@ def start(plan: Plan, cfg: ExperimentConfig) -> state.TrainState:
   shapes = jax.eval_shape(lambda: state.init_state(cfg))
   blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
   leaves = plan.once(('parameters', noisy), parameters)
-  model = jax.tree.unflatten(jax.tree.structure(shapes.model), [jnp.asarray(leaf) for leaf in leaves])
+  model = jax.tree.unflatten(
+    jax.tree.structure(shapes.model), [jnp.asarray(leaf) for leaf in leaves]
+  )
   model.blocks.moe.router[...] = 20 * model.blocks.moe.router[...]
-  bias = 0.02 * jnp.arange(blank.router.bias.size, dtype=jnp.float32).reshape(blank.router.bias.shape) % 0.07
+  bias = (
+    0.02
+    * jnp.arange(blank.router.bias.size, dtype=jnp.float32).reshape(blank.router.bias.shape)
+    % 0.07
+  )
   takes = bool(cfg.balance.bias_rule)
   return blank._replace(model=model, router=BiasState(bias * takes, blank.router.momentum))
 
@@ -125,19 +148,28 @@ class Taken(NamedTuple):
   @property
   def terms(self) -> dict[str, float]:
     """The terms of the objective as they are logged."""
-    return {name: float(value) for name, value in self.metrics.items()
-            if name in ('lm_loss', 'z_loss') or name.startswith('balance/')}
+    return {
+      name: float(value)
+      for name, value in self.metrics.items()
+      if name in ('lm_loss', 'z_loss') or name.startswith('balance/')
+    }
 
 
-def one_step(before: state.TrainState, rows: Batch, cfg: ExperimentConfig, mesh: MeshConfig | None
-             ) -> tuple[state.TrainState, step.Metrics]:
+def one_step(
+  before: state.TrainState, rows: Batch, cfg: ExperimentConfig, mesh: MeshConfig | None
+) -> tuple[state.TrainState, step.Metrics]:
   """A training step; compiled once for each mesh, too."""
   del mesh
   return step.train_step(before, rows, cfg)
 
 
-def take(plan: Plan, cfg: ExperimentConfig, before: state.TrainState, rows: Batch, mesh: MeshConfig | None = None
-         ) -> Taken:
+def take(
+  plan: Plan,
+  cfg: ExperimentConfig,
+  before: state.TrainState,
+  rows: Batch,
+  mesh: MeshConfig | None = None,
+) -> Taken:
   """One training step, on a mesh of virtual devices if one is given."""
   program = plan.program(one_step, cfg, mesh)
   if mesh is None:
@@ -146,8 +178,12 @@ def take(plan: Plan, cfg: ExperimentConfig, before: state.TrainState, rows: Batc
   with jax.set_mesh(devices):
     # Two programs of eight virtual devices at once, and each may hold the threads that the other waits for; to lay
     # arrays out anew is a program, too.
-    placed = jax.block_until_ready((jax.device_put(before, shardings(before, devices)),
-                                    jax.device_put(rows, NamedSharding(devices, spec('batch')))))
+    placed = jax.block_until_ready(
+      (
+        jax.device_put(before, shardings(before, devices)),
+        jax.device_put(rows, NamedSharding(devices, spec('batch'))),
+      )
+    )
     return jax.block_until_ready(Taken(*program(*placed)))
 
 
@@ -163,13 +199,17 @@ def through_checkpoint(whole: state.TrainState) -> state.TrainState:
 def gradient(taken: Taken, cfg: ExperimentConfig) -> np.ndarray:
   """The gradient as the optimiser got it, in one vector: its first moment after the first step, over 1 - beta1."""
   moments = optax.tree.get_all_with_path(taken.after.opt_state, 'mu')[0][1]
-  return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(moments)]) / (1 - cfg.optim.beta1)
+  return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(moments)]) / (
+    1 - cfg.optim.beta1
+  )
 
 
 def routings(model: Transformer, bias: Array, rows: Batch) -> Routing:
   """Each MoE layer's routing, by running one block after the other. [L, B, S, ...]."""
   x = model.embed(rows.tokens, jnp.float32)
-  tokens = Tokens(rows.tokens, rows.segment_ids > 0, rows.segment_ids, jnp.arange(rows.tokens.shape[0]))
+  tokens = Tokens(
+    rows.tokens, rows.segment_ids > 0, rows.segment_ids, jnp.arange(rows.tokens.shape[0])
+  )
   found = []
   for i in range(bias.shape[0]):
     block = jax.tree.map(lambda a, i=i: a[i], model.blocks)
@@ -184,5 +224,7 @@ def routed(plan: Plan, at: state.TrainState, rows: Batch) -> Routing:
   """Who every token is given to in a state, whatever program made it; by one program for all states, in NumPy."""
   cfg = config(at.model.cfg.moe.router.noisy)
   like = jax.eval_shape(lambda: state.init_state(cfg)).model
-  model = jax.tree.unflatten(jax.tree.structure(like), [np.asarray(leaf) for leaf in jax.tree.leaves(at.model)])
+  model = jax.tree.unflatten(
+    jax.tree.structure(like), [np.asarray(leaf) for leaf in jax.tree.leaves(at.model)]
+  )
   return jax.tree.map(np.asarray, plan.program(routings)(model, np.asarray(at.router.bias), rows))

@@ -31,16 +31,22 @@ log = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
   """When to save and what to keep: two at least of the latest, so that one damaged file costs few steps."""
+
   every: int = 100
   keep_latest: int = 2
   keep_every: int = 0  # also every step divisible by this; 0: none
   keep_best: bool = True
-  accept: str = ''     # what may differ from the checkpoint's, such as data,seed; see fingerprint.py
+  accept: str = ''  # what may differ from the checkpoint's, such as data,seed; see fingerprint.py
 
   def __post_init__(self) -> None:
-    check(accept_problem(self.accept), *(f'{name}={vars(self)[name]} is below {n}; give {n} or more'
-                                         for name, n in {'every': 1, 'keep_latest': 1, 'keep_every': 0}.items()
-                                         if vars(self)[name] < n))
+    check(
+      accept_problem(self.accept),
+      *(
+        f'{name}={vars(self)[name]} is below {n}; give {n} or more'
+        for name, n in {'every': 1, 'keep_latest': 1, 'keep_every': 0}.items()
+        if vars(self)[name] < n
+      ),
+    )
 
 
 class NoLoadableCheckpoint(RuntimeError):
@@ -50,7 +56,9 @@ class NoLoadableCheckpoint(RuntimeError):
 class Checkpoints:
   """The checkpoints in a directory. The writer holds `lock`; a reader (readonly) makes and deletes nothing."""
 
-  def __init__(self, directory: str | os.PathLike, cfg: CheckpointConfig, readonly: bool = False) -> None:
+  def __init__(
+    self, directory: str | os.PathLike, cfg: CheckpointConfig, readonly: bool = False
+  ) -> None:
     self.steps = Steps(directory, ('state', 'meta'))
     self._keep, self._accept = (cfg.keep_latest, cfg.keep_every, cfg.keep_best), cfg.accept
     self._metrics: dict[int, float] = {}
@@ -59,7 +67,9 @@ class Checkpoints:
       self.steps.directory.mkdir(parents=True, exist_ok=True)
       self._writer = Writer(self.steps)
 
-  def save(self, step: int, tree: object, fingerprint: Mapping[str, str], metric: float = math.inf) -> None:
+  def save(
+    self, step: int, tree: object, fingerprint: Mapping[str, str], metric: float = math.inf
+  ) -> None:
     """Starts a save and returns when the arrays may be donated; `check` and `close` tell how it ended."""
     self.check(wait=True)
     if (newest := max({*self.steps.all()} - {*self._bad}, default=-1)) >= step:
@@ -68,7 +78,9 @@ class Checkpoints:
       self.steps.delete(self._bad.pop())
     leaves = flatten(tree)
     versions = {name: importlib.metadata.version(name) for name in ('jax', 'orbax-checkpoint')}
-    self._writer.start(step, leaves, Meta(metric, dict(fingerprint), versions, kinds(leaves), digests(leaves)))
+    self._writer.start(
+      step, leaves, Meta(metric, dict(fingerprint), versions, kinds(leaves), digests(leaves))
+    )
 
   def check(self, wait: bool = False) -> None:
     """Raises SaveFailed, once, if the last save failed; deletes what need not be kept."""
@@ -83,8 +95,9 @@ class Checkpoints:
     self.check(wait=True)
     self._writer.close()
 
-  def restore(self, target: T, fingerprint: Mapping[str, str], only: tuple[str, ...] = ('',)
-              ) -> tuple[int, T, Meta] | None:
+  def restore(
+    self, target: T, fingerprint: Mapping[str, str], only: tuple[str, ...] = ('',)
+  ) -> tuple[int, T, Meta] | None:
     """The newest step that verifies, with the target's shardings; None where there is no checkpoint at all.
 
     `target`: arrays or ShapeDtypeStructs, of the paths that begin with one of `only`. An empty fingerprint is
@@ -97,24 +110,39 @@ class Checkpoints:
       except (ConfigError, *NOT_DAMAGE):
         raise  # not the checkpoint's fault
       except Exception as error:
-        if agreed(self.steps.path(step).exists()):  # else deleted under a reader: there are newer ones
-          reason = f'{error}' if isinstance(error, ValueError) else f'{type(error).__name__}: {error}'
+        if agreed(
+          self.steps.path(step).exists()
+        ):  # else deleted under a reader: there are newer ones
+          reason = (
+            f'{error}' if isinstance(error, ValueError) else f'{type(error).__name__}: {error}'
+          )
           log.warning('checkpoint %d is damaged, trying an older one: %s', step, reason)
           bad.append(step)
       else:
         self._bad = bad
         return step, jax.tree.unflatten(jax.tree.structure(target), leaves), meta
     if bad:
-      raise NoLoadableCheckpoint(f'{self.steps.directory}: none of {bad} loads; mend one, or move all away')
+      raise NoLoadableCheckpoint(
+        f'{self.steps.directory}: none of {bad} loads; mend one, or move all away'
+      )
     return None
 
-  def _read(self, step: int, target: Mapping[str, jax.Array], fingerprint: Mapping[str, str], only: tuple[str, ...]
-            ) -> tuple[list[jax.Array], Meta]:
+  def _read(
+    self,
+    step: int,
+    target: Mapping[str, jax.Array],
+    fingerprint: Mapping[str, str],
+    only: tuple[str, ...],
+  ) -> tuple[list[jax.Array], Meta]:
     path = self.steps.path(step)
     meta = meta_everywhere(path)
     old = {leaf: kind for leaf, kind in meta.kinds.items() if leaf.startswith(only)}
-    accepted = expect_same(str(path), (old, kinds(target)),  # Orbax would cast to another dtype without a word
-                           (meta.fingerprint, fingerprint or meta.fingerprint), self._accept)
+    accepted = expect_same(
+      str(path),
+      (old, kinds(target)),  # Orbax would cast to another dtype without a word
+      (meta.fingerprint, fingerprint or meta.fingerprint),
+      self._accept,
+    )
     leaves = read_leaves(path / 'state', target, meta.digests)
     for line in accepted:
       log.warning('accepted: %s', line)

@@ -20,12 +20,16 @@ def lock(workdir: str | os.PathLike) -> Iterator[None]:
     Path(workdir).mkdir(parents=True, exist_ok=True)
     number = os.open(Path(workdir) / 'lock', os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
   except OSError as error:  # ELOOP: it is a link, and what it leads to would be written over
-    raise ConfigError(f'workdir={workdir}: {error}; name a directory that can be written to') from error
+    raise ConfigError(
+      f'workdir={workdir}: {error}; name a directory that can be written to'
+    ) from error
   with open(number, 'r+') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise RunInUse(f'workdir={workdir} is in use by process {file.read().strip()}; stop it or name another') from None
+      raise RunInUse(
+        f'workdir={workdir} is in use by process {file.read().strip()}; stop it or name another'
+      ) from None
     file.truncate(0)
     print(os.getpid(), file=file, flush=True)
     yield

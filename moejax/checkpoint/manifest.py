@@ -15,10 +15,11 @@ from moejax.sharding.tree import flatten, kinds
 
 class Meta(NamedTuple):
   """All of a checkpoint but the arrays."""
-  metric: float                # lower is better; inf: not measured, or not finite
+
+  metric: float  # lower is better; inf: not measured, or not finite
   fingerprint: dict[str, str]  # of data and model, see fingerprint.py
   versions: dict[str, str]
-  kinds: dict[str, str]        # path -> 'float32[4, 8]'
+  kinds: dict[str, str]  # path -> 'float32[4, 8]'
   digests: dict[str, str]
 
 
@@ -36,7 +37,9 @@ def digest(tree: object) -> str:
 
 def seal(meta: Meta) -> dict[str, object]:
   """JSON with a digest of itself: damaged in a dtype or the fingerprint, it would pass for another config."""
-  body = meta._asdict() | {'metric': meta.metric if math.isfinite(meta.metric) else None}  # JSON has no inf
+  body = meta._asdict() | {
+    'metric': meta.metric if math.isfinite(meta.metric) else None
+  }  # JSON has no inf
   return {'sha256': _sha256(body), 'meta': body}
 
 
@@ -64,11 +67,17 @@ def _sums(x: jax.Array, stacked: bool = True) -> jax.Array:  # [2] u32
   """
   if stacked and x.ndim > 2:  # a layer at a time: XLA's CPU backend copies all that it sums
     plain, weighted = jax.lax.map(lambda layer: _sums(layer, False), x).T
-    before = np.arange(len(x), dtype=np.uint32) * np.uint32(x[0].size * max(1, x.dtype.itemsize // 4) % 2**32)
-    return jnp.stack([plain.sum(dtype=jnp.uint32), (weighted + before * plain).sum(dtype=jnp.uint32)])
+    before = np.arange(len(x), dtype=np.uint32) * np.uint32(
+      x[0].size * max(1, x.dtype.itemsize // 4) % 2**32
+    )
+    return jnp.stack(
+      [plain.sum(dtype=jnp.uint32), (weighted + before * plain).sum(dtype=jnp.uint32)]
+    )
   if x.dtype.name in ('bool', 'int4', 'uint4', 'int2', 'uint2'):
     x = x.astype(jnp.int8)
-  words = jnp.dtype(f'uint{min(8 * x.dtype.itemsize, 32)}')  # 64 bits become two words in a last axis
+  words = jnp.dtype(
+    f'uint{min(8 * x.dtype.itemsize, 32)}'
+  )  # 64 bits become two words in a last axis
   bits = jax.lax.bitcast_convert_type(x, words).astype(jnp.uint32)
   position, stride = jnp.ones(bits.shape, jnp.uint32), 1
   for axis in reversed(range(bits.ndim)):  # an arange reshaped would gather a sharded array

@@ -17,7 +17,10 @@ import jax.numpy as jnp
 from moejax.checkpoint.manifest import Meta, digests, unseal
 from moejax.runtime.multiprocess import together
 
-TABLE, MANIFEST = '_METADATA', 'manifest.ocdbt'  # of Orbax: which leaves there are, where the tree begins
+TABLE, MANIFEST = (
+  '_METADATA',
+  'manifest.ocdbt',
+)  # of Orbax: which leaves there are, where the tree begins
 NOT_DAMAGE = MemoryError, jax.errors.JaxRuntimeError
 SHOWN = 3  # files and leaves in a message
 
@@ -26,17 +29,25 @@ class Damaged(ValueError):
   """A file of a checkpoint is not what was written."""
 
 
-def read_leaves(directory: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], sums: Mapping[str, str]
-                ) -> list[jax.Array]:
+def read_leaves(
+  directory: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], sums: Mapping[str, str]
+) -> list[jax.Array]:
   """The wanted leaves of Orbax's `directory`, on their shardings, compared with their digests. All processes call it.
 
   Raises:
     Damaged: names what is not as it was saved, and its file; or another process found something.
   """
   import orbax.checkpoint  # here: it is a quarter of the time that importing moejax may take
+
   home = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  wanted = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or home) for p, x in wanted.items()}
-  handler, how = orbax.checkpoint.PyTreeCheckpointHandler(), orbax.checkpoint.checkpoint_utils.construct_restore_args
+  wanted = {
+    p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or home)
+    for p, x in wanted.items()
+  }
+  handler, how = (
+    orbax.checkpoint.PyTreeCheckpointHandler(),
+    orbax.checkpoint.checkpoint_utils.construct_restore_args,
+  )
 
   def load(path: str) -> jax.Array | Damaged:
     only = {path: wanted[path]}
@@ -79,7 +90,9 @@ def expect_plain(directory: Path) -> None:
   for folder, folders, files in os.walk(directory):
     for path in (Path(folder, name) for name in (*folders, *files)):
       if path.is_symlink():
-        raise Damaged(f'{path.relative_to(directory)} is a link, and links are not followed: put a copy in its place')
+        raise Damaged(
+          f'{path.relative_to(directory)} is a link, and links are not followed: put a copy in its place'
+        )
 
 
 def _expect_tables(directory: Path) -> None:
@@ -91,7 +104,9 @@ def _expect_tables(directory: Path) -> None:
     try:
       json.loads(path.read_bytes())
     except ValueError as error:
-      raise Damaged(f'file {path.relative_to(directory.parent)}: not JSON ({type(error).__name__})') from error
+      raise Damaged(
+        f'file {path.relative_to(directory.parent)}: not JSON ({type(error).__name__})'
+      ) from error
 
 
 def _told(directory: Path, leaves: Sequence[str], error: Exception) -> Damaged:
@@ -99,10 +114,16 @@ def _told(directory: Path, leaves: Sequence[str], error: Exception) -> Damaged:
   text = ' '.join(str(error.__cause__ or error).split()).partition(' [tensorstore_spec')[0]
   named = re.findall(r'local file "([^"]*[^"/])"', text)[-1:]
   try:
-    files = [str(Path(name).relative_to(directory)) for name in named] or sorted(files_of(directory, leaves))
-  except Exception as other:  # the tree that leads to the files is damaged itself: its error has the name
+    files = [str(Path(name).relative_to(directory)) for name in named] or sorted(
+      files_of(directory, leaves)
+    )
+  except (
+    Exception
+  ) as other:  # the tree that leads to the files is damaged itself: its error has the name
     files = re.findall(rf'local file "{re.escape(str(directory))}/([^"]*[^"/])"', str(other))[-1:]
-  what = f'leaf {_some(leaves)}, file ' + _some([f'{directory.name}/{name}' for name in files or [TABLE]])
+  what = f'leaf {_some(leaves)}, file ' + _some(
+    [f'{directory.name}/{name}' for name in files or [TABLE]]
+  )
   is_there = all((directory / name).exists() for name in files)
   reason = text.rpartition('": ')[2][-160:] if is_there else 'missing'
   return Damaged(f'{what}: {reason}')
@@ -111,6 +132,7 @@ def _told(directory: Path, leaves: Sequence[str], error: Exception) -> Damaged:
 def files_of(directory: Path, leaves: Sequence[str]) -> set[str]:
   """The files with chunks of the leaves; if some of those are missing or too short, only these."""
   import tensorstore
+
   base = tensorstore.KvStore.open(f'file://{directory}/').result()
 
   found: dict[str, int] = {}  # file -> bytes that it must have
@@ -123,11 +145,17 @@ def files_of(directory: Path, leaves: Sequence[str]) -> set[str]:
         nodes.append((entry['location'], prefix + entry['subtree_common_prefix']))
       elif 'indirect_value' in entry and leaf in leaves:  # value:FOLDER:NAME:START:BYTES
         _, folder, name, start, size = entry['indirect_value'].split(':')
-        found[folder + name] = max(int(start) + int(size), *(found[n] for n in (folder + name,) if n in found), 0)
-  sizes = {path.relative_to(directory).as_posix(): path.stat().st_size for path in directory.rglob('*')}
+        found[folder + name] = max(
+          int(start) + int(size), *(found[n] for n in (folder + name,) if n in found), 0
+        )
+  sizes = {
+    path.relative_to(directory).as_posix(): path.stat().st_size for path in directory.rglob('*')
+  }
   return {name for name in found if name not in sizes or sizes[name] < found[name]} or {*found}
 
 
 def _some(names: Sequence[str]) -> str:
   """The first few, and how many more."""
-  return ', '.join(names[:SHOWN]) + (f' and {len(names) - SHOWN} more' if len(names) > SHOWN else '')
+  return ', '.join(names[:SHOWN]) + (
+    f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
+  )

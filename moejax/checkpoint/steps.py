@@ -22,7 +22,11 @@ def kept(metrics: Mapping[int, float], latest: int, every: int, best: bool) -> s
   """Which of step -> metric stay: latest, every k-th, the best (the lowest; never one that is not finite)."""
   finite = {step: metric for step, metric in metrics.items() if math.isfinite(metric)}
   chosen = [min(finite, key=lambda step: (finite[step], -step))] if finite and best else []
-  return {*sorted(metrics)[-latest:], *chosen, *(step for step in metrics if every and step % every == 0)}
+  return {
+    *sorted(metrics)[-latest:],
+    *chosen,
+    *(step for step in metrics if every and step % every == 0),
+  }
 
 
 class Steps:
@@ -37,9 +41,15 @@ class Steps:
 
   def all(self) -> list[int]:
     """Those on disk, oldest first, good or bad; never the one being saved. Warns once of what is not ours."""
-    numbers = [p for p in self.directory.glob('[0-9]*') if p.name.isdecimal() and p.name == str(int(p.name))]
-    foreign = {p for p in numbers if p.is_symlink() or not any((p / part).exists() for part in self._parts)}
-    for path in sorted(p for p in foreign - self._foreign if os.path.lexists(p)):  # not deleted just now
+    numbers = [
+      p for p in self.directory.glob('[0-9]*') if p.name.isdecimal() and p.name == str(int(p.name))
+    ]
+    foreign = {
+      p for p in numbers if p.is_symlink() or not any((p / part).exists() for part in self._parts)
+    }
+    for path in sorted(
+      p for p in foreign - self._foreign if os.path.lexists(p)
+    ):  # not deleted just now
       log.warning('%s is not a checkpoint: ignored', path)
     self._foreign |= foreign
     return sorted(int(p.name) for p in numbers if p not in foreign)
@@ -53,4 +63,6 @@ class Steps:
   def clean(self) -> None:
     """Takes away what killed and failed saves and deletions left; not while a save is in flight."""
     for path in (p for pattern in RUBBISH for p in self.directory.glob(pattern) if is_first()):
-      shutil.rmtree(path, ignore_errors=True)  # a failed save may still write there; the next one cleans again
+      shutil.rmtree(
+        path, ignore_errors=True
+      )  # a failed save may still write there; the next one cleans again

@@ -30,11 +30,14 @@ class Writer:
 
   def __init__(self, steps: Steps) -> None:
     import orbax.checkpoint as ocp  # here: it is a quarter of the time that importing moejax may take
+
     self._orbax, self._steps, self._step, self._alone = ocp, steps, 0, jax.process_count() == 1
     self._barrier = Barrier()
     self._failures: list[Exception] = []
     logging.getLogger('absl').addFilter(_is_news)
-    options = ocp.AsyncOptions(post_finalization_callback=lambda: fault_point('commit'), barrier_sync_fn=self._barrier.meet)
+    options = ocp.AsyncOptions(
+      post_finalization_callback=lambda: fault_point('commit'), barrier_sync_fn=self._barrier.meet
+    )
     self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
     steps.clean()
 
@@ -43,11 +46,18 @@ class Writer:
     self._steps.clean()  # what a failed one still wrote after it was told
     self._step, args = step, self._orbax.args
     full = {path: leaf for path, leaf in leaves.items() if leaf.size}  # Orbax refuses empty arrays
-    pieces = dict.fromkeys(full, self._orbax.SaveArgs(chunk_byte_size=1 << 26))  # or Orbax encodes large leaves whole
+    pieces = dict.fromkeys(
+      full, self._orbax.SaveArgs(chunk_byte_size=1 << 26)
+    )  # or Orbax encodes large leaves whole
     self._barrier.begin()
     with self._errors():
-      self._saver.save(self._steps.path(step), args=args.Composite(
-        state=args.PyTreeSave(full, pieces, ocdbt_target_data_file_size=1 << 27), meta=args.JsonSave(seal(meta))))
+      self._saver.save(
+        self._steps.path(step),
+        args=args.Composite(
+          state=args.PyTreeSave(full, pieces, ocdbt_target_data_file_size=1 << 27),
+          meta=args.JsonSave(seal(meta)),
+        ),
+      )
       fault_point('save')
 
   def check(self, wait: bool) -> None:

@@ -14,7 +14,9 @@ T = TypeVar('T')
 def to_config_dict(cfg: object) -> ConfigDict:
   """The dataclass as a locked ConfigDict, whose tables alone stay open to new names and other types."""
   fields = vars(cfg)
-  tables = {k: ConfigDict(dict(v), type_safe=False) for k, v in fields.items() if isinstance(v, frozendict)}
+  tables = {
+    k: ConfigDict(dict(v), type_safe=False) for k, v in fields.items() if isinstance(v, frozendict)
+  }
   nested = {k: to_config_dict(v) for k, v in fields.items() if dataclasses.is_dataclass(v)}
   config = ConfigDict(fields | tables | nested).lock()
   for name in tables:
@@ -31,7 +33,10 @@ def from_config_dict(cls: type[T], d: Mapping | ConfigDict) -> T:
 
 
 def _build(cls: type[T], d: Mapping | ConfigDict, path: str, problems: list[str]) -> T:
-  hints, config = get_type_hints(cls), object.__new__(cls)  # __init__ would stop at the first failing check
+  hints, config = (
+    get_type_hints(cls),
+    object.__new__(cls),
+  )  # __init__ would stop at the first failing check
   problems += [unknown(f'{path}.{name}', hints) for name in d.keys() if name not in hints]
   for name, value in vars(cls()).items():
     value = _typed(hints[name], d[name], value, f'{path}.{name}', problems) if name in d else value
@@ -44,17 +49,27 @@ def _build(cls: type[T], d: Mapping | ConfigDict, path: str, problems: list[str]
 
 
 def _typed(hint: type, value: object, default: object, path: str, problems: list[str]) -> object:
-  kind, args, is_table = get_origin(hint) or hint, get_args(hint), isinstance(value, (Mapping, ConfigDict))
+  kind, args, is_table = (
+    get_origin(hint) or hint,
+    get_args(hint),
+    isinstance(value, (Mapping, ConfigDict)),
+  )
   if dataclasses.is_dataclass(kind) and is_table:
     return _build(kind, value, path, problems)
   if kind is frozendict and is_table:
     hints = {k: str if type(v) is str else float for k, v in value.items()}
-    return frozendict({k: _typed(hints[k], v, v, f'{path}.{k}', problems) for k, v in value.items()})
+    return frozendict(
+      {k: _typed(hints[k], v, v, f'{path}.{k}', problems) for k, v in value.items()}
+    )
   if kind is tuple and isinstance(value, (tuple, list)):
     hints = args[:1] * len(value) if args[1:] == (...,) else args or [type(v) for v in value]
     if len(hints) == len(value):
-      return tuple(_typed(h, v, v, f'{path}[{i}]', problems) for i, (h, v) in enumerate(zip(hints, value)))
+      return tuple(
+        _typed(h, v, v, f'{path}[{i}]', problems) for i, (h, v) in enumerate(zip(hints, value))
+      )
   elif type(value) is kind or (kind is float and type(value) is int):
     return kind(value)
-  problems.append(f'{path}={value!r} is {type(value).__name__}; give {hint if args else kind.__name__}')
+  problems.append(
+    f'{path}={value!r} is {type(value).__name__}; give {hint if args else kind.__name__}'
+  )
   return default

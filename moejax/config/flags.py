@@ -64,16 +64,25 @@ def _load(path: str, cls: type, problems: list[str]) -> ConfigDict:
   path, _, variant = path.partition(':')
   try:
     get_config = runpy.run_path(path)['get_config']
-    takes = [get_args(p.annotation) for p in inspect.signature(get_config, eval_str=True).parameters.values()]
-    known = takes[0] if takes else ('',)  # its parameter's Literal; () where that is text: the file decides
+    takes = [
+      get_args(p.annotation)
+      for p in inspect.signature(get_config, eval_str=True).parameters.values()
+    ]
+    known = (
+      takes[0] if takes else ('',)
+    )  # its parameter's Literal; () where that is text: the file decides
     there = ' or '.join(f'{path}:{name}'.rstrip(':') for name in known)
     check(f'it has no variant {variant!r}; use {there}' if known and variant not in known else '')
     config = get_config(variant) if variant else get_config()
     if isinstance(config, ConfigDict):
       return config
-    problems.append(f'--config={path}: get_config() gives {type(config).__name__}; give a ConfigDict')
+    problems.append(
+      f'--config={path}: get_config() gives {type(config).__name__}; give a ConfigDict'
+    )
   except Exception as error:  # the file is the user's program: anything may come out of it
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    lines = [
+      frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path
+    ]
     where = f'{path}, line {lines[-1]}' if lines else path
     problems.append(f'--config={where}: {type(error).__name__}: {error}')
   return to_config_dict(cls())
@@ -94,8 +103,14 @@ def _override(config: ConfigDict, arg: str, names: list[str]) -> list[str]:
     del holder[field]  # a new entry may have another type, such as a schedule for a number
   values = flags.FlagValues()
   try:
-    config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=['', arg],
-                                    lock_config=False, accept_new_attributes=is_table)
+    config_flags.DEFINE_config_dict(
+      'config',
+      config,
+      flag_values=values,
+      sys_argv=['', arg],
+      lock_config=False,
+      accept_new_attributes=is_table,
+    )
     values(['', arg])
   except (flags.Error, ValueError, TypeError):
     return [f'{arg}: give {type(old).__name__}, such as --config.{name}={old!r}']

@@ -1,7 +1,7 @@
 """Numbers that change over a run, written as text: coefficients, the bias rate, the learning rate.
 
-  '0.1, 0.01@10%, 0.001@70%'    0.1, from a tenth of the run on 0.01, from 70% on 0.001
-  '1, cosine 0.1@60%, 0.03@90%' 1; from 60% on by half a cosine to 0.1, which it reaches at 90%; from there on 0.03
+'0.1, 0.01@10%, 0.001@70%'    0.1, from a tenth of the run on 0.01, from 70% on 0.001
+'1, cosine 0.1@60%, 0.03@90%' 1; from 60% on by half a cosine to 0.1, which it reaches at 90%; from there on 0.03
 """
 
 from collections.abc import Callable
@@ -37,14 +37,21 @@ def pieces(spec: str | float) -> list[Piece]:
   found = []
   for i, piece in enumerate(str(spec).split(',')):
     words, at, start = piece.strip().partition('@')
-    *shape, value = words.split()   # ValueError where there is none
+    *shape, value = words.split()  # ValueError where there is none
     shape = ' '.join(shape)
     # The first piece has nothing before it that it could start from.
-    if bool(at) != bool(i) or (at and not start.endswith('%')) or shape not in SHAPES or (shape and not i):
+    if (
+      bool(at) != bool(i)
+      or (at and not start.endswith('%'))
+      or shape not in SHAPES
+      or (shape and not i)
+    ):
       raise ValueError(spec)
     found.append(Piece(float(start[:-1]) / 100 if at else 0.0, float(value), shape))
   starts = [piece.start for piece in found]
-  usable = all(0 <= start <= 1 and 0 <= value < float('inf') for start, value, _ in found)   # False for nan, too
+  usable = all(
+    0 <= start <= 1 and 0 <= value < float('inf') for start, value, _ in found
+  )  # False for nan, too
   if not usable or starts != sorted(starts):
     raise ValueError(spec)
   return found
@@ -55,9 +62,11 @@ def schedule_problem(field: str, spec: str | float) -> str:
   try:
     pieces(spec)
   except ValueError:
-    return (f'{field}={spec!r} is not a schedule: use a number of 0 or more, or values with the part of the run '
-            "from which each holds, such as '0.1, 0.01@10%, 0.001@70%', or with a slope that ends where the next one "
-            "begins, such as '1, cosine 0.1@60%, 0.1@90%'")
+    return (
+      f'{field}={spec!r} is not a schedule: use a number of 0 or more, or values with the part of the run '
+      "from which each holds, such as '0.1, 0.01@10%, 0.001@70%', or with a slope that ends where the next one "
+      "begins, such as '1, cosine 0.1@60%, 0.1@90%'"
+    )
   return ''
 
 

@@ -17,10 +17,11 @@ HELD_OUT = 0.05  # of a source's bytes
 
 class Survey(NamedTuple):
   """What one reading of a source tells."""
+
   digest: str
-  held: list[str]          # digests of the documents held out
-  shared: list[str]        # those of them that were not this source's choice
-  lone: str                # digest of the only document, before it was cut in two; '' if there are more
+  held: list[str]  # digests of the documents held out
+  shared: list[str]  # those of them that were not this source's choice
+  lone: str  # digest of the only document, before it was cut in two; '' if there are more
   train_bytes: int
   validation_bytes: int
 

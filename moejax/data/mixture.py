@@ -18,15 +18,16 @@ EXAMPLE = "as '0.7 stdlib', '0.2 text notes/**/*.md' or '0.1 synthetic 7'"
 
 class Entry(NamedTuple):
   """An entry, taken apart."""
-  weight: float      # nan if it is no number
+
+  weight: float  # nan if it is no number
   source: str
-  argument: str      # '' if there is none
+  argument: str  # '' if there is none
 
 
 def entry_of(task: str, value: str | float) -> Entry:
   """Takes an entry apart; what is wrong with it, `problems` tells."""
   words = str(value).split(None, 2) or ['']
-  weight, source, argument = words + [task, ''][len(words) - 1:]
+  weight, source, argument = words + [task, ''][len(words) - 1 :]
   try:
     return Entry(float(weight), source, argument.strip())
   except ValueError:
@@ -37,7 +38,9 @@ def shares(mixture: Mapping[str, str | float]) -> dict[str, float]:
   """Task, in the order of task ids -> its part of the rows; they add up to 1."""
   weights = {task: entry_of(task, mixture[task]).weight for task in sorted(mixture)}
   total = sum(weights.values())
-  return {task: float(f'{weight / total:.12g}') for task, weight in weights.items()}  # 7 : 3 is 0.7 : 0.3 to the bit
+  return {
+    task: float(f'{weight / total:.12g}') for task, weight in weights.items()
+  }  # 7 : 3 is 0.7 : 0.3 to the bit
 
 
 def problems(mixture: Mapping[str, str | float], sources: Collection[str]) -> Iterator[str]:
@@ -50,7 +53,9 @@ def problems(mixture: Mapping[str, str | float], sources: Collection[str]) -> It
       yield f'mixture.{task}={mixture[task]!r}: {problem}'
 
 
-def _problem(task: str, entry: Entry, sources: Collection[str], first: dict[tuple[str, str], str]) -> str:
+def _problem(
+  task: str, entry: Entry, sources: Collection[str], first: dict[tuple[str, str], str]
+) -> str:
   """What is wrong with one entry; `first` remembers who came with a text."""
   text = entry[1:]
   twin = first.setdefault(text, task)

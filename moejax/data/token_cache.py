@@ -27,11 +27,15 @@ def cached(path: Path, build: Callable[[], Iterable[bytes]]) -> np.ndarray:
       _write(path, build())
     return np.memmap(path, np.uint8, 'r')[:-32]
   except OSError as error:
-    raise ConfigError(f'{error}; set data.cache_dir to a folder with room that can be written to') from error
+    raise ConfigError(
+      f'{error}; set data.cache_dir to a folder with room that can be written to'
+    ) from error
 
 
 def _is_whole(path: Path) -> bool:
-  if not path.is_file() or path.is_symlink():  # a link is replaced by a file, and its target is not touched
+  if (
+    not path.is_file() or path.is_symlink()
+  ):  # a link is replaced by a file, and its target is not touched
     return False
   data = np.memmap(path, np.uint8, 'r') if path.stat().st_size else np.zeros(0, np.uint8)
   whole = data[-32:].tobytes() == _seal(path, data[:-32]).digest()

@@ -19,14 +19,17 @@ from moejax.data.token_cache import cached
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger('moejax')
-TOKENIZER_SAMPLE = 4 << 20   # bytes that a BPE is trained on: more costs start-up time and moves few merges
-GROUP = 4 << 20              # characters tokenised at once: bounds memory
-RACY = 2.0                   # seconds within which two writes of a file may bear the same time
-FORMAT = 2                   # raise it when what the cache holds for the same text changes
+TOKENIZER_SAMPLE = (
+  4 << 20
+)  # bytes that a BPE is trained on: more costs start-up time and moves few merges
+GROUP = 4 << 20  # characters tokenised at once: bounds memory
+RACY = 2.0  # seconds within which two writes of a file may bear the same time
+FORMAT = 2  # raise it when what the cache holds for the same text changes
 
 
 class Text(NamedTuple):
   """The text of a task, read once."""
+
   component: Component
   source: Source
   survey: Survey
@@ -44,8 +47,15 @@ def _texts(cfg: DataConfig, cache: Path) -> list[Text]:
   lone = {text.survey.lone: text.component.task for text in texts if text.survey.lone}
   held = sorted({*lone, *(key for text in texts for key in text.survey.held)})
   texts = [Text(of, source, _surveyed(of.config, source, cache, held)) for of, source, _ in texts]
-  check(*(f'mixture.{text.component.task}: holds the only document of mixture.{lone[key]}, which trains on most of '
-          'it; leave it out of one of the two' for text in texts for key in text.survey.held if key in lone))
+  check(
+    *(
+      f'mixture.{text.component.task}: holds the only document of mixture.{lone[key]}, which trains on most of '
+      'it; leave it out of one of the two'
+      for text in texts
+      for key in text.survey.held
+      if key in lone
+    )
+  )
   return texts
 
 
@@ -88,17 +98,23 @@ def _sample(texts: list[Text]) -> Iterator[str]:
 
   Every n-th of the task with most text for its weight; of the others more, of a short one copies, as in training.
   """
-  supply = max(Fraction(text.survey.train_bytes) / Fraction(text.component.weight) for text in texts)
+  supply = max(
+    Fraction(text.survey.train_bytes) / Fraction(text.component.weight) for text in texts
+  )
   total = supply / (math.ceil(supply / TOKENIZER_SAMPLE) or 1)
   logger.info('training a tokenizer on %.1f MB', total / 1e6)
   for component, source, survey in texts:
     share = Fraction(component.weight) * total
-    copies, of = (share / (survey.train_bytes or 1)).as_integer_ratio()  # so many in each run of so many documents
+    copies, of = (
+      share / (survey.train_bytes or 1)
+    ).as_integer_ratio()  # so many in each run of so many documents
     left = int(share)
     for i, text in enumerate(split(source, survey, False)):
-      for _ in range((-i * copies // of) - (-(i + 1) * copies // of)):  # what ceil(i * copies / of) grows by
+      for _ in range(
+        (-i * copies // of) - (-(i + 1) * copies // of)
+      ):  # what ceil(i * copies / of) grows by
         if len(texts) == 1 or left > 0:
-          yield text[:TOKENIZER_SAMPLE if len(texts) == 1 else left]
+          yield text[: TOKENIZER_SAMPLE if len(texts) == 1 else left]
           left -= len(text.encode())
 
 
@@ -109,12 +125,16 @@ def _stream(text: Text, tokenizer: Tokenizer, cache: Path, held_out: bool) -> np
   eod = dtype.type(tokenizer.eod_id).tobytes()
 
   def build() -> Iterator[bytes]:
-    logger.info('tokenising %.1f MB', (survey.validation_bytes if held_out else survey.train_bytes) / 1e6)
+    logger.info(
+      'tokenising %.1f MB', (survey.validation_bytes if held_out else survey.train_bytes) / 1e6
+    )
     for group in _groups(split(source, survey, held_out), tokenizer):
       for (opens, _), ids in zip(group, tokenizer.encode_batch([piece for _, piece in group])):
         if ids.size and (ids.max() >= tokenizer.vocab_size or (ids == tokenizer.eod_id).any()):
-          raise ConfigError(f'tokenizer={tokenizer.name!r} turns text into its end of document (id '
-                            f'{tokenizer.eod_id}) or ids above its {tokenizer.vocab_size}; take another')
+          raise ConfigError(
+            f'tokenizer={tokenizer.name!r} turns text into its end of document (id '
+            f'{tokenizer.eod_id}) or ids above its {tokenizer.vocab_size}; take another'
+          )
         yield (eod if opens else b'') + ids.astype(dtype).tobytes()
 
   name = digest_of(FORMAT, survey.digest, tokenizer.digest, held_out, *survey.shared)

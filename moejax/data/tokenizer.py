@@ -16,9 +16,20 @@ from moejax.runtime.files import write_whole
 logger = logging.getLogger('moejax')
 
 EOD = '<|endoftext|>'
-EOD_NAMES = (EOD, '<|end_of_text|>', '<|eod|>', '<|eos|>', '<eos>', '</s>', '[EOS]', '<｜end▁of▁sentence｜>')
+EOD_NAMES = (
+  EOD,
+  '<|end_of_text|>',
+  '<|eod|>',
+  '<|eos|>',
+  '<eos>',
+  '</s>',
+  '[EOS]',
+  '<｜end▁of▁sentence｜>',
+)
 PIECE = 1 << 18  # characters
-SEAM = re.compile(r'(?<=[\w!-~]\n)(?=[\w!-~])')  # a lone line break, where the pre-tokenizer cuts anyway
+SEAM = re.compile(
+  r'(?<=[\w!-~]\n)(?=[\w!-~])'
+)  # a lone line break, where the pre-tokenizer cuts anyway
 SMALLEST_BPE = 257  # every byte, so that any text can be written, and the end of document
 
 
@@ -35,10 +46,18 @@ class Tokenizer:
     self._backend.no_padding()
     vocabulary = self._backend.get_vocab(with_added_tokens=True)
     found = [vocabulary[eod] for eod in EOD_NAMES if eod in vocabulary]
-    check('' if found else f'tokenizer={name!r} has no end-of-document token, one of {", ".join(EOD_NAMES)}')
+    check(
+      ''
+      if found
+      else f'tokenizer={name!r} has no end-of-document token, one of {", ".join(EOD_NAMES)}'
+    )
     self.name, self.eod_id = name, found[0]
     self.vocab_size = max(vocabulary.values()) + 1  # not the count: ids may have holes
-    self.specials = {token.content: i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+    self.specials = {
+      token.content: i
+      for i, token in self._backend.get_added_tokens_decoder().items()
+      if token.special
+    }
     self.digest = hashlib.blake2b(json_text.encode(), digest_size=16).hexdigest()
     self.json_text, self._is_bytes = json_text, json_text == _bytes_json()
 
@@ -47,13 +66,15 @@ class Tokenizer:
     start = 0
     if self.name.startswith('bpe:'):  # others' rules may look across lines
       while seam := SEAM.search(text, start + PIECE):
-        yield text[start:seam.start()]
+        yield text[start : seam.start()]
         start = seam.start()
     yield text[start:]
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """One array of ids a text, on all cores."""
-    if self._is_bytes:  # ids are the bytes: no need to go by way of a hundred bytes of objects for each
+    if (
+      self._is_bytes
+    ):  # ids are the bytes: no need to go by way of a hundred bytes of objects for each
       return [np.frombuffer(text.encode(), np.uint8) for text in texts]
     encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
     return [np.array(encoding.ids, np.uint32) for encoding in encodings]
@@ -93,10 +114,14 @@ def load_tokenizer(spec: str, train_documents: Iterable[str] = ()) -> Tokenizer:
   try:
     json_text = Path(spec).expanduser().read_bytes().decode()
   except (OSError, UnicodeDecodeError) as error:
-    raise ConfigError(f'tokenizer={spec!r}: {error}; give bytes, bpe:N or a tokenizer.json') from error
+    raise ConfigError(
+      f'tokenizer={spec!r}: {error}; give bytes, bpe:N or a tokenizer.json'
+    ) from error
   tokenizer, probe = Tokenizer(json_text, spec), 'def f(A):\n\treturn "é 火 \U0001f525"  # end\n'
   if tokenizer.decode(tokenizer.encode(probe)) != probe:
-    logger.warning('tokenizer %s does not give a text back unchanged: bits per byte come out too low', spec)
+    logger.warning(
+      'tokenizer %s does not give a text back unchanged: bits per byte come out too low', spec
+    )
   return tokenizer
 
 
@@ -105,14 +130,22 @@ def _train_bpe(size: int, documents: Iterable[str]) -> str:
   backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   backend.decoder = decoders.ByteLevel()
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # bytes that the text lacks, too
-  backend.train_from_iterator(documents, trainers.BpeTrainer(
-    vocab_size=size, special_tokens=[EOD], initial_alphabet=alphabet, show_progress=False))
+  backend.train_from_iterator(
+    documents,
+    trainers.BpeTrainer(
+      vocab_size=size, special_tokens=[EOD], initial_alphabet=alphabet, show_progress=False
+    ),
+  )
   return backend.to_str()
 
 
 def _bytes_json() -> str:
   """A BPE without merges whose id of each byte is the byte, so that `bytes` saves and loads like the rest."""
-  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 spells the others from 256 on
+  printable = [
+    *range(33, 127),
+    *range(161, 173),
+    *range(174, 256),
+  ]  # GPT-2 spells the others from 256 on
   others = (b for b in range(256) if b not in printable)
   vocabulary = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
   backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -19,16 +19,33 @@ from moejax.families.schema.family import Family, read, write
 from moejax.model.config import ModelConfig
 
 # model_type in config.json -> what is known of it
-FAMILIES: dict[str, Family] = {known.model_type: known for known in (
-  DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE, GPT_OSS, LLAMA, MISTRAL, MIXTRAL, OLMOE, OPENPANGU_ULTRA_MOE, QWEN2, QWEN2_MOE,
-  QWEN3, QWEN3_MOE)}
+FAMILIES: dict[str, Family] = {
+  known.model_type: known
+  for known in (
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    GLM4_MOE,
+    GPT_OSS,
+    LLAMA,
+    MISTRAL,
+    MIXTRAL,
+    OLMOE,
+    OPENPANGU_ULTRA_MOE,
+    QWEN2,
+    QWEN2_MOE,
+    QWEN3,
+    QWEN3_MOE,
+  )
+}
 
 
 def family_of(config: Config) -> Family:
   """Whose config.json it is; ConfigError for one that is not known here."""
   kind = config['model_type'] if 'model_type' in config else None
   if not isinstance(kind, str) or kind not in FAMILIES:
-    raise ConfigError(f'config.json: model_type={kind!r} is not known here: use one of {sorted(FAMILIES)}')
+    raise ConfigError(
+      f'config.json: model_type={kind!r} is not known here: use one of {sorted(FAMILIES)}'
+    )
   return FAMILIES[kind]
 
 

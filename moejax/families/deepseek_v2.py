@@ -10,40 +10,106 @@ from moejax.model.rope import RopeConfig, YarnConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
 
-ROPE = RopeConfig(interleaved=True, yarn=YarnConfig(factor=40.0, mscale=0.707, mscale_all_dim=0.707))
+ROPE = RopeConfig(
+  interleaved=True, yarn=YarnConfig(factor=40.0, mscale=0.707, mscale_all_dim=0.707)
+)
 
 FULL = ModelConfig(
-  vocab_size=102400, d_model=5120, num_layers=60, num_dense_layers=1, d_ff=12288, norm_eps=1e-6,
+  vocab_size=102400,
+  d_model=5120,
+  num_layers=60,
+  num_dense_layers=1,
+  d_ff=12288,
+  norm_eps=1e-6,
   attention=AttentionConfig(
-    num_heads=128, num_kv_heads=128, d_head=128, rope=ROPE,
-    latent=LatentConfig(kv_rank=512, q_rank=1536, d_rope=64, d_value=128, norm_eps=1e-6)),
-  moe=MoEConfig(d_expert=1536, num_shared=2, router=RouterConfig(
-    num_experts=160, top_k=6, num_groups=8, top_groups=3, group_best=1, renormalise=False, scale=16.0)))
+    num_heads=128,
+    num_kv_heads=128,
+    d_head=128,
+    rope=ROPE,
+    latent=LatentConfig(kv_rank=512, q_rank=1536, d_rope=64, d_value=128, norm_eps=1e-6),
+  ),
+  moe=MoEConfig(
+    d_expert=1536,
+    num_shared=2,
+    router=RouterConfig(
+      num_experts=160,
+      top_k=6,
+      num_groups=8,
+      top_groups=3,
+      group_best=1,
+      renormalise=False,
+      scale=16.0,
+    ),
+  ),
+)
 
 LITE = ModelConfig(
-  vocab_size=102400, d_model=2048, num_layers=27, num_dense_layers=1, d_ff=10944, norm_eps=1e-6,
+  vocab_size=102400,
+  d_model=2048,
+  num_layers=27,
+  num_dense_layers=1,
+  d_ff=10944,
+  norm_eps=1e-6,
   attention=AttentionConfig(
-    num_heads=16, num_kv_heads=16, d_head=128, rope=ROPE,
-    latent=LatentConfig(kv_rank=512, d_rope=64, d_value=128, norm_eps=1e-6)),
-  moe=MoEConfig(d_expert=1408, num_shared=2, router=RouterConfig(
-    num_experts=64, top_k=6, group_best=1, renormalise=False)))
+    num_heads=16,
+    num_kv_heads=16,
+    d_head=128,
+    rope=ROPE,
+    latent=LatentConfig(kv_rank=512, d_rope=64, d_value=128, norm_eps=1e-6),
+  ),
+  moe=MoEConfig(
+    d_expert=1408,
+    num_shared=2,
+    router=RouterConfig(num_experts=64, top_k=6, group_best=1, renormalise=False),
+  ),
+)
 
 TINY = ModelConfig(
-  vocab_size=96, d_model=32, num_layers=3, num_dense_layers=1, d_ff=56, norm_eps=1e-6,
+  vocab_size=96,
+  d_model=32,
+  num_layers=3,
+  num_dense_layers=1,
+  d_ff=56,
+  norm_eps=1e-6,
   attention=AttentionConfig(
-    num_heads=4, num_kv_heads=4, d_head=10, rope=ROPE,
-    latent=LatentConfig(kv_rank=16, q_rank=24, d_rope=8, d_value=12, norm_eps=1e-6)),
-  moe=MoEConfig(d_expert=20, num_shared=2, router=RouterConfig(
-    num_experts=8, top_k=3, num_groups=4, top_groups=2, group_best=1, renormalise=False, scale=4.0)))
+    num_heads=4,
+    num_kv_heads=4,
+    d_head=10,
+    rope=ROPE,
+    latent=LatentConfig(kv_rank=16, q_rank=24, d_rope=8, d_value=12, norm_eps=1e-6),
+  ),
+  moe=MoEConfig(
+    d_expert=20,
+    num_shared=2,
+    router=RouterConfig(
+      num_experts=8, top_k=3, num_groups=4, top_groups=2, group_best=1, renormalise=False, scale=4.0
+    ),
+  ),
+)
 
 DEEPSEEK_V2 = Family(
   model_type='deepseek_v2',
   architecture='DeepseekV2ForCausalLM',
   base=FULL,
-  keys=(*tables.DECODER, *tables.KV_HEADS_OR_ALL, *tables.LATENT_WIDTHS, *tables.ATTENTION_BIAS,
-        Fixed('mlp_bias', False), rope(softmax_scaled=True), *tables.DEEPSEEK_MOE, layer_keys.groups_by_method(),
-        Fixed('norm_topk_prob', False), Fixed('scoring_func', 'softmax')),
-  names=tables.MODEL | tables.NORMS | tables.LATENT | tables.DENSE_FFN | tables.MOE | tables.SHARED
+  keys=(
+    *tables.DECODER,
+    *tables.KV_HEADS_OR_ALL,
+    *tables.LATENT_WIDTHS,
+    *tables.ATTENTION_BIAS,
+    Fixed('mlp_bias', False),
+    rope(softmax_scaled=True),
+    *tables.DEEPSEEK_MOE,
+    layer_keys.groups_by_method(),
+    Fixed('norm_topk_prob', False),
+    Fixed('scoring_func', 'softmax'),
+  ),
+  names=tables.MODEL
+  | tables.NORMS
+  | tables.LATENT
+  | tables.DENSE_FFN
+  | tables.MOE
+  | tables.SHARED
   | tables.NO_ROUTER_BIAS,
   presets={'full': FULL, 'lite': LITE, 'tiny': TINY},
-  aliases={'num_experts': 'n_routed_experts'})
+  aliases={'num_experts': 'n_routed_experts'},
+)

@@ -15,48 +15,108 @@ from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
 
 ONE = RouterConfig(num_experts=1, top_k=1)
-NAMES = (tables.MODEL | tables.NORMS | tables.GROUPED | tables.NO_ROUTER_BIAS | tables.ffn('moe.experts', 'mlp')
-         | {'moe.router': Name('', 'unread')})
+NAMES = (
+  tables.MODEL
+  | tables.NORMS
+  | tables.GROUPED
+  | tables.NO_ROUTER_BIAS
+  | tables.ffn('moe.experts', 'mlp')
+  | {'moe.router': Name('', 'unread')}
+)
 KEYS = (*tables.DECODER, Key('intermediate_size', 'moe.d_expert', required=True))
 
 
-def dense(model_type: str, architecture: str, full: ModelConfig, tiny: AttentionConfig, *keys: Key | Fixed | Codec
-          ) -> Family:
+def dense(
+  model_type: str,
+  architecture: str,
+  full: ModelConfig,
+  tiny: AttentionConfig,
+  *keys: Key | Fixed | Codec,
+) -> Family:
   """A family of dense models: its keys beside those that all have, and the attention of its tiny preset."""
-  small = ModelConfig(vocab_size=96, d_model=32, num_layers=2, norm_eps=full.norm_eps, attention=tiny,
-                      moe=MoEConfig(d_expert=56, router=ONE))
+  small = ModelConfig(
+    vocab_size=96,
+    d_model=32,
+    num_layers=2,
+    norm_eps=full.norm_eps,
+    attention=tiny,
+    moe=MoEConfig(d_expert=56, router=ONE),
+  )
   return Family(model_type, architecture, full, KEYS + keys, NAMES, {'full': full, 'tiny': small})
 
 
 # Llama-2-7B, Mistral-7B-v0.1, Qwen2.5-7B, Qwen3-8B
 LLAMA = dense(
-  'llama', 'LlamaForCausalLM',
-  ModelConfig(vocab_size=32000, d_model=4096, num_layers=32, norm_eps=1e-5,
-              attention=AttentionConfig(num_heads=32, num_kv_heads=32, d_head=128),
-              moe=MoEConfig(d_expert=11008, router=ONE)),
+  'llama',
+  'LlamaForCausalLM',
+  ModelConfig(
+    vocab_size=32000,
+    d_model=4096,
+    num_layers=32,
+    norm_eps=1e-5,
+    attention=AttentionConfig(num_heads=32, num_kv_heads=32, d_head=128),
+    moe=MoEConfig(d_expert=11008, router=ONE),
+  ),
   AttentionConfig(num_heads=4, num_kv_heads=2, d_head=10),
-  *tables.KV_HEADS_OR_ALL, *tables.HEAD_DIM, *tables.ATTENTION_BIAS, rope(), Fixed('mlp_bias', False))
+  *tables.KV_HEADS_OR_ALL,
+  *tables.HEAD_DIM,
+  *tables.ATTENTION_BIAS,
+  rope(),
+  Fixed('mlp_bias', False),
+)
 MISTRAL = dense(
-  'mistral', 'MistralForCausalLM',
-  ModelConfig(vocab_size=32000, d_model=4096, num_layers=32, norm_eps=1e-5,
-              attention=AttentionConfig(num_heads=32, num_kv_heads=8, d_head=128, windows=(4096,)),
-              moe=MoEConfig(d_expert=14336, router=ONE)),
+  'mistral',
+  'MistralForCausalLM',
+  ModelConfig(
+    vocab_size=32000,
+    d_model=4096,
+    num_layers=32,
+    norm_eps=1e-5,
+    attention=AttentionConfig(num_heads=32, num_kv_heads=8, d_head=128, windows=(4096,)),
+    moe=MoEConfig(d_expert=14336, router=ONE),
+  ),
   AttentionConfig(num_heads=4, num_kv_heads=2, d_head=10, windows=(8,)),
-  *tables.KV_HEADS, *tables.HEAD_DIM, rope(), layer_keys.windows('every', 4096))
+  *tables.KV_HEADS,
+  *tables.HEAD_DIM,
+  rope(),
+  layer_keys.windows('every', 4096),
+)
 QWEN2 = dense(
-  'qwen2', 'Qwen2ForCausalLM',
-  ModelConfig(vocab_size=152064, d_model=3584, num_layers=28, norm_eps=1e-6,
-              attention=AttentionConfig(num_heads=28, num_kv_heads=4, d_head=128, qkv_bias=True,
-                                        rope=RopeConfig(theta=1e6)),
-              moe=MoEConfig(d_expert=18944, router=ONE)),
+  'qwen2',
+  'Qwen2ForCausalLM',
+  ModelConfig(
+    vocab_size=152064,
+    d_model=3584,
+    num_layers=28,
+    norm_eps=1e-6,
+    attention=AttentionConfig(
+      num_heads=28, num_kv_heads=4, d_head=128, qkv_bias=True, rope=RopeConfig(theta=1e6)
+    ),
+    moe=MoEConfig(d_expert=18944, router=ONE),
+  ),
   AttentionConfig(num_heads=4, num_kv_heads=2, d_head=8, qkv_bias=True, windows=(0, 8)),
-  *tables.KV_HEADS, *tables.HEAD_DIM, rope(), layer_keys.windows('last', 4096, switch=True))
+  *tables.KV_HEADS,
+  *tables.HEAD_DIM,
+  rope(),
+  layer_keys.windows('last', 4096, switch=True),
+)
 QWEN3 = dense(
-  'qwen3', 'Qwen3ForCausalLM',
-  ModelConfig(vocab_size=151936, d_model=4096, num_layers=36, norm_eps=1e-6,
-              attention=AttentionConfig(num_heads=32, num_kv_heads=8, d_head=128, qk_norm='head',
-                                        rope=RopeConfig(theta=1e6)),
-              moe=MoEConfig(d_expert=12288, router=ONE)),
+  'qwen3',
+  'Qwen3ForCausalLM',
+  ModelConfig(
+    vocab_size=151936,
+    d_model=4096,
+    num_layers=36,
+    norm_eps=1e-6,
+    attention=AttentionConfig(
+      num_heads=32, num_kv_heads=8, d_head=128, qk_norm='head', rope=RopeConfig(theta=1e6)
+    ),
+    moe=MoEConfig(d_expert=12288, router=ONE),
+  ),
   AttentionConfig(num_heads=4, num_kv_heads=2, d_head=10, qk_norm='head'),
-  *tables.KV_HEADS, Key('head_dim', 'attention.d_head', required=True, empty=equal_heads), *tables.ATTENTION_BIAS,
-  rope(), layer_keys.windows('last', 4096, switch=True))
+  *tables.KV_HEADS,
+  Key('head_dim', 'attention.d_head', required=True, empty=equal_heads),
+  *tables.ATTENTION_BIAS,
+  rope(),
+  layer_keys.windows('last', 4096, switch=True),
+)

@@ -41,11 +41,14 @@ def show(directory: str) -> None:
   count = count_parameters(shapes, run_config(cfg, ''))
   tokenizer = read_tokenizer(directory, cfg.vocab_size)
   files = {stored.path(name) for name in stored.names}
-  kinds = Counter(stored.dtype(name) + ' from blocks with scales' * stored.is_quantised(name) for name in stored.names)
+  kinds = Counter(
+    stored.dtype(name) + ' from blocks with scales' * stored.is_quantised(name)
+    for name in stored.names
+  )
   facts = {
     'family': source.known.model_type,
     'parameters': f'{count.total - count.mtp:,}, {count.active:,} of them active; '
-                  f'{count.mtp:,} more for multi-token prediction',
+    f'{count.mtp:,} more for multi-token prediction',
     'tensors': ', '.join(f'{n:,} {kind}' for kind, n in kinds.most_common()),
     'files': f'{len(files)}, {sum(path.stat().st_size for path in files):,} bytes',
     'tokenizer': f'{tokenizer.vocab_size:,} tokens' if tokenizer else f'no {TOKENIZER_FILE}',
@@ -64,18 +67,26 @@ def unusual(cfg: ModelConfig) -> dict[str, object]:
 
 def main(argv: Sequence[str]) -> int:
   """Parses and runs. Returns the exit status: 0, 2 for bad input, 3 without a loadable checkpoint."""
-  parser = argparse.ArgumentParser(prog='python -m moejax.hf', description='Models of the published families.')
+  parser = argparse.ArgumentParser(
+    prog='python -m moejax.hf', description='Models of the published families.'
+  )
   commands = parser.add_subparsers(dest='command', required=True)
   add = commands.add_parser('import', help='published files -> the directory of a run')
   add.add_argument('directory', metavar='SRC_DIR', help='has config.json and safetensors')
   add.add_argument('--out', required=True, help='directory to make')
   for axis in ('fsdp', 'expert', 'tensor'):
-    add.add_argument(f'--mesh.{axis}', type=int, default=1, help='devices that hold the model while it is read')
+    add.add_argument(
+      f'--mesh.{axis}', type=int, default=1, help='devices that hold the model while it is read'
+    )
   add = commands.add_parser('export', help='the newest checkpoint of a run -> published files')
   add.add_argument('--workdir', required=True, help='directory of the run')
   add.add_argument('--out', required=True, help='directory to make')
-  add.add_argument('--family', default='', help='model_type; needed where several can hold the model')
-  add.add_argument('--dtype', default='', help=f'{" or ".join(DTYPES)}; as imported, or float32, without it')
+  add.add_argument(
+    '--family', default='', help='model_type; needed where several can hold the model'
+  )
+  add.add_argument(
+    '--dtype', default='', help=f'{" or ".join(DTYPES)}; as imported, or float32, without it'
+  )
   add = commands.add_parser('logits', help='token ids [B, S] -> logits [B, S, V]')
   add.add_argument('--model', required=True, help='published files, or the directory of a run')
   add.add_argument('--tokens', required=True, help='.npy of whole numbers')

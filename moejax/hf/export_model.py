@@ -37,23 +37,30 @@ Json = dict[str, object]
 class Origin(NamedTuple):
   """What an import keeps of the files that a model came from, to be given back by an export."""
 
-  config: Json                   # config.json as it was
+  config: Json  # config.json as it was
   generation_config: Json
-  dtype: str                     # of most tensors; a row of tensors.DTYPES
-  other_dtypes: dict[str, str]   # name -> that of the others
-  copies: list[str]              # names of tensors that repeat another one
-  dequantised: bool              # the files had blocks with scales
+  dtype: str  # of most tensors; a row of tensors.DTYPES
+  other_dtypes: dict[str, str]  # name -> that of the others
+  copies: list[str]  # names of tensors that repeat another one
+  dequantised: bool  # the files had blocks with scales
 
 
 def origin_of(source: Published) -> Origin:
   """What lies in blocks with scales cannot be written again to the byte: it becomes bfloat16, as it is served."""
   stored = source.tensors
   names = {part.name for parts in source.made_of.values() for part in parts} | {*source.copies}
-  dtypes = {name: 'BF16' if stored.is_quantised(name) else stored.dtype(name) for name in sorted(names)}
+  dtypes = {
+    name: 'BF16' if stored.is_quantised(name) else stored.dtype(name) for name in sorted(names)
+  }
   [(usual, _)] = Counter(dtypes.values()).most_common(1)
-  return Origin(source.config, read_json(source.directory, GENERATION_FILE), usual,
-                {name: dtype for name, dtype in dtypes.items() if dtype != usual}, sorted(source.copies),
-                any(map(stored.is_quantised, stored.names)))
+  return Origin(
+    source.config,
+    read_json(source.directory, GENERATION_FILE),
+    usual,
+    {name: dtype for name, dtype in dtypes.items() if dtype != usual},
+    sorted(source.copies),
+    any(map(stored.is_quantised, stored.names)),
+  )
 
 
 class Plan(NamedTuple):
@@ -63,11 +70,13 @@ class Plan(NamedTuple):
   config: Json
   generation_config: Json
   made_of: MadeOf
-  copies: dict[str, str]   # see transfer.repeated
-  dtypes: dict[str, str]   # name -> row of tensors.DTYPES
+  copies: dict[str, str]  # see transfer.repeated
+  dtypes: dict[str, str]  # name -> row of tensors.DTYPES
 
 
-def plan_export(cfg: ExperimentConfig, origin: Origin | None, eod_id: int, wanted: str, dtype: str) -> Plan:
+def plan_export(
+  cfg: ExperimentConfig, origin: Origin | None, eod_id: int, wanted: str, dtype: str
+) -> Plan:
   """How the model of a run is published.
 
   Args:
@@ -81,8 +90,12 @@ def plan_export(cfg: ExperimentConfig, origin: Origin | None, eod_id: int, wante
   Raises:
     ConfigError: no such family or dtype, or files of the family cannot hold the model; or several families' can.
   """
-  check(f'--family={wanted!r} is not one of {sorted(FAMILIES)}' if wanted and wanted not in FAMILIES else '',
-        f'--dtype={dtype!r} is not one of {sorted(DTYPES)}' if dtype and dtype not in DTYPES else '')
+  check(
+    f'--family={wanted!r} is not one of {sorted(FAMILIES)}'
+    if wanted and wanted not in FAMILIES
+    else '',
+    f'--dtype={dtype!r} is not one of {sorted(DTYPES)}' if dtype and dtype not in DTYPES else '',
+  )
   if origin and wanted and FAMILIES[wanted] is not family_of(origin.config):
     origin = None
   if origin:
@@ -96,11 +109,19 @@ def plan_export(cfg: ExperimentConfig, origin: Origin | None, eod_id: int, wante
   if origin:
     copies = {copy: name for copy, name in copies.items() if copy in origin.copies}
   names = {part.name: path for path, parts in made_of.items() for part in parts} | copies
-  dtypes = {name: 'F32' if path == 'router.bias' else DTYPES[dtype or 'float32'] for name, path in names.items()}
+  dtypes = {
+    name: 'F32' if path == 'router.bias' else DTYPES[dtype or 'float32']
+    for name, path in names.items()
+  }
   if origin and not dtype:
-    dtypes = {name: origin.other_dtypes[name] if name in origin.other_dtypes else origin.dtype for name in names}
+    dtypes = {
+      name: origin.other_dtypes[name] if name in origin.other_dtypes else origin.dtype
+      for name in names
+    }
   if not origin or dtype or origin.dequantised:
-    spelling = 'dtype' if 'dtype' in config else 'torch_dtype'   # transformers 5 reads both, 4 the older one
+    spelling = (
+      'dtype' if 'dtype' in config else 'torch_dtype'
+    )  # transformers 5 reads both, 4 the older one
     config[spelling] = dtype or ('bfloat16' if origin else 'float32')
   generation = origin.generation_config if origin else {}
   generation = generation or {name: config[name] for name in TOKEN_IDS if name in config}
@@ -117,7 +138,11 @@ def _said_of(cfg: ExperimentConfig, eod_id: int) -> Json:
 
 def _kept(known: Family, config: Json) -> Json:
   """Keys that no field of the model says, and those that say what files hold."""
-  return {name: config[name] for name in KEPT | {row.key for row in known.names.values()} if name in config}
+  return {
+    name: config[name]
+    for name in KEPT | {row.key for row in known.names.values()}
+    if name in config
+  }
 
 
 def _written(known: Family, cfg: ModelConfig, kept: Json) -> tuple[Json, MadeOf]:
@@ -144,16 +169,22 @@ def _chosen(candidates: list[Family], cfg: ModelConfig, kept: Json) -> tuple[Fam
     except ConfigError as error:
       problems[known.model_type] = error
   if not able:
-    raise ConfigError('no family here has files that can hold this model:' if len(candidates) > 1 else
-                      'files of this family cannot hold this model:',
-                      *(f'  {name}: {problem}' for name, error in problems.items() for problem in error.problems))
-  check(f'this model can be published as {" or ".join(sorted(able))}: choose one with --family=' if len(able) > 1
-        else '')
+    raise ConfigError(
+      'no family here has files that can hold this model:'
+      if len(candidates) > 1
+      else 'files of this family cannot hold this model:',
+      *(f'  {name}: {problem}' for name, error in problems.items() for problem in error.problems),
+    )
+  check(
+    f'this model can be published as {" or ".join(sorted(able))}: choose one with --family='
+    if len(able) > 1
+    else ''
+  )
   [found] = able.values()
   return found
 
 
-ORIGIN_FILE = 'huggingface.json'   # an Origin, beside the files of a run
+ORIGIN_FILE = 'huggingface.json'  # an Origin, beside the files of a run
 
 
 def export_model(workdir: str, out: str, wanted: str = '', dtype: str = '') -> None:
@@ -162,23 +193,34 @@ def export_model(workdir: str, out: str, wanted: str = '', dtype: str = '') -> N
   start = time.monotonic()
   cfg, tokenizer = read_setup(workdir)
   said = read_json(Path(workdir), ORIGIN_FILE)
-  chosen = plan_export(cfg, Origin(**said) if said else None, tokenizer.eod_id if tokenizer else -1, wanted, dtype)
+  chosen = plan_export(
+    cfg, Origin(**said) if said else None, tokenizer.eod_id if tokenizer else -1, wanted, dtype
+  )
   step, model, router = read_model_on(jax.local_devices(backend='cpu')[0], workdir, cfg)
   # On the CPU these are views, not copies.
-  leaves = {path: np.asarray(leaf) for path, leaf in zip(chosen.made_of, [*flatten(model).values(), router.bias], strict=True)}
+  leaves = {
+    path: np.asarray(leaf)
+    for path, leaf in zip(chosen.made_of, [*flatten(model).values(), router.bias], strict=True)
+  }
   check(*lost(chosen.known, chosen.config, chosen.made_of, leaves))
   files = {CONFIG_FILE: chosen.config, GENERATION_FILE: chosen.generation_config}
   texts = {name: json.dumps(content, indent=2) + '\n' for name, content in files.items()}
   todo = specs(chosen.made_of, leaves, chosen.copies, chosen.dtypes)
   with progress('writing', sum(spec.nbytes for spec in todo)) as advance:
-    write_tensors(out, [counted(spec, advance) for spec in todo],
-                  texts | ({TOKENIZER_FILE: tokenizer.json_text} if tokenizer else {}))
-  say(f'exported step {step} of {workdir} to {out} as {chosen.config["model_type"]} '
-      f'in {time.monotonic() - start:.1f} s')
+    write_tensors(
+      out,
+      [counted(spec, advance) for spec in todo],
+      texts | ({TOKENIZER_FILE: tokenizer.json_text} if tokenizer else {}),
+    )
+  say(
+    f'exported step {step} of {workdir} to {out} as {chosen.config["model_type"]} '
+    f'in {time.monotonic() - start:.1f} s'
+  )
 
 
 def counted(spec: Spec, advance: Callable[[int], object]) -> Spec:
   """The tensor, which tells that it is being written."""
+
   def load() -> np.ndarray:
     advance(spec.nbytes)
     return spec.load()

@@ -39,7 +39,10 @@ def import_model(directory: str, out: str, mesh: MeshConfig = ONE_DEVICE) -> Non
     checkpoints.close()
     if tokenizer:
       tokenizer.save(partial / TOKENIZER_FILE)
-    for name, content in ((CONFIG_FILE, dataclasses.asdict(cfg)), (ORIGIN_FILE, origin_of(source)._asdict())):
+    for name, content in (
+      (CONFIG_FILE, dataclasses.asdict(cfg)),
+      (ORIGIN_FILE, origin_of(source)._asdict()),
+    ):
       write_whole(partial / name, json.dumps(content, indent=2) + '\n')
   say(f'imported {directory} to {out} in {time.monotonic() - start:.1f} s')
 
@@ -47,5 +50,9 @@ def import_model(directory: str, out: str, mesh: MeshConfig = ONE_DEVICE) -> Non
 def run_config(model: ModelConfig, workdir: str, tokenizer: str = '') -> ExperimentConfig:
   """Of a model that was not trained here: no balance losses, and no rule that moves the bias."""
   data = DataConfig(tokenizer=tokenizer) if tokenizer else DataConfig()
-  return ExperimentConfig(workdir=workdir or 'none', data=data, model=model,
-                          balance=BalanceConfig(frozendict(), bias_rule=''))
+  return ExperimentConfig(
+    workdir=workdir or 'none',
+    data=data,
+    model=model,
+    balance=BalanceConfig(frozendict(), bias_rule=''),
+  )

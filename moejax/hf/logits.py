@@ -27,12 +27,26 @@ def token_ids(path: str, vocab_size: int) -> np.ndarray:
     found = np.load(path, allow_pickle=False)
   except (OSError, ValueError, EOFError) as error:
     raise ConfigError(f'{path}: expected a .npy of token ids, found {error}') from error
-  is_ids = isinstance(found, np.ndarray) and found.ndim == 2 and found.size and found.dtype.kind in 'iu'
-  check('' if is_ids else f'{path}: expected whole numbers [B, S], one or more, found '
-        + (f'{found.dtype} {list(found.shape)}' if isinstance(found, np.ndarray) else type(found).__name__))
+  is_ids = (
+    isinstance(found, np.ndarray) and found.ndim == 2 and found.size and found.dtype.kind in 'iu'
+  )
+  check(
+    ''
+    if is_ids
+    else f'{path}: expected whole numbers [B, S], one or more, found '
+    + (
+      f'{found.dtype} {list(found.shape)}'
+      if isinstance(found, np.ndarray)
+      else type(found).__name__
+    )
+  )
   wrong = np.argwhere((found < 0) | (found >= vocab_size))
-  check(*(f'{path}: expected ids from 0 to {vocab_size - 1}, found {found[row, column]} in row {row}, column {column}'
-          for row, column in wrong[:1]))
+  check(
+    *(
+      f'{path}: expected ids from 0 to {vocab_size - 1}, found {found[row, column]} in row {row}, column {column}'
+      for row, column in wrong[:1]
+    )
+  )
   return found.astype(np.int32)
 
 

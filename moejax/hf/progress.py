@@ -6,14 +6,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+  BarColumn,
+  DownloadColumn,
+  Progress,
+  TextColumn,
+  TimeRemainingColumn,
+  TransferSpeedColumn,
+)
 
 
 @contextlib.contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
   """A bar of bytes on stderr; gives what to call with the bytes that are done."""
-  columns = (TextColumn('{task.description}'), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-             TimeRemainingColumn(elapsed_when_finished=True))
+  columns = (
+    TextColumn('{task.description}'),
+    BarColumn(),
+    DownloadColumn(),
+    TransferSpeedColumn(),
+    TimeRemainingColumn(elapsed_when_finished=True),
+  )
   with Progress(*columns, console=Console(stderr=True)) as bar:
     task = bar.add_task(what, total=total)
     yield lambda count: bar.advance(task, count)

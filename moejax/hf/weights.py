@@ -46,10 +46,12 @@ from moejax.model.transformer import Transformer
 from moejax.runtime.files import read_json
 from moejax.sharding.params import shardings
 
-FLOATS = ('F32', 'BF16', 'F16')   # what float32 holds to the bit
-SMALL = 1 << 24   # numbers: a leaf of fewer is made at once, which is quicker than a program for its layers
+FLOATS = ('F32', 'BF16', 'F16')  # what float32 holds to the bit
+SMALL = (
+  1 << 24
+)  # numbers: a leaf of fewer is made at once, which is quicker than a program for its layers
 MadeOf = Mapping[str, tuple[Tensor, ...]]
-Spans = tuple[tuple[int, int], ...]   # start and stop along each axis
+Spans = tuple[tuple[int, int], ...]  # start and stop along each axis
 
 # how -> where in the file lies what our tensor has at an index; see FROM_FILE
 IN_FILE: dict[str, Callable[[Index], Index]] = {
@@ -72,13 +74,15 @@ class Published(NamedTuple):
   cfg: ModelConfig
   tensors: Tensors
   made_of: MadeOf
-  copies: dict[str, str]   # name -> name of the tensor that it must equal
+  copies: dict[str, str]  # name -> name of the tensor that it must equal
 
   @property
   def nbytes(self) -> int:
     """Of all tensors that `load` reads, each counted once."""
-    return sum(math.prod(shape) * DTYPES[self.tensors.dtype(name)].itemsize
-               for name, shape in file_shapes(self.made_of).items())
+    return sum(
+      math.prod(shape) * DTYPES[self.tensors.dtype(name)].itemsize
+      for name, shape in file_shapes(self.made_of).items()
+    )
 
 
 def published(directory: str | os.PathLike) -> Published:
@@ -89,7 +93,11 @@ def published(directory: str | os.PathLike) -> Published:
   """
   directory = Path(directory)
   config = read_json(directory, 'config.json')
-  check('' if config else f'{directory} holds no config.json: name the directory that has it and safetensors')
+  check(
+    ''
+    if config
+    else f'{directory} holds no config.json: name the directory that has it and safetensors'
+  )
   try:
     known, cfg = model_config(config)
   except ConfigError as error:
@@ -101,10 +109,19 @@ def published(directory: str | os.PathLike) -> Published:
   made_of = tensors(known.names, cfg, config, shapes)
   wanted, there = file_shapes(made_of), {*stored.names}
   again = {copy: name for copy, name in repeated(cfg, made_of).items() if copy in there}
-  expect(stored, wanted | {copy: wanted[name] for copy, name in again.items()}
-         | {name: stored.shape(name) for name in there if name.endswith(HARMLESS)})
-  check(*(f'{stored.path(name)}: {name!r} is {stored.dtype(name)}: convert it to one of {list(FLOATS)}'
-          for name in wanted if stored.dtype(name) not in FLOATS))
+  expect(
+    stored,
+    wanted
+    | {copy: wanted[name] for copy, name in again.items()}
+    | {name: stored.shape(name) for name in there if name.endswith(HARMLESS)},
+  )
+  check(
+    *(
+      f'{stored.path(name)}: {name!r} is {stored.dtype(name)}: convert it to one of {list(FLOATS)}'
+      for name in wanted
+      if stored.dtype(name) not in FLOATS
+    )
+  )
   return Published(directory, config, known, cfg, stored, made_of, again)
 
 
@@ -113,7 +130,9 @@ def repeated(cfg: ModelConfig, made_of: MadeOf) -> dict[str, str]:
   return {copy: made_of[path][0].name for copy, path in copies(cfg, made_of).items()}
 
 
-def read_weights(source: Published, mesh: Mesh, on_read: Callable[[int], object]) -> tuple[Transformer, Array]:
+def read_weights(
+  source: Published, mesh: Mesh, on_read: Callable[[int], object]
+) -> tuple[Transformer, Array]:
   """The model and the router bias [L, E], in float32, on the shardings of their logical axes.
 
   On the host lies beside them what one layer of one leaf is made of; each process reads what its devices hold.
@@ -129,17 +148,28 @@ def read_weights(source: Published, mesh: Mesh, on_read: Callable[[int], object]
   shapes = jax.eval_shape(lambda key: Transformer(key, source.cfg), jax.random.key(0))
   homes = [*jax.tree.leaves(shardings(shapes, mesh)), NamedSharding(mesh, PartitionSpec())]
   sizes = list(leaves(source.cfg).values())
-  check(*(f'{path}{list(size)} does not divide over mesh {dict(mesh.shape)} as {home.spec}: use other sizes'
-          for path, size, home in zip(source.made_of, sizes, homes) if not _divides(size, home)))
+  check(
+    *(
+      f'{path}{list(size)} does not divide over mesh {dict(mesh.shape)} as {home.spec}: use other sizes'
+      for path, size, home in zip(source.made_of, sizes, homes)
+      if not _divides(size, home)
+    )
+  )
   for copy, name in source.copies.items():
     _expect_equal(source.tensors, copy, name)
-  arrays = [_leaf(source.tensors, parts, size, home, on_read)
-            for parts, size, home in zip(source.made_of.values(), sizes, homes, strict=True)]
+  arrays = [
+    _leaf(source.tensors, parts, size, home, on_read)
+    for parts, size, home in zip(source.made_of.values(), sizes, homes, strict=True)
+  ]
   return jax.tree.unflatten(jax.tree.structure(shapes), arrays[:-1]), arrays[-1]
 
 
-def specs(made_of: MadeOf, leaves: Mapping[str, np.ndarray], again: Mapping[str, str], dtypes: Mapping[str, str]
-          ) -> list[Spec]:
+def specs(
+  made_of: MadeOf,
+  leaves: Mapping[str, np.ndarray],
+  again: Mapping[str, str],
+  dtypes: Mapping[str, str],
+) -> list[Spec]:
   """All tensors of the files, in the order of their layers, each made when it is written.
 
   Args:
@@ -160,20 +190,32 @@ def specs(made_of: MadeOf, leaves: Mapping[str, np.ndarray], again: Mapping[str,
 
   names = {name: name for name in parts} | dict(again)
   ordered = sorted(names, key=lambda name: re.sub(r'\d+', lambda number: number[0].zfill(6), name))
-  return [Spec(name, shapes[names[name]], dtypes[name], functools.partial(make, names[name], dtypes[name]))
-          for name in ordered]
+  return [
+    Spec(
+      name, shapes[names[name]], dtypes[name], functools.partial(make, names[name], dtypes[name])
+    )
+    for name in ordered
+  ]
 
 
-def lost(known: Family, config: Mapping[str, object], made_of: MadeOf, leaves: Mapping[str, np.ndarray]) -> list[str]:
+def lost(
+  known: Family, config: Mapping[str, object], made_of: MadeOf, leaves: Mapping[str, np.ndarray]
+) -> list[str]:
   """What is wrong with leaves that files do not hold, and readers take for zero: those that are not."""
   zero = tuple(must_be_zero(known.names, config))
-  return [f'{path} is not zero, and files of model_type={config["model_type"]!r} cannot hold it: choose a family whose '
-          'files do' for path in made_of if not made_of[path] and path.endswith(zero) and leaves[path].any()]
+  return [
+    f'{path} is not zero, and files of model_type={config["model_type"]!r} cannot hold it: choose a family whose '
+    'files do'
+    for path in made_of
+    if not made_of[path] and path.endswith(zero) and leaves[path].any()
+  ]
 
 
 def _divides(shape: tuple[int, ...], home: NamedSharding) -> bool:
-  cuts = [math.prod(home.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
-          for axes in home.spec]
+  cuts = [
+    math.prod(home.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+    for axes in home.spec
+  ]
   return all(n % cut == 0 for n, cut in zip(shape, cuts))
 
 
@@ -184,12 +226,19 @@ def _expect_equal(stored: Tensors, copy: str, name: str) -> None:
   for start in range(0, rows, step):
     one, other = (stored.read(which, (slice(start, start + step),)) for which in (copy, name))
     if one.dtype != other.dtype or one.tobytes() != other.tobytes():
-      raise ConfigError(f'{stored.path(copy)}: expected {copy!r} to repeat {name!r}, found other numbers from row '
-                        f'{start}; a model with two of them is not built here')
+      raise ConfigError(
+        f'{stored.path(copy)}: expected {copy!r} to repeat {name!r}, found other numbers from row '
+        f'{start}; a model with two of them is not built here'
+      )
 
 
-def _leaf(stored: Tensors, parts: tuple[Tensor, ...], shape: tuple[int, ...], home: NamedSharding,
-          on_read: Callable[[int], object]) -> Array:
+def _leaf(
+  stored: Tensors,
+  parts: tuple[Tensor, ...],
+  shape: tuple[int, ...],
+  home: NamedSharding,
+  on_read: Callable[[int], object],
+) -> Array:
   if math.prod(shape) <= SMALL or not parts or not parts[0].index:
     leaf = _array(stored, parts, 0, shape, np.dtype(np.float32), home)
     on_read(_nbytes(stored, parts))
@@ -202,7 +251,9 @@ def _leaf(stored: Tensors, parts: tuple[Tensor, ...], shape: tuple[int, ...], ho
   for (layer,), group in itertools.groupby(parts, lambda part: part.index[:1]):
     pieces = tuple(group)
     new = _array(stored, pieces, 1, shape[1:], dtype, of_layer)
-    leaf = jax.block_until_ready(_placed(leaf, new, layer, home))   # or several layers would wait in NumPy
+    leaf = jax.block_until_ready(
+      _placed(leaf, new, layer, home)
+    )  # or several layers would wait in NumPy
     on_read(_nbytes(stored, pieces))
   return leaf
 
@@ -213,8 +264,14 @@ def _placed(leaf: Array, new: Array, layer: int, home: NamedSharding) -> Array:
   return jax.lax.with_sharding_constraint(updated, home)
 
 
-def _array(stored: Tensors, parts: tuple[Tensor, ...], outer: int, shape: tuple[int, ...], dtype: np.dtype,
-           home: NamedSharding) -> Array:
+def _array(
+  stored: Tensors,
+  parts: tuple[Tensor, ...],
+  outer: int,
+  shape: tuple[int, ...],
+  dtype: np.dtype,
+  home: NamedSharding,
+) -> Array:
   """What the tensors make within a leaf's first `outer` axes. Each device's part is read by itself, equal ones once."""
   made: dict[Spans, np.ndarray] = {}
 
@@ -227,22 +284,28 @@ def _array(stored: Tensors, parts: tuple[Tensor, ...], outer: int, shape: tuple[
   return jax.make_array_from_callback(shape, home, part)
 
 
-def _assembled(stored: Tensors, parts: tuple[Tensor, ...], outer: int, spans: Spans, dtype: np.dtype) -> np.ndarray:
+def _assembled(
+  stored: Tensors, parts: tuple[Tensor, ...], outer: int, spans: Spans, dtype: np.dtype
+) -> np.ndarray:
   out = np.zeros([stop - start for start, stop in spans], dtype)
 
   def fill(tensor: Tensor) -> None:
     where = tensor.index[outer:]
     at = tuple(i - start for i, (start, _) in zip(where, spans))
     if all(0 <= i < n for i, n in zip(at, out.shape)):
-      within = tuple(itertools.starmap(slice, spans[len(where):]))
+      within = tuple(itertools.starmap(slice, spans[len(where) :]))
       out[at] = FROM_FILE[tensor.how](stored.read(tensor.name, IN_FILE[tensor.how](within)))
 
-  with ThreadPoolExecutor() as pool:   # reading and casting let go of Python's lock
+  with ThreadPoolExecutor() as pool:  # reading and casting let go of Python's lock
     list(pool.map(fill, parts))
   return out
 
 
 def _nbytes(stored: Tensors, parts: Collection[Tensor]) -> int:
   # Half of a tensor that two leaves share.
-  return sum(math.prod(part.shape) * DTYPES[stored.dtype(part.name)].itemsize // (1 + (part.how in ('even', 'odd')))
-             for part in parts)
+  return sum(
+    math.prod(part.shape)
+    * DTYPES[stored.dtype(part.name)].itemsize
+    // (1 + (part.how in ('even', 'odd')))
+    for part in parts
+  )

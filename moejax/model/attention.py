@@ -23,8 +23,15 @@ from moejax.sharding.params import constant, param
 class Attention(nnx.Module):
   """Grouped-query attention (Ainslie et al. 2023) with rotary positions and document masking."""
 
-  def __init__(self, key: Array, d_model: int, cfg: AttentionConfig, norm_eps: float, std: float, out_std: float
-               ) -> None:
+  def __init__(
+    self,
+    key: Array,
+    d_model: int,
+    cfg: AttentionConfig,
+    norm_eps: float,
+    std: float,
+    out_std: float,
+  ) -> None:
     keys = jax.random.split(key, 4)
     self.cfg = cfg
     width, kv_width = cfg.num_heads * cfg.d_head, cfg.num_kv_heads * cfg.d_head
@@ -52,8 +59,9 @@ class Attention(nnx.Module):
       q, k, v = (jnp.clip(a, -cfg.clip_qkv, cfg.clip_qkv) for a in (q, k, v))
     return rotate(q, positions, cfg.rope), rotate(k, positions, cfg.rope), v
 
-  def __call__(self, x: Array, segments: Array, positions: Array, window: int = 0,
-               cache: KVCache | None = None) -> tuple[Array, KVCache | None]:
+  def __call__(
+    self, x: Array, segments: Array, positions: Array, window: int = 0, cache: KVCache | None = None
+  ) -> tuple[Array, KVCache | None]:
     """x [B, S, D], segments and positions [B, S] -> y [B, S, D] and the cache with these tokens in it."""
     cfg = self.cfg
     scale = cfg.d_head**-0.5 * softmax_factor(cfg.rope)
@@ -76,7 +84,9 @@ class LatentAttention(nnx.Module):
   them is multiplied into the queries, and what would make values, into the result.
   """
 
-  def __init__(self, key: Array, d_model: int, cfg: AttentionConfig, std: float, out_std: float) -> None:
+  def __init__(
+    self, key: Array, d_model: int, cfg: AttentionConfig, std: float, out_std: float
+  ) -> None:
     keys, latent, heads = jax.random.split(key, 5), cfg.latent, cfg.num_heads
     self.cfg = cfg
     q_width, kv_width = heads * (cfg.d_head + latent.d_rope), heads * (cfg.d_head + latent.d_value)
@@ -87,31 +97,45 @@ class LatentAttention(nnx.Module):
       self.q_b = Linear(keys[1], (latent.q_rank, q_width), ('embed', 'heads'), std)
     else:
       self.q = Linear(keys[1], (d_model, q_width), ('embed', 'heads'), std)
-    self.kv_a = Linear(keys[2], (d_model, latent.kv_rank + latent.d_rope), ('embed', ''), std, cfg.qkv_bias)
+    self.kv_a = Linear(
+      keys[2], (d_model, latent.kv_rank + latent.d_rope), ('embed', ''), std, cfg.qkv_bias
+    )
     self.kv_a_norm = RMSNorm(key, latent.kv_rank, latent.norm_eps)
     self.kv_b = Linear(keys[3], (latent.kv_rank, kv_width), ('embed', 'heads'), std)
-    self.out = Linear(keys[4], (heads * latent.d_value, d_model), ('heads', 'embed'), out_std, cfg.out_bias)
+    self.out = Linear(
+      keys[4], (heads * latent.d_value, d_model), ('heads', 'embed'), out_std, cfg.out_bias
+    )
 
-  def __call__(self, x: Array, segments: Array, positions: Array, window: int = 0, cache: KVCache | None = None
-               ) -> tuple[Array, KVCache | None]:
+  def __call__(
+    self, x: Array, segments: Array, positions: Array, window: int = 0, cache: KVCache | None = None
+  ) -> tuple[Array, KVCache | None]:
     """As of grouped-query attention: x [B, S, D] -> y [B, S, D] and the cache with these tokens in it."""
     cfg, (b, s, _) = self.cfg, x.shape
-    scale = (cfg.d_head + cfg.latent.d_rope)**-0.5 * softmax_factor(cfg.rope)
+    scale = (cfg.d_head + cfg.latent.d_rope) ** -0.5 * softmax_factor(cfg.rope)
     q = self.q_b(self.q_a_norm(self.q_a(x))) if cfg.latent.q_rank else self.q(x)
-    q, q_rope = jnp.split(q.reshape(b, s, cfg.num_heads, -1), [cfg.d_head], axis=-1)   # [B, S, H, n], [B, S, H, r]
-    kv, k_rope = jnp.split(self.kv_a(x), [cfg.latent.kv_rank], axis=-1)                # [B, S, R], [B, S, r]
+    q, q_rope = jnp.split(
+      q.reshape(b, s, cfg.num_heads, -1), [cfg.d_head], axis=-1
+    )  # [B, S, H, n], [B, S, H, r]
+    kv, k_rope = jnp.split(self.kv_a(x), [cfg.latent.kv_rank], axis=-1)  # [B, S, R], [B, S, r]
     kv = self.kv_a_norm(kv)
     q_rope, k_rope = (rotate(a, positions, cfg.rope) for a in (q_rope, k_rope[:, :, None]))
     if cache is None:
       k, v = self.keys_and_values(kv, k_rope)
-      q, k, v = (constrain(a, 'batch', 'sequence', 'heads', '') for a in (jnp.concatenate([q, q_rope], -1), k, v))
+      q, k, v = (
+        constrain(a, 'batch', 'sequence', 'heads', '')
+        for a in (jnp.concatenate([q, q_rope], -1), k, v)
+      )
       y = core(cfg.implementation)(q, k, v, segments, window, scale, None)
     else:
       k_half, v_half = self.key_and_value_projections(x.dtype)
       q = jnp.concatenate([jnp.einsum('bshn,rhn->bshr', q, k_half), q_rope], -1)
-      cache, (kv,), mask = append(cache, (jnp.concatenate([kv[:, :, None], k_rope], -1),), segments, window)
+      cache, (kv,), mask = append(
+        cache, (jnp.concatenate([kv[:, :, None], k_rope], -1),), segments, window
+      )
       # The result's last r channels are the sum of keys, and dropped: cheaper than a copy of the cache without them.
-      y = jnp.einsum('bshr,rhv->bshv', attend(q, kv, kv, mask, scale, None)[..., :cfg.latent.kv_rank], v_half)
+      y = jnp.einsum(
+        'bshr,rhv->bshv', attend(q, kv, kv, mask, scale, None)[..., : cfg.latent.kv_rank], v_half
+      )
     return self.out(y.reshape(b, s, -1)), cache
 
   def keys_and_values(self, kv: Array, k_rope: Array) -> tuple[Array, Array]:
@@ -126,8 +150,9 @@ class LatentAttention(nnx.Module):
     return jnp.split(w.reshape(w.shape[0], self.cfg.num_heads, -1), [self.cfg.d_head], axis=-1)
 
 
-def make_attention(key: Array, d_model: int, cfg: AttentionConfig, norm_eps: float, std: float, out_std: float
-                   ) -> Attention | LatentAttention:
+def make_attention(
+  key: Array, d_model: int, cfg: AttentionConfig, norm_eps: float, std: float, out_std: float
+) -> Attention | LatentAttention:
   """The attention of a config. norm_eps: of qk_norm.  out_std: of the projection that writes to the residual."""
   if cfg.latent.kv_rank:
     return LatentAttention(key, d_model, cfg, std, out_std)

@@ -13,10 +13,12 @@ from jax import Array
 from moejax.model.splash_attention import splash, supports
 from moejax.sharding.logical_axes import platform
 
-CHUNKS, WINDOW_CHUNKS = 4, 16   # of queries: without a window, and at most with one
+CHUNKS, WINDOW_CHUNKS = 4, 16  # of queries: without a window, and at most with one
 
 
-def visible(query_segments: Array, key_segments: Array, query_slots: Array, key_slots: Array, window: int) -> Array:
+def visible(
+  query_segments: Array, key_segments: Array, query_slots: Array, key_slots: Array, window: int
+) -> Array:
   """Which keys a query sees: of its own document, not later than itself, and less than `window` (0: any) before it.
 
   A padding query (segment 0) sees the padding before it, so that its softmax is defined; nobody reads the result.
@@ -62,7 +64,9 @@ def attend(q: Array, k: Array, v: Array, mask: Array, scale: float, sinks: Array
   return jnp.einsum('bjgst,btjd->bsjgd', probs.astype(v.dtype), v).reshape(b, s, h, v.shape[-1])
 
 
-def chunked(q: Array, k: Array, v: Array, segments: Array, window: int, scale: float, sinks: Array | None) -> Array:
+def chunked(
+  q: Array, k: Array, v: Array, segments: Array, window: int, scale: float, sinks: Array | None
+) -> Array:
   """Each chunk of queries against the keys that it can see. For CPU: 4 chunks do 5/8 of the square's work."""
   length = q.shape[1]
   chunks = min(WINDOW_CHUNKS, max(CHUNKS, 2 * length // window)) if window else CHUNKS
@@ -77,8 +81,16 @@ def chunked(q: Array, k: Array, v: Array, segments: Array, window: int, scale: f
   return jnp.concatenate([chunk(a, b) for a, b in zip(edges, edges[1:])], axis=1)
 
 
-def library(implementation: str, q: Array, k: Array, v: Array, segments: Array, window: int, scale: float,
-            sinks: Array | None) -> Array:
+def library(
+  implementation: str,
+  q: Array,
+  k: Array,
+  v: Array,
+  segments: Array,
+  window: int,
+  scale: float,
+  sinks: Array | None,
+) -> Array:
   """`jax.nn.dot_product_attention`: 'xla' runs everywhere, 'cudnn' is a fused kernel.
 
   It knows no sinks: `chunked` does these. It wants one width for q, k and v, cuDNN a multiple of 8: the rest is filled
@@ -94,11 +106,15 @@ def library(implementation: str, q: Array, k: Array, v: Array, segments: Array, 
   q, k, wide_v = (jnp.pad(a, (*((0, 0),) * 3, (0, width - a.shape[-1]))) for a in (q, k, v))
   slots = jnp.arange(q.shape[1])
   mask = visible(segments, segments, slots, slots, window)
-  y = jax.nn.dot_product_attention(q, k, wide_v, mask=mask, scale=scale, implementation=implementation)
-  return y[..., :v.shape[-1]]
+  y = jax.nn.dot_product_attention(
+    q, k, wide_v, mask=mask, scale=scale, implementation=implementation
+  )
+  return y[..., : v.shape[-1]]
 
 
-def splash_or_xla(q: Array, k: Array, v: Array, segments: Array, window: int, scale: float, sinks: Array | None) -> Array:
+def splash_or_xla(
+  q: Array, k: Array, v: Array, segments: Array, window: int, scale: float, sinks: Array | None
+) -> Array:
   """JAX's kernel for TPUs; 'xla' of what does not divide into its blocks, or over the mesh."""
   return (splash if supports(q, k) else ATTENTIONS['xla'])(q, k, v, segments, window, scale, sinks)
 

@@ -27,9 +27,9 @@ from moejax.sharding.logical_axes import constrain
 class Route(NamedTuple):
   """What an MoE layer is given besides its input."""
 
-  bias: Array                       # [E] f32
+  bias: Array  # [E] f32
   tokens: Tokens
-  whole: dict[str, Array] | None    # loss -> [E] f32, see `Transformer.__call__`
+  whole: dict[str, Array] | None  # loss -> [E] f32, see `Transformer.__call__`
 
 
 class DenseBlock(nnx.Module):
@@ -44,7 +44,9 @@ class DenseBlock(nnx.Module):
     self.ffn = SwiGLU(keys[3], cfg.d_model, cfg.d_ff, std, out_std)
     self.ffn_post_norm = post_norm(cfg, cfg.init.ffn_gain)
 
-  def __call__(self, x: Array, batch: Batch, window: int, cache: KVCache | None) -> tuple[Array, KVCache | None]:
+  def __call__(
+    self, x: Array, batch: Batch, window: int, cache: KVCache | None
+  ) -> tuple[Array, KVCache | None]:
     x, cache = attended(self, x, batch, window, cache)
     return added(x, self.ffn(self.ffn_norm(x)), self.ffn_post_norm), cache
 
@@ -61,8 +63,9 @@ class MoEBlock(nnx.Module):
     self.moe = MoE(keys[3], cfg.d_model, cfg.moe, scopes, bias_rule, std, out_std)
     self.moe_post_norm = post_norm(cfg, cfg.init.ffn_gain)
 
-  def __call__(self, x: Array, batch: Batch, window: int, cache: KVCache | None, route: Route
-               ) -> tuple[Array, KVCache | None, MoEAux]:
+  def __call__(
+    self, x: Array, batch: Batch, window: int, cache: KVCache | None, route: Route
+  ) -> tuple[Array, KVCache | None, MoEAux]:
     x, cache = attended(self, x, batch, window, cache)
     y, aux = self.moe(self.moe_norm(x), route.bias, route.tokens, route.whole)
     return added(x, y, self.moe_post_norm), cache, aux
@@ -70,14 +73,17 @@ class MoEBlock(nnx.Module):
 
 def post_norm(cfg: ModelConfig, gain: float) -> RMSNorm | None:
   """Of a branch's output, from `gain / sqrt(L)` or from 1; None without sandwich norm."""
-  start = gain * cfg.num_layers ** -0.5 if gain else 1.0
+  start = gain * cfg.num_layers**-0.5 if gain else 1.0
   return RMSNorm(jax.random.key(0), cfg.d_model, cfg.norm_eps, start) if cfg.sandwich_norm else None
 
 
-def attended(block: DenseBlock | MoEBlock, x: Array, batch: Batch, window: int, cache: KVCache | None
-             ) -> tuple[Array, KVCache | None]:
+def attended(
+  block: DenseBlock | MoEBlock, x: Array, batch: Batch, window: int, cache: KVCache | None
+) -> tuple[Array, KVCache | None]:
   """The attention half of a block."""
-  y, cache = block.attention(block.attention_norm(x), batch.segment_ids, batch.positions, window, cache)
+  y, cache = block.attention(
+    block.attention_norm(x), batch.segment_ids, batch.positions, window, cache
+  )
   return added(x, y, block.attention_post_norm), cache
 
 
@@ -101,9 +107,18 @@ class MTP(nnx.Module):
     self.block = MoEBlock(keys[3], cfg, scopes, bias_rule)
     self.norm = RMSNorm(keys[4], cfg.d_model, cfg.norm_eps)
 
-  def __call__(self, hidden: Array, ahead: Array, batch: Batch, window: int, cache: KVCache | None, route: Route
-               ) -> tuple[Array, KVCache | None, MoEAux]:
+  def __call__(
+    self,
+    hidden: Array,
+    ahead: Array,
+    batch: Batch,
+    window: int,
+    cache: KVCache | None,
+    route: Route,
+  ) -> tuple[Array, KVCache | None, MoEAux]:
     """hidden [B, S, D] of each token, ahead [B, S, D] the embedding of the next one not seen -> hidden [B, S, D]."""
     both = jnp.concatenate([self.token_norm(ahead), self.hidden_norm(hidden)], axis=-1)
-    x, cache, aux = self.block(constrain(self.projection(both), 'batch', 'sequence', ''), batch, window, cache, route)
+    x, cache, aux = self.block(
+      constrain(self.projection(both), 'batch', 'sequence', ''), batch, window, cache, route
+    )
     return self.norm(x), cache, aux

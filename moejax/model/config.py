@@ -16,8 +16,10 @@ from moejax.moe.layer import MoEConfig
 # rule -> (std, d_model, num_layers) to the standard deviation of what reads the residual, and of what writes to it
 INIT_RULES: dict[str, Callable[[float, int, int], tuple[float, float]]] = {
   'normal': lambda std, d_model, layers: (std, std),
-  'depth': lambda std, d_model, layers: (std, std * (2 * layers) ** -0.5),   # GPT-2, Megatron-LM
-  'tiny': lambda std, d_model, layers: 2 * ((2 * d_model * layers) ** -0.5,),   # TinyInit (2504.07866); std is not read
+  'depth': lambda std, d_model, layers: (std, std * (2 * layers) ** -0.5),  # GPT-2, Megatron-LM
+  'tiny': lambda std, d_model, layers: (
+    2 * ((2 * d_model * layers) ** -0.5,)
+  ),  # TinyInit (2504.07866); std is not read
 }
 
 
@@ -39,10 +41,18 @@ class InitConfig:
   def __post_init__(self) -> None:
     check(
       f'std={self.std}: use a number above 0' if not self.std > 0 else '',
-      f'rule={self.rule!r} is not one of {sorted(INIT_RULES)}' if self.rule not in INIT_RULES else '',
-      *(f'{name}={value}: use 0 (off) or more' for name, value in
-        (('embed_std', self.embed_std), ('attention_gain', self.attention_gain), ('ffn_gain', self.ffn_gain))
-        if not value >= 0),
+      f'rule={self.rule!r} is not one of {sorted(INIT_RULES)}'
+      if self.rule not in INIT_RULES
+      else '',
+      *(
+        f'{name}={value}: use 0 (off) or more'
+        for name, value in (
+          ('embed_std', self.embed_std),
+          ('attention_gain', self.attention_gain),
+          ('ffn_gain', self.ffn_gain),
+        )
+        if not value >= 0
+      ),
     )
 
 
@@ -66,9 +76,14 @@ class LatentConfig:
 
   def __post_init__(self) -> None:
     check(
-      *(f'{name}={value}: use 0 (off) or more' for name, value in
-        (('kv_rank', self.kv_rank), ('q_rank', self.q_rank)) if value < 0),
-      f'd_rope={self.d_rope}: use an even number, 2 or more' if self.d_rope < 2 or self.d_rope % 2 else '',
+      *(
+        f'{name}={value}: use 0 (off) or more'
+        for name, value in (('kv_rank', self.kv_rank), ('q_rank', self.q_rank))
+        if value < 0
+      ),
+      f'd_rope={self.d_rope}: use an even number, 2 or more'
+      if self.d_rope < 2 or self.d_rope % 2
+      else '',
       f'd_value={self.d_value}: use 1 or more' if self.d_value < 1 else '',
       f'norm_eps={self.norm_eps}: use a number above 0' if not self.norm_eps > 0 else '',
     )
@@ -100,15 +115,27 @@ class AttentionConfig:
 
   def __post_init__(self) -> None:
     check(
-      *(f'{name}={value}: use 1 or more' for name, value in
-        (('num_heads', self.num_heads), ('num_kv_heads', self.num_kv_heads), ('d_head', self.d_head)) if value < 1),
+      *(
+        f'{name}={value}: use 1 or more'
+        for name, value in (
+          ('num_heads', self.num_heads),
+          ('num_kv_heads', self.num_kv_heads),
+          ('d_head', self.d_head),
+        )
+        if value < 1
+      ),
       f'num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}: use a divisor of it'
-      if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads else '',
+      if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads
+      else '',
       f'implementation={self.implementation!r} is not one of {["auto", *sorted(ATTENTIONS)]}'
-      if self.implementation not in ('auto', *ATTENTIONS) else '',
+      if self.implementation not in ('auto', *ATTENTIONS)
+      else '',
       f'windows={self.windows}: use one number or more, each 0 (all) or more'
-      if not self.windows or min(self.windows) < 0 else '',
-      f'qk_norm={self.qk_norm!r} is not one of {list(QK_NORMS)}' if self.qk_norm not in QK_NORMS else '',
+      if not self.windows or min(self.windows) < 0
+      else '',
+      f'qk_norm={self.qk_norm!r} is not one of {list(QK_NORMS)}'
+      if self.qk_norm not in QK_NORMS
+      else '',
       f'clip_qkv={self.clip_qkv}: use 0 (off) or more' if not self.clip_qkv >= 0 else '',
       *(self.latent_problems() if self.latent.kv_rank else self.grouped_problems()),
     )
@@ -116,18 +143,31 @@ class AttentionConfig:
   def grouped_problems(self) -> list[str]:
     """What only grouped-query attention cannot do."""
     width = int(self.d_head * self.rope.fraction)
-    return [f'd_head={self.d_head} * rope.fraction={self.rope.fraction} = {width} channels to rotate: '
-            'use an even number, 2 or more' if width < 2 or width % 2 else '']
+    return [
+      f'd_head={self.d_head} * rope.fraction={self.rope.fraction} = {width} channels to rotate: '
+      'use an even number, 2 or more'
+      if width < 2 or width % 2
+      else ''
+    ]
 
   def latent_problems(self) -> list[str]:
     """What only latent attention cannot do."""
     return [
       f'num_kv_heads={self.num_kv_heads}: use num_heads={self.num_heads} with latent attention'
-      if self.num_kv_heads != self.num_heads else '',
-      *(f'{name}={value!r}: use {off!r} with latent attention' for name, value, off in
-        (('qk_norm', self.qk_norm, ''), ('clip_qkv', self.clip_qkv, 0.0), ('sinks', self.sinks, False)) if value),
+      if self.num_kv_heads != self.num_heads
+      else '',
+      *(
+        f'{name}={value!r}: use {off!r} with latent attention'
+        for name, value, off in (
+          ('qk_norm', self.qk_norm, ''),
+          ('clip_qkv', self.clip_qkv, 0.0),
+          ('sinks', self.sinks, False),
+        )
+        if value
+      ),
       f'rope.fraction={self.rope.fraction}: use 1 with latent attention, where latent.d_rope is what is rotated'
-      if self.rope.fraction != 1 else '',
+      if self.rope.fraction != 1
+      else '',
     ]
 
 
@@ -169,19 +209,39 @@ class ModelConfig:
 
   def __post_init__(self) -> None:
     check(
-      f'vocab_size={self.vocab_size}: use 0 (the tokenizer\'s) or more' if self.vocab_size < 0 else '',
-      *(f'{name}={value}: use 1 or more' for name, value in
-        (('d_model', self.d_model), ('num_layers', self.num_layers), ('d_ff', self.d_ff), ('unroll', self.unroll))
-        if value < 1),
+      f"vocab_size={self.vocab_size}: use 0 (the tokenizer's) or more"
+      if self.vocab_size < 0
+      else '',
+      *(
+        f'{name}={value}: use 1 or more'
+        for name, value in (
+          ('d_model', self.d_model),
+          ('num_layers', self.num_layers),
+          ('d_ff', self.d_ff),
+          ('unroll', self.unroll),
+        )
+        if value < 1
+      ),
       f'num_dense_layers={self.num_dense_layers}: use 0 to num_layers - 1 = {self.num_layers - 1}, '
-      'so that one layer at least has experts' if not 0 <= self.num_dense_layers < max(1, self.num_layers) else '',
+      'so that one layer at least has experts'
+      if not 0 <= self.num_dense_layers < max(1, self.num_layers)
+      else '',
       f'norm_eps={self.norm_eps}: use a number above 0' if self.norm_eps <= 0 else '',
-      f'mtp_depth={self.mtp_depth}: use 0 (the next token only) or more' if self.mtp_depth < 0 else '',
-      *(f'init.{name}={gain} is for the norm of a branch\'s output: use sandwich_norm=True, or 0'
-        for name, gain in (('attention_gain', self.init.attention_gain), ('ffn_gain', self.init.ffn_gain))
-        if gain and not self.sandwich_norm),
+      f'mtp_depth={self.mtp_depth}: use 0 (the next token only) or more'
+      if self.mtp_depth < 0
+      else '',
+      *(
+        f"init.{name}={gain} is for the norm of a branch's output: use sandwich_norm=True, or 0"
+        for name, gain in (
+          ('attention_gain', self.init.attention_gain),
+          ('ffn_gain', self.init.ffn_gain),
+        )
+        if gain and not self.sandwich_norm
+      ),
       f'dtype={self.dtype!r} is not one of {sorted(DTYPES)}' if self.dtype not in DTYPES else '',
-      f'remat={self.remat!r} is not one of {sorted(REMAT_POLICIES)}' if self.remat not in REMAT_POLICIES else '',
+      f'remat={self.remat!r} is not one of {sorted(REMAT_POLICIES)}'
+      if self.remat not in REMAT_POLICIES
+      else '',
     )
 
   @property

@@ -38,22 +38,33 @@ class LossConfig:
   def __post_init__(self) -> None:
     check(
       *(schedule_problem(name, getattr(self, name)) for name in ('z_coef', 'mtp_coef')),
-      *(f'task_weights.{task}={weight}: use a number of 0 or more' for task, weight in self.task_weights.items()
-        if not 0 <= weight < float('inf')), f'chunks={self.chunks}: use 1 or more' if self.chunks < 1 else '')
+      *(
+        f'task_weights.{task}={weight}: use a number of 0 or more'
+        for task, weight in self.task_weights.items()
+        if not 0 <= weight < float('inf')
+      ),
+      f'chunks={self.chunks}: use 1 or more' if self.chunks < 1 else '',
+    )
 
 
 class PerToken(NamedTuple):
   """What the loss is made of, before weights; for the log, without gradient."""
 
-  nll: Array     # [B, S] f32  negative log likelihood of the target, nats
-  log_z: Array   # [B, S] f32  logsumexp of the logits
+  nll: Array  # [B, S] f32  negative log likelihood of the target, nats
+  log_z: Array  # [B, S] f32  logsumexp of the logits
 
 
-def chunk_loss(h: Array, head: Array, targets: Array, weights: Array, z_coef: Array) -> tuple[Array, PerToken]:
+def chunk_loss(
+  h: Array, head: Array, targets: Array, weights: Array, z_coef: Array
+) -> tuple[Array, PerToken]:
   """`sum weight * (nll + z_coef * log_z^2)` of one chunk. h [B, s, D], head [D, V], targets and weights [B, s]."""
   # A flat list of tokens: see layers.matmul, of which this is the float32-out form.
-  logits = jnp.einsum('td,dv->tv', h.reshape(-1, h.shape[-1]), head.astype(h.dtype),
-                      preferred_element_type=jnp.float32).reshape(*h.shape[:-1], -1)
+  logits = jnp.einsum(
+    'td,dv->tv',
+    h.reshape(-1, h.shape[-1]),
+    head.astype(h.dtype),
+    preferred_element_type=jnp.float32,
+  ).reshape(*h.shape[:-1], -1)
   log_z = jax.nn.logsumexp(logits, axis=-1)
   # A comparison instead of a gather: its transpose is a `where`, not a scatter into [B, s, V].
   nll = log_z - jnp.where(jnp.arange(head.shape[1]) == targets[..., None], logits, 0.0).sum(-1)
@@ -61,8 +72,9 @@ def chunk_loss(h: Array, head: Array, targets: Array, weights: Array, z_coef: Ar
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def cross_entropy(h: Array, head: Array, targets: Array, weights: Array, z_coef: Array, chunks: int
-                  ) -> tuple[Array, PerToken]:
+def cross_entropy(
+  h: Array, head: Array, targets: Array, weights: Array, z_coef: Array, chunks: int
+) -> tuple[Array, PerToken]:
   """`sum weight * (nll + z_coef * log_z^2)` over all tokens, and its parts, which carry no gradient.
 
   Differentiated, it makes the gradient of each chunk along with the loss, so that logits are made once and dropped.
@@ -73,6 +85,7 @@ def cross_entropy(h: Array, head: Array, targets: Array, weights: Array, z_coef:
     targets: [B, S] i32. Where nothing is to be predicted (-100) the weight must be 0.
     weights: [B, S] f32, no gradient, nor has z_coef. Divide by the tokens of the whole batch, and micro-batches add up.
   """
+
   def chunk(total: Array, xs: tuple[Array, Array, Array]) -> tuple[Array, PerToken]:
     loss, parts = chunk_loss(xs[0], head, *xs[1:], z_coef)
     return total + loss, parts
@@ -81,8 +94,9 @@ def cross_entropy(h: Array, head: Array, targets: Array, weights: Array, z_coef:
   return total, join(parts)
 
 
-def forward(h: Array, head: Array, targets: Array, weights: Array, z_coef: Array, chunks: int
-            ) -> tuple[tuple[Array, PerToken], tuple[Array, Array]]:
+def forward(
+  h: Array, head: Array, targets: Array, weights: Array, z_coef: Array, chunks: int
+) -> tuple[tuple[Array, PerToken], tuple[Array, Array]]:
   """The loss with its gradient already in hand: dh [B, S, D] and dhead [D, V] for a cotangent of 1."""
   gradient = jax.value_and_grad(chunk_loss, argnums=(0, 1), has_aux=True)
 
@@ -92,12 +106,14 @@ def forward(h: Array, head: Array, targets: Array, weights: Array, z_coef: Array
     return (total + loss, d_head + d_head_chunk), (parts, dh)
 
   (total, d_head), (parts, dh) = jax.lax.scan(
-    chunk, (jnp.zeros(()), jnp.zeros_like(head)), split((h, targets, weights), chunks))
+    chunk, (jnp.zeros(()), jnp.zeros_like(head)), split((h, targets, weights), chunks)
+  )
   return (total, join(parts)), (join(dh), d_head)
 
 
-def backward(chunks: int, residuals: tuple[Array, Array], cotangent: tuple[Array, PerToken]
-             ) -> tuple[Array, Array, None, None, None]:
+def backward(
+  chunks: int, residuals: tuple[Array, Array], cotangent: tuple[Array, PerToken]
+) -> tuple[Array, Array, None, None, None]:
   """Scales the gradient by the cotangent of the total; the parts have none."""
   del chunks
   (dh, d_head), scale = residuals, cotangent[0]
@@ -112,7 +128,8 @@ def split(tree: Tree, chunks: int) -> Tree:
   length = jax.tree.leaves(tree)[0].shape[1]
   chunks = next(n for n in range(min(chunks, length), length + 1) if length % n == 0)
   return jax.tree.map(
-    lambda a: jnp.moveaxis(a.reshape(a.shape[0], chunks, -1, *a.shape[2:]), 1, 0), tree)
+    lambda a: jnp.moveaxis(a.reshape(a.shape[0], chunks, -1, *a.shape[2:]), 1, 0), tree
+  )
 
 
 def join(tree: Tree) -> Tree:

@@ -19,8 +19,9 @@ from moejax.sharding.params import constant, normal, param
 class Linear(nnx.Module):
   """`x @ w`, or `x @ w + b`."""
 
-  def __init__(self, key: Array, shape: tuple[int, int], axes: tuple[str, str], std: float, bias: bool = False
-               ) -> None:
+  def __init__(
+    self, key: Array, shape: tuple[int, int], axes: tuple[str, str], std: float, bias: bool = False
+  ) -> None:
     self.w = param(key, shape, axes, normal(std))
     self.b = param(key, shape[1:], ('norm',), constant(0.0)) if bias else None
 

@@ -36,10 +36,17 @@ class YarnConfig:
       f'factor={self.factor}: use 1 (off) or more' if not self.factor >= 1 else '',
       f'original_length={self.original_length}: use 1 or more' if self.original_length < 1 else '',
       f'beta_slow={self.beta_slow}: use a number above 0, at most beta_fast={self.beta_fast}'
-      if not 0 < self.beta_slow <= self.beta_fast else '',
-      *(f'{name}={value}: use 0 (off) or more' for name, value in
-        (('mscale', self.mscale), ('mscale_all_dim', self.mscale_all_dim), ('attention_factor', self.attention_factor))
-        if not value >= 0),
+      if not 0 < self.beta_slow <= self.beta_fast
+      else '',
+      *(
+        f'{name}={value}: use 0 (off) or more'
+        for name, value in (
+          ('mscale', self.mscale),
+          ('mscale_all_dim', self.mscale_all_dim),
+          ('attention_factor', self.attention_factor),
+        )
+        if not value >= 0
+      ),
     )
 
 
@@ -59,19 +66,23 @@ class RopeConfig:
   def __post_init__(self) -> None:
     check(
       f'theta={self.theta}: use a number above 1' if not self.theta > 1 else '',
-      f'fraction={self.fraction}: use a number above 0, at most 1' if not 0 < self.fraction <= 1 else '',
+      f'fraction={self.fraction}: use a number above 0, at most 1'
+      if not 0 < self.fraction <= 1
+      else '',
     )
 
 
 def slowed(dim: int, cfg: RopeConfig) -> np.ndarray:
   """How far each pair is slowed down: 0 not at all, 1 by `factor`. [dim/2] f32."""
   # The pair, as a real number, that turns so many times within the original length.
-  low, high = (dim * math.log(cfg.yarn.original_length / (turns * 2 * math.pi)) / (2 * math.log(cfg.theta))
-               for turns in (cfg.yarn.beta_fast, cfg.yarn.beta_slow))
+  low, high = (
+    dim * math.log(cfg.yarn.original_length / (turns * 2 * math.pi)) / (2 * math.log(cfg.theta))
+    for turns in (cfg.yarn.beta_fast, cfg.yarn.beta_slow)
+  )
   if cfg.yarn.truncate:
     low, high = math.floor(low), math.ceil(high)
   low, high = max(low, 0), min(high, dim - 1)
-  high += 0.001 if low == high else 0.0   # as published; only keeps the division defined
+  high += 0.001 if low == high else 0.0  # as published; only keeps the division defined
   return np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1).astype(np.float32)
 
 
@@ -92,7 +103,9 @@ def magnitude(factor: float, scale: float) -> float:
 def attention_factor(cfg: RopeConfig) -> float:
   """What cos and sin are multiplied by, of q and of k: m(mscale) / m(mscale_all_dim) if both are given, else m(1)."""
   yarn = cfg.yarn
-  over, under = (yarn.mscale, yarn.mscale_all_dim) if yarn.mscale and yarn.mscale_all_dim else (1.0, 0.0)
+  over, under = (
+    (yarn.mscale, yarn.mscale_all_dim) if yarn.mscale and yarn.mscale_all_dim else (1.0, 0.0)
+  )
   return yarn.attention_factor or magnitude(yarn.factor, over) / magnitude(yarn.factor, under)
 
 
@@ -115,6 +128,8 @@ def rotate(x: Array, positions: Array, cfg: RopeConfig) -> Array:
   width = int(x.shape[-1] * cfg.fraction)
   x, rest = x[..., :width], x[..., width:]
   angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(width, cfg)  # [B, S, r/2]
-  cos, sin = ((attention_factor(cfg) * f(angles))[:, :, None, :].astype(x.dtype) for f in (jnp.cos, jnp.sin))
+  cos, sin = (
+    (attention_factor(cfg) * f(angles))[:, :, None, :].astype(x.dtype) for f in (jnp.cos, jnp.sin)
+  )
   first, second = (x[..., 0::2], x[..., 1::2]) if cfg.interleaved else jnp.split(x, 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

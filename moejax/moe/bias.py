@@ -24,14 +24,14 @@ from moejax.moe.bias_quantile import histogram, quantile
 from moejax.moe.routing import Routing
 from moejax.moe.token_sets import expert_load
 
-SHARPNESS = 2.0   # kappa of SMEBU: the tanh bends where a load is off by half of the mean
-MEMORY = 0.5      # beta of SMEBU
+SHARPNESS = 2.0  # kappa of SMEBU: the tanh bends where a load is off by half of the mean
+MEMORY = 0.5  # beta of SMEBU
 
 
 class BiasState(NamedTuple):
   """What a rule keeps from step to step."""
 
-  bias: Array      # [E] f32  added to the scores to choose, and to nothing else
+  bias: Array  # [E] f32  added to the scores to choose, and to nothing else
   momentum: Array  # [E] f32  zeros, except for SMEBU
 
 
@@ -118,12 +118,17 @@ def quantile_step(state: BiasState, seen: Array, rate: Array, top_k: int) -> Bia
   return state._replace(bias=bias - bias.mean())
 
 
-def unless_idle(step: Callable[[BiasState, Array, Array, int], BiasState],
-                ) -> Callable[[BiasState, Array, Array, int], BiasState]:
+def unless_idle(
+  step: Callable[[BiasState, Array, Array, int], BiasState],
+) -> Callable[[BiasState, Array, Array, int], BiasState]:
   """A step that holds its state where the rate is 0 or no token was counted."""
+
   def update(state: BiasState, seen: Array, rate: Array, top_k: int) -> BiasState:
     moves = (jnp.asarray(rate) > 0) & seen.any()
-    return jax.tree.map(lambda new, old: jnp.where(moves, new, old), step(state, seen, rate, top_k), state)
+    return jax.tree.map(
+      lambda new, old: jnp.where(moves, new, old), step(state, seen, rate, top_k), state
+    )
+
   return update
 
 

@@ -20,14 +20,18 @@ import numpy as np
 from jax import Array
 
 BINS = 256
-FINEST = 2.0**-24   # scores near 1/2 are this coarse in float32: below it there is nothing to tell apart
-PER_OCTAVE = 4      # with BINS / 2 bins a side that is 32 octaves: the end bins hold what lies beyond 2**8
+FINEST = (
+  2.0**-24
+)  # scores near 1/2 are this coarse in float32: below it there is nothing to tell apart
+PER_OCTAVE = (
+  4  # with BINS / 2 bins a side that is 32 octaves: the end bins hold what lies beyond 2**8
+)
 
 
 def magnitudes() -> np.ndarray:
   """Where the bins of one sign begin: `FINEST` more than that is a float of two mantissa bits. [BINS/2 + 2]."""
   k = np.arange(BINS // 2 + 2)
-  return FINEST * (2.0**(k // PER_OCTAVE) * (1 + k % PER_OCTAVE / PER_OCTAVE) - 1)
+  return FINEST * (2.0 ** (k // PER_OCTAVE) * (1 + k % PER_OCTAVE / PER_OCTAVE) - 1)
 
 
 # [BINS + 1] f32, rising. Bin BINS/2 holds 0 in its middle: the (K+1)-th choice itself is exactly 0, and must not lean.
@@ -76,7 +80,7 @@ def quantile(counts: Array, top_k: int) -> Array:
   num_experts = counts.shape[0]
   whole_experts, rest = jnp.divmod(counts[0].sum(), num_experts)
   extra, part = jnp.divmod(rest * (num_experts - top_k), num_experts)
-  below = whole_experts * (num_experts - top_k) + extra                             # and part / E of a token
+  below = whole_experts * (num_experts - top_k) + extra  # and part / E of a token
   reached = jnp.cumsum(counts, axis=-1)
 
   def at(bins: Array) -> Array:

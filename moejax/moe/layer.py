@@ -45,15 +45,22 @@ class MoEConfig:
   def __post_init__(self) -> None:
     check(
       f'd_expert={self.d_expert}: use 1 or more' if self.d_expert < 1 else '',
-      f'num_shared={self.num_shared}: use 0 (no shared expert) or more' if self.num_shared < 0 else '',
-      'shared_gate=True with num_shared=0: use 1 or more' if self.shared_gate and not self.num_shared else '',
+      f'num_shared={self.num_shared}: use 0 (no shared expert) or more'
+      if self.num_shared < 0
+      else '',
+      'shared_gate=True with num_shared=0: use 1 or more'
+      if self.shared_gate and not self.num_shared
+      else '',
       f'activation={self.activation!r} is not one of {sorted(ACTIVATIONS)}'
-      if self.activation not in ACTIVATIONS else '',
+      if self.activation not in ACTIVATIONS
+      else '',
       f'activation_limit={self.activation_limit}: use a number above 0'
-      if self.activation == 'clamped_swiglu' and not self.activation_limit > 0 else '',
-      f'dispatch.capacity_factor={self.dispatch.capacity_factor} limits experts that selection=\'expert_choice\' has '
+      if self.activation == 'clamped_swiglu' and not self.activation_limit > 0
+      else '',
+      f"dispatch.capacity_factor={self.dispatch.capacity_factor} limits experts that selection='expert_choice' has "
       'already filled: use capacity_factor=0'
-      if self.dispatch.capacity_factor > 0 and self.router.selection == 'expert_choice' else '',
+      if self.dispatch.capacity_factor > 0 and self.router.selection == 'expert_choice'
+      else '',
     )
 
 
@@ -61,24 +68,30 @@ def causality(cfg: MoEConfig) -> list[str]:
   """In words, where what a token gets depends on more than the tokens before it in its row; for most layers nothing."""
   found = []
   if not SELECTIONS[cfg.router.selection].causal:
-    found.append(f'no: with selection={cfg.router.selection!r} a later token can change an earlier one')
+    found.append(
+      f'no: with selection={cfg.router.selection!r} a later token can change an earlier one'
+    )
   if cfg.dispatch.capacity_factor > 0:
-    found.append('no: full experts drop copies by score, so a later token can change an earlier one'
-                 if cfg.dispatch.drop_by == 'probs' else
-                 'yes within a row: full experts drop the last copies, so a row depends on the rows before it')
+    found.append(
+      'no: full experts drop copies by score, so a later token can change an earlier one'
+      if cfg.dispatch.drop_by == 'probs'
+      else 'yes within a row: full experts drop the last copies, so a row depends on the rows before it'
+    )
   return found
 
 
 class MoEAux(NamedTuple):
   """What a layer learnt; scan stacks it over layers."""
 
-  load: Array                # [E] f32  copies dispatched, of tokens that count
-  seen: Array                # what the bias rule observes; without a rule the load
-  whole: dict[str, Array]    # loss -> [E], what losses whose sets are larger than this micro-batch see of it
-  losses: dict[str, Array]   # name -> scalar, without coefficient
-  dropped: Array             # scalar f32, fraction of the copies
-  stats: Stats               # sums for statistics
-  expert_ids: Array          # [B, S, K] i32
+  load: Array  # [E] f32  copies dispatched, of tokens that count
+  seen: Array  # what the bias rule observes; without a rule the load
+  whole: dict[
+    str, Array
+  ]  # loss -> [E], what losses whose sets are larger than this micro-batch see of it
+  losses: dict[str, Array]  # name -> scalar, without coefficient
+  dropped: Array  # scalar f32, fraction of the copies
+  stats: Stats  # sums for statistics
+  expert_ids: Array  # [B, S, K] i32
 
 
 class MoE(nnx.Module):
@@ -177,7 +190,9 @@ class MoE(nnx.Module):
     dispatch = DISPATCHERS[cfg.dispatch.dispatcher]
     activation = ACTIVATIONS[cfg.activation](cfg.activation_limit)
     weights = self.experts.weights(x.dtype)
-    y, dropped = dispatch(x, routing._replace(expert_ids=dispatch_ids), weights, activation, cfg.dispatch)
+    y, dropped = dispatch(
+      x, routing._replace(expert_ids=dispatch_ids), weights, activation, cfg.dispatch
+    )
     if cfg.shared_gate:
       gate = jax.nn.sigmoid(router_logits(x, self.shared_gate[...]))
       return y + gate.astype(x.dtype) * self.shared(x), dropped

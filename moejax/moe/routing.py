@@ -16,21 +16,29 @@ import jax.numpy as jnp
 from jax import Array
 
 from moejax.config import check
-from moejax.moe.selection import SELECTIONS, Tokens, keep_second, limit_to_groups, margin, noisy, without_some
+from moejax.moe.selection import (
+  SELECTIONS,
+  Tokens,
+  keep_second,
+  limit_to_groups,
+  margin,
+  noisy,
+  without_some,
+)
 
 
 class Routing(NamedTuple):
   """What the router decided; it flows on to balance and dispatch."""
 
-  logits: Array      # [B, S, E] f32  what the scores are made from, noise included
-  scores: Array      # [B, S, E] f32  score_fn(logits), over all experts, before top-k
-  probs: Array       # [B, S, E] f32  scores normalised over all experts: what a balance loss calls P
+  logits: Array  # [B, S, E] f32  what the scores are made from, noise included
+  scores: Array  # [B, S, E] f32  score_fn(logits), over all experts, before top-k
+  probs: Array  # [B, S, E] f32  scores normalised over all experts: what a balance loss calls P
   expert_ids: Array  # [B, S, K] i32  the experts chosen, top-k's best first; E: nobody
-  weights: Array     # [B, S, K] f32  what their outputs are multiplied by; 0 for nobody
-  best_ids: Array    # [B, S, K] i32  the top-K of the scores alone: no bias, no groups, no selection
-  margin: Array      # [B, S]    f32  least choice taken minus best one not taken: how far from flipping
-  likely: Array      # [B, S, E] f32  P(expert is chosen | noise); zeros without noise
-  router: Array      # [D, E]    f32  the router's own weights, where there are any ([0, E] else)
+  weights: Array  # [B, S, K] f32  what their outputs are multiplied by; 0 for nobody
+  best_ids: Array  # [B, S, K] i32  the top-K of the scores alone: no bias, no groups, no selection
+  margin: Array  # [B, S]    f32  least choice taken minus best one not taken: how far from flipping
+  likely: Array  # [B, S, E] f32  P(expert is chosen | noise); zeros without noise
+  router: Array  # [D, E]    f32  the router's own weights, where there are any ([0, E] else)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,36 +72,67 @@ class RouterConfig:
 
   def __post_init__(self) -> None:
     experts, groups = self.num_experts, max(1, self.num_groups)
-    reachable, left = experts // groups * self.top_groups, experts - round(self.expert_dropout * experts)
+    reachable, left = (
+      experts // groups * self.top_groups,
+      experts - round(self.expert_dropout * experts),
+    )
     check(
       f'num_experts={experts}: use 1 or more' if experts < 1 else '',
-      f'top_k={self.top_k}: use 1 to num_experts={experts}' if not 1 <= self.top_k <= experts else '',
-      *(f'{name}={value!r} is not one of {sorted(rows)}' for name, value, rows in (
-        ('score_fn', self.score_fn, SCORE_FNS), ('selection', self.selection, SELECTIONS),
-        ('weigh', self.weigh, WEIGHTS)) if value not in rows),
+      f'top_k={self.top_k}: use 1 to num_experts={experts}'
+      if not 1 <= self.top_k <= experts
+      else '',
+      *(
+        f'{name}={value!r} is not one of {sorted(rows)}'
+        for name, value, rows in (
+          ('score_fn', self.score_fn, SCORE_FNS),
+          ('selection', self.selection, SELECTIONS),
+          ('weigh', self.weigh, WEIGHTS),
+        )
+        if value not in rows
+      ),
       f'num_groups={self.num_groups} does not divide num_experts={experts}: use a divisor of it'
-      if self.num_groups < 1 or experts % groups else '',
+      if self.num_groups < 1 or experts % groups
+      else '',
       f'top_groups={self.top_groups}: use 1 to num_groups={self.num_groups}'
-      if not 1 <= self.top_groups <= groups else '',
+      if not 1 <= self.top_groups <= groups
+      else '',
       f'top_k={self.top_k} is more than the {reachable} experts of top_groups={self.top_groups} groups: '
-      'raise top_groups or lower top_k' if self.top_k > reachable and self.top_k <= experts else '',
-      f'group_best={self.group_best}: use 1 (a group is worth its best expert) or more' if self.group_best < 1 else '',
-      'weigh=\'softmax\' always adds up to 1: use renormalise=True'
-      if self.weigh == 'softmax' and not self.renormalise else '',
+      'raise top_groups or lower top_k'
+      if self.top_k > reachable and self.top_k <= experts
+      else '',
+      f'group_best={self.group_best}: use 1 (a group is worth its best expert) or more'
+      if self.group_best < 1
+      else '',
+      "weigh='softmax' always adds up to 1: use renormalise=True"
+      if self.weigh == 'softmax' and not self.renormalise
+      else '',
       f'scale={self.scale}: use a number above 0' if self.scale <= 0 else '',
       f'jitter={self.jitter}: use 0 (off) or more, below 1' if not 0 <= self.jitter < 1 else '',
       f'noisy=True needs an expert that is not chosen: use top_k below num_experts={experts}'
-      if self.noisy and self.top_k >= experts else '',
+      if self.noisy and self.top_k >= experts
+      else '',
       f'expert_dropout={self.expert_dropout} leaves {left} of num_experts={experts}: use 0 (off), or what leaves '
-      f'top_k={self.top_k} to {experts - 1}' if self.expert_dropout and not self.top_k <= left < experts else '',
+      f'top_k={self.top_k} to {experts - 1}'
+      if self.expert_dropout and not self.top_k <= left < experts
+      else '',
       f'expert_dropout={self.expert_dropout} with num_groups={self.num_groups} can empty a group: use one of them'
-      if self.expert_dropout and self.num_groups > 1 else '',
+      if self.expert_dropout and self.num_groups > 1
+      else '',
       f'random_second=True is for two experts per token, not top_k={self.top_k}: use top_k=2'
-      if self.random_second and self.top_k != 2 else '',
-      *(f'{name}={value} is about a choice that selection={self.selection!r} does not make: use {name}={off}'
-        for name, value, off in (('num_groups', self.num_groups, 1), ('expert_dropout', self.expert_dropout, 0.0),
-                                 ('noisy', self.noisy, False), ('random_second', self.random_second, False))
-        if value > off and self.selection in SELECTIONS and not SELECTIONS[self.selection].takes_bias),
+      if self.random_second and self.top_k != 2
+      else '',
+      *(
+        f'{name}={value} is about a choice that selection={self.selection!r} does not make: use {name}={off}'
+        for name, value, off in (
+          ('num_groups', self.num_groups, 1),
+          ('expert_dropout', self.expert_dropout, 0.0),
+          ('noisy', self.noisy, False),
+          ('random_second', self.random_second, False),
+        )
+        if value > off
+        and self.selection in SELECTIONS
+        and not SELECTIONS[self.selection].takes_bias
+      ),
     )
 
   @property
@@ -112,8 +151,13 @@ def router_logits(x: Array, w: Array) -> Array:
   return jnp.einsum('bsd,de->bse', x.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST)
 
 
-def route(logits: Array, bias: Array, cfg: RouterConfig, tokens: Tokens | None = None,
-          noise_std: Array | None = None) -> Routing:
+def route(
+  logits: Array,
+  bias: Array,
+  cfg: RouterConfig,
+  tokens: Tokens | None = None,
+  noise_std: Array | None = None,
+) -> Routing:
   """Scores all experts, chooses by score plus bias, weighs by score alone (2408.15664, section 3; DeepSeek-V3 eq. 16).
 
   Args:
@@ -140,21 +184,36 @@ def route(logits: Array, bias: Array, cfg: RouterConfig, tokens: Tokens | None =
   if replayed is not None:
     expert_ids = replayed
   else:
-    expert_ids = SELECTIONS[cfg.selection].choose(jax.lax.stop_gradient(log_scores), choice, tokens, cfg.top_k)
+    expert_ids = SELECTIONS[cfg.selection].choose(
+      jax.lax.stop_gradient(log_scores), choice, tokens, cfg.top_k
+    )
   weights = weights_of(WEIGHTS[cfg.weigh](log_scores, logits), expert_ids, cfg.renormalise)
   if cfg.random_second and replayed is None:
     kept = keep_second(jax.lax.stop_gradient(weights), tokens)
     expert_ids, weights = jnp.where(kept, expert_ids, num_experts), jnp.where(kept, weights, 0.0)
   best_ids = jax.lax.top_k(jax.lax.stop_gradient(scores), cfg.top_k)[1]
-  return Routing(logits, scores, jax.nn.softmax(log_scores, axis=-1), expert_ids, weights * cfg.scale, best_ids,
-                 margin(choice, expert_ids), likely, jnp.zeros((0, num_experts)))
+  return Routing(
+    logits,
+    scores,
+    jax.nn.softmax(log_scores, axis=-1),
+    expert_ids,
+    weights * cfg.scale,
+    best_ids,
+    margin(choice, expert_ids),
+    likely,
+    jnp.zeros((0, num_experts)),
+  )
 
 
 def weights_of(log_weights: Array, expert_ids: Array, renormalise: bool) -> Array:
   """What the outputs of the chosen are multiplied by, from [B, S, E] logarithms of all. Nobody gets 0. [B, S, K]."""
   somebody = expert_ids < log_weights.shape[-1]
-  chosen = jnp.where(somebody, jnp.take_along_axis(log_weights, expert_ids, axis=-1, mode='clip'), -1e30)
-  return jnp.where(somebody, jax.nn.softmax(chosen, axis=-1) if renormalise else jnp.exp(chosen), 0.0)
+  chosen = jnp.where(
+    somebody, jnp.take_along_axis(log_weights, expert_ids, axis=-1, mode='clip'), -1e30
+  )
+  return jnp.where(
+    somebody, jax.nn.softmax(chosen, axis=-1) if renormalise else jnp.exp(chosen), 0.0
+  )
 
 
 def log_sqrt_softplus(logits: Array) -> Array:

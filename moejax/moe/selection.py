@@ -16,17 +16,17 @@ import jax.numpy as jnp
 from jax import Array
 
 SINKHORN_ROUNDS = 8
-JITTER, NOISE, EXPERT_DROPOUT, SECOND = range(4)   # what a key is drawn for
+JITTER, NOISE, EXPERT_DROPOUT, SECOND = range(4)  # what a key is drawn for
 
 
 class Tokens(NamedTuple):
   """What a router may know of the tokens besides their activations."""
 
-  ids: Array                     # [B, S] i32, of the vocabulary
-  mask: Array                    # [B, S] bool, False for padding
-  segments: Array                # [B, S] i32, document of each token in its row
-  rows: Array                    # [B] i32, each row's number in the global batch
-  key: Array | None = None       # of this layer in this step; None: nothing random
+  ids: Array  # [B, S] i32, of the vocabulary
+  mask: Array  # [B, S] bool, False for padding
+  segments: Array  # [B, S] i32, document of each token in its row
+  rows: Array  # [B] i32, each row's number in the global batch
+  key: Array | None = None  # of this layer in this step; None: nothing random
   replayed: Array | None = None  # [B, S, K] i32, recorded expert_ids to use again
 
 
@@ -46,7 +46,9 @@ def jittered(x: Array, tokens: Tokens, epsilon: float) -> Array:
   """`x` times U(1 - epsilon, 1 + epsilon), entry by entry (Switch Transformer's input jitter). [B, S, D]."""
   if not epsilon or tokens.key is None:
     return x
-  factor = jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:], jnp.float32, 1 - epsilon, 1 + epsilon))
+  factor = jax.vmap(
+    lambda key: jax.random.uniform(key, x.shape[1:], jnp.float32, 1 - epsilon, 1 + epsilon)
+  )
   return x * factor(row_keys(tokens, JITTER)).astype(x.dtype)
 
 
@@ -74,10 +76,10 @@ def limit_to_groups(choice: Array, num_groups: int, top_groups: int, group_best:
   is the same for K/M = 2), 1, the largest, in DeepSeek-V2. Outside it is -inf, not 0: with a negative bias 0 would win.
   DeepSeek-V2 has 0 there, and softmax scores without a bias: those are above 0, so its choice is the same.
   """
-  grouped = choice.reshape(*choice.shape[:-1], num_groups, -1)                       # [B, S, M, E/M]
-  worth = jax.lax.top_k(grouped, min(group_best, grouped.shape[-1]))[0].sum(-1)      # [B, S, M]
-  kept = jax.lax.top_k(worth, top_groups)[1]                                         # [B, S, top_groups]
-  inside = jax.nn.one_hot(kept, num_groups, dtype=jnp.bool_).any(-2)                 # [B, S, M]
+  grouped = choice.reshape(*choice.shape[:-1], num_groups, -1)  # [B, S, M, E/M]
+  worth = jax.lax.top_k(grouped, min(group_best, grouped.shape[-1]))[0].sum(-1)  # [B, S, M]
+  kept = jax.lax.top_k(worth, top_groups)[1]  # [B, S, top_groups]
+  inside = jax.nn.one_hot(kept, num_groups, dtype=jnp.bool_).any(-2)  # [B, S, M]
   return jnp.where(inside[..., None], grouped, -jnp.inf).reshape(choice.shape)
 
 
@@ -114,10 +116,12 @@ def expert_choice(log_scores: Array, choice: Array, tokens: Tokens, top_k: int) 
   """
   num_experts = choice.shape[-1]
   ranked = jnp.where(tokens.mask[..., None], -log_scores, jnp.inf)
-  rank = jnp.argsort(jnp.argsort(ranked, axis=1, stable=True), axis=1)                # [B, S, E]
+  rank = jnp.argsort(jnp.argsort(ranked, axis=1, stable=True), axis=1)  # [B, S, E]
   quota = -(-tokens.mask.sum(1) * top_k // num_experts)
   taken = (rank < quota[:, None, None]) & tokens.mask[..., None]
-  order = jax.lax.top_k(jnp.where(taken, log_scores, -jnp.inf), num_experts)[1]        # a token's best expert first
+  order = jax.lax.top_k(jnp.where(taken, log_scores, -jnp.inf), num_experts)[
+    1
+  ]  # a token's best expert first
   return jnp.where(jnp.take_along_axis(taken, order, axis=-1), order, num_experts)
 
 
@@ -145,8 +149,10 @@ def hashed(log_scores: Array, choice: Array, tokens: Tokens, top_k: int) -> Arra
   """
   del log_scores
   num_experts = choice.shape[-1]
-  h = tokens.ids[..., None].astype(jnp.uint32) * jnp.uint32(num_experts) + jnp.arange(num_experts, dtype=jnp.uint32)
-  for shift, factor in ((16, 0x85ebca6b), (13, 0xc2b2ae35)):
+  h = tokens.ids[..., None].astype(jnp.uint32) * jnp.uint32(num_experts) + jnp.arange(
+    num_experts, dtype=jnp.uint32
+  )
+  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
     h = (h ^ (h >> shift)) * jnp.uint32(factor)
   return jax.lax.top_k(((h ^ (h >> 16)) >> 1).astype(jnp.int32), top_k)[1]
 

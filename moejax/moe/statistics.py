@@ -26,19 +26,19 @@ NEAR_TIE = 1e-3
 class Stats(NamedTuple):
   """Sums over one layer's tokens that count, all f32. s are scores, M the experts chosen, M° the top-K of s alone."""
 
-  tokens: Array      # scalar, T
-  copies: Array      # scalar, sum of M: T * K where every token takes K experts
-  pairs: Array       # [E, E], tokens that went to both experts; on the diagonal the load
-  probs: Array       # [E], p: scores normalised over all experts
-  entropy: Array     # scalar, -sum_e p_e ln p_e
-  squares: Array     # scalar, sum_e z_e^2 of the logits z
-  peak: Array        # scalar, max |z| over tokens and experts: `add` takes the larger
-  logsumexp: Array   # scalar, ln sum_e exp z_e
-  margin: Array      # scalar, the least choice taken less the best one left, see `Routing`
-  near_ties: Array   # scalar, tokens with a margin nearer than NEAR_TIE to 0
-  overrides: Array   # scalar, copies in M that are not in M°: the bias, or a limit to groups, sent them elsewhere
-  kept: Array        # scalar, sum_e s_e M_e
-  best: Array        # scalar, sum_e s_e M°_e
+  tokens: Array  # scalar, T
+  copies: Array  # scalar, sum of M: T * K where every token takes K experts
+  pairs: Array  # [E, E], tokens that went to both experts; on the diagonal the load
+  probs: Array  # [E], p: scores normalised over all experts
+  entropy: Array  # scalar, -sum_e p_e ln p_e
+  squares: Array  # scalar, sum_e z_e^2 of the logits z
+  peak: Array  # scalar, max |z| over tokens and experts: `add` takes the larger
+  logsumexp: Array  # scalar, ln sum_e exp z_e
+  margin: Array  # scalar, the least choice taken less the best one left, see `Routing`
+  near_ties: Array  # scalar, tokens with a margin nearer than NEAR_TIE to 0
+  overrides: Array  # scalar, copies in M that are not in M°: the bias, or a limit to groups, sent them elsewhere
+  kept: Array  # scalar, sum_e s_e M_e
+  best: Array  # scalar, sum_e s_e M°_e
 
 
 def observe(routing: Routing, unbiased_ids: Array, mask: Array) -> Stats:
@@ -56,15 +56,15 @@ def observe(routing: Routing, unbiased_ids: Array, mask: Array) -> Stats:
   routing = jax.lax.stop_gradient(routing)
   experts = routing.logits.shape[-1]
   each = mask[..., None]
-  ids = jnp.where(each, routing.expert_ids, experts)                                     # [B, S, K]
-  chosen = assignment_matrix(routing.expert_ids, mask, experts).reshape(-1, experts)     # M [B S, E]
-  z, p = jnp.where(each, routing.logits, 0), jnp.where(each, routing.probs, 0)           # [B, S, E]
+  ids = jnp.where(each, routing.expert_ids, experts)  # [B, S, K]
+  chosen = assignment_matrix(routing.expert_ids, mask, experts).reshape(-1, experts)  # M [B S, E]
+  z, p = jnp.where(each, routing.logits, 0), jnp.where(each, routing.probs, 0)  # [B, S, E]
   elsewhere = ~(ids[..., None] == unbiased_ids[..., None, :]).any(-1) & (ids < experts)
 
   def total(values: Array) -> Array:
     return jnp.where(mask, values, 0).astype(jnp.float32).sum()
 
-  def score(of: Array) -> Array:                                    # [B, S, K] ids -> sum of their scores
+  def score(of: Array) -> Array:  # [B, S, K] ids -> sum of their scores
     return total(jnp.take_along_axis(routing.scores, of, -1, mode='fill', fill_value=0).sum(-1))
 
   return Stats(
@@ -80,7 +80,8 @@ def observe(routing: Routing, unbiased_ids: Array, mask: Array) -> Stats:
     near_ties=total(jnp.abs(routing.margin) < NEAR_TIE),
     overrides=elsewhere.sum().astype(jnp.float32),
     kept=score(ids),
-    best=score(unbiased_ids))
+    best=score(unbiased_ids),
+  )
 
 
 def add(a: Stats, b: Stats) -> Stats:
@@ -108,7 +109,7 @@ def token_statistics(stats: Stats) -> dict[str, Array]:
   def ratio(part: Array, whole: Array) -> Array:
     return xp.where(whole > 0, part / xp.where(whole > 0, whole, 1), 0)
 
-  mean = ratio(stats.probs, stats.tokens[:, None])                                       # [L, E]
+  mean = ratio(stats.probs, stats.tokens[:, None])  # [L, E]
   entropy = ratio(stats.entropy, stats.tokens)
   partner = (stats.pairs * (1 - xp.eye(experts, dtype=stats.pairs.dtype))).max(axis=-1)  # [L, E]
   return {
@@ -121,7 +122,8 @@ def token_statistics(stats: Stats) -> dict[str, Array]:
     'near_ties': ratio(stats.near_ties, stats.tokens),
     'override_rate': ratio(stats.overrides, stats.copies),
     'price_of_balance': ratio(stats.best - stats.kept, stats.best),
-    'coactivation': ratio(partner.sum(axis=-1), stats.copies)}
+    'coactivation': ratio(partner.sum(axis=-1), stats.copies),
+  }
 
 
 def layer_statistics(load: Array, top_k: int) -> dict[str, Array]:
@@ -148,12 +150,17 @@ def layer_statistics(load: Array, top_k: int) -> dict[str, Array]:
     'load_entropy': entropy / math.log(experts) if experts > 1 else xp.where(mean > 0, 1.0, 0.0),
     'balance_score': xp.where(mean > 0, 1 - relative.std(axis=-1), 0.0),
     'std_of_share': share.std(axis=-1),
-    'noise_floor': floor * xp.where(mean > 0, mean, math.inf) ** -0.5}
+    'noise_floor': floor * xp.where(mean > 0, mean, math.inf) ** -0.5,
+  }
 
 
 def bias_statistics(bias: Array) -> dict[str, Array]:
   """Of each layer's selection bias [L, E]: bias_mean, bias_std over experts, bias_max = max |b|. name -> [L]."""
-  return {'bias_mean': bias.mean(axis=-1), 'bias_std': bias.std(axis=-1), 'bias_max': abs(bias).max(axis=-1)}
+  return {
+    'bias_mean': bias.mean(axis=-1),
+    'bias_std': bias.std(axis=-1),
+    'bias_max': abs(bias).max(axis=-1),
+  }
 
 
 def over_layers(layers: Mapping[str, Array]) -> dict[str, Array]:
@@ -164,17 +171,33 @@ def over_layers(layers: Mapping[str, Array]) -> dict[str, Array]:
 
 # which layer is the worst: the value of it among the layers' [L]
 WORST: dict[str, Callable[[Array], Array]] = {
-  'farthest': lambda values: values[abs(values).argmax()],   # from 0, on either side
+  'farthest': lambda values: values[abs(values).argmax()],  # from 0, on either side
   'largest': lambda values: values.max(),
   'smallest': lambda values: values.min(),
 }
 
 # name of a statistic -> a row of WORST
 STATISTICS: dict[str, str] = {
-  'balance_score': 'smallest', 'bias_max': 'largest', 'bias_mean': 'farthest', 'bias_std': 'largest',
-  'churn': 'largest', 'coactivation': 'largest', 'dead_experts': 'largest', 'dropped': 'largest',
-  'expert_usage': 'smallest', 'load_entropy': 'smallest', 'logit_max': 'largest', 'logit_rms': 'largest',
-  'logsumexp': 'farthest', 'margin': 'smallest', 'max_vio': 'largest', 'mutual_information': 'smallest',
-  'near_ties': 'largest', 'noise_floor': 'largest', 'override_rate': 'largest', 'price_of_balance': 'largest',
-  'router_entropy': 'smallest', 'std_of_share': 'largest',
+  'balance_score': 'smallest',
+  'bias_max': 'largest',
+  'bias_mean': 'farthest',
+  'bias_std': 'largest',
+  'churn': 'largest',
+  'coactivation': 'largest',
+  'dead_experts': 'largest',
+  'dropped': 'largest',
+  'expert_usage': 'smallest',
+  'load_entropy': 'smallest',
+  'logit_max': 'largest',
+  'logit_rms': 'largest',
+  'logsumexp': 'farthest',
+  'margin': 'smallest',
+  'max_vio': 'largest',
+  'mutual_information': 'smallest',
+  'near_ties': 'largest',
+  'noise_floor': 'largest',
+  'override_rate': 'largest',
+  'price_of_balance': 'largest',
+  'router_entropy': 'smallest',
+  'std_of_share': 'largest',
 }

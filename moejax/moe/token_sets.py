@@ -71,7 +71,9 @@ def token_parts(tokens: Array, segments: Array, scope: Scope) -> Array:
 def document_parts(tokens: Array, segments: Array, scope: Scope) -> Array:
   """A mean over documents: each micro-batch by its documents."""
   del scope
-  return jax.vmap(lambda t, s: (document_sums(t, s) > 0).sum())(tokens, segments).astype(jnp.float32)
+  return jax.vmap(lambda t, s: (document_sums(t, s) > 0).sum())(tokens, segments).astype(
+    jnp.float32
+  )
 
 
 def row_parts(tokens: Array, segments: Array, scope: Scope) -> Array:
@@ -80,7 +82,7 @@ def row_parts(tokens: Array, segments: Array, scope: Scope) -> Array:
   parts = parts_of_set(scope.rows, tokens.shape[1])
   if parts == 1:
     return jax.vmap(lambda t: (row_sums(t, scope.rows) > 0).sum())(tokens).astype(jnp.float32)
-  per_set = tokens.sum((1, 2, 3)).reshape(-1, parts)                           # [sets, micro-batches of a set]
+  per_set = tokens.sum((1, 2, 3)).reshape(-1, parts)  # [sets, micro-batches of a set]
   return (per_set / jnp.maximum(per_set.sum(1, keepdims=True), 1.0)).reshape(-1)
 
 

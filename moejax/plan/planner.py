@@ -31,8 +31,8 @@ from moejax.train.experiment.cost import count_parameters
 from moejax.train.shapes import batch_of, mesh_of, target_of
 from moejax.train.step.train_step import compile_step
 
-FITS, DOES_NOT = 0, 2   # exit statuses; 2 is a bad config's, too
-COMPILED = 3            # programs that --plan=fit compiles before it gives up
+FITS, DOES_NOT = 0, 2  # exit statuses; 2 is a bad config's, too
+COMPILED = 3  # programs that --plan=fit compiles before it gives up
 OUT_OF_MEMORY = re.compile(r'\(?(\d[\d.]*)([KMGT])i?B?\)? exceeds|Used ([\d.]+)([KMGT])')
 
 
@@ -57,9 +57,12 @@ def with_known_vocabulary(cfg: ExperimentConfig) -> ExperimentConfig:
   """
   kind, _, size = cfg.data.tokenizer.partition(':')
   known = {'bytes': SMALLEST_BPE, 'bpe': int(size or 0)}
-  check('' if cfg.model.vocab_size or kind in known else
-        f'config.model.vocab_size=0 is that of data.tokenizer={cfg.data.tokenizer!r}, and a plan reads no data: '
-        'give --config.model.vocab_size=N')
+  check(
+    ''
+    if cfg.model.vocab_size or kind in known
+    else f'config.model.vocab_size=0 is that of data.tokenizer={cfg.data.tokenizer!r}, and a plan reads no data: '
+    'give --config.model.vocab_size=N'
+  )
   return cfg if cfg.model.vocab_size else with_vocabulary(cfg, known[kind])
 
 
@@ -81,16 +84,26 @@ def compiled(cfg: ExperimentConfig, devices: Sequence[jax.Device], topology: Top
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
-      return Compiled(cfg, mesh, parameters, kinds | {'temporaries, as the compiler refused them': refused(error)}, '')
+      return Compiled(
+        cfg,
+        mesh,
+        parameters,
+        kinds | {'temporaries, as the compiler refused them': refused(error)},
+        '',
+      )
   sizes = step.memory_analysis()
   rest = float(sizes.temp_size_in_bytes)
   for kind in ('gradients', 'activations'):
     kinds[kind] = min(rest, known[kind])
     rest -= kinds[kind]
   state = kinds['parameters'] + kinds['optimiser']
-  kinds |= {'other temporaries': rest, 'batch and rest of the state': sizes.argument_size_in_bytes - state,
-            'results and program': (sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-                                    + sizes.generated_code_size_in_bytes)}
+  kinds |= {
+    'other temporaries': rest,
+    'batch and rest of the state': sizes.argument_size_in_bytes - state,
+    'results and program': (
+      sizes.output_size_in_bytes - sizes.alias_size_in_bytes + sizes.generated_code_size_in_bytes
+    ),
+  }
   return Compiled(cfg, mesh, parameters, kinds, step.as_text())
 
 
@@ -130,7 +143,10 @@ def fit(cfg: ExperimentConfig, devices: Sequence[jax.Device], topology: Topology
     found = candidates(cfg, devices, topology)
   print(f'{len(found)} candidates should fit; the fastest:', file=sys.stderr)
   for one in found[:5]:
-    print(f'  {described(one.cfg)}: {human(sum(one.memory.values()), 1024)}B, {one.seconds:.3g} s', file=sys.stderr)
+    print(
+      f'  {described(one.cfg)}: {human(sum(one.memory.values()), 1024)}B, {one.seconds:.3g} s',
+      file=sys.stderr,
+    )
   factor, limit = 1.0, PLAN_MEMORY_FRACTION * topology.chip.memory if topology.chip else math.inf
   for _ in range(COMPILED):
     one, *found = [g for g in found if corrected(g, factor) <= limit] or found[-1:]

@@ -17,7 +17,13 @@ from typing import NamedTuple
 import jax
 
 from moejax.config import ConfigError
-from moejax.plan.memory_model import Shapes, estimated_collectives, memory, moved_through_memory, shapes
+from moejax.plan.memory_model import (
+  Shapes,
+  estimated_collectives,
+  memory,
+  moved_through_memory,
+  shapes,
+)
 from moejax.plan.roofline import bounds, least, step_flops
 from moejax.plan.topology import Topology
 from moejax.sharding.divisibility import meshes_of
@@ -27,24 +33,31 @@ from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.cost import count_parameters
 from moejax.train.shapes import parts_of
 
-GUESS_MEMORY_FRACTION = 0.9   # of a chip's memory is what a guess may fill
+GUESS_MEMORY_FRACTION = 0.9  # of a chip's memory is what a guess may fill
 
 
 class Guess(NamedTuple):
   """A config that differs from the user's in mesh, remat and micro-batches."""
 
   cfg: ExperimentConfig
-  memory: dict[str, float]   # kind -> bytes on one device
-  seconds: float             # of a step: half-way between everything overlapping, and nothing
+  memory: dict[str, float]  # kind -> bytes on one device
+  seconds: float  # of a step: half-way between everything overlapping, and nothing
 
 
-def guess(cfg: ExperimentConfig, found: Shapes, devices: Sequence[jax.Device], topology: Topology) -> Guess:
+def guess(
+  cfg: ExperimentConfig, found: Shapes, devices: Sequence[jax.Device], topology: Topology
+) -> Guess:
   """What a config would take. The time is infinite where the chip is not known."""
   seconds = math.inf
   if topology.chip:
     _, flops = step_flops(cfg, count_parameters(found.model, cfg))
-    times = bounds(flops / len(devices), moved_through_memory(cfg, found, topology), estimated_collectives(cfg, found, topology),
-                   make_mesh(cfg.mesh, devices), topology)
+    times = bounds(
+      flops / len(devices),
+      moved_through_memory(cfg, found, topology),
+      estimated_collectives(cfg, found, topology),
+      make_mesh(cfg.mesh, devices),
+      topology,
+    )
     seconds = (least(times)[0] + sum(bound.seconds for bound in times)) / 2
   return Guess(cfg, memory(cfg, found, topology), seconds)
 
@@ -52,7 +65,11 @@ def guess(cfg: ExperimentConfig, found: Shapes, devices: Sequence[jax.Device], t
 def variants(cfg: ExperimentConfig, number: int) -> Iterator[ExperimentConfig]:
   """The config on every mesh of so many devices that divides it, with every remat and number of micro-batches."""
   limits = [n for n in range(1, cfg.batch_size + 1) if cfg.batch_size % n == 0]
-  parts = [part for part in parts_of(dataclasses.replace(cfg, micro_batches=1)) if part.axes != RULES['batch']]
+  parts = [
+    part
+    for part in parts_of(dataclasses.replace(cfg, micro_batches=1))
+    if part.axes != RULES['batch']
+  ]
   for mesh in meshes_of(number):
     if any(part.problem(mesh) for part in parts):
       continue
@@ -61,13 +78,19 @@ def variants(cfg: ExperimentConfig, number: int) -> Iterator[ExperimentConfig]:
         continue
       for remat in ('full', 'dots', 'none'):
         try:
-          yield dataclasses.replace(cfg, mesh=mesh, micro_batches=micro_batches,
-                                    model=dataclasses.replace(cfg.model, remat=remat))
-        except ConfigError:   # such as balance.ep_groups, which must go with micro_batches
+          yield dataclasses.replace(
+            cfg,
+            mesh=mesh,
+            micro_batches=micro_batches,
+            model=dataclasses.replace(cfg.model, remat=remat),
+          )
+        except ConfigError:  # such as balance.ep_groups, which must go with micro_batches
           continue
 
 
-def candidates(cfg: ExperimentConfig, devices: Sequence[jax.Device], topology: Topology) -> list[Guess]:
+def candidates(
+  cfg: ExperimentConfig, devices: Sequence[jax.Device], topology: Topology
+) -> list[Guess]:
   """Those that should fit, fastest first; if none should, the smallest."""
   found = shapes(cfg)
   limit = GUESS_MEMORY_FRACTION * topology.chip.memory if topology.chip else math.inf

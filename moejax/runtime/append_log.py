@@ -19,7 +19,9 @@ def spared(path: pathlib.Path) -> Iterator[None]:
     yield
   except OSError as error:
     if not _failing:
-      log.warning('%s: %s: training goes on, and what is not logged now is lost', path, error.strerror)
+      log.warning(
+        '%s: %s: training goes on, and what is not logged now is lost', path, error.strerror
+      )
     _failing.add(path)
   else:
     if path in _failing:
@@ -41,10 +43,10 @@ class Appended:
       try:
         fault_point('log')
         while left:
-          left = left[self._file.write(left):]
+          left = left[self._file.write(left) :]
       except OSError:
         with contextlib.suppress(OSError):
-          self._file.truncate(size)   # needs no room
+          self._file.truncate(size)  # needs no room
         raise
     return not left
 

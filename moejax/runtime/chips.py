@@ -9,23 +9,37 @@ from typing import NamedTuple
 
 # Dense bfloat16 FLOP/s of a JAX device by what its device_kind holds, first that fits (makers' data sheets).
 PEAK_FLOPS = {
-  'TPU v2': 22.5e12, 'TPU v3': 61.5e12, 'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12,
-  'TPU v5': 459e12, 'TPU v6': 918e12, 'TPU7x': 1153.5e12, 'A100': 312e12, 'H100 PCIe': 756e12, 'H100': 989e12,
-  'H200': 989e12, 'GH200': 989e12, 'B200': 2250e12, 'L40S': 362e12, 'NVIDIA L4': 121e12}
+  'TPU v2': 22.5e12,
+  'TPU v3': 61.5e12,
+  'TPU v4': 275e12,
+  'TPU v5 lite': 197e12,
+  'TPU v5e': 197e12,
+  'TPU v5': 459e12,
+  'TPU v6': 918e12,
+  'TPU7x': 1153.5e12,
+  'A100': 312e12,
+  'H100 PCIe': 756e12,
+  'H100': 989e12,
+  'H200': 989e12,
+  'GH200': 989e12,
+  'B200': 2250e12,
+  'L40S': 362e12,
+  'NVIDIA L4': 121e12,
+}
 
 
 class Chip(NamedTuple):
   """One JAX device: a TPU chip (of the 7x half a chip) or a GPU. Bandwidths in bytes/s, of links in one direction."""
 
-  kind: str        # what device_kind holds
-  memory: float    # bytes that a program can have
-  hbm: float       # bandwidth of the memory
-  link: float      # TPU: one link of the torus; GPU: all its NVLinks together
-  torus: int = 0   # axes of the torus; 0: a GPU
-  wraps: int = 0   # an axis of so many chips, or more, is closed to a ring: both directions carry
-  node: int = 0    # GPUs that NVLink joins
-  network: float = 0.0   # of a GPU to other nodes
-  per_chip: int = 1      # JAX devices in a chip
+  kind: str  # what device_kind holds
+  memory: float  # bytes that a program can have
+  hbm: float  # bandwidth of the memory
+  link: float  # TPU: one link of the torus; GPU: all its NVLinks together
+  torus: int = 0  # axes of the torus; 0: a GPU
+  wraps: int = 0  # an axis of so many chips, or more, is closed to a ring: both directions carry
+  node: int = 0  # GPUs that NVLink joins
+  network: float = 0.0  # of a GPU to other nodes
+  per_chip: int = 1  # JAX devices in a chip
 
   @property
   def flops(self) -> float:
@@ -38,7 +52,7 @@ def peak_flops(device_kind: str) -> float:
   return next((flops for name, flops in PEAK_FLOPS.items() if name in device_kind), 0.0)
 
 
-GIB = 2 ** 30
+GIB = 2**30
 # name in --topology -> chip
 CHIPS: dict[str, Chip] = {
   'v4': Chip('TPU v4', 30.75 * GIB, 1.23e12, 45e9, torus=3, wraps=4),

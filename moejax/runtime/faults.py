@@ -30,18 +30,28 @@ POINTS = {
   'delete': 'when an old step has its new name, and is not yet deleted',
   'log': 'before a piece of metrics.jsonl, load.jsonl or of TensorBoard is written',
 }
-NUMBERS = {'loss': 'of a training step', 'gradient': 'of a training step', 'validation': 'the losses it sums up'}
+NUMBERS = {
+  'loss': 'of a training step',
+  'gradient': 'of a training step',
+  'validation': 'the losses it sums up',
+}
 
 
 def _full() -> None:
   raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-ACTIONS: dict[str, Callable[[], None]] = {   # at POINTS
-  'kill': lambda: os.kill(os.getpid(), signal.SIGKILL), 'term': lambda: os.kill(os.getpid(), signal.SIGTERM),
-  'hang': lambda: time.sleep(3600), 'full': _full}
-SPOILS: dict[str, Callable[[Array], Array]] = {   # to NUMBERS
-  'nan': lambda x: x + jnp.nan, 'inf': lambda x: x + jnp.inf, 'spike': lambda x: 1000 * x}
+ACTIONS: dict[str, Callable[[], None]] = {  # at POINTS
+  'kill': lambda: os.kill(os.getpid(), signal.SIGKILL),
+  'term': lambda: os.kill(os.getpid(), signal.SIGTERM),
+  'hang': lambda: time.sleep(3600),
+  'full': _full,
+}
+SPOILS: dict[str, Callable[[Array], Array]] = {  # to NUMBERS
+  'nan': lambda x: x + jnp.nan,
+  'inf': lambda x: x + jnp.inf,
+  'spike': lambda x: 1000 * x,
+}
 
 
 def planned(text: str) -> dict[tuple[str, int], str]:
@@ -49,10 +59,15 @@ def planned(text: str) -> dict[tuple[str, int], str]:
   found = {}
   for part in filter(None, text.split(',')):
     match = re.fullmatch(r'(\w+)@(\w+):(\d+)', part)
-    fits = match and ((match[1] in ACTIONS and match[2] in POINTS) or (match[1] in SPOILS and match[2] in NUMBERS))
-    check('' if fits else
-          f'{VARIABLE}={part!r}: give ACTION@POINT:N, such as kill@save:3, of {sorted(ACTIONS)} at {sorted(POINTS)} or '
-          f'of {sorted(SPOILS)} at {sorted(NUMBERS)}')
+    fits = match and (
+      (match[1] in ACTIONS and match[2] in POINTS) or (match[1] in SPOILS and match[2] in NUMBERS)
+    )
+    check(
+      ''
+      if fits
+      else f'{VARIABLE}={part!r}: give ACTION@POINT:N, such as kill@save:3, of {sorted(ACTIONS)} at {sorted(POINTS)} or '
+      f'of {sorted(SPOILS)} at {sorted(NUMBERS)}'
+    )
     found[match[2], int(match[3])] = match[1]
   return found
 
@@ -77,5 +92,7 @@ def inject(point: str, numbers: T, step: Array | int) -> T:
   for (where, n), action in parse_environment().items():
     if where == point:
       hit = jnp.asarray(step) == n
-      numbers = jax.tree.map(lambda x, spoil=SPOILS[action], hit=hit: jnp.where(hit, spoil(x), x), numbers)
+      numbers = jax.tree.map(
+        lambda x, spoil=SPOILS[action], hit=hit: jnp.where(hit, spoil(x), x), numbers
+      )
   return numbers

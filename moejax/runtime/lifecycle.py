@@ -38,7 +38,9 @@ def spoken_log() -> Iterator[None]:
   hook = sys.unraisablehook
 
   def tell(unraisable: object) -> None:
-    if f'{unraisable.exc_value}' != 'Event loop is closed':   # of TensorStore's threads, after Orbax has gone on
+    if (
+      f'{unraisable.exc_value}' != 'Event loop is closed'
+    ):  # of TensorStore's threads, after Orbax has gone on
       hook(unraisable)
 
   sys.unraisablehook = tell
@@ -74,6 +76,10 @@ def end_at_once() -> None:
   a Python that exits would first wait for the others, while they wait for it."""
   if jax.process_count() > 1:
     traceback.print_exc()
-    print('This process ends, and with it all others; another one may have been the first. The same command, given to '
-          'all again, goes on from the last checkpoint.', file=sys.stderr, flush=True)
+    print(
+      'This process ends, and with it all others; another one may have been the first. The same command, given to '
+      'all again, goes on from the last checkpoint.',
+      file=sys.stderr,
+      flush=True,
+    )
     os._exit(1)

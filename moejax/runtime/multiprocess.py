@@ -35,7 +35,11 @@ def agreed(number: int) -> int:
 
 def gathered(number: int) -> list[int]:
   """Each process's number, in all of them."""
-  return np.ravel(multihost_utils.process_allgather(np.int32(number))).tolist() if jax.process_count() > 1 else [number]
+  return (
+    np.ravel(multihost_utils.process_allgather(np.int32(number))).tolist()
+    if jax.process_count() > 1
+    else [number]
+  )
 
 
 def everywhere(here: bool) -> bool:
@@ -47,7 +51,9 @@ def alike(what: str, text: str) -> None:
   """ConfigError in all processes where one has another text than the first."""
   digests = gathered(int(hashlib.sha256(text.encode()).hexdigest()[:7], 16))
   others = [i for i, digest in enumerate(digests) if digest != digests[0]]
-  check(f'{what} of process {others[0]} is not that of process 0: give all the same' if others else '')
+  check(
+    f'{what} of process {others[0]} is not that of process 0: give all the same' if others else ''
+  )
 
 
 @contextlib.contextmanager
@@ -61,7 +67,9 @@ def together(*kinds: type[Exception]) -> Iterator[None]:
     error = caught
   numbers = gathered(next((i for i, kind in enumerate(kinds, 1) if isinstance(error, kind)), 0))
   if error and not numbers[0]:
-    log.error('process %d: %s', jax.process_index(), error)   # the first, which speaks for all, does not know it
+    log.error(
+      'process %d: %s', jax.process_index(), error
+    )  # the first, which speaks for all, does not know it
   if error:
     raise error
   if number := max(numbers):

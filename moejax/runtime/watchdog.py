@@ -1,6 +1,6 @@
 """A watch that ends a process which hangs: the stacks of all threads, then exit status 6.
 
-  watch(seconds, file) -> beat() at each progress -> too long without one -> stacks -> os._exit
+watch(seconds, file) -> beat() at each progress -> too long without one -> stacks -> os._exit
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 
 HANG = 6
-TICKS = 20   # looks in the time allowed
+TICKS = 20  # looks in the time allowed
 
 
 class _Pulse:
@@ -56,9 +56,13 @@ def watch(seconds: float, file: pathlib.Path) -> Iterator[None]:
 
 def end(seconds: float, file: pathlib.Path) -> None:
   """Tells and exits. A disk or a terminal may be what hangs: the telling gets five seconds."""
+
   def tell() -> None:
-    print(f'Hang: no step, no batch of a validation and no save for {seconds:g} s (hang_after). The stacks of all '
-          f'threads, also in {file}. The same command goes on from the last checkpoint.', file=sys.__stderr__)
+    print(
+      f'Hang: no step, no batch of a validation and no save for {seconds:g} s (hang_after). The stacks of all '
+      f'threads, also in {file}. The same command goes on from the last checkpoint.',
+      file=sys.__stderr__,
+    )
     sys.__stderr__.flush()
     faulthandler.dump_traceback(sys.__stderr__)
     with open(file, 'w') as to:

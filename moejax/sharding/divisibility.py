@@ -24,7 +24,11 @@ class Part(NamedTuple):
     shards = math.prod(sizes.values())
     if self.number % shards == 0:
       return ''
-    over = f'mesh.{self.axes[0]}={shards}' if len(sizes) == 1 else f'{" * ".join(sizes)} = {shards} devices'
+    over = (
+      f'mesh.{self.axes[0]}={shards}'
+      if len(sizes) == 1
+      else f'{" * ".join(sizes)} = {shards} devices'
+    )
     return f'{self.what.format(self.number)} do not divide over {over}: {-(-self.number // shards) * shards} would'
 
 
@@ -39,11 +43,15 @@ def nearest(asked: MeshConfig, parts: Sequence[Part], devices: Sequence[jax.Devi
   wanted = wanted if asked.data and wanted < count else count
 
   def distance(mesh: MeshConfig) -> tuple[int, float, float]:
-    data, *others = (abs(math.log2(getattr(mesh, axis) / getattr(full, axis))) for axis in MESH_AXES)
+    data, *others = (
+      abs(math.log2(getattr(mesh, axis) / getattr(full, axis))) for axis in MESH_AXES
+    )
     factors = [data * (asked.data > 0), *others]
     return sum(factor > 0 for factor in factors), sum(factors), sum(others)
 
-  for number in dict.fromkeys([wanted, *range(count, 0, -1)]) if of_one_process(devices) else [count]:
+  for number in (
+    dict.fromkeys([wanted, *range(count, 0, -1)]) if of_one_process(devices) else [count]
+  ):
     if fit := [mesh for mesh in meshes_of(number) if not any(part.problem(mesh) for part in parts)]:
       return described(min(fit, key=distance), asked, count)
   return f'no mesh of {count} devices would do: mend the numbers above'
@@ -61,7 +69,9 @@ def described(mesh: MeshConfig, asked: MeshConfig, count: int) -> str:
   """The flags that make one mesh of another."""
   sizes = dataclasses.asdict(mesh)
   if math.prod(sizes.values()) == count and not asked.data:
-    del sizes['data']   # it takes what is left
-  flags = ' '.join(f'--config.mesh.{axis}={size}' for axis, size in sizes.items() if size != getattr(asked, axis))
+    del sizes['data']  # it takes what is left
+  flags = ' '.join(
+    f'--config.mesh.{axis}={size}' for axis, size in sizes.items() if size != getattr(asked, axis)
+  )
   product = math.prod(dataclasses.astuple(mesh))
   return f'the nearest mesh that would do, of {product} device{"s" * (product > 1)} out of {count}: {flags}'

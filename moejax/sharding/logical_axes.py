@@ -55,8 +55,10 @@ def constrain(x: Array, *axes: str) -> Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return x
-  divided = (axis if axis and n % math.prod(mesh.shape[name] for name in RULES[axis]) == 0 else ''
-             for axis, n in zip(axes, x.shape, strict=True))
+  divided = (
+    axis if axis and n % math.prod(mesh.shape[name] for name in RULES[axis]) == 0 else ''
+    for axis, n in zip(axes, x.shape, strict=True)
+  )
   return jax.lax.with_sharding_constraint(x, spec(*divided))
 
 

@@ -25,14 +25,19 @@ class MeshConfig:
   def __post_init__(self) -> None:
     check(
       f'data={self.data}: use 0 (the devices that are left) or more' if self.data < 0 else '',
-      *(f'{name}={size}: use 1 or more'
-        for name, size in (('fsdp', self.fsdp), ('expert', self.expert), ('tensor', self.tensor)) if size < 1),
+      *(
+        f'{name}={size}: use 1 or more'
+        for name, size in (('fsdp', self.fsdp), ('expert', self.expert), ('tensor', self.tensor))
+        if size < 1
+      ),
     )
 
 
 def resolve_mesh(cfg: MeshConfig, devices: int) -> MeshConfig:
   """With a number for `data`, also where the config leaves it to the devices."""
-  return dataclasses.replace(cfg, data=cfg.data or max(1, devices // (cfg.fsdp * cfg.expert * cfg.tensor)))
+  return dataclasses.replace(
+    cfg, data=cfg.data or max(1, devices // (cfg.fsdp * cfg.expert * cfg.tensor))
+  )
 
 
 def of_one_process(devices: Sequence[jax.Device]) -> bool:
@@ -47,7 +52,9 @@ def product_problem(cfg: MeshConfig, devices: Sequence[jax.Device]) -> str:
   if product == count or product < count and cfg.data and of_one_process(devices):
     return ''
   sizes = ' * '.join(f'{axis}={size}' for axis, size in dataclasses.asdict(full).items())
-  return f'mesh {sizes} = {product}, but there are {count} devices: use sizes whose product is {count}'
+  return (
+    f'mesh {sizes} = {product}, but there are {count} devices: use sizes whose product is {count}'
+  )
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] = ()) -> Mesh:
@@ -60,5 +67,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] = ()) -> Mesh:
   check(product_problem(cfg, devices))
   shape = dataclasses.astuple(resolve_mesh(cfg, len(devices)))
   # What jax.make_mesh does, but it refuses most meshes of a TPU slice: those with an axis along a part of a torus axis.
-  placed = mesh_utils.create_device_mesh(shape, devices[:math.prod(shape)], allow_split_physical_axes=True)
+  placed = mesh_utils.create_device_mesh(
+    shape, devices[: math.prod(shape)], allow_split_physical_axes=True
+  )
   return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 4)

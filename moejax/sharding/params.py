@@ -64,7 +64,9 @@ def bytes_on_device(tree: object, mesh: Mesh) -> int:
 
   def of(node: object) -> int:
     sharding = NamedSharding(mesh, param_spec(node)) if is_param(node) else None
-    return sum(math.prod(sharding.shard_shape(leaf.shape) if sharding else leaf.shape) * leaf.dtype.itemsize
-               for leaf in jax.tree.leaves(node))
+    return sum(
+      math.prod(sharding.shard_shape(leaf.shape) if sharding else leaf.shape) * leaf.dtype.itemsize
+      for leaf in jax.tree.leaves(node)
+    )
 
   return sum(of(node) for node in jax.tree.leaves(tree, is_leaf=is_param))

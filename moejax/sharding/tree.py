@@ -9,7 +9,9 @@ def flatten(tree: object) -> dict[str, jax.Array]:
   """{'model/blocks/moe/gate': leaf} in the tree's order, whatever containers hold the leaves."""
   leaves: dict[str, jax.Array] = {}
   for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-    is_param = keys and keys[-1] == jax.tree_util.GetAttrKey('value')  # how nnx.Param holds its array
+    is_param = keys and keys[-1] == jax.tree_util.GetAttrKey(
+      'value'
+    )  # how nnx.Param holds its array
     path = jax.tree_util.keystr(keys[:-1] if is_param else keys, simple=True, separator='/')
     if path in leaves:
       raise TypeError(f'{path}: two leaves have this name; rename one')

@@ -1,6 +1,6 @@
 """The compiled programs of a run, and where their arguments lie. Nothing is allocated, and no data is read.
 
-  config, mesh -> ShapeDtypeStructs with shardings -> compiled step
+config, mesh -> ShapeDtypeStructs with shardings -> compiled step
 """
 
 import functools
@@ -25,13 +25,13 @@ from moejax.train.telemetry.routing_probe import compact
 class Programs(NamedTuple):
   """The compiled programs of a run, and where their arguments lie."""
 
-  target: TrainState                                            # ShapeDtypeStructs with shardings
+  target: TrainState  # ShapeDtypeStructs with shardings
   train: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
   evaluate: Callable[[Transformer, BiasState, Batch], Metrics]
   interfere: Callable[[TrainState, Batch], Metrics]
-  rows: tuple[int, ...]                                         # of a global batch, that this process reads
-  put: Callable[[Batch], Batch]                                 # these rows, NumPy -> global batch on the devices
-  temporaries: int                                              # bytes on one device while a step runs
+  rows: tuple[int, ...]  # of a global batch, that this process reads
+  put: Callable[[Batch], Batch]  # these rows, NumPy -> global batch on the devices
+  temporaries: int  # bytes on one device while a step runs
 
 
 def compile_programs(cfg: ExperimentConfig, mesh: Mesh) -> Programs:
@@ -39,15 +39,19 @@ def compile_programs(cfg: ExperimentConfig, mesh: Mesh) -> Programs:
   target, example = target_of(cfg, mesh), batch_of(cfg, mesh)
   where = example.task_ids.sharding
   cuts = where.addressable_devices_indices_map((cfg.batch_size,)).values()
-  rows = sorted({row for cut, in cuts for row in range(*cut.indices(cfg.batch_size))})
+  rows = sorted({row for (cut,) in cuts for row in range(*cut.indices(cfg.batch_size))})
   step = compile_step(cfg, target, example)
   evaluate = jax.jit(functools.partial(evaluation, cfg=cfg))
   meter = jax.jit(functools.partial(interference, cfg=cfg))
   put = functools.partial(jax.make_array_from_process_local_data, where)
-  return Programs(target, step, evaluate, meter, tuple(rows), put, step.memory_analysis().temp_size_in_bytes)
+  return Programs(
+    target, step, evaluate, meter, tuple(rows), put, step.memory_analysis().temp_size_in_bytes
+  )
 
 
-def evaluation(model: Transformer, router: BiasState, batch: Batch, cfg: ExperimentConfig) -> Metrics:
+def evaluation(
+  model: Transformer, router: BiasState, batch: Batch, cfg: ExperimentConfig
+) -> Metrics:
   """What a validation asks of one batch, the same on every device: sums as `eval_step` gives them, and a probe."""
   sums = eval_step(model, router, batch, cfg)
   probe = compact(sums.pop('expert_ids'), batch.segment_ids > 0, cfg.model.moe.router.num_experts)

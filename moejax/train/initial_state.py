@@ -30,7 +30,9 @@ def initialised(cfg: ExperimentConfig, target: TrainState, mesh: Mesh) -> TrainS
   """
   # XLA has nothing to win in an initialisation, and takes a second to see it.
   quickly = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 1})
-  state = quickly(functools.partial(init_state, cfg), out_shardings=jax.tree.map(lambda a: a.sharding, target))()
+  state = quickly(
+    functools.partial(init_state, cfg), out_shardings=jax.tree.map(lambda a: a.sharding, target)
+  )()
   if not cfg.init_from:
     return state
   source = config_of(cfg.init_from)
@@ -44,14 +46,21 @@ def initialised(cfg: ExperimentConfig, target: TrainState, mesh: Mesh) -> TrainS
     check(*not_dense(source.model))
     check(*misfits(source.model, cfg.model))
   except ConfigError as error:
-    raise ConfigError('init_from: neither the same model nor one that experts can be made of', *error.problems, *others
-                      ) from error
+    raise ConfigError(
+      'init_from: neither the same model nor one that experts can be made of',
+      *error.problems,
+      *others,
+    ) from error
   dense_model = jax.tree.map(undivided, ModelAndRouter(dense.model, dense.router))
   _, model, _ = read_model(cfg.init_from, source, dense_model)
-  log.info('the model of %s, upcycled: %s', cfg.init_from, outcome(source.model, cfg.model, cfg.upcycle))
+  log.info(
+    'the model of %s, upcycled: %s', cfg.init_from, outcome(source.model, cfg.model, cfg.upcycle)
+  )
   # Of the last step, which is never drawn from: steps are counted from 0.
   key = jax.random.fold_in(jax.random.key(cfg.seed), cfg.steps)
-  made = quickly(upcycle, static_argnums=2, out_shardings=jax.tree.map(lambda a: a.sharding, target.model))
+  made = quickly(
+    upcycle, static_argnums=2, out_shardings=jax.tree.map(lambda a: a.sharding, target.model)
+  )
   return state._replace(model=made(model, state.model, cfg.upcycle, key))
 
 
@@ -65,7 +74,10 @@ def config_of(directory: str) -> ExperimentConfig:
 
 def undivided(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
   """The same with its axes of size 1 on every device: the one expert of a dense model is no stack to be split."""
-  axes = [None if size == 1 else axis for size, axis in itertools.zip_longest(leaf.shape, leaf.sharding.spec)]
+  axes = [
+    None if size == 1 else axis
+    for size, axis in itertools.zip_longest(leaf.shape, leaf.sharding.spec)
+  ]
   where = NamedSharding(leaf.sharding.mesh, PartitionSpec(*axes))
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 

@@ -42,8 +42,12 @@ class Journal:
     self.loads = MetricsLog(self.workdir / 'load.jsonl', step)
     self.board = TensorBoard(self.workdir / 'tensorboard', step)
     self.probes = Probes(self.workdir / 'probes', step)
-    self.console = Console(highlight=False, soft_wrap=True, force_jupyter=False)  # plain lines in a notebook, too
-    self.bar = Progress(TextColumn('{task.description}'), console=self.console, disable=not self.console.is_terminal)
+    self.console = Console(
+      highlight=False, soft_wrap=True, force_jupyter=False
+    )  # plain lines in a notebook, too
+    self.bar = Progress(
+      TextColumn('{task.description}'), console=self.console, disable=not self.console.is_terminal
+    )
     self.task = self.bar.add_task('compiling', total=cfg.steps, completed=step)
     self.usage, self.text, self.alarms = '', '', Alarms(cfg.model.moe.router.top_k)
     self.compressed: dict[str, float] = {}
@@ -54,7 +58,9 @@ class Journal:
     threading.Thread(target=self.compress, daemon=True).start()
     return self
 
-  def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+  def __exit__(
+    self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
+  ) -> None:
     self.bar.stop()
     for log in (self.metrics, self.loads, self.board):
       log.close()
@@ -83,8 +89,10 @@ class Journal:
     """Reads a step's metrics, waiting for it if need be; writes them where they are due."""
     self.skips_in_a_row = self.skips_in_a_row + 1 if metrics['skipped'] else 0
     if metrics['skipped']:
-      self.say(f'step {step} skipped: loss {metrics["loss"]:.4g}, gradient norm {metrics["grad_norm"]:.4g} '
-               f'({self.skips_in_a_row} in a row)')
+      self.say(
+        f'step {step} skipped: loss {metrics["loss"]:.4g}, gradient norm {metrics["grad_norm"]:.4g} '
+        f'({self.skips_in_a_row} in a row)'
+      )
     self.tokens += self.cfg.batch_size * self.cfg.seq_len
     if step > 1 and step % self.cfg.log_every and step != self.cfg.steps:
       return
@@ -97,34 +105,49 @@ class Journal:
     self.metrics.write({'step': step} | row | {'layers': layers})
     self.loads.write({'step': step, 'load': metrics['load'].astype(int).tolist()})
     self.board.scalars(step, row)
-    left = (self.cfg.steps - step) * self.cfg.batch_size * self.cfg.seq_len / row['tokens_per_second']
+    left = (
+      (self.cfg.steps - step) * self.cfg.batch_size * self.cfg.seq_len / row['tokens_per_second']
+    )
     for alarm in self.alarms.heard(step, *seen):
       self.say(alarm)
-    line = progress(step, self.cfg.steps, row, left, self.console.width if self.console.is_terminal else 0)
+    line = progress(
+      step, self.cfg.steps, row, left, self.console.width if self.console.is_terminal else 0
+    )
     self.bar.update(self.task, completed=step, description=line)
     if not self.console.is_terminal:
       self.say(line)
 
-  def validation(self, step: int, sums: Sums, probe: np.ndarray, interference: Metrics, text: str) -> float:
+  def validation(
+    self, step: int, sums: Sums, probe: np.ndarray, interference: Metrics, text: str
+  ) -> float:
     """Writes what validation found, see `rows.added`, and keeps the probe; returns bits per byte of the text."""
-    row, layers = validation_row(sums, self.cfg.model.moe.router.top_k, self.data, self.probes.record(step, probe))
+    row, layers = validation_row(
+      sums, self.cfg.model.moe.router.top_k, self.data, self.probes.record(step, probe)
+    )
     row |= {f'interference/{name}': float(value) for name, value in interference.items()}
-    if step not in self.validated:   # else a finished run, again
+    if step not in self.validated:  # else a finished run, again
       self.metrics.write({'step': step} | row | {'eval/layers': layers})
     self.board.scalars(step, row)
     self.board.text('sample', text, step)
     self.images(step)
-    self.text, self.usage = text, (
-      f'{100 * row["eval/expert_usage"]:.0f}% of experts used, MaxVio {row["eval/max_vio"]:.2f} (noise '
-      f'{row["eval/noise_floor"]:.2f}), load ' + ' '.join(f'[{load_bars(layer)}]' for layer in sums['load']))
+    self.text, self.usage = (
+      text,
+      (
+        f'{100 * row["eval/expert_usage"]:.0f}% of experts used, MaxVio {row["eval/max_vio"]:.2f} (noise '
+        f'{row["eval/noise_floor"]:.2f}), load '
+        + ' '.join(f'[{load_bars(layer)}]' for layer in sums['load'])
+      ),
+    )
     others = ''.join(f', {name} {value:.3f}' for name, value in self.compressed.items())
     bpb, tokens = row['eval/bits_per_byte'], int(sums['task_tokens'].sum())
-    self.say(f'step {step}: {bpb:.4f} bits per byte of held-out text ({tokens} tokens{others}); {self.usage}')
+    self.say(
+      f'step {step}: {bpb:.4f} bits per byte of held-out text ({tokens} tokens{others}); {self.usage}'
+    )
     return bpb
 
   def images(self, step: int) -> None:
     """Each MoE layer's expert load over the steps so far, as pictures for TensorBoard."""
-    history = np.array([row['load'] for row in self.loads.rows()])            # [steps logged, L, E]
+    history = np.array([row['load'] for row in self.loads.rows()])  # [steps logged, L, E]
     for layer in range(history.shape[1] if history.size else 0):
       self.board.image(f'expert_load/layer_{layer}', load_image(history[:, layer]), step)
 
@@ -132,19 +155,40 @@ class Journal:
     """The last words, also as report.json."""
     rows = self.metrics.rows()
     watched = monitors(last := at_step(rows, self.cfg.steps))
-    report = {'bits_per_byte': bpb, 'best_bits_per_byte': best(rows, bpb), 'not_finite': not_finite(rows),
-              'digest': digest, **self.compressed, **watched, 'saturation': self.saturation(last)}
+    report = {
+      'bits_per_byte': bpb,
+      'best_bits_per_byte': best(rows, bpb),
+      'not_finite': not_finite(rows),
+      'digest': digest,
+      **self.compressed,
+      **watched,
+      'saturation': self.saturation(last),
+    }
     with spared(self.workdir / 'report.json'):
       write_whole(self.workdir / 'report.json', as_json(report, indent=2) + '\n')
-    self.say(*last_words(report, watched, self.compressed, self.usage, self.text, self.workdir, self.cfg.sample_prompt))
+    self.say(
+      *last_words(
+        report,
+        watched,
+        self.compressed,
+        self.usage,
+        self.text,
+        self.workdir,
+        self.cfg.sample_prompt,
+      )
+    )
 
   def saturation(self, last: dict[str, object]) -> dict[str, float]:
     """Of each validation but the last, the share of its probe's copies that already went where they end; a mean."""
     layers = self.probes.saturation()
-    if layers and 'eval/saturation' not in last:   # else a finished run, again
-      self.metrics.write({'step': self.cfg.steps, 'eval/saturation': {str(step): layers[step] for step in layers}})
+    if layers and 'eval/saturation' not in last:  # else a finished run, again
+      self.metrics.write(
+        {'step': self.cfg.steps, 'eval/saturation': {str(step): layers[step] for step in layers}}
+      )
       for step, share in layers.items():
-        self.board.scalars(step, {'eval/saturation': share.mean(), 'eval/saturation_worst': share.min()})
+        self.board.scalars(
+          step, {'eval/saturation': share.mean(), 'eval/saturation_worst': share.min()}
+        )
     return {str(step): float(share.mean()) for step, share in layers.items()}
 
 
@@ -157,7 +201,9 @@ class NullJournal:
   def __enter__(self) -> 'NullJournal':
     return self
 
-  def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+  def __exit__(
+    self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
+  ) -> None:
     """Nothing is open."""
 
   def say(self, *lines: str) -> None:
@@ -173,14 +219,20 @@ class NullJournal:
     """Waits for a step, as a Journal does, so that no process runs ahead."""
     self.skips_in_a_row = self.skips_in_a_row + 1 if metrics['skipped'] else 0
 
-  def validation(self, step: int, sums: Sums, probe: np.ndarray, interference: Metrics, text: str) -> float:
+  def validation(
+    self, step: int, sums: Sums, probe: np.ndarray, interference: Metrics, text: str
+  ) -> float:
     """Bits per byte of the text, as a Journal finds them."""
-    return validation_row(sums, self.cfg.model.moe.router.top_k, self.data, {}).scalars['eval/bits_per_byte']
+    return validation_row(sums, self.cfg.model.moe.router.top_k, self.data, {}).scalars[
+      'eval/bits_per_byte'
+    ]
 
   def report(self, digest: str, bpb: float) -> None:
     """The first process says it."""
 
 
-def open_journal(cfg: ExperimentConfig, data: Data, flops_per_token: int, step: int) -> Journal | NullJournal:
+def open_journal(
+  cfg: ExperimentConfig, data: Data, flops_per_token: int, step: int
+) -> Journal | NullJournal:
   """The journal of this process: only the first one writes."""
   return Journal(cfg, data, flops_per_token, step) if is_first() else NullJournal(cfg, data)

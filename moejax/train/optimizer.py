@@ -39,17 +39,40 @@ class OptimConfig:
 
   def __post_init__(self) -> None:
     check(
-      f'learning_rate={self.learning_rate}: use a number above 0' if self.learning_rate <= 0 else '',
-      f'schedule={self.schedule!r} is not one of {sorted(SCHEDULES)}' if self.schedule not in SCHEDULES else '',
-      schedule_problem('phases', self.phases) if self.schedule == 'phases' else
-      f"phases={self.phases!r} is read by schedule='phases' only: use it, or phases=''" if self.phases else '',
-      *(f'{name}={value}: use 0 or more' for name, value in
-        (('warmup_steps', self.warmup_steps), ('weight_decay', self.weight_decay), ('clip_norm', self.clip_norm),
-         ('skip_spikes', self.skip_spikes)) if value < 0),
-      *(f'{name}={value}: use 0 to 1' for name, value in
-        (('final_fraction', self.final_fraction), ('decay_fraction', self.decay_fraction)) if not 0 <= value <= 1),
-      *(f'{name}={value}: use 0 or more, below 1' for name, value in (('beta1', self.beta1), ('beta2', self.beta2))
-        if not 0 <= value < 1),
+      f'learning_rate={self.learning_rate}: use a number above 0'
+      if self.learning_rate <= 0
+      else '',
+      f'schedule={self.schedule!r} is not one of {sorted(SCHEDULES)}'
+      if self.schedule not in SCHEDULES
+      else '',
+      schedule_problem('phases', self.phases)
+      if self.schedule == 'phases'
+      else f"phases={self.phases!r} is read by schedule='phases' only: use it, or phases=''"
+      if self.phases
+      else '',
+      *(
+        f'{name}={value}: use 0 or more'
+        for name, value in (
+          ('warmup_steps', self.warmup_steps),
+          ('weight_decay', self.weight_decay),
+          ('clip_norm', self.clip_norm),
+          ('skip_spikes', self.skip_spikes),
+        )
+        if value < 0
+      ),
+      *(
+        f'{name}={value}: use 0 to 1'
+        for name, value in (
+          ('final_fraction', self.final_fraction),
+          ('decay_fraction', self.decay_fraction),
+        )
+        if not 0 <= value <= 1
+      ),
+      *(
+        f'{name}={value}: use 0 or more, below 1'
+        for name, value in (('beta1', self.beta1), ('beta2', self.beta2))
+        if not 0 <= value < 1
+      ),
       f'eps={self.eps}: use a number above 0' if self.eps <= 0 else '',
     )
 
@@ -63,7 +86,9 @@ def wsd(cfg: OptimConfig, steps: int) -> optax.Schedule:
   """Warm-up, stable, decay (MiniCPM, 2404.06395): flat, then linear; a run can be prolonged from its stable part."""
   decay = round(cfg.decay_fraction * steps)
   final = cfg.learning_rate * cfg.final_fraction
-  return optax.linear_schedule(cfg.learning_rate, final, max(1, decay), transition_begin=steps - decay)
+  return optax.linear_schedule(
+    cfg.learning_rate, final, max(1, decay), transition_begin=steps - decay
+  )
 
 
 def constant(cfg: OptimConfig, steps: int) -> optax.Schedule:
@@ -96,8 +121,17 @@ def decayed(params: object) -> object:
 def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
   """The whole chain; `steps` is the length of the run, which the schedule needs."""
   clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
-  return optax.chain(clip, optax.adamw(
-    learning_rate(cfg, steps), cfg.beta1, cfg.beta2, cfg.eps, weight_decay=cfg.weight_decay, mask=decayed))
+  return optax.chain(
+    clip,
+    optax.adamw(
+      learning_rate(cfg, steps),
+      cfg.beta1,
+      cfg.beta2,
+      cfg.eps,
+      weight_decay=cfg.weight_decay,
+      mask=decayed,
+    ),
+  )
 
 
 def updates_made(opt_state: optax.OptState) -> Array:

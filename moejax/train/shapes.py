@@ -1,7 +1,7 @@
 """The mesh of a run: what the config asks for, held against the devices, the batch and every parameter.
 
-  config -> what each mesh axis must divide -> the mesh, or one error of everything that does not divide, and the
-  nearest mesh that would do
+config -> what each mesh axis must divide -> the mesh, or one error of everything that does not divide, and the
+nearest mesh that would do
 """
 
 import functools
@@ -25,7 +25,9 @@ from moejax.train.step.train_state import TrainState, init_state
 def target_of(cfg: ExperimentConfig, mesh: Mesh) -> TrainState:
   """ShapeDtypeStructs of a run's state, with shardings."""
   shapes = shapes_of(cfg)
-  return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings(shapes, mesh))
+  return jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings(shapes, mesh)
+  )
 
 
 def batch_of(cfg: ExperimentConfig, mesh: Mesh) -> Batch:
@@ -36,8 +38,14 @@ def batch_of(cfg: ExperimentConfig, mesh: Mesh) -> Batch:
     return jax.ShapeDtypeStruct((cfg.batch_size, *sizes), dtype, sharding=rows)
 
   numbers, flags = shape(jnp.int32, cfg.seq_len), shape(jnp.bool_, cfg.seq_len)
-  return Batch(tokens=numbers, targets=numbers, mask=flags, segment_ids=numbers, positions=numbers,
-               task_ids=shape(jnp.int32))
+  return Batch(
+    tokens=numbers,
+    targets=numbers,
+    mask=flags,
+    segment_ids=numbers,
+    positions=numbers,
+    task_ids=shape(jnp.int32),
+  )
 
 
 @functools.lru_cache(maxsize=2)
@@ -52,14 +60,30 @@ log = logging.getLogger(__name__)
 def parts_of(cfg: ExperimentConfig) -> list[Part]:
   """Rows of a micro-batch, heads, and the dimensions of every parameter that RULES splits; each number once."""
   model, state = cfg.model, shapes_of(cfg)
-  parts = [Part(cfg.batch_size // cfg.micro_batches, RULES['batch'], 'config.batch_size / micro_batches = {} rows'),
-           Part(model.attention.num_heads, RULES['heads'], 'config.model.attention.num_heads={} heads')]
-  names = {'vocab': 'config.model.vocab_size={} tokens', 'expert': 'config.model.moe.router.num_experts={} experts'}
+  parts = [
+    Part(
+      cfg.batch_size // cfg.micro_batches,
+      RULES['batch'],
+      'config.batch_size / micro_batches = {} rows',
+    ),
+    Part(model.attention.num_heads, RULES['heads'], 'config.model.attention.num_heads={} heads'),
+  ]
+  names = {
+    'vocab': 'config.model.vocab_size={} tokens',
+    'expert': 'config.model.moe.router.num_experts={} experts',
+  }
   for path, param in jax.tree.leaves_with_path(state, is_leaf=is_param):
     axes = param_axes(param) if is_param(param) else ()
     where = f'{jax.tree_util.keystr(path, simple=True, separator=".")} {list(param.shape)}'
-    parts += [Part(number, RULES[axis], names[axis] if axis in names else f'the {{}} {axis} channels of {where}')
-              for number, axis in zip(param.shape, axes) if axis and RULES[axis]]
+    parts += [
+      Part(
+        number,
+        RULES[axis],
+        names[axis] if axis in names else f'the {{}} {axis} channels of {where}',
+      )
+      for number, axis in zip(param.shape, axes)
+      if axis and RULES[axis]
+    ]
   first: dict[tuple[int, tuple[str, ...]], Part] = {}
   for part in parts:
     first.setdefault((part.number, part.axes), part)

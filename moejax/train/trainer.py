@@ -1,6 +1,6 @@
 """The loop: the only place with side effects and time.
 
-  lock -> data -> mesh -> compile -> restore or initialise -> for each step: batch, step, log, validate, save -> report
+lock -> data -> mesh -> compile -> restore or initialise -> for each step: batch, step, log, validate, save -> report
 """
 
 import contextlib
@@ -68,29 +68,42 @@ def run(cfg: ExperimentConfig, received: list[int]) -> int:
     data = open_data(cfg.data, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=cfg.seed)
     full = with_vocabulary(cfg, data.vocab_size)
   data = dataclasses.replace(data, fingerprint=data.fingerprint | model_fingerprint(full.model))
-  alike('the config', repr(vars(cfg) | {'workdir': '', 'data': ''}))   # paths may have other names on other machines
+  alike(
+    'the config', repr(vars(cfg) | {'workdir': '', 'data': ''})
+  )  # paths may have other names on other machines
   alike('the text or tokenizer', repr(sorted(data.fingerprint.items())))
   mesh = mesh_of(full)
   with jax.set_mesh(mesh):
     programs = compile_programs(full, mesh)
     checkpoints = Checkpoints(workdir / CHECKPOINTS, full.checkpoint)
     state = restored(programs.target, checkpoints, data) or initialised(full, programs.target, mesh)
-    about = summarise(full, programs.target.model, programs.target.opt_state, mesh, data, programs.temporaries)
+    about = summarise(
+      full, programs.target.model, programs.target.opt_state, mesh, data, programs.temporaries
+    )
     changed = changed_since(cfg)
     if is_first():
       write_config(cfg)
       write_whole(workdir / TOKENIZER_FILE, data.tokenizer.json_text)
       write_whole(workdir / 'summary.json', json.dumps(about, indent=2) + '\n')
-    with open_journal(full, data, about['flops_per_token'], int(state.step)) as journal, watch(
-        full.hang_after, workdir / f'hang.{jax.process_index()}.txt'):
+    with (
+      open_journal(full, data, about['flops_per_token'], int(state.step)) as journal,
+      watch(full.hang_after, workdir / f'hang.{jax.process_index()}.txt'),
+    ):
       journal.say(*lines(about, full))
       if int(state.step):
         journal.say(f'resuming after step {int(state.step)} of {workdir}', *changed)
       return loop(full, data, programs, checkpoints, state, journal, Vote(received, mesh))
 
 
-def loop(cfg: ExperimentConfig, data: Data, programs: Programs, checkpoints: Checkpoints, state: TrainState,
-         journal: Journal | NullJournal, vote: Vote) -> int:
+def loop(
+  cfg: ExperimentConfig,
+  data: Data,
+  programs: Programs,
+  checkpoints: Checkpoints,
+  state: TrainState,
+  journal: Journal | NullJournal,
+  vote: Vote,
+) -> int:
   """The steps. Metrics are read one step late, so that a device always has the next step to do."""
   done = saved = int(state.step)
   late: list[tuple[int, Metrics]] = []
@@ -101,9 +114,13 @@ def loop(cfg: ExperimentConfig, data: Data, programs: Programs, checkpoints: Che
       beat()
       note_failed_save(checkpoints, journal)
       if journal.skips_in_a_row >= cfg.stop_after_skips:
-        note_failed_save(checkpoints, journal, wait=True)   # the one in flight would die with this process
-        raise Diverged(f'the last {journal.skips_in_a_row} steps had no usable loss or gradient and were skipped: '
-                       'lower optim.learning_rate, look at the data of these steps, or raise optim.skip_spikes')
+        note_failed_save(
+          checkpoints, journal, wait=True
+        )  # the one in flight would die with this process
+        raise Diverged(
+          f'the last {journal.skips_in_a_row} steps had no usable loss or gradient and were skipped: '
+          'lower optim.learning_rate, look at the data of these steps, or raise optim.skip_spikes'
+        )
 
   end = min(cfg.steps, cfg.stop_after or cfg.steps)
   while not (signal := vote.cast()) and done < end:
@@ -115,7 +132,9 @@ def loop(cfg: ExperimentConfig, data: Data, programs: Programs, checkpoints: Che
     validating = cfg.eval.every and done % cfg.eval.every == 0 and done < cfg.steps
     if validating or done % cfg.checkpoint.every == 0:
       catch_up()
-      score = validate(cfg, data, programs, state, journal, cfg.eval.batches) if validating else math.inf
+      score = (
+        validate(cfg, data, programs, state, journal, cfg.eval.batches) if validating else math.inf
+      )
       if done < cfg.steps and done % cfg.checkpoint.every == 0:
         saved = save(checkpoints, done, state, data, score, journal) or saved
       journal.resume_clock()
@@ -125,19 +144,29 @@ def loop(cfg: ExperimentConfig, data: Data, programs: Programs, checkpoints: Che
   final = math.inf if early else validate(cfg, data, programs, state, journal, 0)
   unsaved = saved < done and not save(checkpoints, done, state, data, final, journal)
   if note_failed_save(checkpoints, journal, wait=True) or unsaved:
-    journal.say(f'the last save failed: give the same command again when {cfg.workdir} can be written to')
+    journal.say(
+      f'the last save failed: give the same command again when {cfg.workdir} can be written to'
+    )
     return 1
   checkpoints.close()
   if early:
     why = f'by signal {signal}' if signal else 'by stop_after'
-    journal.say(f'stopped {why} after step {done} of {cfg.steps}, saved; the same command goes on from here')
+    journal.say(
+      f'stopped {why} after step {done} of {cfg.steps}, saved; the same command goes on from here'
+    )
     return 128 + signal if signal else 0
   journal.report(digest(state), final)
   return 0
 
 
-def save(checkpoints: Checkpoints, step: int, state: TrainState, data: Data, score: float,
-         journal: Journal | NullJournal) -> int:
+def save(
+  checkpoints: Checkpoints,
+  step: int,
+  state: TrainState,
+  data: Data,
+  score: float,
+  journal: Journal | NullJournal,
+) -> int:
   """Starts a save. Returns the step, or 0 when that did not go well: training goes on, and the next may."""
   beat('save')
   note_failed_save(checkpoints, journal, wait=True)
@@ -149,7 +178,9 @@ def save(checkpoints: Checkpoints, step: int, state: TrainState, data: Data, sco
   return step
 
 
-def note_failed_save(checkpoints: Checkpoints, journal: Journal | NullJournal, wait: bool = False) -> bool:
+def note_failed_save(
+  checkpoints: Checkpoints, journal: Journal | NullJournal, wait: bool = False
+) -> bool:
   """Says so if the last save did not reach the disk; returns whether that is so."""
   try:
     checkpoints.check(wait)

@@ -15,8 +15,14 @@ from moejax.train.telemetry.metric_rows import added
 SAMPLE_TOKENS = 96
 
 
-def validate(cfg: ExperimentConfig, data: Data, programs: Programs, state: TrainState, journal: Journal | NullJournal,
-             batches: int) -> float:
+def validate(
+  cfg: ExperimentConfig,
+  data: Data,
+  programs: Programs,
+  state: TrainState,
+  journal: Journal | NullJournal,
+  batches: int,
+) -> float:
   """Bits per byte of the held-out text, 0 for all of its batches; also has the model write something."""
   sums, probe, step = None, None, int(state.step)
   beat('validation')
@@ -27,7 +33,18 @@ def validate(cfg: ExperimentConfig, data: Data, programs: Programs, state: Train
     beat()
   sums['task_nll'] = inject('validation', sums['task_nll'], step)
   beat('sample')
-  text = ''.join(sample(state.model, state.router.bias, data.tokenizer, cfg.sample_prompt,
-                        SampleConfig(max_tokens=SAMPLE_TOKENS, seed=cfg.seed)))
-  found = programs.interfere(state, programs.put(data.batch(step, programs.rows))) if cfg.eval.interference else {}
+  text = ''.join(
+    sample(
+      state.model,
+      state.router.bias,
+      data.tokenizer,
+      cfg.sample_prompt,
+      SampleConfig(max_tokens=SAMPLE_TOKENS, seed=cfg.seed),
+    )
+  )
+  found = (
+    programs.interfere(state, programs.put(data.batch(step, programs.rows)))
+    if cfg.eval.interference
+    else {}
+  )
   return journal.validation(step, sums, probe, found, cfg.sample_prompt + text)

@@ -1,4 +1,5 @@
 """The certificate: every line fails for the mistake that it is there for, and what it writes says so."""
+
 import json
 import math
 import os
@@ -31,7 +32,9 @@ def test_a_mutant_is_caught_by_its_line(name: str, monkeypatch: PATCH) -> None:
   MUTANTS[name].apply(monkeypatch)
   caught = first_failure(MUTANTS[name].line)
   assert caught, f'{name}: line {MUTANTS[name].line} passes'
-  assert caught.what != 'runs to its end', f'{name} breaks the line instead of failing it: {caught.where}'
+  assert caught.what != 'runs to its end', (
+    f'{name} breaks the line instead of failing it: {caught.where}'
+  )
   print(f'{name}: {caught.what}, {caught.worst:.1e} of {caught.tolerance:.0e}, at {caught.where}')
 
 
@@ -50,11 +53,24 @@ def test_nothing_that_was_compiled_outlives_a_mutant(monkeypatch: PATCH) -> None
 def test_the_command_certifies(tmp_path: Path) -> None:
   """The real command, in its quick form: all ten lines hold, without any mutant."""
   readme = tmp_path / 'README.md'
-  readme.write_text('\n'.join(['before', '<!-- certificate -->', '<!-- /certificate -->', 'after']) + '\n')
-  command = [sys.executable, '-m', 'moejax.certify', '--quick', '--out', str(tmp_path), '--readme', str(readme)]
+  readme.write_text(
+    '\n'.join(['before', '<!-- certificate -->', '<!-- /certificate -->', 'after']) + '\n'
+  )
+  command = [
+    sys.executable,
+    '-m',
+    'moejax.certify',
+    '--quick',
+    '--out',
+    str(tmp_path),
+    '--readme',
+    str(readme),
+  ]
   # Its own environment, as a user has it: the flags of the tests are not there to help.
   environment = {k: v for k, v in os.environ.items() if k not in ('XLA_FLAGS', 'JAX_PLATFORMS')}
-  run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
+  run = subprocess.run(
+    command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2]
+  )
   assert run.returncode == 0, run.stdout + run.stderr
   found = json.loads((tmp_path / 'certificate.json').read_text())
   assert found['passed'] and found['devices'] == '8 x cpu' and found['quick']
@@ -68,12 +84,16 @@ def test_the_command_certifies(tmp_path: Path) -> None:
 
 
 def test_every_line_of_the_contract_is_there_and_has_a_mutant() -> None:
-  assert len(contract.LINES) == 10 and {mutant.line for mutant in MUTANTS.values()} == set(contract.LINES)
+  assert len(contract.LINES) == 10 and {mutant.line for mutant in MUTANTS.values()} == set(
+    contract.LINES
+  )
 
 
-def test_an_unknown_line_is_an_error_that_names_the_known(capsys: pytest.CaptureFixture, monkeypatch: PATCH) -> None:
+def test_an_unknown_line_is_an_error_that_names_the_known(
+  capsys: pytest.CaptureFixture, monkeypatch: PATCH
+) -> None:
   for name in ('XLA_FLAGS', 'JAX_PLATFORMS'):
-    monkeypatch.setenv(name, os.environ[name])   # what the command sets is taken back
+    monkeypatch.setenv(name, os.environ[name])  # what the command sets is taken back
   assert main(['--only', 'oracles']) == 2
   said = capsys.readouterr().err
   assert 'oracles' in said and all(name in said for name in contract.LINES)
@@ -92,18 +112,29 @@ def test_the_worst_of_many_is_kept_with_its_name() -> None:
 def test_an_exception_is_a_check_that_failed(monkeypatch: PATCH) -> None:
   def broken(plan: Plan) -> None:
     raise ValueError('no such expert')
+
   monkeypatch.setitem(contract.LINES, 'shrink', contract.Line('a promise', broken))
   result = contract.run_line('shrink', Plan(quick=True), contract.Silence())
   assert not result.passed and 'no such expert' in result.tightest.where
 
 
 def certificate(*checks: Check) -> Certificate:
-  about = {'command': 'c', 'seconds': 1.5, 'devices': '8 x cpu', 'commit': 'unknown', 'seed': 0,
-           'versions': {'jax': '1'}, 'covered': {'losses': ['sequence']}}
+  about = {
+    'command': 'c',
+    'seconds': 1.5,
+    'devices': '8 x cpu',
+    'commit': 'unknown',
+    'seed': 0,
+    'versions': {'jax': '1'},
+    'covered': {'losses': ['sequence']},
+  }
   return Certificate([Result('oracle', 1, 'is its equation', checks, 2.0, ('a note',))], about)
 
 
-GOOD, EXACT = Check('values', 2e-7, 1e-6, 'rounding', 'E8', 5), Check('counts', 0, 0, 'whole', 'E4', 3)
+GOOD, EXACT = (
+  Check('values', 2e-7, 1e-6, 'rounding', 'E8', 5),
+  Check('counts', 0, 0, 'whole', 'E4', 3),
+)
 BAD, NOTHING = Check('counts', 1, 0, 'whole', 'E4', 3), Check('counts', 0, 1, 'whole', 'no case', 0)
 
 
@@ -117,16 +148,30 @@ def test_the_check_nearest_to_failing_speaks_for_its_line() -> None:
 
 def test_json_and_markdown_hold_every_check(tmp_path: Path) -> None:
   report.write(certificate(GOOD, Check('slopes', math.inf, 1e-2, 'differences', 'E9', 1)), tmp_path)
-  found = json.loads((tmp_path / 'certificate.json').read_text(), parse_constant=lambda name: pytest.fail(name))
+  found = json.loads(
+    (tmp_path / 'certificate.json').read_text(), parse_constant=lambda name: pytest.fail(name)
+  )
   assert found['lines'][0]['checks'][1]['worst'] == 'inf' and not found['passed']
   text = (tmp_path / 'certificate.md').read_text()
-  for said in ('FAILED: oracle', '✗ slopes', 'differences', 'E9', '2.0e-7', 'rounding', 'a note', 'sequence', 'jax 1'):
+  for said in (
+    'FAILED: oracle',
+    '✗ slopes',
+    'differences',
+    'E9',
+    '2.0e-7',
+    'rounding',
+    'a note',
+    'sequence',
+    'jax 1',
+  ):
     assert said in text, said
 
 
 def test_only_what_is_between_the_marks_is_rewritten(tmp_path: Path) -> None:
   path = tmp_path / 'README.md'
-  path.write_text('\n'.join(['a', '<!-- certificate -->', 'outdated', '<!-- /certificate -->', 'b']))
+  path.write_text(
+    '\n'.join(['a', '<!-- certificate -->', 'outdated', '<!-- /certificate -->', 'b'])
+  )
   report.rewrite_readme(certificate(GOOD), path)
   once = path.read_text()
   assert once.startswith('a\n') and once.endswith('\nb') and 'outdated' not in once

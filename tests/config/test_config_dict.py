@@ -1,4 +1,5 @@
 """Config: the round trip, and every problem of a tree in one message, by its full path."""
+
 import copy
 import dataclasses
 import pickle
@@ -62,8 +63,9 @@ def problems_of(d: dict) -> tuple[str, ...]:
 
 
 def test_round_trip_keeps_every_value_and_type() -> None:
-  root = Root(7, Model(128, 8, True, 'x', (0.8, 0.9), (1, 2), Router(4, 1, 2.5)),
-              frozendict(a=1.0, b='0.1@0'))
+  root = Root(
+    7, Model(128, 8, True, 'x', (0.8, 0.9), (1, 2), Router(4, 1, 2.5)), frozendict(a=1.0, b='0.1@0')
+  )
   d = to_config_dict(root)
   assert from_config_dict(Root, d) == root
   assert from_config_dict(Root, d.to_dict()) == root  # and from plain dicts, as JSON gives them
@@ -72,7 +74,9 @@ def test_round_trip_keeps_every_value_and_type() -> None:
 
 
 def test_json_lists_become_tuples_and_ints_become_floats() -> None:
-  root = from_config_dict(Root, {'model': {'betas': [1, 0.5], 'router': {'scale': 2}}, 'losses': {'z': 1}})
+  root = from_config_dict(
+    Root, {'model': {'betas': [1, 0.5], 'router': {'scale': 2}}, 'losses': {'z': 1}}
+  )
   assert root.model.betas == (1.0, 0.5) and type(root.model.betas[0]) is float
   assert type(root.model.router.scale) is float and type(root.losses['z']) is float
 
@@ -89,31 +93,46 @@ def test_config_dict_is_locked_but_for_its_tables() -> None:
 
 
 def test_all_problems_come_in_one_message() -> None:
-  d = {'steps': 0, 'stepz': 1, 'model': {'num_head': 3, 'num_heads': 7, 'tied': 1, 'd_model': True,
-       'betas': (0.9,), 'layers': (1, 'b'), 'router': {'top_k': 9, 'scale': '1'}},
-       'losses': {'sequence': [1], 'ok': 0.1}}
+  d = {
+    'steps': 0,
+    'stepz': 1,
+    'model': {
+      'num_head': 3,
+      'num_heads': 7,
+      'tied': 1,
+      'd_model': True,
+      'betas': (0.9,),
+      'layers': (1, 'b'),
+      'router': {'top_k': 9, 'scale': '1'},
+    },
+    'losses': {'sequence': [1], 'ok': 0.1},
+  }
   assert problems_of(d) == (
-      'config.stepz: no such field; did you mean steps?',
-      'config.model.num_head: no such field; did you mean num_heads?',
-      'config.model.d_model=True is bool; give int',
-      'config.model.tied=1 is int; give bool',
-      'config.model.betas=(0.9,) is tuple; give tuple[float, float]',
-      "config.model.layers[1]='b' is str; give int",
-      "config.model.router.scale='1' is str; give float",
-      'config.model.router: top_k=9 is more than num_experts=8',
-      'config.model: d_model=64 does not divide by num_heads=7',
-      'config.losses.sequence=[1] is list; give float',
-      'config: steps=0 is not positive')
+    'config.stepz: no such field; did you mean steps?',
+    'config.model.num_head: no such field; did you mean num_heads?',
+    'config.model.d_model=True is bool; give int',
+    'config.model.tied=1 is int; give bool',
+    'config.model.betas=(0.9,) is tuple; give tuple[float, float]',
+    "config.model.layers[1]='b' is str; give int",
+    "config.model.router.scale='1' is str; give float",
+    'config.model.router: top_k=9 is more than num_experts=8',
+    'config.model: d_model=64 does not divide by num_heads=7',
+    'config.losses.sequence=[1] is list; give float',
+    'config: steps=0 is not positive',
+  )
 
 
 @pytest.mark.parametrize('bad', [None, 3, 'x', [1]])
 def test_a_section_that_is_no_table_is_a_wrong_type(bad: object) -> None:
-  assert problems_of({'model': bad}) == (f'config.model={bad!r} is {type(bad).__name__}; give Model',)
+  assert problems_of({'model': bad}) == (
+    f'config.model={bad!r} is {type(bad).__name__}; give Model',
+  )
 
 
 def test_a_name_far_from_all_lists_them() -> None:
   assert problems_of({'model': {'router': {'qqq': 1}}}) == (
-      'config.model.router.qqq: no such field; did you mean num_experts or scale or top_k?',)
+    'config.model.router.qqq: no such field; did you mean num_experts or scale or top_k?',
+  )
 
 
 def test_check_ignores_what_is_empty_and_keeps_the_rest() -> None:
@@ -139,7 +158,12 @@ def test_config_needs_no_jax_and_no_model() -> None:
 
 def test_config_dict_survives_deepcopy_with_its_locks() -> None:
   d = copy.deepcopy(to_config_dict(Root()))
-  assert isinstance(d, ConfigDict) and d.is_locked and d.model.router.is_locked and not d.losses.is_locked
+  assert (
+    isinstance(d, ConfigDict)
+    and d.is_locked
+    and d.model.router.is_locked
+    and not d.losses.is_locked
+  )
 
 
 # The real tree, for what its balance can be and what does not fit together.
@@ -147,12 +171,24 @@ def test_config_dict_survives_deepcopy_with_its_locks() -> None:
 
 def test_an_experiment_comes_back_with_every_switch_of_its_balance() -> None:
   cfg = ExperimentConfig(
-    micro_batches=2, model=ModelConfig(moe=MoEConfig(RouterConfig(8, 2, noisy=True, jitter=0.1, group_best=1))),
+    micro_batches=2,
+    model=ModelConfig(moe=MoEConfig(RouterConfig(8, 2, noisy=True, jitter=0.1, group_best=1))),
     data=DataConfig(source='mixture', mixture=frozendict(code='0.7 stdlib', prose='0.3 synthetic')),
-    balance=BalanceConfig(frozendict(global_batch='0.1, 0.01@10%', ep_group=0.5), 'smebu', '0.001, 0@90%', 4, 2,
-                          'dispatched', 'sigmoid', 'lagged'))
+    balance=BalanceConfig(
+      frozendict(global_batch='0.1, 0.01@10%', ep_group=0.5),
+      'smebu',
+      '0.001, 0@90%',
+      4,
+      2,
+      'dispatched',
+      'sigmoid',
+      'lagged',
+    ),
+  )
   assert from_config_dict(ExperimentConfig, to_config_dict(cfg).to_dict()) == cfg
-  assert set(to_config_dict(ExperimentConfig()).balance.losses) == set(BALANCE_LOSSES), 'any can be switched on'
+  assert set(to_config_dict(ExperimentConfig()).balance.losses) == set(BALANCE_LOSSES), (
+    'any can be switched on'
+  )
 
 
 def problems_of_experiment(changes: dict) -> tuple[str, ...]:
@@ -168,30 +204,44 @@ def router_of(**fields: object) -> dict:
 IMPOSSIBLE = {
   'a bias that the router ignores': (
     router_of(selection='hash') | {'balance': {'bias_rule': 'sign'}},
-    "config: balance.bias_rule='sign' would move a bias that selection='hash' ignores: use selection='top_k'"),
+    "config: balance.bias_rule='sign' would move a bias that selection='hash' ignores: use selection='top_k'",
+  ),
   'groups that do not divide': (
     router_of(num_experts=8, num_groups=3),
-    'config.model.moe.router: num_groups=3 does not divide num_experts=8: use a divisor of it'),
+    'config.model.moe.router: num_groups=3 does not divide num_experts=8: use a divisor of it',
+  ),
   'more experts than the groups hold': (
     router_of(num_experts=8, num_groups=4, top_groups=1, top_k=4),
-    'config.model.moe.router: top_k=4 is more than the 2 experts of top_groups=1 groups: raise top_groups or lower'),
+    'config.model.moe.router: top_k=4 is more than the 2 experts of top_groups=1 groups: raise top_groups or lower',
+  ),
   'a partition that does not divide': (
     router_of(num_experts=8) | {'balance': {'partition': 3}},
-    'config: balance.partition=3 does not divide num_experts=8: use a divisor of it'),
+    'config: balance.partition=3 does not divide num_experts=8: use a divisor of it',
+  ),
   'accumulation of one micro-batch': (
     {'balance': {'accumulation': 'buffer'}},
-    "config: balance.accumulation='buffer' is about several micro-batches: use micro_batches above 1, or 'exact'"),
+    "config: balance.accumulation='buffer' is about several micro-batches: use micro_batches above 1, or 'exact'",
+  ),
   'more micro-batches than rows': (
     {'batch_size': 4, 'micro_batches': 8, 'balance': {'losses': {'global_batch': '0.1'}}},
-    'config: micro_batches=8 does not divide batch_size=4: use a divisor of it'),
+    'config: micro_batches=8 does not divide batch_size=4: use a divisor of it',
+  ),
   'groups of rows that are neither parts nor wholes of micro-batches': (
-    {'batch_size': 12, 'micro_batches': 3, 'balance': {'losses': {'ep_group': '0.1'}, 'ep_groups': 2}},
-    'config: balance.ep_groups=2: use a divisor of batch_size=12 that divides, or is a multiple of, micro_batches=3'),
+    {
+      'batch_size': 12,
+      'micro_batches': 3,
+      'balance': {'losses': {'ep_group': '0.1'}, 'ep_groups': 2},
+    },
+    'config: balance.ep_groups=2: use a divisor of batch_size=12 that divides, or is a multiple of, micro_batches=3',
+  ),
   'a loss that cannot train': (
     {'balance': {'losses': {'std_of_share': '0.1'}}},
-    'config.balance: losses.std_of_share is not a balance loss: use one of '),
+    'config.balance: losses.std_of_share is not a balance loss: use one of ',
+  ),
   'a weight for no task': (
-    {'loss': {'task_weights': {'code': 2.0}}}, 'config: loss.task_weights.code is not a task of data: use one of '),
+    {'loss': {'task_weights': {'code': 2.0}}},
+    'config: loss.task_weights.code is not a task of data: use one of ',
+  ),
 }
 
 
@@ -203,7 +253,16 @@ def test_what_does_not_fit_is_one_clear_error(name: str) -> None:
 
 
 def test_all_that_does_not_fit_is_told_at_once() -> None:
-  problems = problems_of_experiment(router_of(selection='hash', num_groups=2) | {
-    'micro_batches': 3, 'balance': {'bias_rule': 'sign', 'partition': 3, 'accumulation': 'buffer', 'ep_groups': 0}})
-  for told in ('num_groups=2 is about a choice', 'micro_batches=3 does not divide', 'ep_groups=0: use 1 or more'):
+  problems = problems_of_experiment(
+    router_of(selection='hash', num_groups=2)
+    | {
+      'micro_batches': 3,
+      'balance': {'bias_rule': 'sign', 'partition': 3, 'accumulation': 'buffer', 'ep_groups': 0},
+    }
+  )
+  for told in (
+    'num_groups=2 is about a choice',
+    'micro_batches=3 does not divide',
+    'ep_groups=0: use 1 or more',
+  ):
     assert any(told in problem for problem in problems), (told, problems)

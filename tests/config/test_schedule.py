@@ -1,4 +1,5 @@
 """Numbers that change over a run: what a text says, and what it does not; constant pieces and slopes."""
+
 import math
 
 import jax
@@ -9,22 +10,58 @@ import pytest
 from moejax.config.schedule import pieces, piecewise, schedule_problem
 
 
-@pytest.mark.parametrize(('spec', 'want'), [
-  (0.01, [(0, 0.01)]), (0, [(0, 0)]), ('1e-3', [(0, 1e-3)]),
-  ('0.1, 0.01@10%, 0.001@70%', [(0, 0.1), (0.1, 0.01), (0.7, 0.001)]),
-  ('0,1@33.5%', [(0, 0), (0.335, 1)]), ('1, 0@100%', [(0, 1), (1, 0)]),
-  ('1, cosine 0.1@60%, linear  0@90%', [(0, 1), (0.6, 0.1, 'cosine'), (0.9, 0, 'linear')])], ids=str)
+@pytest.mark.parametrize(
+  ('spec', 'want'),
+  [
+    (0.01, [(0, 0.01)]),
+    (0, [(0, 0)]),
+    ('1e-3', [(0, 1e-3)]),
+    ('0.1, 0.01@10%, 0.001@70%', [(0, 0.1), (0.1, 0.01), (0.7, 0.001)]),
+    ('0,1@33.5%', [(0, 0), (0.335, 1)]),
+    ('1, 0@100%', [(0, 1), (1, 0)]),
+    ('1, cosine 0.1@60%, linear  0@90%', [(0, 1), (0.6, 0.1, 'cosine'), (0.9, 0, 'linear')]),
+  ],
+  ids=str,
+)
 def test_pieces_of_a_schedule(spec: str | float, want: list[tuple]) -> None:
-  np.testing.assert_allclose([piece[:2] for piece in pieces(spec)], [piece[:2] for piece in want], rtol=1e-12)
+  np.testing.assert_allclose(
+    [piece[:2] for piece in pieces(spec)], [piece[:2] for piece in want], rtol=1e-12
+  )
   assert [(piece.shape,) for piece in pieces(spec)] == [piece[2:] or ('',) for piece in want]
   assert schedule_problem('rate', spec) == ''
 
 
-@pytest.mark.parametrize('spec', [
-  '', 'x', '0.1,', '0.1, 0.2', '0.1@10%', '0.1, 0.2@10', '0.1, 0.2@x%', '0.1, 0.2@%', '0.1, 0.2@70%, 0.3@10%',
-  '0.1, 0.2@nan%', 'cosine 1', '1, sine 0@10%', '1, cosine@10%', '1, cosine 0.1', '1, cosine linear 0@10%',
-  '1, 2 3@10%', '0.1, 0.2@101%', '0.1, 0.2@-1%', -0.1, '-0.1', '0.1, -0.2@10%', 'nan', 'inf', math.inf,
-  math.nan], ids=repr)
+@pytest.mark.parametrize(
+  'spec',
+  [
+    '',
+    'x',
+    '0.1,',
+    '0.1, 0.2',
+    '0.1@10%',
+    '0.1, 0.2@10',
+    '0.1, 0.2@x%',
+    '0.1, 0.2@%',
+    '0.1, 0.2@70%, 0.3@10%',
+    '0.1, 0.2@nan%',
+    'cosine 1',
+    '1, sine 0@10%',
+    '1, cosine@10%',
+    '1, cosine 0.1',
+    '1, cosine linear 0@10%',
+    '1, 2 3@10%',
+    '0.1, 0.2@101%',
+    '0.1, 0.2@-1%',
+    -0.1,
+    '-0.1',
+    '0.1, -0.2@10%',
+    'nan',
+    'inf',
+    math.inf,
+    math.nan,
+  ],
+  ids=repr,
+)
 def test_what_is_no_schedule_is_told(spec: str | float) -> None:
   with pytest.raises(ValueError):
     pieces(spec)
@@ -44,11 +81,15 @@ def test_slopes_leave_from_the_value_before_and_arrive_where_the_next_begins() -
   value = jax.jit(jax.vmap(piecewise('1, linear 2@20%, cosine 0@40%, 5@60%, linear 0@80%', 20)))
   found = value(jnp.arange(21))
   np.testing.assert_allclose(found[:8], [1, 1, 1, 1, 1, 1.25, 1.5, 1.75], rtol=1e-6)
-  np.testing.assert_allclose(found[8:12], [1 + math.cos(math.pi * i / 4) for i in range(4)], rtol=1e-6)
+  np.testing.assert_allclose(
+    found[8:12], [1 + math.cos(math.pi * i / 4) for i in range(4)], rtol=1e-6
+  )
   np.testing.assert_allclose(found[12:], [5, 5, 5, 5, 5, 3.75, 2.5, 1.25, 0], rtol=1e-6)
 
 
 def test_a_slope_from_the_first_step_and_one_of_no_length() -> None:
   found = jax.vmap(piecewise('1, linear 0@0%', 4))(jnp.arange(6))
   np.testing.assert_allclose(found, [1, 0.75, 0.5, 0.25, 0, 0])
-  np.testing.assert_allclose(jax.vmap(piecewise('1, linear 0@50%, 3@50%', 4))(jnp.arange(5)), [1, 1, 3, 3, 3])
+  np.testing.assert_allclose(
+    jax.vmap(piecewise('1, linear 0@50%, 3@50%', 4))(jnp.arange(5)), [1, 1, 3, 3, 3]
+  )

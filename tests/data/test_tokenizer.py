@@ -1,4 +1,5 @@
 """Tokenizers: any text comes back, ids stay below vocab_size, eod is never text, errors say what to do."""
+
 import json
 import sys
 from pathlib import Path
@@ -11,11 +12,22 @@ from moejax.config import ConfigError
 from moejax.data import tokenizer as tokenizer_module
 from moejax.data.tokenizer import EOD, Tokenizer, load_tokenizer, spec_problem
 
-WORDS = [f'def name_{i}(self, value={i * 37}):\n  return "été{i}" + self.{chr(97 + i % 26) * 3}\n'
-         for i in range(400)]
-EVERY_SEVENTH = ''.join(chr(c) for c in range(0, sys.maxunicode + 1, 7) if not 0xd800 <= c < 0xe000)
-TEXTS = ['', ' ', 'a', '\n\n\t  x  \r\n', f'a{EOD}b {EOD}', '\0\x7f\x80\u200b\ufeff',
-         'naïve 火 \U0001f525 e\u0301', 'a' * 999, EVERY_SEVENTH]
+WORDS = [
+  f'def name_{i}(self, value={i * 37}):\n  return "été{i}" + self.{chr(97 + i % 26) * 3}\n'
+  for i in range(400)
+]
+EVERY_SEVENTH = ''.join(chr(c) for c in range(0, sys.maxunicode + 1, 7) if not 0xD800 <= c < 0xE000)
+TEXTS = [
+  '',
+  ' ',
+  'a',
+  '\n\n\t  x  \r\n',
+  f'a{EOD}b {EOD}',
+  '\0\x7f\x80\u200b\ufeff',
+  'naïve 火 \U0001f525 e\u0301',
+  'a' * 999,
+  EVERY_SEVENTH,
+]
 
 
 @pytest.fixture(scope='module', params=['bytes', 'bpe:300'])
@@ -24,7 +36,9 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 @pytest.mark.parametrize('text', TEXTS, ids=range(len(TEXTS)))
-def test_any_text_comes_back_and_no_id_is_out_of_range_or_eod(tokenizer: Tokenizer, text: str) -> None:
+def test_any_text_comes_back_and_no_id_is_out_of_range_or_eod(
+  tokenizer: Tokenizer, text: str
+) -> None:
   ids = tokenizer.encode(text)
   assert tokenizer.decode(ids) == text
   assert all(0 <= i < tokenizer.vocab_size and i != tokenizer.eod_id for i in ids)
@@ -34,7 +48,10 @@ def test_any_text_comes_back_and_no_id_is_out_of_range_or_eod(tokenizer: Tokeniz
 def test_size_counts_eod() -> None:
   assert load_tokenizer('bytes').vocab_size == 257 and load_tokenizer('bytes').eod_id == 256
   assert load_tokenizer('bpe:300', WORDS).vocab_size == 300
-  assert load_tokenizer('bpe:257', WORDS).encode('ab') != [] and load_tokenizer('bpe:257').vocab_size == 257
+  assert (
+    load_tokenizer('bpe:257', WORDS).encode('ab') != []
+    and load_tokenizer('bpe:257').vocab_size == 257
+  )
   assert load_tokenizer('bytes').encode('é') == list('é'.encode())
 
 
@@ -46,7 +63,9 @@ def test_little_text_is_told(caplog: pytest.LogCaptureFixture) -> None:
 def test_saved_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
   tokenizer.save(tmp_path / 'tokenizer.json')
   again = load_tokenizer(str(tmp_path / 'tokenizer.json'))
-  bare = tokenizers.Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))  # what another program makes of it
+  bare = tokenizers.Tokenizer.from_file(
+    str(tmp_path / 'tokenizer.json')
+  )  # what another program makes of it
   for text in (*TEXTS[:3], WORDS[0]):
     assert tokenizer.encode(text) == again.encode(text) == bare.encode(text).ids
   same = [(t.digest, t.eod_id, t.vocab_size) for t in (tokenizer, again)]
@@ -54,14 +73,18 @@ def test_saved_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_training_depends_on_the_text_only() -> None:
-  digests = [load_tokenizer('bpe:300', iter(words)).digest for words in (WORDS, WORDS, WORDS[::-1][:200])]
+  digests = [
+    load_tokenizer('bpe:300', iter(words)).digest for words in (WORDS, WORDS, WORDS[::-1][:200])
+  ]
   assert digests[0] == digests[1] != digests[2]
 
 
 def test_pieces_encode_to_the_ids_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(tokenizer_module, 'PIECE', 40)
   rng = np.random.default_rng(0)
-  text = ''.join(rng.choice(['ab', ' ', '\n', '\n', "'s", '火', '.', '7', '\t', '\x1c', '\xa0', '\r'], 20000))
+  text = ''.join(
+    rng.choice(['ab', ' ', '\n', '\n', "'s", '火', '.', '7', '\t', '\x1c', '\xa0', '\r'], 20000)
+  )
   tokenizer = load_tokenizer('bpe:400', [text])
   pieces = list(tokenizer.pieces(text))
   assert len(pieces) > 100 and ''.join(pieces) == text
@@ -79,15 +102,30 @@ def test_another_tokenizer_json(tmp_path: Path, caplog: pytest.LogCaptureFixture
   truncation = {'direction': 'Right', 'max_length': 2, 'strategy': 'LongestFirst', 'stride': 0}
   path.write_text(_word_level({'a': 0, 'b': 70000, '</s>': 3}, truncation=truncation))
   tokenizer = load_tokenizer(str(path))
-  assert (tokenizer.vocab_size, tokenizer.eod_id) == (70001, 3)  # the largest id, not the number of tokens
-  assert tokenizer.encode('a b a b') == [0, 70000, 0, 70000]  # a file's own truncation would lose text
+  assert (tokenizer.vocab_size, tokenizer.eod_id) == (
+    70001,
+    3,
+  )  # the largest id, not the number of tokens
+  assert tokenizer.encode('a b a b') == [
+    0,
+    70000,
+    0,
+    70000,
+  ]  # a file's own truncation would lose text
   assert 'bits per byte' in caplog.text
 
 
-@pytest.mark.parametrize('spec, words', [
-  ('bpe', 'bpe:N'), ('bpe:', 'at least 257'), ('bpe:256', 'at least 257'), ('bpe:4k', 'bpe:N'),
-  ('gpt2', 'none of bytes, bpe:N and the path'), ('/no/such/file.json', 'No such file'),
-])
+@pytest.mark.parametrize(
+  'spec, words',
+  [
+    ('bpe', 'bpe:N'),
+    ('bpe:', 'at least 257'),
+    ('bpe:256', 'at least 257'),
+    ('bpe:4k', 'bpe:N'),
+    ('gpt2', 'none of bytes, bpe:N and the path'),
+    ('/no/such/file.json', 'No such file'),
+  ],
+)
 def test_errors_name_the_value_and_what_would_do(spec: str, words: str) -> None:
   with pytest.raises(ConfigError, match=words) as error:
     load_tokenizer(spec)
@@ -96,8 +134,11 @@ def test_errors_name_the_value_and_what_would_do(spec: str, words: str) -> None:
 
 def test_bad_files(tmp_path: Path) -> None:
   path = tmp_path / 'bad.json'
-  for content, words in ((b'{"version": 1', 'not a tokenizer.json'), (b'\xff\xfe', "can't decode"),
-                         (_word_level({'a': 0}).encode(), r'no end-of-document token, one of <\|endoftext')):
+  for content, words in (
+    (b'{"version": 1', 'not a tokenizer.json'),
+    (b'\xff\xfe', "can't decode"),
+    (_word_level({'a': 0}).encode(), r'no end-of-document token, one of <\|endoftext'),
+  ):
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=words):
       load_tokenizer(str(path))

@@ -25,6 +25,7 @@ openPangu Ultra MoE is not in transformers: its layer is written here (`models.S
 DeepSeek-V3, after Huawei's model files; names of tensors are those of its loaders. No released weights were seen. The
 latent norms have rms_norm_eps, as in the serving code; the pull request to transformers has 1e-6.
 """
+
 import argparse
 import json
 import platform
@@ -69,7 +70,9 @@ def attempt(family: Family, seed: int) -> tuple[nn.Module, nn.Module, Files, dic
   """Everything to be recorded, by file, and how sure it is; Unfit if these weights must not be used."""
   model, mtp = weights(family, seed)
   gaps, files = record.Gaps(MARGIN), {}
-  golden = record.forward(model, family, family.config['vocab_size'], np.random.default_rng((seed, 1)), gaps)
+  golden = record.forward(
+    model, family, family.config['vocab_size'], np.random.default_rng((seed, 1)), gaps
+  )
   if family.mtp_depth:
     files['mtp.npz'] = record.multi_token(model, mtp, family, golden, gaps)
   files['grads.npz'] = record.loss_gradients(model, family, golden['tokens'])
@@ -107,7 +110,9 @@ def write_checkpoint(path: Path, family: Family, model: nn.Module, mtp: nn.Modul
   if family.mtp_depth:
     tensors |= mtp_state(model, mtp, family)
   if family.mtp_depth or family.model in LOCAL:
-    save_file({k: v.contiguous() for k, v in tensors.items()}, path / 'model.safetensors', {'format': 'pt'})
+    save_file(
+      {k: v.contiguous() for k, v in tensors.items()}, path / 'model.safetensors', {'format': 'pt'}
+    )
   configs = spelling.both(path / 'config.json', family)
   for name, config in configs.items():
     (path / name).write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
@@ -127,7 +132,9 @@ def check_checkpoint(path: Path, family: Family, mtp: nn.Module, files: Files) -
       shutil.copytree(path, tmp, dirs_exist_ok=True)
       shutil.copy(path / name, Path(tmp) / 'config.json')
       config = {'config': build(family, {}).config} if is_local else {}
-      model = cls.from_pretrained(tmp, attn_implementation='eager', experts_implementation='eager', **config).eval()
+      model = cls.from_pretrained(
+        tmp, attn_implementation='eager', experts_implementation='eager', **config
+      ).eval()
       if not torch.equal(model(tokens, use_cache=False).logits, logits):
         raise RuntimeError(f'{path}: by {name}, transformers reads another model')
       if family.mtp_depth:
@@ -142,12 +149,14 @@ def draft_model(model: nn.Module) -> MtpModel:
   return MtpModel.from_pretrained(model).eval()
 
 
-def check_drafts(model: nn.Module, mtp: MtpModel, tokens: torch.Tensor, golden: record.Arrays) -> None:
+def check_drafts(
+  model: nn.Module, mtp: MtpModel, tokens: torch.Tensor, golden: record.Arrays
+) -> None:
   """The recorded logits of the blocks must be those of transformers' own drafting."""
   hidden = model.model(tokens).last_hidden_state
   for k in range(len(mtp.layers)):
     positions = torch.arange(k + 1, tokens.shape[1])[None]
-    hidden = mtp.forward_layer(k, hidden[:, :-1], positions, None, input_ids=tokens[:, k + 1:])
+    hidden = mtp.forward_layer(k, hidden[:, :-1], positions, None, input_ids=tokens[:, k + 1 :])
     if (model.lm_head(hidden) - torch.from_numpy(golden[f'logits_{k}'])).abs().max() > 1e-5:
       raise RuntimeError(f'transformers drafts otherwise than mtp.py in block {k}')
 
@@ -162,7 +171,9 @@ def mistakes(model: nn.Module, family: Family, golden: record.Arrays) -> dict[st
   for name, other in wrong.items():
     other.load_state_dict(model.state_dict(), strict=False)
     part = name.removeprefix('no ')
-    for tensor in (v for k, v in other.state_dict().items() if part in family.silenced and part in k):
+    for tensor in (
+      v for k, v in other.state_dict().items() if part in family.silenced and part in k
+    ):
       tensor.fill_(family.silenced[part])
     out[name] = float((other(tokens, use_cache=False).logits - logits).abs().max())
   return out
@@ -175,10 +186,15 @@ def about(family: Family, seed: int, model: nn.Module, golden: record.Arrays) ->
     raise RuntimeError(f'{family.model}: a mistake moves no logit by {NOTICED}: {moves}')
   versions = {m.__name__: m.__version__ for m in (torch, hf, np, safetensors)}
   return {
-      'model': family.model, 'seed': seed, 'parameters': sum(p.numel() for p in model.parameters()),
-      'versions': versions | {'python': platform.python_version()},
-      'optimiser': record.ADAMW | {'learning_rate': family.learning_rate, 'steps': record.STEPS},
-      'mtp_depth': family.mtp_depth, 'logits_std': float(golden['logits'].std()), 'mistakes': moves}
+    'model': family.model,
+    'seed': seed,
+    'parameters': sum(p.numel() for p in model.parameters()),
+    'versions': versions | {'python': platform.python_version()},
+    'optimiser': record.ADAMW | {'learning_rate': family.learning_rate, 'steps': record.STEPS},
+    'mtp_depth': family.mtp_depth,
+    'logits_std': float(golden['logits'].std()),
+    'mistakes': moves,
+  }
 
 
 def make(name: str, family: Family) -> str:
@@ -200,8 +216,10 @@ def make(name: str, family: Family) -> str:
   least, move = min(facts['mistakes'].items(), key=lambda item: item[1])
   gap = min(facts['smallest_gaps'].values())
   kilobytes = f'{max(sizes.values()) / 1e3:6.0f} {sum(sizes.values()) / 1e3:6.0f}'
-  return (f'{name:20} {facts["parameters"]:7} {seed:5} {gap:8.4f} {facts["logits_std"]:6.2f} {kilobytes} '
-          f'{time.perf_counter() - start:6.1f}   {move:.4f} {least}')
+  return (
+    f'{name:20} {facts["parameters"]:7} {seed:5} {gap:8.4f} {facts["logits_std"]:6.2f} {kilobytes} '
+    f'{time.perf_counter() - start:6.1f}   {move:.4f} {least}'
+  )
 
 
 def main() -> None:
@@ -213,8 +231,10 @@ def main() -> None:
   torch.set_float32_matmul_precision('highest')
   hf.logging.set_verbosity_error()
   hf.logging.disable_progress_bar()
-  print(f'{"family":20} {"params":>7} {"seed":>5} {"min gap":>8} {"logits":>6} {"max kB":>6} {"all kB":>6} {"s":>6}   '
-        'least mistake')
+  print(
+    f'{"family":20} {"params":>7} {"seed":>5} {"min gap":>8} {"logits":>6} {"max kB":>6} {"all kB":>6} {"s":>6}   '
+    'least mistake'
+  )
   for name in names:
     print(make(name, FAMILIES[name]), flush=True)
 

@@ -1,4 +1,5 @@
 """Tiny models with random weights, openPangu's among them, and their tensors under the names that the hub publishes."""
+
 import dataclasses
 import math
 
@@ -14,17 +15,30 @@ Tensors = dict[str, torch.Tensor]
 @dataclasses.dataclass(frozen=True)
 class Family:
   """One checkpoint to make. Published names of an expert's three matrices: () says that the file has them fused."""
+
   model: str  # a class of transformers, or of LOCAL
   config: dict[str, object]
-  score: str = ''  # row of routers.SCORES: what top-k chooses by, before the bias; '' for a dense model
+  score: str = (
+    ''  # row of routers.SCORES: what top-k chooses by, before the bias; '' for a dense model
+  )
   group: str = ''  # row of routers.GROUPS; '' has no groups
   experts: tuple[str, ...] = ('gate_proj', 'up_proj', 'down_proj')
   moe: str = 'mlp'  # what the hub calls the MoE of a layer
-  gains: dict[str, float] = dataclasses.field(default_factory=dict)  # part of a name -> times the usual size
-  mistakes: dict[str, dict[str, object]] = dataclasses.field(default_factory=dict)  # name -> config of one who errs
-  silenced: dict[str, float] = dataclasses.field(default_factory=dict)  # part of a name -> value that switches it off
-  names: dict[str, str] = dataclasses.field(default_factory=dict)  # key of transformers -> key in this config.json
-  hub: dict[str, object] = dataclasses.field(default_factory=dict)  # keys that transformers does not write
+  gains: dict[str, float] = dataclasses.field(
+    default_factory=dict
+  )  # part of a name -> times the usual size
+  mistakes: dict[str, dict[str, object]] = dataclasses.field(
+    default_factory=dict
+  )  # name -> config of one who errs
+  silenced: dict[str, float] = dataclasses.field(
+    default_factory=dict
+  )  # part of a name -> value that switches it off
+  names: dict[str, str] = dataclasses.field(
+    default_factory=dict
+  )  # key of transformers -> key in this config.json
+  hub: dict[str, object] = dataclasses.field(
+    default_factory=dict
+  )  # keys that transformers does not write
   mtp_depth: int = 0
   shard_size: str = '1GB'
   learning_rate: float = 3e-3
@@ -42,9 +56,13 @@ class SandwichLayer(deepseek.DeepseekV3DecoderLayer):
     self.post_mlp_layernorm = deepseek.DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps)
     for norm in (self.self_attn.q_a_layernorm, self.self_attn.kv_a_layernorm):
       norm.variance_epsilon = config.rms_norm_eps
-    if isinstance(self.mlp, deepseek.DeepseekV3MoE):  # its router has no bias: zero, and not in the checkpoint
+    if isinstance(
+      self.mlp, deepseek.DeepseekV3MoE
+    ):  # its router has no bias: zero, and not in the checkpoint
       bias = self.mlp.gate.e_score_correction_bias
-      self.mlp.gate.register_buffer('e_score_correction_bias', torch.zeros_like(bias), persistent=False)
+      self.mlp.gate.register_buffer(
+        'e_score_correction_bias', torch.zeros_like(bias), persistent=False
+      )
 
   def forward(self, hidden_states: torch.Tensor, **kwargs: object) -> torch.Tensor:
     attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
@@ -57,7 +75,9 @@ class PanguUltraMoEForCausalLM(hf.DeepseekV3ForCausalLM):
 
   def __init__(self, config: hf.PreTrainedConfig) -> None:
     super().__init__(config)
-    self.model.layers = nn.ModuleList([SandwichLayer(config, i) for i in range(config.num_hidden_layers)])
+    self.model.layers = nn.ModuleList(
+      [SandwichLayer(config, i) for i in range(config.num_hidden_layers)]
+    )
 
 
 LOCAL = {'PanguUltraMoEForCausalLM': PanguUltraMoEForCausalLM}

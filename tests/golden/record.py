@@ -3,6 +3,7 @@
 Each part raises Unfit when some choice, of an expert or of a greedy token, is nearer to another one than the margin, or
 when something would go untested: an expert that no token chose.
 """
+
 import copy
 from collections.abc import Iterator
 
@@ -43,7 +44,9 @@ class Gaps(dict[str, float]):
     self[part] = min(smallest, self[part]) if part in self else smallest
 
 
-def cases(vocab_size: int, rng: np.random.Generator) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+def cases(
+  vocab_size: int, rng: np.random.Generator
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
   """(case, tokens [B, S], mask [B, S]): rows without padding, pushed to the right by it, and cut short by it.
 
   What is no padding sees the same tokens in all cases, so each choice needs to be clear but once; what stands on
@@ -66,13 +69,20 @@ def cross_entropy(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor
   return F.cross_entropy(logits[:, :-1][pairs], tokens[:, 1:][pairs])
 
 
-def forward(model: nn.Module, family: Family, vocab_size: int, rng: np.random.Generator, gaps: Gaps) -> Arrays:
+def forward(
+  model: nn.Module, family: Family, vocab_size: int, rng: np.random.Generator, gaps: Gaps
+) -> Arrays:
   """tokens, mask, logits, combine [L, B, S, E] and ce of each case; rows of padding mean nothing."""
   out = {}
   for case, tokens, mask in cases(vocab_size, rng):
     with torch.no_grad(), watching(model, family) as watch:
       logits = model(tokens, attention_mask=mask, use_cache=False).logits
-    arrays = {'tokens': tokens, 'mask': mask, 'logits': logits, 'ce': cross_entropy(logits, tokens, mask)}
+    arrays = {
+      'tokens': tokens,
+      'mask': mask,
+      'logits': logits,
+      'ce': cross_entropy(logits, tokens, mask),
+    }
     if family.score:
       gaps.add('forward', torch.stack(watch.gap)[:, mask.flatten().bool()])
       arrays['combine'] = torch.stack(watch.combine).unflatten(1, mask.shape)
@@ -130,10 +140,17 @@ def steps(model: nn.Module, family: Family, tokens: np.ndarray, gaps: Gaps) -> A
   """Losses before each of six AdamW steps on one batch, norms before clipping, and the parameters after the last."""
   model = copy.deepcopy(model)
   named = dict(model.named_parameters())
-  decayed = [p for n, p in named.items() if p.ndim > 1 and not n.endswith('_bias')]  # matrices; no vector, of any stack
+  decayed = [
+    p for n, p in named.items() if p.ndim > 1 and not n.endswith('_bias')
+  ]  # matrices; no vector, of any stack
   rest = [p for n, p in named.items() if p.ndim == 1 or n.endswith('_bias')]
-  groups = [{'params': decayed, 'weight_decay': ADAMW['weight_decay']}, {'params': rest, 'weight_decay': 0.0}]
-  optimiser = torch.optim.AdamW(groups, lr=family.learning_rate, betas=ADAMW['betas'], eps=ADAMW['eps'])
+  groups = [
+    {'params': decayed, 'weight_decay': ADAMW['weight_decay']},
+    {'params': rest, 'weight_decay': 0.0},
+  ]
+  optimiser = torch.optim.AdamW(
+    groups, lr=family.learning_rate, betas=ADAMW['betas'], eps=ADAMW['eps']
+  )
   losses, norms = [], []
   for _ in range(STEPS):
     optimiser.zero_grad()
@@ -146,10 +163,14 @@ def steps(model: nn.Module, family: Family, tokens: np.ndarray, gaps: Gaps) -> A
     optimiser.step()
     losses.append(loss.item())
   final = numpy(published(named, family))
-  return {'losses': np.array(losses), 'grad_norms': np.array(norms)} | {f'param/{k}': v for k, v in final.items()}
+  return {'losses': np.array(losses), 'grad_norms': np.array(norms)} | {
+    f'param/{k}': v for k, v in final.items()
+  }
 
 
-def multi_token(model: nn.Module, mtp: MtpModel, family: Family, golden: Arrays, gaps: Gaps) -> Arrays:
+def multi_token(
+  model: nn.Module, mtp: MtpModel, family: Family, golden: Arrays, gaps: Gaps
+) -> Arrays:
   """Logits, combine weights and loss of the MTP blocks, and that loss's gradients by them and by the main model."""
   out = {}
   for case in PADDING:
@@ -157,7 +178,7 @@ def multi_token(model: nn.Module, mtp: MtpModel, family: Family, golden: Arrays,
     with torch.no_grad(), watching(mtp, family) as watch:
       logits = mtp_logits(model, mtp, tokens, mask)
     for k, x in enumerate(logits):
-      valid = (mask[:, :-1 - k] * mask[:, k + 1:]).bool()
+      valid = (mask[:, : -1 - k] * mask[:, k + 1 :]).bool()
       gaps.add('mtp', watch.gap[k][valid.flatten()])
       arrays = {'logits': x, 'combine': watch.combine[k].unflatten(0, valid.shape)}
       out |= {f'{case}_{name}_{k}'.strip('_'): v.numpy() for name, v in arrays.items()}
@@ -186,10 +207,13 @@ def noise(model: nn.Module, family: Family, files: dict[str, Arrays]) -> dict[st
   grads, after = loss_gradients(model, family, tokens), steps(model, family, tokens, Gaps(0.0))
   change = {k: float(np.abs(x - after[k]).max()) for k, x in files['steps.npz'].items()}
   out = {
-      'logits': float(np.abs(logits - files['golden.npz']['logits']).max()),
-      'gradients': max(float(np.abs(grads[k] - x).max() / np.abs(x).max()) for k, x in files['grads.npz'].items()),
-      'losses of steps': change['losses'],
-      'parameters after steps': max(x for k, x in change.items() if k.startswith('param/'))}
+    'logits': float(np.abs(logits - files['golden.npz']['logits']).max()),
+    'gradients': max(
+      float(np.abs(grads[k] - x).max() / np.abs(x).max()) for k, x in files['grads.npz'].items()
+    ),
+    'losses of steps': change['losses'],
+    'parameters after steps': max(x for k, x in change.items() if k.startswith('param/')),
+  }
   if max(out.values()) > MAX_NOISE:
     raise Unfit('noise')
   return out

@@ -3,6 +3,7 @@
 The gap is that between the last chosen and the first one not chosen, of groups and of experts; where it is small,
 float noise decides, and a golden would be a coin.
 """
+
 import contextlib
 from collections.abc import Callable, Iterator
 
@@ -11,9 +12,14 @@ from models import Family
 from torch import nn
 
 SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    'sigmoid': torch.sigmoid, 'softmax': lambda x: x.softmax(-1), 'logits': lambda x: x}
+  'sigmoid': torch.sigmoid,
+  'softmax': lambda x: x.softmax(-1),
+  'logits': lambda x: x,
+}
 GROUPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    'top2': lambda x: x.topk(2, -1).values.sum(-1), 'max': lambda x: x.max(-1).values}
+  'top2': lambda x: x.topk(2, -1).values.sum(-1),
+  'max': lambda x: x.max(-1).values,
+}
 
 
 class Watch:
@@ -29,7 +35,9 @@ def watching(model: nn.Module, family: Family) -> Iterator[Watch]:
   """Hooks on every router of `model` for as long as the context lasts."""
   watch = Watch()
 
-  def hook(router: nn.Module, _: tuple, out: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+  def hook(
+    router: nn.Module, _: tuple, out: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+  ) -> None:
     logits, weights, ids = (x.detach() for x in out)
     watch.combine.append(torch.zeros_like(logits).scatter(1, ids, weights))
     watch.gap.append(gap(logits, ids, router, family))
@@ -60,7 +68,9 @@ def gap(logits: torch.Tensor, ids: torch.Tensor, router: nn.Module, family: Fami
   scores, order = choice.sort(-1, descending=True)
   gaps.append(scores[:, router.top_k - 1] - scores[:, router.top_k])
   smallest = torch.stack(gaps).amin(0)
-  others = (order[:, :router.top_k].sort(-1).values != ids.sort(-1).values).any(-1)
+  others = (order[:, : router.top_k].sort(-1).values != ids.sort(-1).values).any(-1)
   if (others & (smallest > 1e-6)).any():
-    raise ValueError(f'{family.model}: score={family.score!r}, group={family.group!r} do not choose as its router does')
+    raise ValueError(
+      f'{family.model}: score={family.score!r}, group={family.group!r} do not choose as its router does'
+    )
   return smallest

@@ -1,4 +1,5 @@
 """config.json as this transformers writes it, and the same as hub files of before have it."""
+
 import json
 from pathlib import Path
 
@@ -29,7 +30,9 @@ def older(config: Config, family: Family) -> Config:
   out['rope_theta'] = scaling.pop('rope_theta')
   if 'partial_rotary_factor' in scaling:
     out['partial_rotary_factor'] = scaling.pop('partial_rotary_factor')
-  if 'head_dim' in family.config:  # others derive it; transformers writes there the rope part of a latent head
+  if (
+    'head_dim' in family.config
+  ):  # others derive it; transformers writes there the rope part of a latent head
     out['head_dim'] = config['head_dim']
   scaling['type'] = scaling.pop('rope_type')
   out['rope_scaling'] = None if scaling['type'] == 'default' else scaling

@@ -1,4 +1,5 @@
 """Decoding: caches and guesses give what running everything anew would; draws are as asked for; two programs do all."""
+
 import dataclasses
 import functools
 import zlib
@@ -30,28 +31,66 @@ GREEDY = SampleConfig(max_tokens=24, temperature=0.0)
 PROMPTS = [[1, 2, 3], [*range(24)][::-1], [7], [5, 11, 5, 11, 5, 11, 5, 11], [3, 1]]
 MOE = MoEConfig(RouterConfig(E, 2), d_expert=8)
 YARN = YarnConfig(4.0, 8, mscale=0.7, mscale_all_dim=1.3)
-BASE = ModelConfig(vocab_size=V, d_model=16, num_layers=2, d_ff=16, init=InitConfig(0.5), moe=MOE,
-                   attention=AttentionConfig(2, 1, 8))
+BASE = ModelConfig(
+  vocab_size=V,
+  d_model=16,
+  num_layers=2,
+  d_ff=16,
+  init=InitConfig(0.5),
+  moe=MOE,
+  attention=AttentionConfig(2, 1, 8),
+)
 # Each with what its kind of published model has.
 KINDS = {
   'grouped': dataclasses.replace(BASE, mtp_depth=1, tie_embeddings=True, sandwich_norm=True),
   'windows and sinks': dataclasses.replace(
-    BASE, num_layers=3, mtp_depth=3, attention=AttentionConfig(
-      4, 2, 8, windows=(4, 0), sinks=True, qkv_bias=True, out_bias=True,
-      rope=RopeConfig(yarn=dataclasses.replace(YARN, truncate=False))),
-    moe=MoEConfig(RouterConfig(E, 2, weigh='softmax', logit_bias=True), d_expert=8, activation='clamped_swiglu',
-                  expert_bias=True)),
+    BASE,
+    num_layers=3,
+    mtp_depth=3,
+    attention=AttentionConfig(
+      4,
+      2,
+      8,
+      windows=(4, 0),
+      sinks=True,
+      qkv_bias=True,
+      out_bias=True,
+      rope=RopeConfig(yarn=dataclasses.replace(YARN, truncate=False)),
+    ),
+    moe=MoEConfig(
+      RouterConfig(E, 2, weigh='softmax', logit_bias=True),
+      d_expert=8,
+      activation='clamped_swiglu',
+      expert_bias=True,
+    ),
+  ),
   'latent': dataclasses.replace(
-    BASE, num_dense_layers=1, mtp_depth=2,
-    attention=AttentionConfig(2, 2, 8, RopeConfig(interleaved=True, yarn=YARN), latent=LatentConfig(6, 10, 4, 8)),
-    moe=MoEConfig(RouterConfig(E, 2, 'sigmoid', num_groups=2, scale=2.5), d_expert=8, num_shared=1)),
+    BASE,
+    num_dense_layers=1,
+    mtp_depth=2,
+    attention=AttentionConfig(
+      2, 2, 8, RopeConfig(interleaved=True, yarn=YARN), latent=LatentConfig(6, 10, 4, 8)
+    ),
+    moe=MoEConfig(RouterConfig(E, 2, 'sigmoid', num_groups=2, scale=2.5), d_expert=8, num_shared=1),
+  ),
   'partial rope': dataclasses.replace(
-    BASE, num_dense_layers=1, mtp_depth=1,
-    attention=AttentionConfig(2, 1, 8, RopeConfig(fraction=0.5), qk_norm='head', qkv_bias=True)),
+    BASE,
+    num_dense_layers=1,
+    mtp_depth=1,
+    attention=AttentionConfig(2, 1, 8, RopeConfig(fraction=0.5), qk_norm='head', qkv_bias=True),
+  ),
   'latent window': dataclasses.replace(
-    BASE, num_layers=3, mtp_depth=4, attention=AttentionConfig(2, 2, 8, windows=(3,), latent=LatentConfig(6, 0, 4, 8))),
+    BASE,
+    num_layers=3,
+    mtp_depth=4,
+    attention=AttentionConfig(2, 2, 8, windows=(3,), latent=LatentConfig(6, 0, 4, 8)),
+  ),
 }
-HEAVY = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in ('latent', 'windows and sinks')]
+HEAVY = [
+  pytest.param(kind, marks=pytest.mark.slow)
+  for kind in KINDS
+  if kind not in ('latent', 'windows and sinks')
+]
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +100,10 @@ def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, name, program)
 
 
-PROGRAMS = {'prefill': jax.jit(prefill.__wrapped__, donate_argnums=3, compiler_options=QUICK),
-            'step': jax.jit(step.__wrapped__, donate_argnums=2, compiler_options=QUICK)}
+PROGRAMS = {
+  'prefill': jax.jit(prefill.__wrapped__, donate_argnums=3, compiler_options=QUICK),
+  'step': jax.jit(step.__wrapped__, donate_argnums=2, compiler_options=QUICK),
+}
 
 
 @functools.cache
@@ -71,6 +112,7 @@ def model_of(cfg: ModelConfig) -> Transformer:
 
   The depths read the token ahead most, as the model does: they guess right at times.
   """
+
   def drawn(path: tuple, a: jax.ShapeDtypeStruct) -> np.ndarray:
     name = jax.tree_util.keystr(path)
     rng = np.random.default_rng(zlib.crc32(name.encode()))
@@ -79,15 +121,21 @@ def model_of(cfg: ModelConfig) -> Transformer:
     of = rng.normal(scale=0.3 if 'mtp' in name else 0.5, size=a.shape)
     return (of + 2 * np.eye(*a.shape[-2:]) if 'projection' in name else of).astype(a.dtype)
 
-  return jax.tree_util.tree_map_with_path(drawn, jax.eval_shape(lambda: Transformer(jax.random.key(0), cfg)))
+  return jax.tree_util.tree_map_with_path(
+    drawn, jax.eval_shape(lambda: Transformer(jax.random.key(0), cfg))
+  )
 
 
 def biases(cfg: ModelConfig) -> np.ndarray:
   return np.random.default_rng(1).normal(scale=0.3, size=(cfg.num_moe_layers, E)).astype(np.float32)
 
 
-def decoded(model: Transformer, cfg: SampleConfig, prompts: Sequence[Sequence[int]] = PROMPTS,
-            ends: tuple[int, ...] = ()) -> tuple[list[list[int]], list[list[int]]]:
+def decoded(
+  model: Transformer,
+  cfg: SampleConfig,
+  prompts: Sequence[Sequence[int]] = PROMPTS,
+  ends: tuple[int, ...] = (),
+) -> tuple[list[list[int]], list[list[int]]]:
   """What each row says, and how many tokens each step gave each row."""
   steps = list(sampling.decode(model, biases(model.cfg), prompts, cfg, ends))
   said = [sum((new[row] for new in steps), []) for row in range(len(prompts))]
@@ -99,7 +147,9 @@ def anew(model: Transformer, tokens: jax.Array, router: jax.Array) -> tuple[jax.
   """The likeliest token after each, of the model and of each depth: everything at once, without a cache."""
   segments = (tokens >= 0).astype(jnp.int32)
   at = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  batch = Batch(jnp.maximum(tokens, 0), tokens, segments > 0, segments, at, jnp.zeros(len(tokens), jnp.int32))
+  batch = Batch(
+    jnp.maximum(tokens, 0), tokens, segments > 0, segments, at, jnp.zeros(len(tokens), jnp.int32)
+  )
   out = model(batch, router)
   return tuple(model.logits(hidden).argmax(-1) for hidden in (out.hidden, *out.mtp_hidden))
 
@@ -109,21 +159,29 @@ def padded(texts: Sequence[Sequence[int]]) -> np.ndarray:
   return np.array([[*text, *[-1] * (64 - len(text))] for text in texts], np.int32)
 
 
-@pytest.mark.parametrize('kind', ['latent', pytest.param('windows and sinks', marks=pytest.mark.slow), *HEAVY])
+@pytest.mark.parametrize(
+  'kind', ['latent', pytest.param('windows and sinks', marks=pytest.mark.slow), *HEAVY]
+)
 def test_the_cache_decodes_what_running_anew_would(kind: str) -> None:
   """Token for token, with guesses and without, rows of all lengths, rings gone round several times."""
   cfg = KINDS[kind]
   model = model_of(cfg)
   plain, _ = decoded(model, GREEDY)
-  likeliest = np.asarray(anew(model, padded([p + said for p, said in zip(PROMPTS, plain)]), biases(cfg))[0])
-  assert plain == [row[len(p) - 1:len(p) + 23].tolist() for p, row in zip(PROMPTS, likeliest)]
-  assert len({*map(tuple, plain)}) == len(PROMPTS) and len({*sum(plain, [])}) > 9, 'prompts and tokens that matter'
+  likeliest = np.asarray(
+    anew(model, padded([p + said for p, said in zip(PROMPTS, plain)]), biases(cfg))[0]
+  )
+  assert plain == [row[len(p) - 1 : len(p) + 23].tolist() for p, row in zip(PROMPTS, likeliest)]
+  assert len({*map(tuple, plain)}) == len(PROMPTS) and len({*sum(plain, [])}) > 9, (
+    'prompts and tokens that matter'
+  )
   guessed, counts = decoded(model, dataclasses.replace(GREEDY, draft=True))
   assert guessed == plain
   assert {1, 2} <= {*sum(counts, [])}, 'some guesses were right and some were wrong'
 
 
-@pytest.mark.parametrize('kind', ['latent', *HEAVY, pytest.param('windows and sinks', marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  'kind', ['latent', *HEAVY, pytest.param('windows and sinks', marks=pytest.mark.slow)]
+)
 def test_guesses_are_those_of_the_text_so_far(kind: str) -> None:
   """Of every step and row: what each depth says of all known tokens and the guesses before it, without a cache."""
   cfg = KINDS[kind]
@@ -139,8 +197,12 @@ def test_guesses_are_those_of_the_text_so_far(kind: str) -> None:
   texts, checked = [list(p) for p in PROMPTS], 0
   for new, chunk in zip(steps, seen):
     texts = [text + tokens for text, tokens in zip(texts, new)]
-    going = [row for row, text in enumerate(texts) if new[row] and len(text) < len(PROMPTS[row]) + 24]
-    likeliest = anew(model, padded([text + chunk[row, 1:].tolist() for row, text in enumerate(texts)]), router)
+    going = [
+      row for row, text in enumerate(texts) if new[row] and len(text) < len(PROMPTS[row]) + 24
+    ]
+    likeliest = anew(
+      model, padded([text + chunk[row, 1:].tolist() for row, text in enumerate(texts)]), router
+    )
     for row in going:
       assert chunk[row, 0] == texts[row][-1]
       want = [int(of[row, len(texts[row]) - 2]) for of in likeliest[1:]]
@@ -150,8 +212,14 @@ def test_guesses_are_those_of_the_text_so_far(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('kind', 'sizes'), [
-  ('windows and sinks', MeshConfig(data=1, fsdp=2, expert=2, tensor=2)), ('latent', MeshConfig(data=8))], ids=str)
+@pytest.mark.parametrize(
+  ('kind', 'sizes'),
+  [
+    ('windows and sinks', MeshConfig(data=1, fsdp=2, expert=2, tensor=2)),
+    ('latent', MeshConfig(data=8)),
+  ],
+  ids=str,
+)
 def test_a_mesh_changes_nothing(kind: str, sizes: MeshConfig) -> None:
   """Five rows on four devices or eight; there, too, all steps are one program."""
   cfg = KINDS[kind]
@@ -164,17 +232,26 @@ def test_a_mesh_changes_nothing(kind: str, sizes: MeshConfig) -> None:
     assert PROGRAMS['step']._cache_size() == before + 1
 
 
-@pytest.mark.parametrize('kind', [pytest.param('windows and sinks', marks=pytest.mark.slow), 'latent'])
+@pytest.mark.parametrize(
+  'kind', [pytest.param('windows and sinks', marks=pytest.mark.slow), 'latent']
+)
 def test_a_step_leaves_what_it_was_given(kind: str) -> None:
   """In bfloat16, too: the same shapes and dtypes from prefill and step, or the second step would be compiled anew."""
   cfg = dataclasses.replace(KINDS[kind], dtype='bfloat16')
-  model, starts = jax.eval_shape(lambda: Transformer(jax.random.key(0), cfg)), jnp.zeros(2, jnp.int32)
+  model, starts = (
+    jax.eval_shape(lambda: Transformer(jax.random.key(0), cfg)),
+    jnp.zeros(2, jnp.int32),
+  )
   drawing = Drawing(jax.random.key(0), *map(jnp.asarray, (1.0, 0, 0.9)))
   for depths in (0, min(cfg.mtp_depth, decode.MOST_GUESSES)):
-    def both(model: Transformer, router: np.ndarray, depths: int = depths) -> tuple[decode.Decoding, decode.Decoding]:
+
+    def both(
+      model: Transformer, router: np.ndarray, depths: int = depths
+    ) -> tuple[decode.Decoding, decode.Decoding]:
       caches = empty_caches(2, 32, cfg, depths)
       state, _ = prefill(model, router, np.ones((2, 16), np.int32), caches, starts, drawing)
       return state, step(model, router, state, starts == 0, drawing)[0]
+
     given, left = jax.eval_shape(both, model, biases(cfg))
     assert given == left and given.chunk.shape == (2, 1 + depths)
     assert given.caches['blocks'][0].entries[0].dtype == given.hidden.dtype == jnp.bfloat16
@@ -189,8 +266,12 @@ def test_rows_that_have_ended_are_padding_and_stay() -> None:
   alive = np.array([True, False, True, True, False])
   state, _, counts = PROGRAMS['step'](model, router, state, alive, drawing)
   for cache in (cache for turn in state.caches.values() for cache in turn):
-    np.testing.assert_array_equal(cache.length, np.broadcast_to(24 + np.where(alive, counts, 0), cache.length.shape))
-    np.testing.assert_array_equal(cache.segments[:, :, 24], np.broadcast_to(alive, cache.segments.shape[:2]))
+    np.testing.assert_array_equal(
+      cache.length, np.broadcast_to(24 + np.where(alive, counts, 0), cache.length.shape)
+    )
+    np.testing.assert_array_equal(
+      cache.segments[:, :, 24], np.broadcast_to(alive, cache.segments.shape[:2])
+    )
 
 
 def certain(depth: int) -> Transformer:
@@ -211,7 +292,9 @@ def certain(depth: int) -> Transformer:
 def test_a_model_that_knows_what_it_will_say_says_it_at_once(depth: int) -> None:
   """As many tokens a step as there are depths, and one; where one depth is wrong, only as many as are before it."""
   model = certain(depth)
-  ask = SampleConfig(1 + 4 * (depth + 1), temperature=0.0, draft=True)   # 13 tokens of depth 2: as the next tests
+  ask = SampleConfig(
+    1 + 4 * (depth + 1), temperature=0.0, draft=True
+  )  # 13 tokens of depth 2: as the next tests
   said, counts = decoded(model, ask)
   assert counts == [[1] * len(PROMPTS)] + [[depth + 1] * len(PROMPTS)] * 4
   assert said == decoded(model, dataclasses.replace(ask, draft=False))[0]
@@ -240,10 +323,15 @@ def test_a_row_ends_by_itself(draft: bool) -> None:
   said, _ = decoded(model, ask)
   end = next(token for token in said[0][1:5] if any(token not in other for other in said[1:]))
   ended, counts = decoded(model, ask, ends=(end,))
-  want = [row[:row.index(end) + 1] if end in row else row for row in said]
+  want = [row[: row.index(end) + 1] if end in row else row for row in said]
   assert ended == want and len({*map(len, want)}) > 1 and max(map(len, want)) == 13
-  assert all(new == 0 for row, text in enumerate(want) for new in
-             [counts[i][row] for i in range(len(counts)) if sum(c[row] for c in counts[:i]) >= len(text)])
+  assert all(
+    new == 0
+    for row, text in enumerate(want)
+    for new in [
+      counts[i][row] for i in range(len(counts)) if sum(c[row] for c in counts[:i]) >= len(text)
+    ]
+  )
   assert decoded(model, ask, [PROMPTS[2], *PROMPTS[1:2] * 4], (end,))[0][:2] == [want[2], want[1]]
 
 
@@ -289,11 +377,22 @@ def test_there_is_room_for_guesses_beyond_the_last_token(monkeypatch: pytest.Mon
   assert min(asked) >= 0 and max(asked) < 10 and len(asked) == 19
 
 
-@pytest.mark.parametrize(('cfg', 'told'), [
-  (BASE, 'mtp_depth=0: use draft=False'),
-  (dataclasses.replace(BASE, mtp_depth=1, moe=MoEConfig(RouterConfig(E, 2, selection='expert_choice'), d_expert=8)),
-   "selection='expert_choice'")], ids=['one token', 'not causal'])
-def test_guesses_are_refused_where_there_are_none_or_they_would_matter(cfg: ModelConfig, told: str) -> None:
+@pytest.mark.parametrize(
+  ('cfg', 'told'),
+  [
+    (BASE, 'mtp_depth=0: use draft=False'),
+    (
+      dataclasses.replace(
+        BASE, mtp_depth=1, moe=MoEConfig(RouterConfig(E, 2, selection='expert_choice'), d_expert=8)
+      ),
+      "selection='expert_choice'",
+    ),
+  ],
+  ids=['one token', 'not causal'],
+)
+def test_guesses_are_refused_where_there_are_none_or_they_would_matter(
+  cfg: ModelConfig, told: str
+) -> None:
   with pytest.raises(ConfigError, match=told):
     sampling.guesses(cfg, SampleConfig(draft=True))
   assert sampling.guesses(cfg, SampleConfig()) == 0
@@ -303,17 +402,31 @@ PROBABILITIES = np.array([0.5, 0.3, 0.15, 0.05])
 drawn = jax.jit(draw, compiler_options=QUICK)
 
 
-def counted(logits: np.ndarray, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> np.ndarray:
+def counted(
+  logits: np.ndarray, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> np.ndarray:
   """How often each token comes, of 4000 draws."""
   drawing = Drawing(jax.random.key(0), *map(jnp.asarray, (temperature, top_k, top_p)))
-  tokens = drawn(np.tile(logits.astype(np.float32), (4, 1000, 1)), np.tile(np.arange(1000), (4, 1)), drawing)
+  tokens = drawn(
+    np.tile(logits.astype(np.float32), (4, 1000, 1)), np.tile(np.arange(1000), (4, 1)), drawing
+  )
   return np.bincount(np.asarray(tokens).ravel(), minlength=len(logits)) / 4000
 
 
-@pytest.mark.parametrize(('settings', 'kept'), [
-  *(({'top_p': p}, kept) for p, kept in ((1.0, 4), (0.96, 4), (0.9, 3), (0.79, 2), (0.49, 1), (0.3, 1), (1e-6, 1))),
-  *(({'top_k': k}, kept) for k, kept in ((0, 4), (1, 1), (2, 2), (3, 3), (4, 4), (9, 4))),
-  ({'top_k': 3, 'top_p': 0.8}, 2), ({'top_k': 2, 'top_p': 0.62}, 1), ({'top_k': 2, 'top_p': 0.63}, 2)], ids=str)
+@pytest.mark.parametrize(
+  ('settings', 'kept'),
+  [
+    *(
+      ({'top_p': p}, kept)
+      for p, kept in ((1.0, 4), (0.96, 4), (0.9, 3), (0.79, 2), (0.49, 1), (0.3, 1), (1e-6, 1))
+    ),
+    *(({'top_k': k}, kept) for k, kept in ((0, 4), (1, 1), (2, 2), (3, 3), (4, 4), (9, 4))),
+    ({'top_k': 3, 'top_p': 0.8}, 2),
+    ({'top_k': 2, 'top_p': 0.62}, 1),
+    ({'top_k': 2, 'top_p': 0.63}, 2),
+  ],
+  ids=str,
+)
 def test_draws_are_from_the_likeliest_alone(settings: dict[str, float], kept: int) -> None:
   """top_p is of what top_k leaves: of two, the first has 0.625. The likeliest need not come first."""
   order = np.array([2, 0, 3, 1])
@@ -328,7 +441,9 @@ def test_draws_are_from_the_likeliest_alone(settings: dict[str, float], kept: in
 @pytest.mark.parametrize('temperature', [0.5, 2.0])
 def test_temperature_flattens_or_sharpens(temperature: float) -> None:
   want = PROBABILITIES ** (1 / temperature)
-  np.testing.assert_allclose(counted(np.log(PROBABILITIES), temperature), want / want.sum(), atol=0.03)
+  np.testing.assert_allclose(
+    counted(np.log(PROBABILITIES), temperature), want / want.sum(), atol=0.03
+  )
   # At temperature 2 the likeliest has 0.38 only: a nucleus of 0.5 holds two.
   assert (counted(np.log(PROBABILITIES), 2.0, top_p=0.5) > 0).sum() == 2
   assert (counted(np.log(PROBABILITIES), 0.0, top_k=4, top_p=0.5) == [1, 0, 0, 0]).all()
@@ -340,14 +455,16 @@ def test_the_foremost_are_those_that_a_sort_would_find(spread: float) -> None:
   rng = np.random.default_rng(0)
   x = (spread * rng.normal(size=(6, 1000))).astype(np.float32)
   x[1, ::3], x[2, 1::2], x[3] = 0.0, -np.inf, np.abs(x[3])
-  x[4] = np.round(x[4]) + 0.0   # no -0, which is less than 0 here
-  x[5] = rng.permutation(1000).astype(np.float32) * np.float32(2.0**-23) + 1   # neighbours
+  x[4] = np.round(x[4]) + 0.0  # no -0, which is less than 0 here
+  x[5] = rng.permutation(1000).astype(np.float32) * np.float32(2.0**-23) + 1  # neighbours
   probs = np.asarray(jax.nn.softmax(x))
   for weights, amounts in ((np.ones_like(x), (1, 7, 400, 1000)), (probs, (1e-3, 0.3, 0.9, 0.999))):
     for amount in amounts:
       got = np.asarray(foremost(x, weights, amount, True))
       for row in range(len(x)):
         order = np.argsort(-x[row], kind='stable')
-        reached = np.searchsorted(np.cumsum(weights[row][order].astype(np.float64)), amount * (1 - 1e-6))
+        reached = np.searchsorted(
+          np.cumsum(weights[row][order].astype(np.float64)), amount * (1 - 1e-6)
+        )
         least = x[row][order[min(reached, 999)]]
         np.testing.assert_array_equal(got[row], x[row] >= least, err_msg=f'{row=} {amount=}')

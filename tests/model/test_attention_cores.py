@@ -1,4 +1,5 @@
 """Each implementation of softmax attention against the oracle: values, gradients, and exactly who sees whom."""
+
 import functools
 import itertools
 import re
@@ -18,7 +19,9 @@ from tests.support.quick import QUICK
 ROWS = sorted(set(ATTENTIONS) - {'cudnn', 'splash'})
 B, S, H, J, D = 2, 11, 4, 2, 4
 # Row 0: two documents and padding behind; row 1: padding in front, three documents, one a token long.
-SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 2, 2, 0, 0], [0, 0, 1, 1, 1, 1, 2, 3, 3, 3, 3]], np.int32)
+SEGMENTS = np.array(
+  [[1, 1, 1, 2, 2, 2, 2, 2, 2, 0, 0], [0, 0, 1, 1, 1, 1, 2, 3, 3, 3, 3]], np.int32
+)
 REAL = SEGMENTS > 0
 RNG = np.random.default_rng(0)
 Q, DY = (RNG.normal(size=(B, S, H, D)).astype(np.float32) for _ in range(2))
@@ -31,45 +34,70 @@ class Variant(NamedTuple):
   window: int = 0
   scale: float = D**-0.5
   sinks: bool = False
-  width: int = D   # of values
+  width: int = D  # of values
 
   def arrays(self, length: int = S) -> tuple[np.ndarray, ...]:
     """q, k, v and perhaps sinks."""
-    v = np.concatenate([V, -V[..., :2]], -1)[:, :length, :, :self.width]
+    v = np.concatenate([V, -V[..., :2]], -1)[:, :length, :, : self.width]
     return (Q[:, :length], K[:, :length], v, *[SINKS] * self.sinks)
 
   def dy(self, length: int = S) -> np.ndarray:
-    return np.concatenate([DY, -DY[..., :2]], -1)[:, :length, :, :self.width]
+    return np.concatenate([DY, -DY[..., :2]], -1)[:, :length, :, : self.width]
 
-  def oracle(self, segments: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, sinks: np.ndarray | None = None
-             ) -> np.ndarray:
+  def oracle(
+    self,
+    segments: np.ndarray,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    sinks: np.ndarray | None = None,
+  ) -> np.ndarray:
     return oracle.attention(q, k, v, segments, window=self.window, scale=self.scale, sinks=sinks)
 
 
 VARIANTS = {
-  'plain': Variant(), 'window': Variant(3), 'window of one': Variant(1), 'sinks': Variant(sinks=True),
-  'narrow values': Variant(0, 0.3, False, 3), 'wide values': Variant(0, 0.3, False, 6),
-  'everything': Variant(4, 0.3, True, 3)}
+  'plain': Variant(),
+  'window': Variant(3),
+  'window of one': Variant(1),
+  'sinks': Variant(sinks=True),
+  'narrow values': Variant(0, 0.3, False, 3),
+  'wide values': Variant(0, 0.3, False, 6),
+  'everything': Variant(4, 0.3, True, 3),
+}
 PLAIN = VARIANTS['plain']
 
 
-def forward(name: str, variant: Variant, segments: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array,
-            sinks: jax.Array | None = None) -> jax.Array:
+def forward(
+  name: str,
+  variant: Variant,
+  segments: jax.Array,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  sinks: jax.Array | None = None,
+) -> jax.Array:
   return ATTENTIONS[name](q, k, v, segments, variant.window, variant.scale, sinks)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
-def run(name: str, variant: Variant, arrays: tuple[jax.Array, ...], segments: jax.Array, dy: jax.Array
-        ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def run(
+  name: str, variant: Variant, arrays: tuple[jax.Array, ...], segments: jax.Array, dy: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   """y, and the gradients of y · dy to the arrays."""
   y, back = jax.vjp(functools.partial(forward, name, variant, segments), *arrays)
   return y, back(dy)
 
 
 # 11 has no even chunks, 3 has fewer tokens than there are chunks, 8 is cut evenly.
-@pytest.mark.parametrize(('name', 'variant', 'length'), [
-  *(('chunked', variant, S) for variant in VARIANTS), *(('chunked', 'plain', length) for length in (8, 3, 1)),
-  ('chunked', 'everything', 8), *(('xla', variant, S) for variant in ('plain', 'window', 'everything', 'wide values'))])
+@pytest.mark.parametrize(
+  ('name', 'variant', 'length'),
+  [
+    *(('chunked', variant, S) for variant in VARIANTS),
+    *(('chunked', 'plain', length) for length in (8, 3, 1)),
+    ('chunked', 'everything', 8),
+    *(('xla', variant, S) for variant in ('plain', 'window', 'everything', 'wide values')),
+  ],
+)
 def test_values_and_gradients_are_the_oracles(name: str, variant: str, length: int) -> None:
   this, segments = VARIANTS[variant], SEGMENTS[:, :length]
   arrays, dy, real = this.arrays(length), this.dy(length), segments > 0
@@ -79,15 +107,19 @@ def test_values_and_gradients_are_the_oracles(name: str, variant: str, length: i
     direction = np.random.default_rng(i).normal(size=gradient.shape)
 
     def f(a: np.ndarray, i: int = i) -> float:
-      return float((this.oracle(segments, *arrays[:i], a, *arrays[i + 1:]) * dy).sum())
+      return float((this.oracle(segments, *arrays[:i], a, *arrays[i + 1 :]) * dy).sum())
 
     slope = oracle.slope(f, arrays[i], direction)
-    np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-4, atol=1e-4, err_msg='qkvs'[i])
+    np.testing.assert_allclose(
+      (gradient * direction).sum(), slope, rtol=1e-4, atol=1e-4, err_msg='qkvs'[i]
+    )
 
 
 @pytest.mark.parametrize('variant', ['plain', 'window', 'everything'])
 @pytest.mark.parametrize('name', ROWS)
-def test_a_token_sees_its_own_document_up_to_itself_and_nothing_else(name: str, variant: str) -> None:
+def test_a_token_sees_its_own_document_up_to_itself_and_nothing_else(
+  name: str, variant: str
+) -> None:
   """To the bit: a key or value elsewhere changes nothing and has no gradient; one that is seen does both."""
   this = VARIANTS[variant]
   q, *kv = this.arrays()
@@ -101,13 +133,17 @@ def test_a_token_sees_its_own_document_up_to_itself_and_nothing_else(name: str, 
     k, v, *sinks = (a.copy() for a in kv)
     k[:, key] += 3
     v[:, key] -= 5
-    moved = (np.asarray(run(name, this, (q, k, v, *sinks), SEGMENTS, this.dy())[0]) != np.asarray(y)).any((-1, -2))
+    moved = (
+      np.asarray(run(name, this, (q, k, v, *sinks), SEGMENTS, this.dy())[0]) != np.asarray(y)
+    ).any((-1, -2))
     want = [[sees(b, query, key) for query in range(S)] for b in range(B)]
     np.testing.assert_array_equal(moved[REAL], np.array(want)[REAL], err_msg=f'{key=}')
   for query in range(S):
     one = np.zeros_like(this.dy())
     one[:, query] = this.dy()[:, query]
-    want = [[bool(SEGMENTS[b, query]) and sees(b, query, key) for key in range(S)] for b in range(B)]
+    want = [
+      [bool(SEGMENTS[b, query]) and sees(b, query, key) for key in range(S)] for b in range(B)
+    ]
     for gradient in run(name, this, this.arrays(), SEGMENTS, one)[1][1:3]:
       reached = np.asarray(gradient).any((-1, -2))
       # The only key that a query sees has all of its weight, whatever it is: no gradient to k.
@@ -148,7 +184,13 @@ def test_steep_scores_stay_finite_and_masked(name: str, variant: str) -> None:
 def test_a_sink_takes_what_is_its_due() -> None:
   """Of weight: all of it if it is large, none of it if it is small, whatever the head's share of the key heads."""
   y, _ = run('chunked', PLAIN, PLAIN.arrays(), SEGMENTS, DY)
-  some, _ = run('chunked', VARIANTS['sinks'], (Q, K, V, np.array([-1e9, 1e9, 0, -1e9], np.float32)), SEGMENTS, DY)
+  some, _ = run(
+    'chunked',
+    VARIANTS['sinks'],
+    (Q, K, V, np.array([-1e9, 1e9, 0, -1e9], np.float32)),
+    SEGMENTS,
+    DY,
+  )
   y, some = np.asarray(y)[REAL], np.asarray(some)[REAL]
   np.testing.assert_allclose(some[:, [0, 3]], y[:, [0, 3]], rtol=1e-6)
   assert not some[:, 1].any() and (np.abs(some[:, 2]) < np.abs(y[:, 2])).all()
@@ -159,8 +201,12 @@ def test_chunks_multiply_no_key_that_none_of_them_sees(monkeypatch: pytest.Monke
   monkeypatch.setattr(attend, 'attend', lambda q, k, *_: done.append((q.shape[1], k.shape[1])) or q)
   long = np.ones((1, 64), np.int32)
   q, k = np.zeros((1, 64, H, D)), np.zeros((1, 64, J, D))
-  for window, want in ((0, [(16, 16), (16, 32), (16, 48), (16, 64)]), (32, [(16, 16), (16, 32), (16, 47), (16, 47)]),
-                       (4, [(4, 4), *[(4, 7)] * 15]), (100, [(16, 16), (16, 32), (16, 48), (16, 64)])):
+  for window, want in (
+    (0, [(16, 16), (16, 32), (16, 48), (16, 64)]),
+    (32, [(16, 16), (16, 32), (16, 47), (16, 47)]),
+    (4, [(4, 4), *[(4, 7)] * 15]),
+    (100, [(16, 16), (16, 32), (16, 48), (16, 64)]),
+  ):
     done.clear()
     jax.eval_shape(functools.partial(forward, 'chunked', Variant(window), long), q, k, k)
     assert done == want, window
@@ -169,8 +215,10 @@ def test_chunks_multiply_no_key_that_none_of_them_sees(monkeypatch: pytest.Monke
 def test_rows_that_are_the_xla_row_here() -> None:
   assert ROWS == ['chunked', 'xla'] and set(attend.BEST.values()) <= set(ATTENTIONS)
   for variant in (PLAIN, VARIANTS['everything']):
-    xla, *others = (run(name, variant, variant.arrays(), SEGMENTS, variant.dy())[0]
-                    for name in ('xla', 'cudnn', 'splash'))
+    xla, *others = (
+      run(name, variant, variant.arrays(), SEGMENTS, variant.dy())[0]
+      for name in ('xla', 'cudnn', 'splash')
+    )
     for y in others:
       np.testing.assert_array_equal(y, xla)
 
@@ -179,19 +227,25 @@ def test_cudnn_gets_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
   """Half precision, an even length, one width that 8 divides; anything else goes to XLA, and sinks to our own."""
   asked, real = [], jax.nn.dot_product_attention
 
-  def fake(q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str, **rest: object) -> jax.Array:
+  def fake(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str, **rest: object
+  ) -> jax.Array:
     asked.append((implementation, q.shape[-1], k.shape[-1], v.shape[-1]))
     return real(q, k, v, implementation='xla', **rest)
 
   monkeypatch.setattr(jax.nn, 'dot_product_attention', fake)
   for variant, length, dtype, want in (
-      ('narrow values', 8, jnp.bfloat16, [('cudnn', 8, 8, 8)]), ('wide values', 8, jnp.bfloat16, [('cudnn', 8, 8, 8)]),
-      ('window', 8, jnp.float32, [('xla', 4, 4, 4)]), ('wide values', 3, jnp.bfloat16, [('xla', 6, 6, 6)]),
-      ('sinks', 8, jnp.bfloat16, [])):
+    ('narrow values', 8, jnp.bfloat16, [('cudnn', 8, 8, 8)]),
+    ('wide values', 8, jnp.bfloat16, [('cudnn', 8, 8, 8)]),
+    ('window', 8, jnp.float32, [('xla', 4, 4, 4)]),
+    ('wide values', 3, jnp.bfloat16, [('xla', 6, 6, 6)]),
+    ('sinks', 8, jnp.bfloat16, []),
+  ):
     this, segments = VARIANTS[variant], SEGMENTS[:, :length]
     asked.clear()
     y = jax.jit(functools.partial(forward, 'cudnn', this, segments), compiler_options=QUICK)(
-      *(jnp.asarray(a, dtype) for a in this.arrays(length)))
+      *(jnp.asarray(a, dtype) for a in this.arrays(length))
+    )
     assert asked == want and y.dtype == dtype
     want_y = this.oracle(segments, *this.arrays(length))
     np.testing.assert_allclose(y[segments > 0].astype(jnp.float32), want_y[segments > 0], atol=0.03)

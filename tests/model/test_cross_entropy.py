@@ -1,4 +1,5 @@
 """Cross entropy against the oracle, however it is cut into chunks, and that it never holds all the logits."""
+
 import functools
 import math
 import re
@@ -27,11 +28,19 @@ Z = 0.1
 
 
 @functools.partial(jax.jit, static_argnums=5)
-def run(h: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, z_coef: jax.Array, chunks: int
-        ) -> tuple[jax.Array, PerToken, tuple[jax.Array, jax.Array]]:
+def run(
+  h: jax.Array,
+  head: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+  z_coef: jax.Array,
+  chunks: int,
+) -> tuple[jax.Array, PerToken, tuple[jax.Array, jax.Array]]:
   """The loss, its parts, and its gradients to h and head. The coefficient is traced, as that of a schedule is."""
+
   def loss(h: jax.Array, head: jax.Array) -> tuple[jax.Array, PerToken]:
     return cross_entropy(h, head, targets, weights, z_coef, chunks)
+
   (total, parts), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(h, head)
   return total, parts, gradients
 
@@ -47,11 +56,15 @@ def test_value_and_gradients_are_the_oracles(z_coef: float) -> None:
   total, _, (dh, d_head) = run(H, HEAD, TARGETS, WEIGHTS, z_coef, 4)
   np.testing.assert_allclose(total, want(h, head, z_coef), rtol=1e-6)
   alone, _ = jax.jit(cross_entropy, static_argnums=5)(H, HEAD, TARGETS, WEIGHTS, z_coef, 4)
-  np.testing.assert_allclose(alone, total, rtol=1e-6, err_msg='another value where nothing is differentiated')
   np.testing.assert_allclose(
-    dh, oracle.finite_difference(lambda a: want(a, head, z_coef), h), rtol=1e-4, atol=1e-7)
+    alone, total, rtol=1e-6, err_msg='another value where nothing is differentiated'
+  )
   np.testing.assert_allclose(
-    d_head, oracle.finite_difference(lambda a: want(h, a, z_coef), head), rtol=1e-4, atol=1e-7)
+    dh, oracle.finite_difference(lambda a: want(a, head, z_coef), h), rtol=1e-4, atol=1e-7
+  )
+  np.testing.assert_allclose(
+    d_head, oracle.finite_difference(lambda a: want(h, a, z_coef), head), rtol=1e-4, atol=1e-7
+  )
   assert not any(dh[at].any() for at in IGNORED), 'nothing is to be predicted there'
 
 
@@ -96,11 +109,17 @@ def test_bfloat16_rounds_the_factors_of_the_product_only() -> None:
   """Logits and all after them are float32: the loss is the oracle's, of the rounded h and head."""
   h, head = (a.astype(jnp.bfloat16) for a in (H, HEAD))
   total, parts, (dh, d_head) = run(h, HEAD, TARGETS, WEIGHTS, Z, 4)
-  assert dh.dtype == jnp.bfloat16 and {a.dtype for a in (total, d_head, *parts)} == {jnp.dtype('float32')}
-  np.testing.assert_allclose(total, want(h.astype(np.float64), head.astype(np.float64), Z), rtol=1e-6)
+  assert dh.dtype == jnp.bfloat16 and {a.dtype for a in (total, d_head, *parts)} == {
+    jnp.dtype('float32')
+  }
+  np.testing.assert_allclose(
+    total, want(h.astype(np.float64), head.astype(np.float64), Z), rtol=1e-6
+  )
   _, _, (dh32, d_head32) = run(H, HEAD, TARGETS, WEIGHTS, Z, 4)
   for rounded, full in ((dh, dh32), (d_head, d_head32)):
-    np.testing.assert_allclose(rounded.astype(jnp.float32), full, atol=0.03 * float(jnp.abs(full).max()))
+    np.testing.assert_allclose(
+      rounded.astype(jnp.float32), full, atol=0.03 * float(jnp.abs(full).max())
+    )
 
 
 def test_large_logits_and_a_batch_without_targets() -> None:
@@ -113,8 +132,15 @@ def test_large_logits_and_a_batch_without_targets() -> None:
 
 def biggest_array(h: tuple[int, ...], vocab: int, chunks: int, dtype: str) -> int:
   """Numbers in the biggest array of the compiled program that makes the loss and its gradients."""
-  shapes = (jax.ShapeDtypeStruct(shape, kind) for shape, kind in (
-    (h, dtype), ((h[-1], vocab), 'float32'), (h[:2], 'int32'), (h[:2], 'float32')))
+  shapes = (
+    jax.ShapeDtypeStruct(shape, kind)
+    for shape, kind in (
+      (h, dtype),
+      ((h[-1], vocab), 'float32'),
+      (h[:2], 'int32'),
+      (h[:2], 'float32'),
+    )
+  )
   program = run.lower(*shapes, jnp.float32(Z), chunks).compile().as_text()
   found = re.findall(r'\b(?:f|bf|s|u|pred)\d*\[([\d,]+)\]', program)
   assert len(found) > 20, program
@@ -125,7 +151,9 @@ def biggest_array(h: tuple[int, ...], vocab: int, chunks: int, dtype: str) -> in
 def test_no_array_of_the_program_holds_the_logits_of_all_tokens(dtype: str) -> None:
   shape, vocab = (2, 16, 8), 256
   logits = shape[0] * shape[1] * vocab
-  assert biggest_array(shape, vocab, 1, dtype) == logits, 'in one chunk they are there, and can be seen'
+  assert biggest_array(shape, vocab, 1, dtype) == logits, (
+    'in one chunk they are there, and can be seen'
+  )
   assert biggest_array(shape, vocab, 4, dtype) <= max(logits // 4, shape[2] * vocab)
 
 
@@ -151,10 +179,17 @@ def test_weights_of_tasks_weigh_value_and_gradient_token_by_token() -> None:
 
 def test_a_config_that_cannot_be_is_one_clear_error() -> None:
   with pytest.raises(ConfigError) as error:
-    LossConfig('-1', 'much', frozendict(code=-1.0, prose=float('nan'), poems=float('inf'), all=0.0), chunks=0)
+    LossConfig(
+      '-1', 'much', frozendict(code=-1.0, prose=float('nan'), poems=float('inf'), all=0.0), chunks=0
+    )
   assert [problem.split(':')[0] for problem in error.value.problems] == [
-    "z_coef='-1' is not a schedule", "mtp_coef='much' is not a schedule", 'task_weights.code=-1.0',
-    'task_weights.prose=nan', 'task_weights.poems=inf', 'chunks=0']
+    "z_coef='-1' is not a schedule",
+    "mtp_coef='much' is not a schedule",
+    'task_weights.code=-1.0',
+    'task_weights.prose=nan',
+    'task_weights.poems=inf',
+    'chunks=0',
+  ]
   for problem in error.value.problems:
     assert ': use ' in problem, problem
 

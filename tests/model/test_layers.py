@@ -1,4 +1,5 @@
 """The plain layers against the oracle: values, the gradient of every input, and how parameters are made."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +20,11 @@ KEY = jax.random.key(0)
 
 
 def weights(layer: nnx.Module) -> dict[str, np.ndarray]:
-  return {name: np.asarray(value[...], np.float64) for name, value in vars(layer).items()
-          if isinstance(value, nnx.Param)}
+  return {
+    name: np.asarray(value[...], np.float64)
+    for name, value in vars(layer).items()
+    if isinstance(value, nnx.Param)
+  }
 
 
 def oracle_swiglu(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
@@ -48,14 +52,20 @@ def test_values_and_gradients_are_the_oracles(name: str) -> None:
   layer, oracle_layer = LAYERS[name]
   run = jax.jit(lambda layer, x: layer(x), compiler_options=QUICK)
   w = weights(layer)
-  np.testing.assert_allclose(run(layer, X), oracle_layer(X.astype(np.float64), **w), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    run(layer, X), oracle_layer(X.astype(np.float64), **w), rtol=1e-5, atol=1e-6
+  )
 
-  differentiate = jax.jit(jax.grad(lambda layer, x: (layer(x) * DY).sum(), (0, 1)), compiler_options=QUICK)
+  differentiate = jax.jit(
+    jax.grad(lambda layer, x: (layer(x) * DY).sum(), (0, 1)), compiler_options=QUICK
+  )
   to_layer, to_x = differentiate(layer, X)
   for key, gradient in (weights(to_layer) | {'x': to_x}).items():
+
     def f(a: np.ndarray, key: str = key) -> float:
       inputs = {'x': X.astype(np.float64)} | w | {key: a}
       return float((oracle_layer(**inputs) * DY).sum())
+
     want = oracle.finite_difference(f, {'x': X, **w}[key])
     np.testing.assert_allclose(gradient, want, rtol=1e-4, atol=1e-5, err_msg=key)
 
@@ -89,7 +99,9 @@ def test_embed_looks_up_rows_and_adds_up_their_gradients() -> None:
   look_up = jax.jit(lambda embed, dtype: embed(TOKENS, dtype), static_argnums=1)
   for dtype in (jnp.float32, jnp.bfloat16):
     np.testing.assert_array_equal(look_up(embed, dtype), table[TOKENS].astype(dtype))
-  gradient = jax.jit(jax.grad(lambda embed: (embed(TOKENS, jnp.float32) * DY).sum()))(embed).table[...]
+  gradient = jax.jit(jax.grad(lambda embed: (embed(TOKENS, jnp.float32) * DY).sum()))(embed).table[
+    ...
+  ]
   want = np.zeros((V, D))
   for t in np.ndindex(TOKENS.shape):
     want[TOKENS[t]] += DY[t]
@@ -115,7 +127,9 @@ def test_parameters_are_float32_and_know_their_axes(name: str) -> None:
   found = {key: value for key, value in vars(layer).items() if isinstance(value, nnx.Param)}
   assert {key: value.get_metadata('axes') for key, value in found.items()} == AXES[name]
   assert all(value[...].dtype == jnp.float32 for value in found.values())
-  assert layer(jnp.asarray(X, jnp.bfloat16)).dtype == jnp.bfloat16, 'computes in the dtype it is given'
+  assert layer(jnp.asarray(X, jnp.bfloat16)).dtype == jnp.bfloat16, (
+    'computes in the dtype it is given'
+  )
 
 
 def test_param_wants_an_axis_for_each_dimension() -> None:

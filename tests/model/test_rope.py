@@ -1,4 +1,5 @@
 """Rotary positions against the oracle, and what they are for: only the distance of two tokens counts."""
+
 import dataclasses
 
 import jax
@@ -7,7 +8,14 @@ import numpy as np
 import pytest
 
 from moejax.config import ConfigError
-from moejax.model.rope import RopeConfig, YarnConfig, attention_factor, inverse_frequencies, rotate, softmax_factor
+from moejax.model.rope import (
+  RopeConfig,
+  YarnConfig,
+  attention_factor,
+  inverse_frequencies,
+  rotate,
+  softmax_factor,
+)
 from tests.support import oracle
 
 B, S, H, D = 2, 5, 3, 8
@@ -41,33 +49,45 @@ def test_interleaved_pairs_are_the_oracles_in_the_order_of_halves() -> None:
   cfg = dataclasses.replace(CFG, interleaved=True)
   want = oracle.rope(X, POSITIONS, 100.0, interleaved=True)
   np.testing.assert_allclose(run(X, POSITIONS, cfg), halves(want), atol=2e-3)
-  assert np.abs(halves(want) - run(halves(X), POSITIONS, CFG)).max() < 2e-3, 'the same turn of the same pairs'
+  assert np.abs(halves(want) - run(halves(X), POSITIONS, CFG)).max() < 2e-3, (
+    'the same turn of the same pairs'
+  )
   assert np.abs(halves(want) - run(X, POSITIONS, CFG)).max() > 1
 
 
 @pytest.mark.parametrize('interleaved', [False, True])
 def test_a_fraction_turns_the_first_channels_and_passes_the_others(interleaved: bool) -> None:
   cfg = RopeConfig(100.0, 0.5, interleaved)
-  y, want = run(X, POSITIONS, cfg), oracle.rope(X, POSITIONS, 100.0, rotated=4, interleaved=interleaved)
+  y, want = (
+    run(X, POSITIONS, cfg),
+    oracle.rope(X, POSITIONS, 100.0, rotated=4, interleaved=interleaved),
+  )
   np.testing.assert_array_equal(y[..., 4:], X[..., 4:])
-  np.testing.assert_allclose(y[..., :4], halves(want[..., :4]) if interleaved else want[..., :4], atol=2e-3)
+  np.testing.assert_allclose(
+    y[..., :4], halves(want[..., :4]) if interleaved else want[..., :4], atol=2e-3
+  )
 
 
 # A ramp over some pairs, over a part of one, of no width at all; ends outside the pairs; the published ones.
 YARNS = {
-  'ramp': (8, 100.0, YarnConfig(4.0, 64)), 'not truncated': (8, 100.0, YarnConfig(4.0, 64, truncate=False)),
-  'steep': (8, 100.0, YarnConfig(4.0, 64, 2.0, 1.9, truncate=False)), 'no ramp': (8, 100.0, YarnConfig(4.0, 5)),
+  'ramp': (8, 100.0, YarnConfig(4.0, 64)),
+  'not truncated': (8, 100.0, YarnConfig(4.0, 64, truncate=False)),
+  'steep': (8, 100.0, YarnConfig(4.0, 64, 2.0, 1.9, truncate=False)),
+  'no ramp': (8, 100.0, YarnConfig(4.0, 5)),
   'no width': (8, 100.0, YarnConfig(4.0, 4096, 30.0, 30.0, truncate=False)),
   'short': (4, 10.0, YarnConfig(2.0, 4096, 3.0)),
-  'deepseek': (64, 10_000.0, YarnConfig(40.0, 4096)), 'gpt-oss': (64, 150_000.0, YarnConfig(32.0, truncate=False))}
+  'deepseek': (64, 10_000.0, YarnConfig(40.0, 4096)),
+  'gpt-oss': (64, 150_000.0, YarnConfig(32.0, truncate=False)),
+}
 
 
 @pytest.mark.parametrize('name', YARNS)
 def test_yarn_is_the_oracles(name: str) -> None:
   dim, theta, yarn = YARNS[name]
   got = inverse_frequencies(dim, RopeConfig(theta, yarn=yarn))
-  want = oracle.yarn_frequencies(dim, theta, yarn.factor, yarn.original_length, yarn.beta_fast, yarn.beta_slow,
-                                 yarn.truncate)
+  want = oracle.yarn_frequencies(
+    dim, theta, yarn.factor, yarn.original_length, yarn.beta_fast, yarn.beta_slow, yarn.truncate
+  )
   np.testing.assert_allclose(got, want, rtol=1e-5)
   plain = theta ** (-np.arange(0, dim, 2) / dim)
   assert (want <= plain * (1 + 1e-12)).all() and (want >= plain / yarn.factor * (1 - 1e-12)).all()
@@ -75,8 +95,14 @@ def test_yarn_is_the_oracles(name: str) -> None:
 
 def test_every_field_of_yarn_matters() -> None:
   base = RopeConfig(100.0, yarn=YarnConfig(4.0, 64, 16.0, 1.0))
-  for change in ({'factor': 1.0}, {'factor': 5.0}, {'original_length': 640}, {'beta_fast': 1.0}, {'beta_slow': 0.05},
-                 {'truncate': False}):
+  for change in (
+    {'factor': 1.0},
+    {'factor': 5.0},
+    {'original_length': 640},
+    {'beta_fast': 1.0},
+    {'beta_slow': 0.05},
+    {'truncate': False},
+  ):
     other = dataclasses.replace(base, yarn=dataclasses.replace(base.yarn, **change))
     assert np.abs(inverse_frequencies(D, base) - inverse_frequencies(D, other)).max() > 1e-3, change
 
@@ -88,10 +114,14 @@ def test_factors_are_those_of_the_published_models() -> None:
 
   m = oracle.mscale
   assert factors(mscale=0.7, mscale_all_dim=1.0) == (1, 1), 'YaRN is off'
-  assert factors(factor=32) == pytest.approx((m(32, 1), 1))                                     # gpt-oss
-  assert factors(factor=40, mscale=1, mscale_all_dim=1) == pytest.approx((1, m(40, 1)**2))      # DeepSeek-V3
-  assert factors(factor=40, mscale=0.7, mscale_all_dim=0.9) == pytest.approx((m(40, 0.7) / m(40, 0.9), m(40, 0.9)**2))
-  assert factors(factor=40, mscale_all_dim=0.9) == pytest.approx((m(40, 1), m(40, 0.9)**2))
+  assert factors(factor=32) == pytest.approx((m(32, 1), 1))  # gpt-oss
+  assert factors(factor=40, mscale=1, mscale_all_dim=1) == pytest.approx(
+    (1, m(40, 1) ** 2)
+  )  # DeepSeek-V3
+  assert factors(factor=40, mscale=0.7, mscale_all_dim=0.9) == pytest.approx(
+    (m(40, 0.7) / m(40, 0.9), m(40, 0.9) ** 2)
+  )
+  assert factors(factor=40, mscale_all_dim=0.9) == pytest.approx((m(40, 1), m(40, 0.9) ** 2))
   assert factors(factor=40, mscale=0.7) == pytest.approx((m(40, 1), 1))
   assert factors(factor=40, mscale=0.7, mscale_all_dim=0.9, attention_factor=1.5)[0] == 1.5
 
@@ -99,8 +129,14 @@ def test_factors_are_those_of_the_published_models() -> None:
 def test_the_attention_factor_is_on_the_channels_that_turn() -> None:
   cfg = RopeConfig(100.0, 0.5, yarn=YarnConfig(4.0, 64, attention_factor=1.5))
   y = run(X, POSITIONS, cfg)
-  want = oracle.rope(X, POSITIONS, 100.0, rotated=4, magnitude=1.5,
-                     frequencies=oracle.yarn_frequencies(4, 100.0, 4.0, 64))
+  want = oracle.rope(
+    X,
+    POSITIONS,
+    100.0,
+    rotated=4,
+    magnitude=1.5,
+    frequencies=oracle.yarn_frequencies(4, 100.0, 4.0, 64),
+  )
   np.testing.assert_allclose(y, want, atol=3e-3)
   assert np.linalg.norm(y[..., :4]) == pytest.approx(1.5 * np.linalg.norm(X[..., :4]), rel=1e-5)
 
@@ -134,14 +170,26 @@ def test_bfloat16_counts_past_256() -> None:
   x = jnp.ones((1, 2, 1, D), jnp.bfloat16)
   y = run(x, np.array([[300, 301]], np.int32), CFG)
   assert y.dtype == jnp.bfloat16
-  np.testing.assert_allclose(y.astype(np.float32), oracle.rope(x, [[300, 301]], CFG.theta), atol=2e-2)
+  np.testing.assert_allclose(
+    y.astype(np.float32), oracle.rope(x, [[300, 301]], CFG.theta), atol=2e-2
+  )
 
 
 def test_a_config_that_cannot_be_is_one_clear_error() -> None:
   with pytest.raises(ConfigError) as error:
     RopeConfig(theta=1.0, fraction=1.5)
-  assert error.value.problems == ('theta=1.0: use a number above 1', 'fraction=1.5: use a number above 0, at most 1')
+  assert error.value.problems == (
+    'theta=1.0: use a number above 1',
+    'fraction=1.5: use a number above 0, at most 1',
+  )
   with pytest.raises(ConfigError) as error:
-    YarnConfig(factor=0.5, original_length=0, beta_slow=40.0, mscale=-1.0, attention_factor=float('nan'))
+    YarnConfig(
+      factor=0.5, original_length=0, beta_slow=40.0, mscale=-1.0, attention_factor=float('nan')
+    )
   assert [problem.split(':')[0] for problem in error.value.problems] == [
-    'factor=0.5', 'original_length=0', 'beta_slow=40.0', 'mscale=-1.0', 'attention_factor=nan']
+    'factor=0.5',
+    'original_length=0',
+    'beta_slow=40.0',
+    'mscale=-1.0',
+    'attention_factor=nan',
+  ]

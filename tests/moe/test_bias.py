@@ -28,20 +28,30 @@ def some_state(num_experts: int, seed: int = 0) -> BiasState:
 
 
 @functools.partial(jax.jit, static_argnames='names', compiler_options=QUICK)
-def push(state: BiasState, loads: jax.Array, rate: jax.Array, names: tuple[str, ...] = (*COUNTING,)
-         ) -> dict[str, BiasState]:
+def push(
+  state: BiasState, loads: jax.Array, rate: jax.Array, names: tuple[str, ...] = (*COUNTING,)
+) -> dict[str, BiasState]:
   """Rule -> the states [n, E] that loads [n, E], or histograms [n, E, BINS], make of one state."""
-  return {rule: jax.vmap(BIAS_RULES[rule].update, (None, 0, None, None))(state, loads, rate, K) for rule in names}
+  return {
+    rule: jax.vmap(BIAS_RULES[rule].update, (None, 0, None, None))(state, loads, rate, K)
+    for rule in names
+  }
 
 
 @functools.partial(jax.jit, static_argnames='cfg', compiler_options=QUICK)
-def steps(state: BiasState, logits: jax.Array, mask: jax.Array, rate: jax.Array, cfg: RouterConfig
-          ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array], dict[str, BiasState]]:
+def steps(
+  state: BiasState, logits: jax.Array, mask: jax.Array, rate: jax.Array, cfg: RouterConfig
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array], dict[str, BiasState]]:
   """For n batches: scores, expert_ids, what each rule sees, and the state that it makes of it. logits [n, B, S, E]."""
   routing = jax.vmap(lambda z: route(z, state.bias, cfg))(logits)
-  seen = {name: jax.vmap(rule.observe, (0, None, 0))(routing, state.bias, mask) for name, rule in BIAS_RULES.items()}
-  new = {name: jax.vmap(rule.update, (None, 0, None, None))(state, seen[name], rate, cfg.top_k)
-         for name, rule in BIAS_RULES.items()}
+  seen = {
+    name: jax.vmap(rule.observe, (0, None, 0))(routing, state.bias, mask)
+    for name, rule in BIAS_RULES.items()
+  }
+  new = {
+    name: jax.vmap(rule.update, (None, 0, None, None))(state, seen[name], rate, cfg.top_k)
+    for name, rule in BIAS_RULES.items()
+  }
   return routing.scores, routing.expert_ids, seen, new
 
 
@@ -53,11 +63,17 @@ def batches() -> dict[str, tuple[np.ndarray, np.ndarray]]:
   single = np.zeros((B, S), bool)
   single[1, 3] = True
   return {
-    'plain': (z, np.ones((B, S), bool)), 'padded': (z, MASK), 'nothing counts': (z, np.zeros((B, S), bool)),
-    'one row counts': (z, np.arange(B)[:, None] * np.ones(S) > 0), 'single token': (z, single),
-    'all alike': (np.zeros_like(z), MASK), 'two alike': (z[..., [0, 0, 1, 1, 2, 2, 3, 3]], MASK),
-    'one crowd': (z + 20 * np.eye(E, dtype=np.float32)[0], MASK), 'extreme': (1e4 * np.sign(z), MASK),
-    'tiny': (1e-3 * z, MASK), 'never chosen': (z - 30 * np.eye(E, dtype=np.float32)[5], MASK),
+    'plain': (z, np.ones((B, S), bool)),
+    'padded': (z, MASK),
+    'nothing counts': (z, np.zeros((B, S), bool)),
+    'one row counts': (z, np.arange(B)[:, None] * np.ones(S) > 0),
+    'single token': (z, single),
+    'all alike': (np.zeros_like(z), MASK),
+    'two alike': (z[..., [0, 0, 1, 1, 2, 2, 3, 3]], MASK),
+    'one crowd': (z + 20 * np.eye(E, dtype=np.float32)[0], MASK),
+    'extreme': (1e4 * np.sign(z), MASK),
+    'tiny': (1e-3 * z, MASK),
+    'never chosen': (z - 30 * np.eye(E, dtype=np.float32)[5], MASK),
   }
 
 
@@ -66,16 +82,26 @@ def batches() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def test_update_is_the_oracles(rule: str, num_experts: int) -> None:
   rng = np.random.default_rng(0)
   state = some_state(num_experts)
-  loads = np.stack([
-    *rng.integers(0, 50, (8, num_experts)), np.eye(num_experts)[1] * 37, np.eye(num_experts)[2],
-    np.r_[0, rng.integers(1, 50, num_experts - 1)], np.full(num_experts, 12),
-    rng.integers(10**4, 10**5, num_experts)])
+  loads = np.stack(
+    [
+      *rng.integers(0, 50, (8, num_experts)),
+      np.eye(num_experts)[1] * 37,
+      np.eye(num_experts)[2],
+      np.r_[0, rng.integers(1, 50, num_experts - 1)],
+      np.full(num_experts, 12),
+      rng.integers(10**4, 10**5, num_experts),
+    ]
+  )
   for rate in (1e-3, 0.5):
     got = push(state, loads.astype(np.float32), rate)[rule]
     for i, load in enumerate(loads):
-      want = oracle.COUNT_RULES[rule](oracle.BiasState(*map(np.float64, state)), load.astype(np.float64), rate)
+      want = oracle.COUNT_RULES[rule](
+        oracle.BiasState(*map(np.float64, state)), load.astype(np.float64), rate
+      )
       np.testing.assert_allclose(got.bias[i], want.bias, rtol=1e-6, atol=1e-7, err_msg=f'{load}')
-      np.testing.assert_allclose(got.momentum[i], want.momentum, rtol=1e-6, atol=1e-7, err_msg=f'{load}')
+      np.testing.assert_allclose(
+        got.momentum[i], want.momentum, rtol=1e-6, atol=1e-7, err_msg=f'{load}'
+      )
   assert got.bias.dtype == got.momentum.dtype == jnp.float32 and got.bias.shape == loads.shape
 
 
@@ -142,10 +168,14 @@ def test_begins_at_zero_in_float32() -> None:
 def test_crowded_experts_go_down_and_empty_ones_up(rule: str) -> None:
   """Seen from the expert that has the mean load."""
   load = np.array([9, 5, 1, 6, 4, 10, 0], np.float32)
-  moved = np.asarray(push(init_bias_state(7), load * np.array([[1], [11], [4099]], np.float32), 1.0)[rule].bias)
+  moved = np.asarray(
+    push(init_bias_state(7), load * np.array([[1], [11], [4099]], np.float32), 1.0)[rule].bias
+  )
   for step in moved:
     relative = step - step[1]
-    np.testing.assert_array_equal(np.where(np.abs(relative) < 1e-6, 0, np.sign(relative)), np.sign(5 - load))
+    np.testing.assert_array_equal(
+      np.where(np.abs(relative) < 1e-6, 0, np.sign(relative)), np.sign(5 - load)
+    )
 
 
 @pytest.mark.parametrize('rule', ['centred_sign', 'quantile', 'smebu'])
@@ -161,7 +191,9 @@ def test_renaming_experts_renames_the_bias(rule: str) -> None:
   logits, mask = batches()['padded']
   old_name = np.random.default_rng(3).permutation(E)
   *_, want = steps(state, logits[None], mask[None], 0.01, cfg)
-  *_, got = steps(BiasState(*(a[old_name] for a in state)), logits[None, ..., old_name], mask[None], 0.01, cfg)
+  *_, got = steps(
+    BiasState(*(a[old_name] for a in state)), logits[None, ..., old_name], mask[None], 0.01, cfg
+  )
   for a, b in zip(got[rule], want[rule], strict=True):
     np.testing.assert_allclose(a, b[:, old_name], rtol=1e-6, atol=1e-8)
 
@@ -181,10 +213,13 @@ def test_layers_do_not_see_each_other(rule: str) -> None:
   """A rule is vmapped over layers [L, E]: each is as if alone."""
   logits = np.stack([batches()['padded'][0], batches()['one crowd'][0]])
   states = [some_state(E, 0), some_state(E, 1)]
-  seen = [steps(state, z[None], MASK[None], 0.01, RouterConfig(E, K))[2][rule][0]
-          for state, z in zip(states, logits, strict=True)]
+  seen = [
+    steps(state, z[None], MASK[None], 0.01, RouterConfig(E, K))[2][rule][0]
+    for state, z in zip(states, logits, strict=True)
+  ]
   both = jax.vmap(BIAS_RULES[rule].update, (0, 0, None, None))(
-    BiasState(*map(np.stack, zip(*states, strict=True))), np.stack(seen), 0.01, K)
+    BiasState(*map(np.stack, zip(*states, strict=True))), np.stack(seen), 0.01, K
+  )
   for layer in range(2):
     alone = push(states[layer], seen[layer][None], 0.01, (rule,))[rule]
     np.testing.assert_allclose(both.bias[layer], alone.bias[0], rtol=1e-6)
@@ -196,7 +231,9 @@ def test_counts_of_the_whole_batch_are_not_the_mean_of_what_shards_would_do(rule
   shards = np.array([[8, 0, 0, 0], [1, 3, 2, 2], [0, 4, 3, 9]], np.float32)
   new = np.asarray(push(init_bias_state(4), np.stack([shards.sum(0), *shards]), 1.0)[rule].bias)
   start = oracle.BiasState(np.zeros(4), np.zeros(4))
-  np.testing.assert_allclose(new[0], oracle.COUNT_RULES[rule](start, np.float64(shards.sum(0)), 1.0).bias, rtol=1e-6)
+  np.testing.assert_allclose(
+    new[0], oracle.COUNT_RULES[rule](start, np.float64(shards.sum(0)), 1.0).bias, rtol=1e-6
+  )
   assert np.abs(new[0] - new[1:].mean(0)).max() > 0.1
 
 
@@ -207,14 +244,22 @@ def closed_loop(score_fn: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndar
   logits = (rng.normal(size=(4, 64, E)) + np.linspace(-1, 1, E)).astype(np.float32)
   mask, cfg = np.ones((4, 64), bool), RouterConfig(E, K, score_fn)
 
-  def step(states: dict[str, BiasState], rate: jax.Array) -> tuple[dict[str, BiasState], dict[str, jax.Array]]:
+  def step(
+    states: dict[str, BiasState], rate: jax.Array
+  ) -> tuple[dict[str, BiasState], dict[str, jax.Array]]:
     routings = {name: route(logits, state.bias, cfg) for name, state in states.items()}
     loads = {name: counts(routing, states[name].bias, mask) for name, routing in routings.items()}
-    return {name: BIAS_RULES[name].update(state, BIAS_RULES[name].observe(routings[name], state.bias, mask), rate, K)
-            for name, state in states.items()}, loads
+    return {
+      name: BIAS_RULES[name].update(
+        state, BIAS_RULES[name].observe(routings[name], state.bias, mask), rate, K
+      )
+      for name, state in states.items()
+    }, loads
 
   rates = 0.01 * np.linspace(1, 0, 200, dtype=np.float32)
-  states, loads = jax.jit(lambda: jax.lax.scan(step, {name: init_bias_state(E) for name in RULES}, rates))()
+  states, loads = jax.jit(
+    lambda: jax.lax.scan(step, {name: init_bias_state(E) for name in RULES}, rates)
+  )()
   return {name: np.asarray(state.bias) for name, state in states.items()}, jax.device_get(loads)
 
 
@@ -232,7 +277,10 @@ def test_closes_the_loop_with_the_router(rule: str, score_fn: str) -> None:
 def test_the_quantile_rule_is_there_in_ten_steps(score_fn: str) -> None:
   """And stays, at rates from 0.01 to almost 0: it has none."""
   assert max(oracle.max_vio(load) for load in closed_loop(score_fn)[1]['quantile'][10:]) < 0.05
-  assert min(oracle.max_vio(load) for name in COUNTING for load in [closed_loop(score_fn)[1][name][10]]) > 0.2
+  assert (
+    min(oracle.max_vio(load) for name in COUNTING for load in [closed_loop(score_fn)[1][name][10]])
+    > 0.2
+  )
 
 
 # The quantile rule's histogram.
@@ -260,7 +308,9 @@ def seen_of(choice: jax.Array, mask: jax.Array, top_k: int = K) -> jax.Array:
 @functools.partial(jax.jit, compiler_options=QUICK)
 def histograms(bias: jax.Array) -> jax.Array:
   """Of each shard. [E] -> [shards, E, BINS]."""
-  return jax.vmap(lambda choice: seen_of(choice, jnp.ones(choice.shape[:2], bool)))(shards()[:, None] + bias)
+  return jax.vmap(lambda choice: seen_of(choice, jnp.ones(choice.shape[:2], bool)))(
+    shards()[:, None] + bias
+  )
 
 
 quantiles = jax.jit(jax.vmap(lambda seen: quantile(seen, K)), compiler_options=QUICK)
@@ -284,12 +334,17 @@ def test_pooled_histograms_balance_and_averaged_quantiles_do_not() -> None:
 def test_the_line_is_the_next_largest() -> None:
   """K+1-th of all where top-k chooses among all; with groups left out, above it are those that were taken."""
   scores, bias = batches()['plain'][0], some_state(E).bias
-  for cfg in (RouterConfig(E, K, 'sigmoid'), RouterConfig(E, K, 'sigmoid', num_groups=4, top_groups=2)):
+  for cfg in (
+    RouterConfig(E, K, 'sigmoid'),
+    RouterConfig(E, K, 'sigmoid', num_groups=4, top_groups=2),
+  ):
     routing = jax.jit(route, static_argnames='cfg', compiler_options=QUICK)(scores, bias, cfg)
     x = np.asarray(above_the_line(routing.scores + bias, routing.expert_ids))
     seen = oracle.Seen(routing.scores, routing.expert_ids, np.ones((B, S), bool))
     np.testing.assert_array_equal(x.reshape(-1, E), oracle.above_the_line(bias, seen))
-    np.testing.assert_array_equal(np.sort(np.argsort(-x, axis=-1)[..., :K]), np.sort(routing.expert_ids))
+    np.testing.assert_array_equal(
+      np.sort(np.argsort(-x, axis=-1)[..., :K]), np.sort(routing.expert_ids)
+    )
     assert ((x > 0).sum(-1) == K).all() and (x.max(-1, where=x <= 0, initial=-1) == 0).all()
     if cfg.num_groups == 1:
       choice = np.asarray(routing.scores + bias)
@@ -316,7 +371,10 @@ def test_histograms_add_up_over_shards_to_the_bit() -> None:
   expert_ids = np.argsort(-choice, axis=-1, kind='stable')[..., :K].astype(np.int32)
   count = jax.jit(histogram, compiler_options=QUICK)
   whole = count(choice, expert_ids, mask)
-  parts = [np.asarray(count(choice, expert_ids, mask * (np.arange(8) == i)[:, None])) for i in (5, 2, 7, 0, 1, 6, 3, 4)]
+  parts = [
+    np.asarray(count(choice, expert_ids, mask * (np.arange(8) == i)[:, None]))
+    for i in (5, 2, 7, 0, 1, 6, 3, 4)
+  ]
   np.testing.assert_array_equal(whole, sum(parts))
   np.testing.assert_array_equal(whole.sum(-1), mask.sum())
   mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
@@ -329,12 +387,18 @@ def test_histograms_add_up_over_shards_to_the_bit() -> None:
 
 def test_every_number_is_in_its_bin() -> None:
   rng = np.random.default_rng(0)
-  x = np.r_[0, 10.0**rng.uniform(-9, 3, 4000) * rng.choice([-1, 1], 4000), np.inf, -np.inf].astype(np.float32)
+  x = np.r_[
+    0, 10.0 ** rng.uniform(-9, 3, 4000) * rng.choice([-1, 1], 4000), np.inf, -np.inf
+  ].astype(np.float32)
   bins = np.asarray(bin_of(x))
   np.testing.assert_array_equal(bins, np.clip(np.searchsorted(EDGES, x, 'right') - 1, 0, BINS - 1))
-  assert EDGES.shape == (BINS + 1,) and (np.diff(EDGES) > 0).all() and EDGES[BINS // 2] == -EDGES[BINS // 2 + 1]
+  assert (
+    EDGES.shape == (BINS + 1,)
+    and (np.diff(EDGES) > 0).all()
+    and EDGES[BINS // 2] == -EDGES[BINS // 2 + 1]
+  )
   for v in (0.0, 2.0**-26, -1e-7, 1e-3, -0.3, 5.0, 255.0, 300.0, -300.0):
-    np.testing.assert_allclose(oracle.bin_around(v), EDGES[bin_of(np.float32(v)):][:2], rtol=1e-6)
+    np.testing.assert_allclose(oracle.bin_around(v), EDGES[bin_of(np.float32(v)) :][:2], rtol=1e-6)
   assert 0 <= bin_of(np.float32(np.nan)) < BINS
 
 
@@ -342,7 +406,9 @@ def test_counts_are_whole_numbers_up_to_the_largest_batch() -> None:
   """A thousand million tokens, where float32 and E times the count would both go wrong."""
   n = 2**30 + 1
   seen = np.zeros((1, 4, BINS), np.int32)
-  for e, below in enumerate((n // 2, n // 2 + 1, n // 2 - 1, 0)):   # K = 2 of 4: need n/2, which is no whole number
+  for e, below in enumerate(
+    (n // 2, n // 2 + 1, n // 2 - 1, 0)
+  ):  # K = 2 of 4: need n/2, which is no whole number
     seen[0, e, 100], seen[0, e, 150] = below, n - below
   got = np.asarray(quantiles(seen)[0])
   np.testing.assert_array_equal(got > 0, [True, False, True, True])
@@ -353,7 +419,9 @@ def test_the_middle_of_a_gap() -> None:
   """Where any number between two tokens' would give the expert its share, neither end of the gap is preferred."""
   seen = np.zeros((1, 4, BINS), np.int32)
   seen[0, :, [100, 150]] = 3
-  np.testing.assert_allclose(quantiles(seen)[0], np.full(4, (EDGES[101] + EDGES[150]) / 2), rtol=1e-6)
+  np.testing.assert_allclose(
+    quantiles(seen)[0], np.full(4, (EDGES[101] + EDGES[150]) / 2), rtol=1e-6
+  )
 
 
 @pytest.mark.parametrize('top_k', [1, 2, 3, 4])

@@ -14,7 +14,11 @@ from moejax.moe.routing import SCORE_FNS, RouterConfig, Routing, route, router_l
 from tests.support import oracle
 from tests.support.quick import QUICK
 
-SHAPES = [(4, 1, (1, 1)), (8, 2, (1, 1)), (8, 2, (4, 2))]   # experts, top-k, groups and how many of them
+SHAPES = [
+  (4, 1, (1, 1)),
+  (8, 2, (1, 1)),
+  (8, 2, (4, 2)),
+]  # experts, top-k, groups and how many of them
 
 routed = jax.jit(route, static_argnames='cfg', compiler_options=QUICK)
 
@@ -26,19 +30,30 @@ def cases(num_experts: int) -> np.ndarray:
   plain = rng.normal(size=shape)
   ahead = plain.copy()
   ahead[..., 1] = 1e4
-  return np.concatenate([
-    plain, 5 * plain[:, ::-1], rng.integers(0, 2, shape), np.zeros(shape),
-    rng.choice([-1e4, 0.0, 1e4], shape), ahead, plain - 50, np.full(shape, -1e4),
-  ]).astype(np.float32)
+  return np.concatenate(
+    [
+      plain,
+      5 * plain[:, ::-1],
+      rng.integers(0, 2, shape),
+      np.zeros(shape),
+      rng.choice([-1e4, 0.0, 1e4], shape),
+      ahead,
+      plain - 50,
+      np.full(shape, -1e4),
+    ]
+  ).astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnames='cfg', compiler_options=QUICK)
-def route_and_gradients(logits: Array, bias: Array, to_weights: Array, to_probs: Array,
-                        cfg: RouterConfig) -> tuple[Routing, Array, Array]:
+def route_and_gradients(
+  logits: Array, bias: Array, to_weights: Array, to_probs: Array, cfg: RouterConfig
+) -> tuple[Routing, Array, Array]:
   """The routing, and the gradients of weights · to_weights and probs · to_probs to (logits, bias)."""
   routing, pull = jax.vjp(lambda z, b: route(z, b, cfg), logits, bias)
   nothing = jax.tree.map(
-    lambda x: jnp.zeros_like(x) if x.dtype == jnp.float32 else np.zeros(x.shape, jax.dtypes.float0), routing)
+    lambda x: jnp.zeros_like(x) if x.dtype == jnp.float32 else np.zeros(x.shape, jax.dtypes.float0),
+    routing,
+  )
   return routing, pull(nothing._replace(weights=to_weights)), pull(nothing._replace(probs=to_probs))
 
 
@@ -49,21 +64,28 @@ def biases(num_experts: int) -> list[np.ndarray]:
   return [np.zeros(num_experts, np.float32), some, some - 5]
 
 
-def check_slopes(gradient: Array, f: Callable[[np.ndarray], np.ndarray], logits: np.ndarray) -> None:
+def check_slopes(
+  gradient: Array, f: Callable[[np.ndarray], np.ndarray], logits: np.ndarray
+) -> None:
   """Holds a gradient [..., E] against the slope of the oracle's f: [..., E] -> [..., n], token by token.
 
   A token's outputs depend on its own logits alone, so two evaluations give the slope of every token at once.
   """
   direction = np.random.default_rng(2).normal(size=logits.shape)
   above, below = (f(logits + h * direction).sum(-1) for h in (1e-5, -1e-5))
-  np.testing.assert_allclose((np.asarray(gradient, np.float64) * direction).sum(-1), (above - below) / 2e-5,
-                             rtol=2e-5, atol=2e-6)
+  np.testing.assert_allclose(
+    (np.asarray(gradient, np.float64) * direction).sum(-1),
+    (above - below) / 2e-5,
+    rtol=2e-5,
+    atol=2e-6,
+  )
 
 
 @pytest.mark.parametrize(('num_experts', 'top_k', 'groups'), SHAPES)
 @pytest.mark.parametrize('score_fn', sorted(SCORE_FNS))
-def test_routing_and_gradients_are_the_oracles(score_fn: str, num_experts: int, top_k: int,
-                                               groups: tuple[int, int]) -> None:
+def test_routing_and_gradients_are_the_oracles(
+  score_fn: str, num_experts: int, top_k: int, groups: tuple[int, int]
+) -> None:
   renormalise, scale = groups[0] > 1 or num_experts > 4, 2.5 if groups[0] > 1 else 1.0
   cfg = RouterConfig(num_experts, top_k, score_fn, *groups, renormalise, scale)
   logits = cases(num_experts)
@@ -72,22 +94,36 @@ def test_routing_and_gradients_are_the_oracles(score_fn: str, num_experts: int, 
   to_probs = rng.normal(size=logits.shape).astype(np.float32)
   for bias in biases(num_experts):
     got, from_weights, from_probs = route_and_gradients(logits, bias, to_weights, to_probs, cfg)
-    want = oracle.route(logits, bias, top_k=top_k, score_fn=score_fn, num_groups=groups[0],
-                        top_groups=groups[1], renormalise=renormalise, scale=scale)
+    want = oracle.route(
+      logits,
+      bias,
+      top_k=top_k,
+      score_fn=score_fn,
+      num_groups=groups[0],
+      top_groups=groups[1],
+      renormalise=renormalise,
+      scale=scale,
+    )
     np.testing.assert_array_equal(got.expert_ids, want.expert_ids)
     np.testing.assert_array_equal(got.logits, logits)
     np.testing.assert_allclose(got.scores, want.scores, rtol=3e-6, atol=1e-37)
-    np.testing.assert_allclose(got.probs, oracle.probabilities(logits, score_fn), rtol=3e-6, atol=1e-37)
+    np.testing.assert_allclose(
+      got.probs, oracle.probabilities(logits, score_fn), rtol=3e-6, atol=1e-37
+    )
     check_slopes(from_probs[0], lambda z: oracle.probabilities(z, score_fn) * to_probs, logits)
     # Where all chosen scores underflow, weights are 0 / 0: whatever guards that must leave all finite.
     known = np.take_along_axis(want.scores, want.expert_ids, -1).sum(-1) > 1e-12
     ids, to = want.expert_ids[known], to_weights[known]
     np.testing.assert_allclose(got.weights[known], want.weights[known], rtol=3e-6, atol=1e-37)
     assert np.isfinite(got.weights).all() and np.isfinite(from_weights[0]).all()
-    check_slopes(from_weights[0][known],
-                 lambda z, ids=ids, to=to: oracle.weigh(z, ids, score_fn, renormalise, scale) * to,
-                 logits[known])
-    assert not np.any(from_weights[1]) and not np.any(from_probs[1]), 'the bias chooses; it has no gradient'
+    check_slopes(
+      from_weights[0][known],
+      lambda z, ids=ids, to=to: oracle.weigh(z, ids, score_fn, renormalise, scale) * to,
+      logits[known],
+    )
+    assert not np.any(from_weights[1]) and not np.any(from_probs[1]), (
+      'the bias chooses; it has no gradient'
+    )
 
 
 @pytest.mark.parametrize('score_fn', sorted(SCORE_FNS))
@@ -104,8 +140,9 @@ def test_bias_moves_the_choice_and_nothing_else(score_fn: str) -> None:
   assert (np.asarray(biased.expert_ids)[..., 0] == 5).all()
   np.testing.assert_array_equal(plain.scores, biased.scores)
   np.testing.assert_array_equal(plain.probs, biased.probs)
-  np.testing.assert_array_equal(biased.weights,
-                                np.take_along_axis(np.asarray(plain.scores), biased.expert_ids, -1))
+  np.testing.assert_array_equal(
+    biased.weights, np.take_along_axis(np.asarray(plain.scores), biased.expert_ids, -1)
+  )
   # The same for all experts: nothing changes, not even the order.
   shifted = routed(cases(8)[:4], jnp.full(8, -2.0), cfg)
   np.testing.assert_array_equal(shifted.expert_ids, plain.expert_ids[:4])
@@ -137,7 +174,9 @@ def test_a_group_is_worth_its_two_best_and_the_rest_is_out_of_reach() -> None:
   cfg = RouterConfig(6, 3, 'sigmoid', num_groups=2, top_groups=1)
   # Every choice is negative: an entry of 0 outside the group would win over all of it.
   for bias in (0.0, -1.0):
-    np.testing.assert_array_equal(routed(logits, jnp.full(6, bias), cfg).expert_ids[0, 0], [3, 4, 5])
+    np.testing.assert_array_equal(
+      routed(logits, jnp.full(6, bias), cfg).expert_ids[0, 0], [3, 4, 5]
+    )
 
 
 @pytest.mark.parametrize('score_fn', sorted(SCORE_FNS))
@@ -160,39 +199,84 @@ def test_router_is_float32_whatever_the_activations_are() -> None:
   exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
   np.testing.assert_allclose(logits, exact, rtol=1e-5, atol=1e-5)
   routing = routed(logits, jnp.zeros(4), RouterConfig(4, 2, 'sigmoid'))
-  assert {leaf.dtype for leaf in jax.tree.leaves(routing)} == {jnp.dtype('float32'), jnp.dtype('int32')}
+  assert {leaf.dtype for leaf in jax.tree.leaves(routing)} == {
+    jnp.dtype('float32'),
+    jnp.dtype('int32'),
+  }
   # A bias of 1e-3 decides between equals of about 0.7, where bfloat16 steps by 4e-3.
-  near = routed(jnp.full((1, 1, 4), 0.85), jnp.zeros(4).at[3].set(1e-3), RouterConfig(4, 1, 'sigmoid'))
+  near = routed(
+    jnp.full((1, 1, 4), 0.85), jnp.zeros(4).at[3].set(1e-3), RouterConfig(4, 1, 'sigmoid')
+  )
   assert int(near.expert_ids[0, 0, 0]) == 3
 
 
-@pytest.mark.parametrize(('fields', 'named'), [
-  ({'num_experts': 0}, 'num_experts=0'), ({'top_k': 0}, 'top_k=0'), ({'top_k': 9}, 'top_k=9'),
-  ({'score_fn': 'relu'}, "score_fn='relu' is not one of"), ({'num_groups': 3}, 'num_groups=3'),
-  ({'num_groups': 0}, 'num_groups=0'), ({'num_groups': 4, 'top_groups': 5}, 'top_groups=5'),
-  ({'num_groups': 4, 'top_k': 3}, 'top_k=3'), ({'scale': 0.0}, 'scale=0.0'),
-  ({'weigh': 'relu'}, "weigh='relu' is not one of ['scores', 'softmax']"),
-  ({'selection': 'best'}, "selection='best' is not one of ['expert_choice', "),
-  ({'weigh': 'softmax', 'renormalise': False}, "weigh='softmax' always adds up to 1: use renormalise=True"),
-  ({'group_best': 0}, 'group_best=0: use 1 ('),
-  ({'jitter': 1.0}, 'jitter=1.0: use 0 (off)'), ({'jitter': -0.1}, 'jitter=-0.1: use 0 (off)'),
-  ({'noisy': True, 'top_k': 8}, 'noisy=True needs an expert that is not chosen: use top_k below num_experts=8'),
-  ({'expert_dropout': 0.8}, 'expert_dropout=0.8 leaves 2 of num_experts=8: use 0 (off), or what leaves top_k=3 to 7'),
-  ({'expert_dropout': 1.5}, 'expert_dropout=1.5 leaves -4 of num_experts=8: use 0 (off)'),
-  ({'expert_dropout': -0.1}, 'expert_dropout=-0.1 leaves 9 of num_experts=8: use 0 (off)'),
-  ({'expert_dropout': 0.01}, 'expert_dropout=0.01 leaves 8 of num_experts=8: use 0 (off)'),
-  ({'expert_dropout': 0.25, 'num_groups': 2, 'top_groups': 2}, 'expert_dropout=0.25 with num_groups=2 can empty'),
-  ({'random_second': True}, 'random_second=True is for two experts per token, not top_k=3: use top_k=2'),
-  ({'selection': 'hash', 'num_groups': 2, 'top_groups': 2}, 'num_groups=2 is about a choice that selection=\'hash\''),
-  ({'selection': 'uniform', 'expert_dropout': 0.25}, 'expert_dropout=0.25 is about a choice that'),
-  ({'selection': 'sinkhorn', 'noisy': True}, 'noisy=True is about a choice that selection=\'sinkhorn\''),
-  ({'selection': 'expert_choice', 'random_second': True, 'top_k': 2}, 'random_second=True is about a choice that'),
-])
-def test_a_router_that_cannot_be_is_one_clear_error(fields: dict[str, int | str | float], named: str) -> None:
+@pytest.mark.parametrize(
+  ('fields', 'named'),
+  [
+    ({'num_experts': 0}, 'num_experts=0'),
+    ({'top_k': 0}, 'top_k=0'),
+    ({'top_k': 9}, 'top_k=9'),
+    ({'score_fn': 'relu'}, "score_fn='relu' is not one of"),
+    ({'num_groups': 3}, 'num_groups=3'),
+    ({'num_groups': 0}, 'num_groups=0'),
+    ({'num_groups': 4, 'top_groups': 5}, 'top_groups=5'),
+    ({'num_groups': 4, 'top_k': 3}, 'top_k=3'),
+    ({'scale': 0.0}, 'scale=0.0'),
+    ({'weigh': 'relu'}, "weigh='relu' is not one of ['scores', 'softmax']"),
+    ({'selection': 'best'}, "selection='best' is not one of ['expert_choice', "),
+    (
+      {'weigh': 'softmax', 'renormalise': False},
+      "weigh='softmax' always adds up to 1: use renormalise=True",
+    ),
+    ({'group_best': 0}, 'group_best=0: use 1 ('),
+    ({'jitter': 1.0}, 'jitter=1.0: use 0 (off)'),
+    ({'jitter': -0.1}, 'jitter=-0.1: use 0 (off)'),
+    (
+      {'noisy': True, 'top_k': 8},
+      'noisy=True needs an expert that is not chosen: use top_k below num_experts=8',
+    ),
+    (
+      {'expert_dropout': 0.8},
+      'expert_dropout=0.8 leaves 2 of num_experts=8: use 0 (off), or what leaves top_k=3 to 7',
+    ),
+    ({'expert_dropout': 1.5}, 'expert_dropout=1.5 leaves -4 of num_experts=8: use 0 (off)'),
+    ({'expert_dropout': -0.1}, 'expert_dropout=-0.1 leaves 9 of num_experts=8: use 0 (off)'),
+    ({'expert_dropout': 0.01}, 'expert_dropout=0.01 leaves 8 of num_experts=8: use 0 (off)'),
+    (
+      {'expert_dropout': 0.25, 'num_groups': 2, 'top_groups': 2},
+      'expert_dropout=0.25 with num_groups=2 can empty',
+    ),
+    (
+      {'random_second': True},
+      'random_second=True is for two experts per token, not top_k=3: use top_k=2',
+    ),
+    (
+      {'selection': 'hash', 'num_groups': 2, 'top_groups': 2},
+      "num_groups=2 is about a choice that selection='hash'",
+    ),
+    (
+      {'selection': 'uniform', 'expert_dropout': 0.25},
+      'expert_dropout=0.25 is about a choice that',
+    ),
+    (
+      {'selection': 'sinkhorn', 'noisy': True},
+      "noisy=True is about a choice that selection='sinkhorn'",
+    ),
+    (
+      {'selection': 'expert_choice', 'random_second': True, 'top_k': 2},
+      'random_second=True is about a choice that',
+    ),
+  ],
+)
+def test_a_router_that_cannot_be_is_one_clear_error(
+  fields: dict[str, int | str | float], named: str
+) -> None:
   with pytest.raises(ConfigError) as error:
     RouterConfig(**{'top_k': 3 if 'num_groups' not in fields else 2, **fields})
   assert error.value.problems[0].startswith(named)
-  assert any(remedy in error.value.problems[0] for remedy in ('use ', 'is not one of', 'raise top_groups'))
+  assert any(
+    remedy in error.value.problems[0] for remedy in ('use ', 'is not one of', 'raise top_groups')
+  )
 
 
 def test_all_problems_of_a_router_come_at_once() -> None:
@@ -203,10 +287,15 @@ def test_all_problems_of_a_router_come_at_once() -> None:
 
 def test_a_group_is_worth_as_many_of_its_best_as_asked() -> None:
   rng = np.random.default_rng(9)
-  logits, bias = rng.normal(size=(4, 16, 12)).astype(np.float32), rng.normal(size=12).astype(np.float32)
-  counts = (1, 2, 3, 9)                # 9: more than a group has, all of it
+  logits, bias = (
+    rng.normal(size=(4, 16, 12)).astype(np.float32),
+    rng.normal(size=12).astype(np.float32),
+  )
+  counts = (1, 2, 3, 9)  # 9: more than a group has, all of it
   cfgs = [RouterConfig(12, 2, 'sigmoid', num_groups=3, top_groups=1, group_best=n) for n in counts]
-  all_chosen = jax.jit(lambda z, b: [route(z, b, cfg).expert_ids for cfg in cfgs], compiler_options=QUICK)
+  all_chosen = jax.jit(
+    lambda z, b: [route(z, b, cfg).expert_ids for cfg in cfgs], compiler_options=QUICK
+  )
   chosen = dict(zip(counts, map(np.asarray, all_chosen(logits, bias)), strict=True))
   choice = oracle.scores(logits, 'sigmoid') + bias
   for group_best, ids in chosen.items():
@@ -218,13 +307,18 @@ def test_a_group_is_worth_as_many_of_its_best_as_asked() -> None:
 
 def test_the_rest_at_minus_infinity_is_the_choice_of_deepseek_v2s_zeros() -> None:
   """Softmax scores are above 0 and have no bias, so that 0 outside the groups loses to everything inside."""
-  groups, size, kept, top_k = 4, 3, 2, 6   # as many as there are inside
-  logits, limited = np.random.default_rng(4).normal(scale=3, size=(2, 50, groups * size)).astype(np.float32), 0
-  cfg = RouterConfig(groups * size, top_k, 'softmax', groups, kept, renormalise=False, scale=16, group_best=1)
+  groups, size, kept, top_k = 4, 3, 2, 6  # as many as there are inside
+  logits, limited = (
+    np.random.default_rng(4).normal(scale=3, size=(2, 50, groups * size)).astype(np.float32),
+    0,
+  )
+  cfg = RouterConfig(
+    groups * size, top_k, 'softmax', groups, kept, renormalise=False, scale=16, group_best=1
+  )
   got = routed(logits, np.zeros(groups * size, np.float32), cfg)
   for t in np.ndindex(logits.shape[:2]):
     s = oracle.softmax(logits[t].astype(np.float64))
-    inside = oracle.best([s[g * size:(g + 1) * size].max() for g in range(groups)], kept)
+    inside = oracle.best([s[g * size : (g + 1) * size].max() for g in range(groups)], kept)
     zeros = np.array([s[e] if e // size in inside else 0.0 for e in range(len(s))])
     chosen = oracle.best(zeros, top_k)
     np.testing.assert_array_equal(got.expert_ids[t], chosen)
@@ -234,10 +328,14 @@ def test_the_rest_at_minus_infinity_is_the_choice_of_deepseek_v2s_zeros() -> Non
 
 
 def test_sqrt_softplus_is_exact_where_it_is_tiny_and_where_it_is_large() -> None:
-  z = np.concatenate([np.linspace(-120, 40, 641), [-1e4, -15, 0, 1e4, 3e38, -3e38]]).astype(np.float32)
+  z = np.concatenate([np.linspace(-120, 40, 641), [-1e4, -15, 0, 1e4, 3e38, -3e38]]).astype(
+    np.float32
+  )
   value_and_slope = jax.vmap(jax.value_and_grad(SCORE_FNS['sqrt_softplus']))
   log_scores, slopes = jax.jit(value_and_slope, compiler_options=QUICK)(z)
-  np.testing.assert_allclose(log_scores, oracle.log_sqrt_softplus(z.astype(np.float64)), rtol=1e-6, atol=2e-7)
+  np.testing.assert_allclose(
+    log_scores, oracle.log_sqrt_softplus(z.astype(np.float64)), rtol=1e-6, atol=2e-7
+  )
   for x, slope in zip(z.astype(np.float64), np.asarray(slopes), strict=True):
     # d/dz log softplus(z) / 2 = sigmoid(z) / (2 softplus(z))
     softplus = max(x, 0) + np.log1p(np.exp(-abs(x)))

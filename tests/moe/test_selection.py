@@ -26,10 +26,24 @@ from tests.support.quick import QUICK
 
 S, E, K = 6, 4, 2
 # Each row of the batch is a case: selections look at no more than a row.
-CASES = ('plain', 'padded', 'holes', 'ties', 'extreme', 'equal', 'nothing counts', 'one counts', 'skewed', 'low')
+CASES = (
+  'plain',
+  'padded',
+  'holes',
+  'ties',
+  'extreme',
+  'equal',
+  'nothing counts',
+  'one counts',
+  'skewed',
+  'low',
+)
 B = len(CASES)
-WEIGHING = {'scores': RouterConfig(renormalise=False), 'renormalised': RouterConfig(scale=2.5),
-            'softmax after': RouterConfig(weigh='softmax', scale=0.5)}
+WEIGHING = {
+  'scores': RouterConfig(renormalise=False),
+  'renormalised': RouterConfig(scale=2.5),
+  'softmax after': RouterConfig(weigh='softmax', scale=0.5),
+}
 
 everywhere = pytest.mark.parametrize('name', sorted(SELECTIONS))
 
@@ -71,7 +85,11 @@ def weighing_of(name: str, score_fn: str) -> str:
 
 
 def to_weights(name: str) -> np.ndarray:
-  return np.random.default_rng(1).normal(size=(B, S, E if name == 'expert_choice' else K)).astype(np.float32)
+  return (
+    np.random.default_rng(1)
+    .normal(size=(B, S, E if name == 'expert_choice' else K))
+    .astype(np.float32)
+  )
 
 
 TO_PROBS = np.random.default_rng(2).normal(size=(B, S, E)).astype(np.float32)
@@ -81,15 +99,23 @@ def measure(logits: Array, bias: Array, tokens: Tokens, to: Array, cfg: RouterCo
   """The routing, and the gradients through weights and probs."""
   routing, pull = jax.vjp(lambda z, b: route(z, b, cfg, tokens), logits, bias)
   nothing = jax.tree.map(
-    lambda x: jnp.zeros_like(x) if x.dtype == jnp.float32 else np.zeros(x.shape, jax.dtypes.float0), routing)
-  return Measured(routing, pull(nothing._replace(weights=to)), pull(nothing._replace(probs=TO_PROBS)))
+    lambda x: jnp.zeros_like(x) if x.dtype == jnp.float32 else np.zeros(x.shape, jax.dtypes.float0),
+    routing,
+  )
+  return Measured(
+    routing, pull(nothing._replace(weights=to)), pull(nothing._replace(probs=TO_PROBS))
+  )
 
 
 @functools.partial(jax.jit, static_argnames='name', compiler_options=QUICK)
 def measure_all(logits: Array, bias: Array, tokens: Tokens, name: str) -> dict[str, Measured]:
   """One program a selection, of all score functions."""
-  return {score_fn: measure(logits, bias, tokens, to_weights(name), config(name, score_fn, weighing_of(name, score_fn)))
-          for score_fn in SCORE_FNS}
+  return {
+    score_fn: measure(
+      logits, bias, tokens, to_weights(name), config(name, score_fn, weighing_of(name, score_fn))
+    )
+    for score_fn in SCORE_FNS
+  }
 
 
 @functools.cache
@@ -101,11 +127,17 @@ def check_slopes(gradient: Array, f: object, logits: np.ndarray) -> None:
   """Holds a gradient [..., E] against the slope of the oracle's f: [..., E] -> [..., n], token by token."""
   direction = np.random.default_rng(3).normal(size=logits.shape)
   above, below = (f(logits + h * direction).sum(-1) for h in (1e-5, -1e-5))
-  np.testing.assert_allclose((np.asarray(gradient, np.float64) * direction).sum(-1), (above - below) / 2e-5,
-                             rtol=2e-5, atol=2e-6)
+  np.testing.assert_allclose(
+    (np.asarray(gradient, np.float64) * direction).sum(-1),
+    (above - below) / 2e-5,
+    rtol=2e-5,
+    atol=2e-6,
+  )
 
 
-def check_ids(got: np.ndarray, want: np.ndarray, log_s: np.ndarray, mask: np.ndarray, name: str) -> None:
+def check_ids(
+  got: np.ndarray, want: np.ndarray, log_s: np.ndarray, mask: np.ndarray, name: str
+) -> None:
   """The oracle's choice, or where float32 rounds a near tie otherwise, one that is as good."""
   assert got.dtype == np.int32 and got.shape == want.shape
   if name in ('top_k', 'hash', 'uniform'):
@@ -115,11 +147,16 @@ def check_ids(got: np.ndarray, want: np.ndarray, log_s: np.ndarray, mask: np.nda
     rows, near = log_s[b, mask[b]], 1e-6 * max(1.0, np.abs(log_s[b]).max())
     if name == 'expert_choice':
       assert (got[b][~mask[b]] == E).all()
-      ones, others = ((ids[b][..., None] == np.arange(E)).any(1) for ids in (got, want))       # [S, E], who has whom
+      ones, others = (
+        (ids[b][..., None] == np.arange(E)).any(1) for ids in (got, want)
+      )  # [S, E], who has whom
       np.testing.assert_array_equal(ones.sum(0), others.sum(0), case)
-      np.testing.assert_allclose((ones[mask[b]] * rows).sum(0), (others[mask[b]] * rows).sum(0), atol=S * near,
-                                 err_msg=case)
-      ranked = np.take_along_axis(np.pad(log_s[b], ((0, 0), (0, 1)), constant_values=-np.inf), got[b], -1)
+      np.testing.assert_allclose(
+        (ones[mask[b]] * rows).sum(0), (others[mask[b]] * rows).sum(0), atol=S * near, err_msg=case
+      )
+      ranked = np.take_along_axis(
+        np.pad(log_s[b], ((0, 0), (0, 1)), constant_values=-np.inf), got[b], -1
+      )
       assert (ranked[:, :-1] >= ranked[:, 1:] - near).all(), f'{case}: not best first, nobody last'
     elif mask[b].any():
       plan = oracle.sinkhorn_plan(rows)
@@ -141,20 +178,25 @@ def test_selection_weights_and_gradients_are_the_oracles(name: str, score_fn: st
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(finite))
   check_ids(got.expert_ids, want, log_s, tokens.mask, name)
   np.testing.assert_allclose(got.scores, scores, rtol=3e-6, atol=1e-37)
-  np.testing.assert_allclose(got.probs, oracle.probabilities(logits, score_fn), rtol=3e-6, atol=1e-37)
+  np.testing.assert_allclose(
+    got.probs, oracle.probabilities(logits, score_fn), rtol=3e-6, atol=1e-37
+  )
   np.testing.assert_allclose(got.probs.astype(np.float64).sum(-1), 1, rtol=1e-6)
   check_slopes(from_probs[0], lambda z: oracle.probabilities(z, score_fn) * TO_PROBS, logits)
 
   def weights(z: np.ndarray) -> np.ndarray:
     of = z if cfg.weigh == 'softmax' else oracle.log_scores(z, score_fn)
     return oracle.weigh_chosen(of, got.expert_ids, cfg.renormalise, cfg.scale)
+
   np.testing.assert_allclose(got.weights, weights(logits), rtol=3e-6, atol=1e-37)
   check_slopes(from_weights[0], lambda z: weights(z) * to_weights(name), logits)
   somebody = got.expert_ids < E
   assert not got.weights[~somebody].any(), 'nobody weighs nothing'
   if cfg.renormalise:
     np.testing.assert_allclose(got.weights.sum(-1), cfg.scale * somebody.any(-1), rtol=1e-6)
-  assert not np.any(from_weights[1]) and not np.any(from_probs[1]), 'the bias chooses; it has no gradient'
+  assert not np.any(from_weights[1]) and not np.any(from_probs[1]), (
+    'the bias chooses; it has no gradient'
+  )
   near = 2e-6 * max(1.0, np.abs(scores).max())
   np.testing.assert_allclose(got.margin, oracle.margin(scores + bias, got.expert_ids), atol=near)
   np.testing.assert_array_equal(got.best_ids, np.argsort(-scores, -1, stable=True)[..., :K])
@@ -170,7 +212,10 @@ def test_every_way_to_weigh_is_tested() -> None:
 
 @functools.partial(jax.jit, compiler_options=QUICK)
 def everyones_choice(logits: Array, bias: Array, tokens: Tokens) -> dict[str, Array]:
-  return {name: route(logits, bias, config(name, 'sigmoid', 'scores'), tokens).expert_ids for name in SELECTIONS}
+  return {
+    name: route(logits, bias, config(name, 'sigmoid', 'scores'), tokens).expert_ids
+    for name in SELECTIONS
+  }
 
 
 def changed_after(t: int) -> tuple[Array, Array, Tokens, Tokens, np.ndarray]:
@@ -178,9 +223,17 @@ def changed_after(t: int) -> tuple[Array, Array, Tokens, Tokens, np.ndarray]:
   rng = np.random.default_rng(t)
   one, two = (rng.normal(size=(B, S, E)).astype(np.float32) for _ in range(2))
   ids, others = (rng.integers(0, 1000, (B, S)).astype(np.int32) for _ in range(2))
-  tokens = Tokens(ids, np.ones((B, S), bool), np.ones((B, S), np.int32), np.arange(B, dtype=np.int32))
+  tokens = Tokens(
+    ids, np.ones((B, S), bool), np.ones((B, S), np.int32), np.arange(B, dtype=np.int32)
+  )
   later = np.arange(S) > t
-  return one, np.where(later[:, None], two, one), tokens, tokens._replace(ids=np.where(later, others, ids)), ~later
+  return (
+    one,
+    np.where(later[:, None], two, one),
+    tokens,
+    tokens._replace(ids=np.where(later, others, ids)),
+    ~later,
+  )
 
 
 @everywhere
@@ -188,7 +241,9 @@ def test_a_selection_is_as_causal_as_it_says(name: str) -> None:
   differs = False
   for t in (1, 3):
     one, two, tokens, others, before = changed_after(t)
-    a, b = (everyones_choice(z, jnp.zeros(E), them)[name] for z, them in ((one, tokens), (two, others)))
+    a, b = (
+      everyones_choice(z, jnp.zeros(E), them)[name] for z, them in ((one, tokens), (two, others))
+    )
     differs |= not np.array_equal(a[:, before], b[:, before])
     assert name == 'uniform' or not np.array_equal(a, b)
   assert differs is not SELECTIONS[name].causal
@@ -197,7 +252,10 @@ def test_a_selection_is_as_causal_as_it_says(name: str) -> None:
 @everywhere
 def test_only_the_selections_that_say_so_take_the_bias(name: str) -> None:
   one, _, tokens, _, _ = changed_after(0)
-  a, b = (everyones_choice(one, bias, tokens)[name] for bias in (jnp.zeros(E), jnp.asarray([0.0, 0, 0, 9])))
+  a, b = (
+    everyones_choice(one, bias, tokens)[name]
+    for bias in (jnp.zeros(E), jnp.asarray([0.0, 0, 0, 9]))
+  )
   assert np.array_equal(a, b) is not SELECTIONS[name].takes_bias
 
 
@@ -205,10 +263,14 @@ def test_only_the_selections_that_say_so_take_the_bias(name: str) -> None:
 def test_rows_do_not_see_each_other_and_nobody_sees_padding(name: str) -> None:
   logits, bias, tokens = batch()
   plain = everyones_choice(logits, bias, tokens)[name]
-  turned = tokens._replace(ids=tokens.ids[::-1], mask=tokens.mask[::-1], segments=tokens.segments[::-1])
+  turned = tokens._replace(
+    ids=tokens.ids[::-1], mask=tokens.mask[::-1], segments=tokens.segments[::-1]
+  )
   np.testing.assert_array_equal(everyones_choice(logits[::-1], bias, turned)[name][::-1], plain)
   other = np.where(tokens.mask[..., None], logits, np.float32(7) * np.arange(E, dtype=np.float32))
-  ids = everyones_choice(other, bias, tokens._replace(ids=np.where(tokens.mask, tokens.ids, 3)))[name]
+  ids = everyones_choice(other, bias, tokens._replace(ids=np.where(tokens.mask, tokens.ids, 3)))[
+    name
+  ]
   np.testing.assert_array_equal(ids[tokens.mask], plain[tokens.mask])
 
 
@@ -217,7 +279,9 @@ def test_each_expert_chooses_its_share_of_each_row() -> None:
   for score_fn in SCORE_FNS:
     ids = measured('expert_choice')[score_fn].routing.expert_ids
     for b, n in enumerate(tokens.mask.sum(1)):
-      np.testing.assert_array_equal(np.bincount(ids[b].ravel(), minlength=E + 1)[:E], np.full(E, np.ceil(n * K / E)))
+      np.testing.assert_array_equal(
+        np.bincount(ids[b].ravel(), minlength=E + 1)[:E], np.full(E, np.ceil(n * K / E))
+      )
   ids = measured('expert_choice')['sigmoid'].routing.expert_ids[CASES.index('equal')]
   assert (ids[:3] < E).all() and (ids[3:] == E).all(), 'ties go to the first tokens'
 
@@ -238,30 +302,36 @@ def test_hash_is_of_the_token_alone_distinct_and_spread() -> None:
   cfg, vocabulary = RouterConfig(16, 4, selection='hash'), 8192
   ids = jnp.arange(vocabulary, dtype=jnp.int32).reshape(64, -1)
   tokens = Tokens(ids, ids >= 0, jnp.ones_like(ids), jnp.arange(64))
-  choose = jax.jit(lambda t: SELECTIONS['hash'].choose(jnp.zeros((64, 128, 16)), jnp.zeros((64, 128, 16)), t, 4),
-                   compiler_options=QUICK)
+  choose = jax.jit(
+    lambda t: SELECTIONS['hash'].choose(jnp.zeros((64, 128, 16)), jnp.zeros((64, 128, 16)), t, 4),
+    compiler_options=QUICK,
+  )
   chosen = np.asarray(choose(tokens))
   turned = np.asarray(choose(tokens._replace(ids=ids[::-1, ::-1])))
   np.testing.assert_array_equal(turned[::-1, ::-1], chosen)
   chosen = chosen.reshape(-1, cfg.top_k)
   assert all(len(set(row)) == cfg.top_k for row in chosen.tolist())
-  for k in range(cfg.top_k):       # 512 a slot and expert: four standard deviations are 0.17 of that
+  for k in range(cfg.top_k):  # 512 a slot and expert: four standard deviations are 0.17 of that
     assert max_vio(chosen[:, k], 16) < 0.17
   # Neighbouring tokens share experts no more often than chance: K² / E of them.
-  shared = np.mean([len(set(a) & set(b)) for a, b in zip(chosen[:-1].tolist(), chosen[1:].tolist())])
+  shared = np.mean(
+    [len(set(a) & set(b)) for a, b in zip(chosen[:-1].tolist(), chosen[1:].tolist())]
+  )
   assert abs(shared - 1) < 0.05
 
 
 def test_uniform_is_even_and_distinct() -> None:
   ids = measured('uniform')['softmax'].routing.expert_ids
-  for row in ids:                  # 12 copies, 4 experts
+  for row in ids:  # 12 copies, 4 experts
     np.testing.assert_array_equal(np.bincount(row.ravel(), minlength=E), np.full(E, S * K // E))
     assert (row[:, 0] != row[:, 1]).all()
 
 
 @functools.partial(jax.jit, static_argnames='name', compiler_options=QUICK)
 def replay(logits: Array, bias: Array, tokens: Tokens, name: str) -> Measured:
-  return measure(logits, bias, tokens, to_weights(name), config(name, 'sigmoid', weighing_of(name, 'sigmoid')))
+  return measure(
+    logits, bias, tokens, to_weights(name), config(name, 'sigmoid', weighing_of(name, 'sigmoid'))
+  )
 
 
 @pytest.mark.parametrize('name', ['top_k', 'expert_choice'])
@@ -287,7 +357,9 @@ ROWS = np.array([3, 8, 11, 20], np.int32)
 
 def some_tokens(rows: np.ndarray, length: int, key: Array | None) -> Tokens:
   shape = (len(rows), length)
-  return Tokens(np.zeros(shape, np.int32), np.ones(shape, bool), np.ones(shape, np.int32), rows, key)
+  return Tokens(
+    np.zeros(shape, np.int32), np.ones(shape, bool), np.ones(shape, np.int32), rows, key
+  )
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
@@ -309,7 +381,7 @@ def drawn() -> dict[str, np.ndarray]:
 
 def test_what_is_random_is_a_function_of_key_row_and_place_alone() -> None:
   whole, key = drawn(), jax.random.key(1)
-  parts = [draws(some_tokens(ROWS[i:i + 2], 64, key)) for i in (0, 2)]
+  parts = [draws(some_tokens(ROWS[i : i + 2], 64, key)) for i in (0, 2)]
   longer = draws(some_tokens(ROWS, 80, key))
   swapped = draws(some_tokens(ROWS[::-1].copy(), 64, key))
   elsewhere = draws(some_tokens(ROWS, 64, jax.random.key(2)))
@@ -320,7 +392,9 @@ def test_what_is_random_is_a_function_of_key_row_and_place_alone() -> None:
     assert not np.array_equal(elsewhere[name], draw), name
     if name != 'dropout':
       assert len({row.tobytes() for row in draw}) == len(ROWS), f'{name}: rows draw the same'
-      assert len({place.tobytes() for place in draw[0, :, ...]}) > 1, f'{name}: places draw the same'
+      assert len({place.tobytes() for place in draw[0, :, ...]}) > 1, (
+        f'{name}: places draw the same'
+      )
 
 
 def test_without_a_key_nothing_is_random() -> None:
@@ -332,10 +406,12 @@ def test_without_a_key_nothing_is_random() -> None:
 def test_jitter_is_even_between_its_bounds_and_noise_is_normal() -> None:
   factor, noise = drawn()['jitter'], drawn()['noise']
   assert factor.min() >= 0.75 and factor.max() <= 1.25
-  n = factor.size                  # 768; bounds at four standard deviations
+  n = factor.size  # 768; bounds at four standard deviations
   assert abs(factor.mean() - 1) < 4 * 0.25 / np.sqrt(3 * n)
   assert abs(factor.var() / (0.25**2 / 3) - 1) < 4 * np.sqrt(0.8 / n)
-  assert abs(noise.mean()) < 4 / np.sqrt(noise.size) and abs(noise.var() - 1) < 4 * np.sqrt(2 / noise.size)
+  assert abs(noise.mean()) < 4 / np.sqrt(noise.size) and abs(noise.var() - 1) < 4 * np.sqrt(
+    2 / noise.size
+  )
 
 
 def test_jitter_keeps_the_dtype_and_off_is_off() -> None:
@@ -345,19 +421,25 @@ def test_jitter_keeps_the_dtype_and_off_is_off() -> None:
 
 
 @pytest.mark.parametrize(('fraction', 'count'), [(0.25, 2), (0.5, 4), (0.3, 2)])
-def test_expert_dropout_drops_as_many_as_it_says_in_the_whole_layer(fraction: float, count: int) -> None:
+def test_expert_dropout_drops_as_many_as_it_says_in_the_whole_layer(
+  fraction: float, count: int
+) -> None:
   def gone_with(seed: Array) -> Array:
     tokens = some_tokens(ROWS, 3, jax.random.key(seed))
     return jnp.isneginf(without_some(jnp.zeros((4, 3, 8)), tokens, fraction))
+
   gone = np.asarray(jax.jit(jax.vmap(gone_with), compiler_options=QUICK)(jnp.arange(256)))
   assert (gone.sum(-1) == count).all() and (gone == gone[:, :1, :1]).all()
-  often = gone[:, 0, 0].mean(0)    # each expert alike: four standard deviations of 256 draws
+  often = gone[:, 0, 0].mean(0)  # each expert alike: four standard deviations of 256 draws
   assert np.abs(often - count / 8).max() < 4 * np.sqrt(count / 8 * (1 - count / 8) / 256)
 
 
 def test_a_dropped_expert_is_chosen_by_nobody() -> None:
   rng = np.random.default_rng(8)
-  logits, tokens = rng.normal(size=(4, 64, 8)).astype(np.float32), some_tokens(ROWS, 64, jax.random.key(1))
+  logits, tokens = (
+    rng.normal(size=(4, 64, 8)).astype(np.float32),
+    some_tokens(ROWS, 64, jax.random.key(1)),
+  )
   cfg = RouterConfig(8, 2, expert_dropout=0.25)
   go = jax.jit(functools.partial(route, cfg=cfg), compiler_options=QUICK)
   gone = set(np.flatnonzero(np.isneginf(drawn()['dropout'][0, 0])).tolist())
@@ -390,7 +472,9 @@ def test_gshards_second_expert_is_kept_as_often_as_its_weight_says(renormalise: 
   # A record is used as it is: another key draws nobody out of it.
   if not renormalise:
     return
-  again = go(logits, jnp.zeros(8), tokens=tokens._replace(key=jax.random.key(4), replayed=got.expert_ids))
+  again = go(
+    logits, jnp.zeros(8), tokens=tokens._replace(key=jax.random.key(4), replayed=got.expert_ids)
+  )
   np.testing.assert_array_equal(again.expert_ids, got.expert_ids)
   both = kept.all(-1)
   np.testing.assert_allclose(again.weights[both], got.weights[both], rtol=1e-6)
@@ -398,7 +482,9 @@ def test_gshards_second_expert_is_kept_as_often_as_its_weight_says(renormalise: 
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
-def noisy_and_gradient(logits: Array, std: Array, tokens: Tokens, to: Array) -> tuple[Array, Array, Array, Array]:
+def noisy_and_gradient(
+  logits: Array, std: Array, tokens: Tokens, to: Array
+) -> tuple[Array, Array, Array, Array]:
   """H, P, and the gradient of Σ P · to to (logits, std)."""
   (h, chance), pull = jax.vjp(lambda z, s: noisy(z, s, tokens, 2), logits, std)
   return (h, chance, *pull((jnp.zeros_like(h), to)))
@@ -412,15 +498,22 @@ def test_how_likely_an_expert_is_chosen_is_the_oracles() -> None:
   h, chance, *gradients = noisy_and_gradient(logits, std, tokens, to)
   draw = drawn()['noise'].astype(np.float64)
   np.testing.assert_allclose(h, logits + draw * std, rtol=1e-5, atol=1e-6)
-  few = np.s_[:, :4]               # the oracle is slow
-  np.testing.assert_allclose(chance[few], oracle.likely(logits[few], h[few], std[few], 2), rtol=2e-5, atol=2e-6)
+  few = np.s_[:, :4]  # the oracle is slow
+  np.testing.assert_allclose(
+    chance[few], oracle.likely(logits[few], h[few], std[few], 2), rtol=2e-5, atol=2e-6
+  )
   # As E takes turns to draw anew, P adds up to K on average.
   assert abs(np.asarray(chance).sum(-1).mean() - 2) < 0.05
 
   def value(z: np.ndarray, s: np.ndarray) -> np.ndarray:
     return oracle.likely(z[few], (z + draw * s)[few], s[few], 2) * to[few]
-  check_slopes(gradients[0][few], lambda z: value(np.concatenate([z, logits[:, 4:]], 1), std), logits[few])
-  check_slopes(gradients[1][few], lambda s: value(logits, np.concatenate([s, std[:, 4:]], 1)), std[few])
+
+  check_slopes(
+    gradients[0][few], lambda z: value(np.concatenate([z, logits[:, 4:]], 1), std), logits[few]
+  )
+  check_slopes(
+    gradients[1][few], lambda s: value(logits, np.concatenate([s, std[:, 4:]], 1)), std[few]
+  )
 
 
 def test_how_likely_is_what_drawing_anew_gives() -> None:
@@ -442,18 +535,24 @@ def test_likelihood_and_gradient_stay_finite_without_noise_and_at_extremes() -> 
   logits[1] = rng.choice([-1e4, 0, 1e4], (64, 8))
   logits[3] = rng.integers(0, 2, (64, 8))
   std[:] = np.repeat([0, 1e-12, 1e-6, 1e-3, 1, 10, 1e3, 1e4], 8)[:, None]
-  got = noisy_and_gradient(logits, std, some_tokens(ROWS, 64, jax.random.key(4)), np.ones_like(logits))
+  got = noisy_and_gradient(
+    logits, std, some_tokens(ROWS, 64, jax.random.key(4)), np.ones_like(logits)
+  )
   assert all(np.isfinite(x).all() for x in got)
   chance = np.asarray(got[1])
   assert (chance >= 0).all() and (chance <= 1).all()
-  np.testing.assert_array_equal(chance[0, :8].sum(-1), 2)     # without noise: the two best, for certain
+  np.testing.assert_array_equal(
+    chance[0, :8].sum(-1), 2
+  )  # without noise: the two best, for certain
 
 
 def test_noise_decides_and_weighs_in_training_and_not_in_evaluation() -> None:
   rng = np.random.default_rng(13)
   logits = rng.normal(size=(4, 64, 8)).astype(np.float32)
   tokens, std = some_tokens(ROWS, 64, jax.random.key(1)), np.ones(logits.shape, np.float32)
-  go = jax.jit(functools.partial(route, cfg=RouterConfig(8, 2, 'sigmoid', noisy=True)), compiler_options=QUICK)
+  go = jax.jit(
+    functools.partial(route, cfg=RouterConfig(8, 2, 'sigmoid', noisy=True)), compiler_options=QUICK
+  )
   trained = go(logits, jnp.zeros(8), tokens=tokens, noise_std=std)
   np.testing.assert_allclose(trained.logits, logits + drawn()['noise'], rtol=1e-6, atol=1e-6)
   want = oracle.route(trained.logits, np.zeros(8), top_k=2, score_fn='sigmoid')

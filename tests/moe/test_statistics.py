@@ -1,4 +1,5 @@
 """Router statistics: they are what their formulas say, of tokens that count alone, however the batch is cut."""
+
 import functools
 import math
 
@@ -24,8 +25,12 @@ from tests.support.quick import QUICK
 
 B, S, E, K = 4, 6, 8, 3
 LOAD_ORACLE = {
-  'max_vio': oracle.max_vio, 'expert_usage': oracle.expert_usage, 'dead_experts': oracle.dead_experts,
-  'load_entropy': oracle.load_entropy, 'balance_score': oracle.balance_score}
+  'max_vio': oracle.max_vio,
+  'expert_usage': oracle.expert_usage,
+  'dead_experts': oracle.dead_experts,
+  'load_entropy': oracle.load_entropy,
+  'balance_score': oracle.balance_score,
+}
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
@@ -36,18 +41,31 @@ def observed(routing: Routing, unbiased_ids: np.ndarray, mask: np.ndarray) -> St
 def routed(logits: np.ndarray, bias: np.ndarray, top_k: int = K) -> tuple[Routing, np.ndarray]:
   """A sigmoid router in NumPy, and M°; the second expert of every fifth token is nobody."""
   scores = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
-  ids, unbiased = (np.argsort(-a, axis=-1, kind='stable')[..., :top_k] for a in (scores + bias, scores))
+  ids, unbiased = (
+    np.argsort(-a, axis=-1, kind='stable')[..., :top_k] for a in (scores + bias, scores)
+  )
   choice = -np.sort(-(scores + bias), axis=-1)
-  margin = choice[..., top_k - 1] - choice[..., top_k] if top_k < logits.shape[-1] else np.ones(logits.shape[:2])
+  margin = (
+    choice[..., top_k - 1] - choice[..., top_k]
+    if top_k < logits.shape[-1]
+    else np.ones(logits.shape[:2])
+  )
   if top_k > 1:
     ids.reshape(-1, top_k)[::5, 1] = logits.shape[-1]
   f32 = functools.partial(np.asarray, dtype=np.float32)
   probs = scores / scores.sum(-1, keepdims=True)
   unbiased = unbiased.astype(np.int32)
   return Routing(
-    logits=f32(logits), scores=f32(scores), probs=f32(probs), expert_ids=ids.astype(np.int32), best_ids=unbiased,
-    weights=f32(np.ones(ids.shape)), margin=f32(margin), likely=f32(np.zeros(logits.shape)),
-    router=np.zeros((0, E), np.float32)), unbiased
+    logits=f32(logits),
+    scores=f32(scores),
+    probs=f32(probs),
+    expert_ids=ids.astype(np.int32),
+    best_ids=unbiased,
+    weights=f32(np.ones(ids.shape)),
+    margin=f32(margin),
+    likely=f32(np.zeros(logits.shape)),
+    router=np.zeros((0, E), np.float32),
+  ), unbiased
 
 
 @pytest.fixture(scope='module')
@@ -55,11 +73,11 @@ def example() -> tuple[Routing, np.ndarray, np.ndarray]:
   rng = np.random.default_rng(0)
   logits = rng.normal(size=(B, S, E)) * rng.uniform(0.1, 4, (B, S, 1))
   bias = 0.1 * rng.normal(size=E)
-  logits[1, 2] = np.log((0.6 - bias) / (0.4 + bias))                    # scores that the bias makes equal
+  logits[1, 2] = np.log((0.6 - bias) / (0.4 + bias))  # scores that the bias makes equal
   routing, unbiased = routed(logits, bias)
   mask = rng.random((B, S)) < [[0.9], [0.9], [0.3], [0.6]]
   mask[0, 0] = mask[1, 2] = True
-  for field in ('logits', 'scores', 'probs', 'margin'):                 # what does not count may be anything
+  for field in ('logits', 'scores', 'probs', 'margin'):  # what does not count may be anything
     getattr(routing, field)[~mask] = np.nan
   return routing, unbiased, mask
 
@@ -79,24 +97,33 @@ def by_the_formulas(routing: Routing, unbiased: np.ndarray, mask: np.ndarray) ->
   entropy, information = oracle.router_entropies(routing.probs, mask)
   together = 0
   for e in range(E):
-    together += max(sum(e in chosen[t] and other in chosen[t] for t in tokens) for other in range(E) if other != e)
+    together += max(
+      sum(e in chosen[t] and other in chosen[t] for t in tokens) for other in range(E) if other != e
+    )
   return {
-    'router_entropy': entropy, 'mutual_information': information,
+    'router_entropy': entropy,
+    'mutual_information': information,
     'logit_rms': math.sqrt(sum(v * v for t in tokens for v in z[t]) / (len(tokens) * E)),
     'logit_max': max(abs(v) for t in tokens for v in z[t]),
     'logsumexp': sum(oracle.logsumexp(z[t]) for t in tokens) / len(tokens),
     'margin': sum(routing.margin[t] for t in tokens) / len(tokens),
     'near_ties': sum(abs(routing.margin[t]) < NEAR_TIE for t in tokens) / len(tokens),
     'override_rate': sum(e not in unbiased[t] for t in tokens for e in chosen[t]) / copies,
-    'price_of_balance': 1 - (sum(s[t][e] for t in tokens for e in chosen[t])
-                             / sum(s[t][e] for t in tokens for e in unbiased[t])),
-    'coactivation': together / copies}
+    'price_of_balance': 1
+    - (
+      sum(s[t][e] for t in tokens for e in chosen[t])
+      / sum(s[t][e] for t in tokens for e in unbiased[t])
+    ),
+    'coactivation': together / copies,
+  }
 
 
 def test_token_statistics_are_their_formulas(example: tuple) -> None:
   found, wanted = token_statistics(stacked(observed(*example))), by_the_formulas(*example)
   assert set(found) == set(wanted)
-  assert wanted['override_rate'] > 0.05 and wanted['price_of_balance'] > 0.02 and wanted['near_ties'] > 0
+  assert (
+    wanted['override_rate'] > 0.05 and wanted['price_of_balance'] > 0.02 and wanted['near_ties'] > 0
+  )
   for name, value in wanted.items():
     np.testing.assert_allclose(found[name], [value], rtol=2e-6, atol=1e-7, err_msg=name)
 
@@ -114,15 +141,25 @@ def test_micro_batches_add_up_to_the_batch(example: tuple, parts: int, order: in
   """Masks are uneven, so a mean of the parts' means would be something else."""
   routing, unbiased, mask = example
   rows = [slice(i * B // parts, (i + 1) * B // parts) for i in range(parts)][::order]
-  cut = [stacked(observed(Routing(*(a[r] for a in routing[:-1]), routing.router), unbiased[r], mask[r])) for r in rows]
+  cut = [
+    stacked(observed(Routing(*(a[r] for a in routing[:-1]), routing.router), unbiased[r], mask[r]))
+    for r in rows
+  ]
   whole = stacked(observed(*example))
   total = functools.reduce(add, cut)
   for name in Stats._fields:
     np.testing.assert_allclose(getattr(total, name), getattr(whole, name), rtol=1e-6, err_msg=name)
   for name, value in token_statistics(total).items():
-    np.testing.assert_allclose(value, token_statistics(whole)[name], rtol=1e-5, atol=1e-6, err_msg=name)
-  assert abs(np.mean([token_statistics(c)['router_entropy'] for c in cut])
-             - token_statistics(whole)['router_entropy']) > 1e-3
+    np.testing.assert_allclose(
+      value, token_statistics(whole)[name], rtol=1e-5, atol=1e-6, err_msg=name
+    )
+  assert (
+    abs(
+      np.mean([token_statistics(c)['router_entropy'] for c in cut])
+      - token_statistics(whole)['router_entropy']
+    )
+    > 1e-3
+  )
 
 
 def test_adding_in_jax_is_adding_in_numpy(example: tuple) -> None:
@@ -139,20 +176,32 @@ def test_preferences_have_the_values_that_they_name() -> None:
 
   def of(probs: np.ndarray, ids: np.ndarray, unbiased: np.ndarray) -> dict[str, float]:
     routing, _ = routed(np.zeros((B, S, E)), np.zeros(E))
-    routing = routing._replace(probs=probs.astype(np.float32), scores=probs.astype(np.float32), expert_ids=ids)
+    routing = routing._replace(
+      probs=probs.astype(np.float32), scores=probs.astype(np.float32), expert_ids=ids
+    )
     found = token_statistics(stacked(observed(routing, unbiased, mask)))
     return {name: float(value[0]) for name, value in found.items()}
 
-  company = np.broadcast_to(np.arange(B * S).reshape(B, S, 1) % 2 * K + np.arange(K), (B, S, K)).astype(np.int32)
+  company = np.broadcast_to(
+    np.arange(B * S).reshape(B, S, 1) % 2 * K + np.arange(K), (B, S, K)
+  ).astype(np.int32)
   undecided = of(np.full((B, S, E), 1 / E), company, company)
-  assert undecided['router_entropy'] == pytest.approx(math.log(E), 3e-6) and undecided['override_rate'] == 0
-  assert undecided['mutual_information'] == pytest.approx(0, abs=5e-6) and undecided['price_of_balance'] == 0
+  assert (
+    undecided['router_entropy'] == pytest.approx(math.log(E), 3e-6)
+    and undecided['override_rate'] == 0
+  )
+  assert (
+    undecided['mutual_information'] == pytest.approx(0, abs=5e-6)
+    and undecided['price_of_balance'] == 0
+  )
   assert undecided['coactivation'] == 1 and undecided['logit_rms'] == undecided['logit_max'] == 0
   assert undecided['logsumexp'] == pytest.approx(math.log(E))
   sure = of(np.eye(E)[np.arange(B * S).reshape(B, S) % E], company, (company + 4) % E)
   assert sure['router_entropy'] == pytest.approx(0, abs=1e-6)
   assert sure['mutual_information'] == pytest.approx(math.log(E))
-  alone = of(np.full((B, S, E), 1 / E), np.full((B, S, 1), 2, np.int32), np.full((B, S, 1), 5, np.int32))
+  alone = of(
+    np.full((B, S, E), 1 / E), np.full((B, S, 1), 2, np.int32), np.full((B, S, 1), 5, np.int32)
+  )
   assert alone['coactivation'] == 0 and alone['override_rate'] == 1
 
 
@@ -176,15 +225,21 @@ def test_no_gradient_passes_and_of_counts_there_is_none() -> None:
 
   def value(logits: jax.Array) -> jax.Array:
     ids = jax.lax.top_k(logits, K)[1]
-    routing = base._replace(logits=logits, probs=jax.nn.softmax(logits), scores=jnp.exp(logits), expert_ids=ids)
+    routing = base._replace(
+      logits=logits, probs=jax.nn.softmax(logits), scores=jnp.exp(logits), expert_ids=ids
+    )
     stats = jax.tree.map(lambda a: a[None], observe(routing, unbiased, mask))
     load = jax.nn.one_hot(ids, E).sum((0, 1, 2))[None]
-    return sum(v.sum() for v in token_statistics(stats).values()) + layer_statistics(load, K)['std_of_share'].sum()
+    return (
+      sum(v.sum() for v in token_statistics(stats).values())
+      + layer_statistics(load, K)['std_of_share'].sum()
+    )
 
   assert not jax.jit(jax.grad(value), compiler_options=QUICK)(jnp.asarray(base.logits)).any()
 
 
 # ---- of the load
+
 
 def loads() -> np.ndarray:  # [L, E]
   rng = np.random.default_rng(0)
@@ -200,17 +255,37 @@ def test_load_statistics_are_the_oracles(kind: str) -> None:
   assert set(found) == {*LOAD_ORACLE, 'noise_floor', 'std_of_share'}
   assert isinstance(found['max_vio'], np.ndarray) == (kind == 'numpy')
   for name, of in LOAD_ORACLE.items():
-    np.testing.assert_allclose(found[name], [of(c) for c in load], rtol=1e-5, atol=1e-6, err_msg=name)
-  np.testing.assert_allclose(found['noise_floor'], [oracle.noise_floor(c, 2) for c in load], rtol=1e-5)
-  np.testing.assert_allclose(found['std_of_share'], [np.std(c / c.sum()) for c in load], rtol=1e-5, atol=1e-8)
-  np.testing.assert_allclose(found['std_of_share'], (1 - found['balance_score']) / 16, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+      found[name], [of(c) for c in load], rtol=1e-5, atol=1e-6, err_msg=name
+    )
+  np.testing.assert_allclose(
+    found['noise_floor'], [oracle.noise_floor(c, 2) for c in load], rtol=1e-5
+  )
+  np.testing.assert_allclose(
+    found['std_of_share'], [np.std(c / c.sum()) for c in load], rtol=1e-5, atol=1e-8
+  )
+  np.testing.assert_allclose(
+    found['std_of_share'], (1 - found['balance_score']) / 16, rtol=1e-5, atol=1e-7
+  )
 
 
 def test_balance_and_collapse_have_the_values_that_they_name() -> None:
   even, one = layer_statistics(np.stack([np.full(8, 5.0), np.eye(8)[2] * 40]), 2), 1
   assert {k: float(v[0]) for k, v in even.items() if k != 'noise_floor'} == pytest.approx(
-    {'max_vio': 0, 'expert_usage': 1, 'dead_experts': 0, 'load_entropy': 1, 'balance_score': 1, 'std_of_share': 0})
-  assert even['max_vio'][one] == 7 and even['expert_usage'][one] == 1 / 8 and even['dead_experts'][one] == 7
+    {
+      'max_vio': 0,
+      'expert_usage': 1,
+      'dead_experts': 0,
+      'load_entropy': 1,
+      'balance_score': 1,
+      'std_of_share': 0,
+    }
+  )
+  assert (
+    even['max_vio'][one] == 7
+    and even['expert_usage'][one] == 1 / 8
+    and even['dead_experts'][one] == 7
+  )
   assert even['load_entropy'][one] == pytest.approx(0, abs=1e-12)
 
 
@@ -221,8 +296,13 @@ def test_no_copy_and_one_expert_are_finite(experts: int) -> None:
     layers = layer_statistics(load, 1)
     found = over_layers(layers)
   assert all(np.isfinite(v).all() for v in [*layers.values(), *found.values()])
-  assert layers['expert_usage'].tolist() == [0, 1] and layers['dead_experts'].tolist() == [experts, 0]
-  assert layers['load_entropy'].tolist() == pytest.approx([0, 1]) and layers['max_vio'].tolist() == [0, 0]
+  assert layers['expert_usage'].tolist() == [0, 1] and layers['dead_experts'].tolist() == [
+    experts,
+    0,
+  ]
+  assert layers['load_entropy'].tolist() == pytest.approx([0, 1]) and layers[
+    'max_vio'
+  ].tolist() == [0, 0]
 
 
 def test_noise_floor_is_about_what_random_choices_give() -> None:
@@ -237,10 +317,13 @@ def test_noise_floor_is_about_what_random_choices_give() -> None:
 
 # ---- over layers
 
+
 def test_over_layers_the_mean_and_the_worst() -> None:
   layers = layer_statistics(loads(), 2)
   found = over_layers(layers)
-  assert found['max_vio'] == pytest.approx(np.mean(layers['max_vio'])) and found['max_vio_worst'] == 15
+  assert (
+    found['max_vio'] == pytest.approx(np.mean(layers['max_vio'])) and found['max_vio_worst'] == 15
+  )
   assert found['expert_usage_worst'] == 1 / 16 and found['dead_experts_worst'] == 15
   assert found['balance_score_worst'] == pytest.approx(layers['balance_score'].min())
   assert all(np.ndim(value) == 0 for value in found.values())
@@ -252,9 +335,15 @@ def test_bias_statistics_and_the_layer_farthest_from_zero() -> None:
   assert layers['bias_std'].tolist() == pytest.approx([0.1, 0.2, 0])
   assert layers['bias_max'].tolist() == pytest.approx([0.3, 0.5, 0])
   found = over_layers(layers)
-  assert found['bias_mean_worst'] == pytest.approx(-0.3) and found['bias_max_worst'] == pytest.approx(0.5)
+  assert found['bias_mean_worst'] == pytest.approx(-0.3) and found[
+    'bias_max_worst'
+  ] == pytest.approx(0.5)
 
 
 def test_every_statistic_says_which_layer_is_worst(example: tuple) -> None:
-  names = [*layer_statistics(loads(), 2), *token_statistics(stacked(observed(*example))), *bias_statistics(loads())]
+  names = [
+    *layer_statistics(loads(), 2),
+    *token_statistics(stacked(observed(*example))),
+    *bias_statistics(loads()),
+  ]
   assert len(names) == len(set(names)) and {*names, 'churn', 'dropped'} == set(STATISTICS)

@@ -1,4 +1,5 @@
 """The tiny training step compiled for H200s that are not here, and what is in the program."""
+
 import functools
 import importlib.util
 import re
@@ -16,26 +17,50 @@ from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.shapes import batch_of, mesh_of, target_of
 from moejax.train.step.train_step import train_step
 
-pytestmark = [pytest.mark.cuda_aot, pytest.mark.slow, pytest.mark.skipif(
-  importlib.util.find_spec('jax_cuda13_plugin') is None,
-  reason='the CUDA plug-in of JAX is not installed: pip install "moejax[cuda]"')]
+pytestmark = [
+  pytest.mark.cuda_aot,
+  pytest.mark.slow,
+  pytest.mark.skipif(
+    importlib.util.find_spec('jax_cuda13_plugin') is None,
+    reason='the CUDA plug-in of JAX is not installed: pip install "moejax[cuda]"',
+  ),
+]
 
 
 @pytest.mark.parametrize('exchange', ['gather', 'ragged'])
 def test_the_step_of_eight_gpus(exchange: str) -> None:
   """Latent attention, heads of 192 channels, by cuDNN's kernel, forward and backward; tokens go as the config says."""
   latent = LatentConfig(kv_rank=128, q_rank=256, d_rope=64, d_value=128)
-  moe = MoEConfig(d_expert=384, router=RouterConfig(num_experts=8, top_k=2), dispatch=DispatchConfig(exchange=exchange))
+  moe = MoEConfig(
+    d_expert=384,
+    router=RouterConfig(num_experts=8, top_k=2),
+    dispatch=DispatchConfig(exchange=exchange),
+  )
   cfg = ExperimentConfig(
-    batch_size=16, seq_len=128, mesh=MeshConfig(data=1, fsdp=2, expert=4),
-    model=ModelConfig(vocab_size=512, d_model=256, num_layers=1, dtype='bfloat16', remat='full', moe=moe,
-                      attention=AttentionConfig(num_heads=2, num_kv_heads=2, d_head=128, latent=latent)))
+    batch_size=16,
+    seq_len=128,
+    mesh=MeshConfig(data=1, fsdp=2, expert=4),
+    model=ModelConfig(
+      vocab_size=512,
+      d_model=256,
+      num_layers=1,
+      dtype='bfloat16',
+      remat='full',
+      moe=moe,
+      attention=AttentionConfig(num_heads=2, num_kv_heads=2, d_head=128, latent=latent),
+    ),
+  )
   mesh = mesh_of(cfg, parse_topology('h200:8').devices())
   with jax.set_mesh(mesh):
     target = target_of(cfg, mesh)
-    lowered = jax.jit(functools.partial(train_step, cfg=cfg), donate_argnums=0).lower(target, batch_of(cfg, mesh))
-    text = lowered.compile({'xla_gpu_autotune_level': 0}).as_text()   # nothing can be timed
+    lowered = jax.jit(functools.partial(train_step, cfg=cfg), donate_argnums=0).lower(
+      target, batch_of(cfg, mesh)
+    )
+    text = lowered.compile({'xla_gpu_autotune_level': 0}).as_text()  # nothing can be timed
   aliases = re.findall(r'\{(\d+)\}: \((\d+), \{\}', text.partition('\n')[0])
   assert aliases == [(str(i), str(i)) for i in range(len(jax.tree.leaves(target)))]
-  assert {*re.findall(r'"__cudnn\$fmha(\w+)"', text)} == {'ScaleBiasSoftmax', 'ScaleBiasSoftmaxBackward'}
+  assert {*re.findall(r'"__cudnn\$fmha(\w+)"', text)} == {
+    'ScaleBiasSoftmax',
+    'ScaleBiasSoftmaxBackward',
+  }
   assert bool(re.search(r' ragged-all-to-all(-start)?\(', text)) == (exchange == 'ragged')

@@ -2,6 +2,7 @@
 
 Each program is compiled once; several tests look at it. Widths are multiples of 128, as the tiles of a TPU are.
 """
+
 import dataclasses
 import functools
 import importlib.util
@@ -26,25 +27,57 @@ from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.shapes import batch_of, mesh_of, target_of
 from moejax.train.step.train_step import compile_step
 
-pytestmark = [pytest.mark.tpu_aot, pytest.mark.slow, pytest.mark.skipif(
-  importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed: pip install "moejax[tpu]"')]
+pytestmark = [
+  pytest.mark.tpu_aot,
+  pytest.mark.slow,
+  pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is None,
+    reason='libtpu is not installed: pip install "moejax[tpu]"',
+  ),
+]
 
 E, K, D, F = 8, 2, 256, 384
 MODEL = ModelConfig(
-  vocab_size=512, d_model=D, num_layers=1, d_ff=D, dtype='bfloat16', remat='full',
+  vocab_size=512,
+  d_model=D,
+  num_layers=1,
+  d_ff=D,
+  dtype='bfloat16',
+  remat='full',
   attention=AttentionConfig(num_heads=2, num_kv_heads=2, d_head=128),
-  moe=MoEConfig(d_expert=F, router=RouterConfig(num_experts=E, top_k=K)))
+  moe=MoEConfig(d_expert=F, router=RouterConfig(num_experts=E, top_k=K)),
+)
 LATENT = dataclasses.replace(
-  MODEL, mtp_depth=1, sandwich_norm=True,
-  attention=AttentionConfig(num_heads=2, num_kv_heads=2, d_head=128,
-                            latent=LatentConfig(kv_rank=128, q_rank=256, d_rope=64, d_value=128)))
+  MODEL,
+  mtp_depth=1,
+  sandwich_norm=True,
+  attention=AttentionConfig(
+    num_heads=2,
+    num_kv_heads=2,
+    d_head=128,
+    latent=LatentConfig(kv_rank=128, q_rank=256, d_rope=64, d_value=128),
+  ),
+)
 # Sinks, windows and biases everywhere, as gpt-oss has them.
 BIASED = dataclasses.replace(
-  MODEL, num_layers=2,
-  attention=AttentionConfig(num_heads=2, num_kv_heads=1, d_head=128, windows=(64, 0), sinks=True, qkv_bias=True,
-                            out_bias=True),
-  moe=dataclasses.replace(MODEL.moe, activation='clamped_swiglu', expert_bias=True,
-                          router=RouterConfig(num_experts=E, top_k=K, logit_bias=True, weigh='softmax')))
+  MODEL,
+  num_layers=2,
+  attention=AttentionConfig(
+    num_heads=2,
+    num_kv_heads=1,
+    d_head=128,
+    windows=(64, 0),
+    sinks=True,
+    qkv_bias=True,
+    out_bias=True,
+  ),
+  moe=dataclasses.replace(
+    MODEL.moe,
+    activation='clamped_swiglu',
+    expert_bias=True,
+    router=RouterConfig(num_experts=E, top_k=K, logit_bias=True, weigh='softmax'),
+  ),
+)
 
 
 class Case(NamedTuple):
@@ -56,13 +89,21 @@ class Case(NamedTuple):
 
 
 GATHER, RAGGED, DENSE, BUFFERS = (
-  DispatchConfig(exchange='gather'), DispatchConfig(exchange='ragged'), DispatchConfig('dense_matmul'),
-  DispatchConfig('dense_matmul', 2.0))
+  DispatchConfig(exchange='gather'),
+  DispatchConfig(exchange='ragged'),
+  DispatchConfig('dense_matmul'),
+  DispatchConfig('dense_matmul', 2.0),
+)
 EXCHANGES = {'gather': GATHER, 'ragged': RAGGED, 'dense': DENSE, 'buffers': BUFFERS}
 SLICES = {'v5e': 'v5e:2x4', 'v5p': 'v5p:2x2x2', 'v6e': 'v6e:2x4'}
-CASES = {f'{name} {how}': Case(slice, dispatch)
-         for name, slice in SLICES.items() for how, dispatch in EXCHANGES.items()} | {
-           'v5p gather': Case('v5p:2x2x2', GATHER, BIASED), 'v5p ragged': Case('v5p:2x2x2', RAGGED, LATENT)}
+CASES = {
+  f'{name} {how}': Case(slice, dispatch)
+  for name, slice in SLICES.items()
+  for how, dispatch in EXCHANGES.items()
+} | {
+  'v5p gather': Case('v5p:2x2x2', GATHER, BIASED),
+  'v5p ragged': Case('v5p:2x2x2', RAGGED, LATENT),
+}
 MOVED = {GATHER: set(), RAGGED: {'ragged-all-to-all'}, DENSE: set(), BUFFERS: {'all-to-all'}}
 
 
@@ -88,23 +129,32 @@ class Program(NamedTuple):
   """A compiled step."""
 
   text: str
-  leaves: int   # arrays of the state
+  leaves: int  # arrays of the state
 
   def results(self, *ops: str) -> list[list[tuple[int, ...]]]:
     """The shapes that each of these operations gives."""
     found = re.findall(rf'= (.*?) (?:{"|".join(ops)})\(', self.text)
-    return [[tuple(map(int, filter(None, sizes.split(',')))) for sizes in re.findall(r'\w\[([\d,]*)\]', result)]
-            for result in found]
+    return [
+      [
+        tuple(map(int, filter(None, sizes.split(','))))
+        for sizes in re.findall(r'\w\[([\d,]*)\]', result)
+      ]
+      for result in found
+    ]
 
 
 def compiled(case: Case, sizes: MeshConfig, rows: int) -> Program:
   """The step of so many rows on this mesh."""
-  model = dataclasses.replace(case.model, moe=dataclasses.replace(case.model.moe, dispatch=case.dispatch))
+  model = dataclasses.replace(
+    case.model, moe=dataclasses.replace(case.model.moe, dispatch=case.dispatch)
+  )
   cfg = ExperimentConfig(batch_size=rows, seq_len=128, model=model, mesh=sizes)
   mesh = mesh_of(cfg, devices(case.slice))
   with jax.set_mesh(mesh):
     target = target_of(cfg, mesh)
-    return Program(compile_step(cfg, target, batch_of(cfg, mesh)).as_text(), len(jax.tree.leaves(target)))
+    return Program(
+      compile_step(cfg, target, batch_of(cfg, mesh)).as_text(), len(jax.tree.leaves(target))
+    )
 
 
 @pytest.mark.parametrize('name', CASES)
@@ -119,19 +169,35 @@ def test_the_step_of_a_slice(name: str) -> None:
   gathered = this.results('all-gather', 'all-gather-start')
   assert gathered and max(math.prod(shape) for shapes in gathered for shape in shapes) < E * D * F
   # Tokens go over `expert` as the config says, and no other way.
-  moved = {op for op in ('all-to-all', 'ragged-all-to-all') if re.search(rf' {op}(-start)?\(', this.text)}
+  moved = {
+    op for op in ('all-to-all', 'ragged-all-to-all') if re.search(rf' {op}(-start)?\(', this.text)
+  }
   assert moved == MOVED[case.dispatch]
   # Attention is a kernel, forward and backward; and so is the grouped matmul, with both of its gradients.
-  assert {*re.findall(r'%splash_mha_([a-z]+)_\S+ = .* custom-call\(', this.text)} == {'fwd', 'dq', 'dkv'}
-  kernels = re.findall(r'%ragged-dot-none\S* = (\w+\[[\d,]*\]).* custom-call\(.*op_name="([^"]*)"', this.text)
+  assert {*re.findall(r'%splash_mha_([a-z]+)_\S+ = .* custom-call\(', this.text)} == {
+    'fwd',
+    'dq',
+    'dkv',
+  }
+  kernels = re.findall(
+    r'%ragged-dot-none\S* = (\w+\[[\d,]*\]).* custom-call\(.*op_name="([^"]*)"', this.text
+  )
   grouped = {('transpose' in op, shape) for shape, op in kernels}
-  rows = 8 * 128 * K // 4 * 5 // 4   # a quarter more than a device of a group of four is given
+  rows = 8 * 128 * K // 4 * 5 // 4  # a quarter more than a device of a group of four is given
   products = {f'bf16[{rows},{F}]', f'bf16[{rows},{D}]'}
-  assert grouped == (set() if case.dispatch.dispatcher == 'dense_matmul' else {
-    *((backward, product) for backward in (False, True) for product in products),
-    (True, f'bf16[{E // 4},{D},{F}]'), (True, f'bf16[{E // 4},{F},{D}]')})
+  assert grouped == (
+    set()
+    if case.dispatch.dispatcher == 'dense_matmul'
+    else {
+      *((backward, product) for backward in (False, True) for product in products),
+      (True, f'bf16[{E // 4},{D},{F}]'),
+      (True, f'bf16[{E // 4},{F},{D}]'),
+    }
+  )
 
 
 def test_a_slice_without_the_ragged_exchange_refuses_it() -> None:
-  with pytest.raises(ConfigError, match="dispatch.exchange='ragged': no ragged_all_to_all on 64 x TPU v5 lite"):
+  with pytest.raises(
+    ConfigError, match="dispatch.exchange='ragged': no ragged_all_to_all on 64 x TPU v5 lite"
+  ):
     compiled(Case('v5e:8x8', RAGGED), MeshConfig(data=1, fsdp=16, expert=4), 64)

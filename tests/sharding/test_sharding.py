@@ -1,4 +1,5 @@
 """The mesh and the one table of axes: what lies where, and that without a mesh nothing is laid out."""
+
 import functools
 import types
 
@@ -22,9 +23,14 @@ from moejax.sharding.params import is_param, normal, param, param_spec, sharding
 from moejax.sharding.tree import size
 
 CONFIG = ModelConfig(
-  vocab_size=32, d_model=16, num_layers=3, num_dense_layers=1, d_ff=16,
+  vocab_size=32,
+  d_model=16,
+  num_layers=3,
+  num_dense_layers=1,
+  d_ff=16,
   attention=AttentionConfig(num_heads=2, num_kv_heads=2, d_head=8),
-  moe=MoEConfig(router=RouterConfig(num_experts=4, top_k=2), d_expert=8, num_shared=1))
+  moe=MoEConfig(router=RouterConfig(num_experts=4, top_k=2), d_expert=8, num_shared=1),
+)
 MIXED = MeshConfig(1, fsdp=2, expert=2, tensor=2)
 
 
@@ -41,7 +47,9 @@ def test_the_table_covers_every_axis_that_a_parameter_has(model: Transformer) ->
   used = {axis for p in parameters(model) for axis in p.get_metadata('axes')}
   assert used == {'vocab', 'embed', 'heads', 'mlp', 'expert', 'norm', ''}
   assert used <= {*RULES, ''}
-  assert {axis for axes in RULES.values() for axis in axes} == {*MESH_AXES}, 'each mesh axis splits something'
+  assert {axis for axes in RULES.values() for axis in axes} == {*MESH_AXES}, (
+    'each mesh axis splits something'
+  )
 
 
 def test_specs() -> None:
@@ -56,11 +64,15 @@ def test_a_stack_of_layers_has_the_layer_axis_in_front(model: Transformer) -> No
   assert param_spec(model.blocks.moe.experts.gate) == P(None, ('expert',), ('fsdp',), ('tensor',))
   assert param_spec(model.blocks.attention.out.w) == P(None, ('tensor',), ('fsdp',))
   assert param_spec(model.dense_blocks.ffn.down) == P(None, ('tensor',), ('fsdp',))
-  assert param_spec(model.blocks.moe.router) == P(None, ('fsdp',), None), 'each device must see all experts'
+  assert param_spec(model.blocks.moe.router) == P(None, ('fsdp',), None), (
+    'each device must see all experts'
+  )
   assert param_spec(model.norm.scale) == P(None)
   assert param_spec(model.embed.table) == P(('tensor',), ('fsdp',))
-  twice = jax.eval_shape(lambda keys: jax.vmap(jax.vmap(lambda key: SwiGLU(key, 4, 8, 1.0)))(keys),
-                         jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (2, 3))))
+  twice = jax.eval_shape(
+    lambda keys: jax.vmap(jax.vmap(lambda key: SwiGLU(key, 4, 8, 1.0)))(keys),
+    jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (2, 3))),
+  )
   assert param_spec(twice.up) == P(None, None, ('fsdp',), ('tensor',))
 
 
@@ -72,12 +84,19 @@ def test_shardings_of_a_tree_follow_its_parameters(model: Transformer) -> None:
   assert found['count'] == found['load'] == NamedSharding(mesh, P())
   for p, where in zip(parameters(model), jax.tree.leaves(found['model']), strict=True):
     assert where == NamedSharding(mesh, param_spec(p))
-    where.shard_shape(p.shape)   # raises where the sizes do not divide
+    where.shard_shape(p.shape)  # raises where the sizes do not divide
 
 
-@pytest.mark.parametrize(('cfg', 'shape'), [
-  (MeshConfig(), (8, 1, 1, 1)), (MeshConfig(fsdp=2), (4, 2, 1, 1)), (MIXED, (1, 2, 2, 2)),
-  (MeshConfig(expert=8), (1, 1, 8, 1))], ids=str)
+@pytest.mark.parametrize(
+  ('cfg', 'shape'),
+  [
+    (MeshConfig(), (8, 1, 1, 1)),
+    (MeshConfig(fsdp=2), (4, 2, 1, 1)),
+    (MIXED, (1, 2, 2, 2)),
+    (MeshConfig(expert=8), (1, 1, 8, 1)),
+  ],
+  ids=str,
+)
 def test_data_takes_what_the_others_leave(cfg: MeshConfig, shape: tuple[int, ...]) -> None:
   mesh = make_mesh(cfg)
   assert mesh.shape == dict(zip(MESH_AXES, shape)) and mesh.axis_names == MESH_AXES
@@ -91,7 +110,9 @@ def test_data_takes_what_the_others_leave(cfg: MeshConfig, shape: tuple[int, ...
 def test_a_mesh_over_some_of_the_devices() -> None:
   assert make_mesh(MeshConfig(fsdp=2), jax.devices()[:4]).shape['data'] == 2
   assert make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
-  assert [*make_mesh(MeshConfig(3, expert=2)).devices.flat] == jax.devices()[:6], 'data is given: the first of them'
+  assert [*make_mesh(MeshConfig(3, expert=2)).devices.flat] == jax.devices()[:6], (
+    'data is given: the first of them'
+  )
 
 
 def test_processes_without_a_device_in_the_mesh_are_refused() -> None:
@@ -101,10 +122,15 @@ def test_processes_without_a_device_in_the_mesh_are_refused() -> None:
   assert not product_problem(MeshConfig(2, expert=2), apart[:4] + apart[:2])
 
 
-@pytest.mark.parametrize(('cfg', 'told'), [
-  (MeshConfig(fsdp=3), 'data=2 * fsdp=3 * expert=1 * tensor=1 = 6, but there are 8 devices'),
-  (MeshConfig(3, expert=3), 'data=3 * fsdp=1 * expert=3 * tensor=1 = 9, but there are 8 devices'),
-  (MeshConfig(tensor=16), 'data=1 * fsdp=1 * expert=1 * tensor=16 = 16, but there are 8 devices')], ids=str)
+@pytest.mark.parametrize(
+  ('cfg', 'told'),
+  [
+    (MeshConfig(fsdp=3), 'data=2 * fsdp=3 * expert=1 * tensor=1 = 6, but there are 8 devices'),
+    (MeshConfig(3, expert=3), 'data=3 * fsdp=1 * expert=3 * tensor=1 = 9, but there are 8 devices'),
+    (MeshConfig(tensor=16), 'data=1 * fsdp=1 * expert=1 * tensor=16 = 16, but there are 8 devices'),
+  ],
+  ids=str,
+)
 def test_a_mesh_that_does_not_fit_names_all_its_sizes(cfg: MeshConfig, told: str) -> None:
   with pytest.raises(ConfigError) as error:
     make_mesh(cfg)
@@ -129,7 +155,9 @@ def test_constraints_do_nothing_where_there_is_no_mesh_or_one_device() -> None:
     y = jax.jit(lambda x: constrain(x, 'batch', 'mlp'))(x)
     assert y.sharding.is_equivalent_to(NamedSharding(mesh, spec('batch', 'mlp')), 2)
     odd = jax.jit(lambda x: constrain(x, 'batch', 'mlp'))(jnp.zeros((8, 3)))
-    assert odd.sharding.is_equivalent_to(NamedSharding(mesh, spec('batch', '')), 2), 'what does not divide stays whole'
+    assert odd.sharding.is_equivalent_to(NamedSharding(mesh, spec('batch', '')), 2), (
+      'what does not divide stays whole'
+    )
 
 
 def test_the_platform_is_that_of_the_program_also_for_absent_chips() -> None:

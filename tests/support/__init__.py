@@ -1,0 +1,1 @@
+"""What tests share: oracle, mutants, goldens, tables of faults and meshes, the smallest run."""

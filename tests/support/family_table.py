@@ -4,6 +4,7 @@
 
 Deviations are absolute for logits and weights, and relative for the rest: |a - b| / |b| as vectors, of each parameter.
 """
+
 import argparse
 import contextlib
 import dataclasses
@@ -57,9 +58,9 @@ class Golden(NamedTuple):
   directory: Path
   about: dict
   cfg: ModelConfig
-  model: Transformer    # NumPy
-  router: np.ndarray    # [L, E] f32
-  made_of: dict         # path of a leaf -> the tensors of the file that it is made of
+  model: Transformer  # NumPy
+  router: np.ndarray  # [L, E] f32
+  made_of: dict  # path of a leaf -> the tensors of the file that it is made of
 
   def recorded(self, name: str) -> Tree:
     return dict(np.load(self.directory / f'{name}.npz'))
@@ -73,7 +74,9 @@ class Golden(NamedTuple):
 def load(name: str) -> Golden:
   """The golden checkpoint as an import reads it."""
   source = transfer.published(GOLDEN / name)
-  model, router = jax.device_get(transfer.read_weights(source, make_mesh(MeshConfig(), jax.devices()[:1]), lambda nbytes: None))
+  model, router = jax.device_get(
+    transfer.read_weights(source, make_mesh(MeshConfig(), jax.devices()[:1]), lambda nbytes: None)
+  )
   about = json.loads((source.directory / 'about.json').read_text())
   return Golden(source.directory, about, source.cfg, model, router, source.made_of)
 
@@ -90,12 +93,18 @@ def published(golden: Golden, tree: Transformer) -> Tree:
 
 def batch_of(recorded: Tree, cases: tuple[str, ...]) -> Batch:
   """The recorded rows of some cases, one under another, as training would see them."""
-  tokens, mask = (np.concatenate([recorded[case + key] for case in cases]) for key in ('tokens', 'mask'))
+  tokens, mask = (
+    np.concatenate([recorded[case + key] for case in cases]) for key in ('tokens', 'mask')
+  )
   pairs = np.pad(mask[:, :-1] * mask[:, 1:], [(0, 0), (0, 1)]) > 0
   targets = np.where(pairs, np.roll(tokens, -1, axis=1), IGNORE)
   positions = np.maximum(mask.cumsum(1) - 1, 0)
-  return Batch(*(a.astype(np.int32) for a in (tokens, targets)), targets != IGNORE,
-               *(a.astype(np.int32) for a in (mask, positions)), np.zeros(len(tokens), np.int32))
+  return Batch(
+    *(a.astype(np.int32) for a in (tokens, targets)),
+    targets != IGNORE,
+    *(a.astype(np.int32) for a in (mask, positions)),
+    np.zeros(len(tokens), np.int32),
+  )
 
 
 def mean_nll(model: Transformer, hidden: jax.Array, batch: Batch, rows: int) -> jax.Array:
@@ -108,18 +117,21 @@ def mean_nll(model: Transformer, hidden: jax.Array, batch: Batch, rows: int) -> 
 class Forward(NamedTuple):
   """What one pass over some rows gives."""
 
-  logits: jax.Array            # [B, S, V]
+  logits: jax.Array  # [B, S, V]
   mtp_logits: list[jax.Array]  # of each depth, [B, S, V]
-  loss: jax.Array              # cross entropy of the first rows, and the mean of that of all depths
+  loss: jax.Array  # cross entropy of the first rows, and the mean of that of all depths
   gradient: Transformer
 
 
 @functools.partial(jax.jit, static_argnums=3, compiler_options=QUICK)
 def forward(model: Transformer, router: jax.Array, batch: Batch, rows: int) -> Forward:
   """The loss is of the first `rows` rows only."""
+
   def loss(model: Transformer) -> tuple[jax.Array, tuple]:
     out = model(batch, router)
-    deeper = [mean_nll(model, h, ahead(batch, depth), rows) for depth, h in enumerate(out.mtp_hidden, 1)]
+    deeper = [
+      mean_nll(model, h, ahead(batch, depth), rows) for depth, h in enumerate(out.mtp_hidden, 1)
+    ]
     total = mean_nll(model, out.hidden, batch, rows) + sum(deeper) / max(1, len(deeper))
     return total, (model.logits(out.hidden), [model.logits(h) for h in out.mtp_hidden])
 
@@ -127,7 +139,9 @@ def forward(model: Transformer, router: jax.Array, batch: Batch, rows: int) -> F
   return Forward(*logits, total, gradient)
 
 
-SEEN: list[np.ndarray] = []   # of one list, since compiled programs go on writing to the one that they were traced with
+SEEN: list[
+  np.ndarray
+] = []  # of one list, since compiled programs go on writing to the one that they were traced with
 
 
 @contextlib.contextmanager
@@ -171,13 +185,19 @@ def of_forward(golden: Golden, mesh: Mesh | None = None) -> dict[str, float]:
       many = jax.device_put(many, NamedSharding(mesh, spec('batch')))
     out = jax.device_get(forward(model, router, many, rows * times))
   real = batch.segment_ids > 0
-  found = {'logits': np.abs(out.logits[::times] - np.concatenate([recorded[c + 'logits'] for c in CASES]))[real].max()}
+  found = {
+    'logits': np.abs(out.logits[::times] - np.concatenate([recorded[c + 'logits'] for c in CASES]))[
+      real
+    ].max()
+  }
   want = recorded['ce'] + (mtp['loss'] if mtp else 0)
   found['loss'] = abs(float(out.loss - want)) / float(want)
   layers = golden.cfg.num_layers - golden.cfg.num_dense_layers
   if golden.routes and not mesh:
     combine = np.concatenate([recorded[c + 'combine'] for c in CASES], axis=1)
-    found['weights'] = max(np.abs(a - b)[real].max() for a, b in zip(SEEN[:layers], combine, strict=True))
+    found['weights'] = max(
+      np.abs(a - b)[real].max() for a, b in zip(SEEN[:layers], combine, strict=True)
+    )
   for depth, logits in enumerate(out.mtp_logits, 1):
     deeper = np.concatenate([mtp[f'{c}logits_{depth - 1}'] for c in CASES])
     valid = real[:, :-depth] & real[:, depth:]
@@ -188,7 +208,9 @@ def of_forward(golden: Golden, mesh: Mesh | None = None) -> dict[str, float]:
       name = name.removeprefix('grad/')
       theirs[name] = theirs[name] + value if name in theirs else value
   assert set(ours) == set(theirs), set(ours) ^ set(theirs)
-  return {k: float(v) for k, v in found.items()} | {'gradient': max(relative(ours[k], theirs[k]) for k in theirs)}
+  return {k: float(v) for k, v in found.items()} | {
+    'gradient': max(relative(ours[k], theirs[k]) for k in theirs)
+  }
 
 
 def of_steps(golden: Golden) -> dict[str, float]:
@@ -197,21 +219,40 @@ def of_steps(golden: Golden) -> dict[str, float]:
   batch = batch_of(golden.recorded('golden'), ('',))
   (rows, length), (beta1, beta2) = batch.tokens.shape, about['betas']
   cfg = ExperimentConfig(
-    steps=STEPS, batch_size=rows, seq_len=length, model=golden.cfg, loss=LossConfig(mtp_coef='0'),
+    steps=STEPS,
+    batch_size=rows,
+    seq_len=length,
+    model=golden.cfg,
+    loss=LossConfig(mtp_coef='0'),
     balance=BalanceConfig(losses=frozendict(), bias_rule=''),
-    optim=OptimConfig(about['learning_rate'], 0, 'constant', beta1=beta1, beta2=beta2, eps=about['eps'],
-                      weight_decay=about['weight_decay'], clip_norm=about['clip_norm']))
+    optim=OptimConfig(
+      about['learning_rate'],
+      0,
+      'constant',
+      beta1=beta1,
+      beta2=beta2,
+      eps=about['eps'],
+      weight_decay=about['weight_decay'],
+      clip_norm=about['clip_norm'],
+    ),
+  )
   # Moments are zeros at the start, like all else but the weights and the router bias.
-  state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(lambda: init_state(cfg)))
-  state = state._replace(model=golden.model, router=state.router._replace(bias=jnp.asarray(golden.router)))
+  state = jax.tree.map(
+    lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(lambda: init_state(cfg))
+  )
+  state = state._replace(
+    model=golden.model, router=state.router._replace(bias=jnp.asarray(golden.router))
+  )
   step, worst = jax.jit(functools.partial(train_step, cfg=cfg), compiler_options=QUICK), {}
   losses, norms = [], []
   for _ in range(STEPS):
     state, metrics = step(state, batch)
     losses.append(float(metrics['loss']))
     norms.append(float(metrics['grad_norm']))
-  worst['losses'] = max(relative(np.array(losses), recorded['losses']),
-                        relative(np.array(norms), recorded['grad_norms']))
+  worst['losses'] = max(
+    relative(np.array(losses), recorded['losses']),
+    relative(np.array(norms), recorded['grad_norms']),
+  )
   ours = published(golden, jax.device_get(state.model))
   theirs = {k.removeprefix('param/'): v for k, v in recorded.items() if k.startswith('param/')}
   assert {name for name in ours if name in theirs} == set(theirs)
@@ -226,7 +267,7 @@ def of_text(golden: Golden) -> dict[str, float]:
   recorded = golden.recorded('golden')
   prompts = [row[:n].tolist() for row, n in zip(recorded['tokens'], recorded['greedy_lengths'])]
   model, wrong = jax.tree.map(jnp.asarray, golden.model), 0
-  for draft in (False, True)[:1 + (golden.cfg.mtp_depth > 0)]:
+  for draft in (False, True)[: 1 + (golden.cfg.mtp_depth > 0)]:
     cfg = SampleConfig(max_tokens=recorded['greedy_tokens'].shape[1], temperature=0.0, draft=draft)
     steps = [*decode(model, jnp.asarray(golden.router), prompts, cfg)]
     text = np.array([sum((step[row] for step in steps), []) for row in range(len(prompts))])
@@ -248,7 +289,9 @@ def changed(cfg: T, values: dict[str, object]) -> T:
     if rest:
       deeper[name][rest] = value
   direct = {name: value for name, value in values.items() if '.' not in name}
-  return dataclasses.replace(cfg, **direct, **{name: changed(getattr(cfg, name), v) for name, v in deeper.items()})
+  return dataclasses.replace(
+    cfg, **direct, **{name: changed(getattr(cfg, name), v) for name, v in deeper.items()}
+  )
 
 
 def always(cfg: ModelConfig) -> bool:
@@ -272,30 +315,43 @@ class Mistake(NamedTuple):
 
 MISTAKES = {
   'eps': Mistake({'norm_eps': lambda eps: eps / 2}),
-  'eps of the latent norms': Mistake({'attention.latent.norm_eps': lambda eps: 1e-2 if eps < 1e-3 else 1e-6},
-                                     lambda cfg: cfg.attention.latent.kv_rank > 0),
+  'eps of the latent norms': Mistake(
+    {'attention.latent.norm_eps': lambda eps: 1e-2 if eps < 1e-3 else 1e-6},
+    lambda cfg: cfg.attention.latent.kv_rank > 0,
+  ),
   'pairs of channels': Mistake({'attention.rope.interleaved': lambda on: not on}),
   'the whole head rotated': Mistake({'attention.rope.fraction': lambda part: 1.0}),
   'no YaRN': Mistake({'attention.rope.yarn.factor': lambda factor: 1.0}),
   'no mscale': Mistake({'attention.rope.yarn.mscale_all_dim': lambda m: 0.0}),
   'YaRN truncated': Mistake({'attention.rope.yarn.truncate': lambda on: True}),
-  'window off by one': Mistake({'attention.windows': lambda windows: tuple(w and w + 1 for w in windows)}),
+  'window off by one': Mistake(
+    {'attention.windows': lambda windows: tuple(w and w + 1 for w in windows)}
+  ),
   'windows of the other layers': Mistake({'attention.windows': lambda windows: windows[::-1]}),
   'no clipping': Mistake({'attention.clip_qkv': lambda limit: 0.0}),
-  'no group limit': Mistake({'moe.router.num_groups': lambda n: 1, 'moe.router.top_groups': lambda n: 1}),
+  'no group limit': Mistake(
+    {'moe.router.num_groups': lambda n: 1, 'moe.router.top_groups': lambda n: 1}
+  ),
   'groups by another score': Mistake({'moe.router.group_best': lambda n: 3 - n}, grouped),
   'weights normalised or not': Mistake({'moe.router.renormalise': lambda on: not on}, weighed),
   'weights not scaled': Mistake({'moe.router.scale': lambda scale: 1.0}),
-  'another score': Mistake({'moe.router.score_fn': lambda name: {'sigmoid': 'softmax', 'softmax': 'sigmoid'}[name]},
-                           weighed),
-  'no clamp': Mistake({'moe.activation_limit': lambda limit: 1e9}, lambda cfg: cfg.moe.activation != 'swiglu'),
+  'another score': Mistake(
+    {'moe.router.score_fn': lambda name: {'sigmoid': 'softmax', 'softmax': 'sigmoid'}[name]},
+    weighed,
+  ),
+  'no clamp': Mistake(
+    {'moe.activation_limit': lambda limit: 1e9}, lambda cfg: cfg.moe.activation != 'swiglu'
+  ),
 }
 
 
 def mistaken(cfg: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
   """Each mistake that can be made with this config, and the config with it."""
   for name, mistake in MISTAKES.items():
-    values = {path: change(functools.reduce(getattr, path.split('.'), cfg)) for path, change in mistake.fields.items()}
+    values = {
+      path: change(functools.reduce(getattr, path.split('.'), cfg))
+      for path, change in mistake.fields.items()
+    }
     if mistake.possible(cfg) and changed(cfg, values) != cfg:
       yield name, changed(cfg, values)
 
@@ -315,23 +371,41 @@ def of_mistakes(golden: Golden) -> dict[str, float]:
     found[name] = deviation(jax.tree.unflatten(jax.tree.structure(shapes), leaves), golden.router)
   if golden.router.any():
     found['router bias ignored'] = deviation(golden.model, np.zeros_like(golden.router))
-  neutral = {'scale': 1.0, 'b': 0.0, 'sinks': -1e9, 'gate_bias': 0.0, 'up_bias': 0.0, 'down_bias': 0.0,
-             'router_logit_bias': 0.0}
+  neutral = {
+    'scale': 1.0,
+    'b': 0.0,
+    'sinks': -1e9,
+    'gate_bias': 0.0,
+    'up_bias': 0.0,
+    'down_bias': 0.0,
+    'router_logit_bias': 0.0,
+  }
   for i, path in enumerate(path for path in golden.made_of if path != 'router.bias'):
     last = path.split('.')[-1]
     if last in neutral and not path.startswith('mtp.'):
-      ignored = [*leaves[:i], np.full_like(leaves[i], neutral[last]), *leaves[i + 1:]]
+      ignored = [*leaves[:i], np.full_like(leaves[i], neutral[last]), *leaves[i + 1 :]]
       found[f'{path} ignored'] = deviation(jax.tree.unflatten(tree, ignored), golden.router)
   return found
 
 
-COLUMNS = {'logits': 1e-4, 'weights': 1e-5, 'loss': 1e-5, 'gradient': 1e-4, 'losses': 1e-4, 'steps': 1e-4, 'text': 0.0,
-           'mesh logits': 1e-4, 'mesh gradient': 1e-4}   # what is measured -> how much of it is allowed
+COLUMNS = {
+  'logits': 1e-4,
+  'weights': 1e-5,
+  'loss': 1e-5,
+  'gradient': 1e-4,
+  'losses': 1e-4,
+  'steps': 1e-4,
+  'text': 0.0,
+  'mesh logits': 1e-4,
+  'mesh gradient': 1e-4,
+}  # what is measured -> how much of it is allowed
 
 
 def mesh_for(golden: Golden) -> Mesh:
   """Of eight devices; a dense model's one expert is not split."""
-  return make_mesh(MeshConfig(data=2, fsdp=2, expert=2) if golden.routes else MeshConfig(data=4, fsdp=2))
+  return make_mesh(
+    MeshConfig(data=2, fsdp=2, expert=2) if golden.routes else MeshConfig(data=4, fsdp=2)
+  )
 
 
 def measure(golden: Golden) -> dict[str, float]:
@@ -341,13 +415,26 @@ def measure(golden: Golden) -> dict[str, float]:
   return {column: found[column] for column in COLUMNS if column in found}
 
 
-TITLES = {'logits': 'logits', 'weights': 'combine weights', 'gradient': 'gradients', 'steps': 'six AdamW steps',
-          'text': 'other tokens', 'mesh logits': 'logits, 8 devices', 'mesh gradient': 'gradients, 8 devices'}
+TITLES = {
+  'logits': 'logits',
+  'weights': 'combine weights',
+  'gradient': 'gradients',
+  'steps': 'six AdamW steps',
+  'text': 'other tokens',
+  'mesh logits': 'logits, 8 devices',
+  'mesh gradient': 'gradients, 8 devices',
+}
 
 
 def written(value: float | None, column: str) -> str:
   """A cell of the table."""
-  return '-' if value is None else f'{value:.0f}' if column == 'text' else f'{value:.1e}'.replace('e-0', 'e-')
+  return (
+    '-'
+    if value is None
+    else f'{value:.0f}'
+    if column == 'text'
+    else f'{value:.1e}'.replace('e-0', 'e-')
+  )
 
 
 def readme_rows(rows: dict[str, dict[str, str]]) -> str:
@@ -361,7 +448,9 @@ def main() -> None:
   """Prints the table; exits with 1 where something is not within its bounds."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--only', nargs='*', default=NAMES, choices=NAMES, help='some families')
-  parser.add_argument('--readme', default='', metavar='FILE', help='rewrite the table between its two comments')
+  parser.add_argument(
+    '--readme', default='', metavar='FILE', help='rewrite the table between its two comments'
+  )
   args, rows, failed = parser.parse_args(), {}, False
   table = rich.table.Table('family', *COLUMNS, 'smallest mistake')
   for name in args.only:
@@ -369,7 +458,9 @@ def main() -> None:
     golden = load(name)
     found, mistakes = measure(golden), of_mistakes(golden)
     failed |= not all(value <= COLUMNS[column] for column, value in found.items())
-    rows[name] = {column: written(found[column] if column in found else None, column) for column in COLUMNS}
+    rows[name] = {
+      column: written(found[column] if column in found else None, column) for column in COLUMNS
+    }
     least = min(mistakes, key=mistakes.__getitem__)
     table.add_row(name, *rows[name].values(), f'{mistakes[least]:.1e} {least}')
   bounds = {column: written(value, column) for column, value in COLUMNS.items()}

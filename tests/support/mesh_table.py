@@ -5,6 +5,7 @@
 Routers choose unevenly and one expert gets no token; rows are ragged, some of them all padding; losses over documents,
 groups and the whole batch are on. The reference is dense_matmul on one device, in one micro-batch.
 """
+
 import argparse
 import dataclasses
 import functools
@@ -43,14 +44,26 @@ from tests.support.emulated_exchange import emulate
 from tests.support.quick import QUICK
 
 ROWS, LENGTH, VOCAB, EXPERTS, TOP_K = 48, 8, 32, 8, 2
-EVERYTHING = EXPERTS / TOP_K   # a capacity factor at which a token's own place in a buffer is always free
+EVERYTHING = (
+  EXPERTS / TOP_K
+)  # a capacity factor at which a token's own place in a buffer is always free
 
 ALONE, REFERENCE = MeshConfig(1), 'dense_matmul'
 MESHES = (
-  MeshConfig(8), MeshConfig(1, fsdp=8), MeshConfig(1, expert=8), MeshConfig(1, tensor=8), MeshConfig(4, fsdp=2),
-  MeshConfig(2, expert=4), MeshConfig(1, fsdp=2, expert=4), MeshConfig(1, fsdp=4, tensor=2),
-  MeshConfig(1, expert=2, tensor=4), MeshConfig(2, fsdp=2, expert=2), MeshConfig(2, expert=2, tensor=2),
-  MeshConfig(1, fsdp=2, expert=2, tensor=2), MeshConfig(1, fsdp=3, expert=2))   # of the last, two devices stay idle
+  MeshConfig(8),
+  MeshConfig(1, fsdp=8),
+  MeshConfig(1, expert=8),
+  MeshConfig(1, tensor=8),
+  MeshConfig(4, fsdp=2),
+  MeshConfig(2, expert=4),
+  MeshConfig(1, fsdp=2, expert=4),
+  MeshConfig(1, fsdp=4, tensor=2),
+  MeshConfig(1, expert=2, tensor=4),
+  MeshConfig(2, fsdp=2, expert=2),
+  MeshConfig(2, expert=2, tensor=2),
+  MeshConfig(1, fsdp=2, expert=2, tensor=2),
+  MeshConfig(1, fsdp=3, expert=2),
+)  # of the last, two devices stay idle
 DISPATCHES = {
   'dense_matmul': DispatchConfig('dense_matmul', exchange='gather'),
   'dense_matmul with capacity': DispatchConfig('dense_matmul', EVERYTHING, exchange='all_to_all'),
@@ -63,7 +76,7 @@ class Case(NamedTuple):
   """One way to take the steps."""
 
   mesh: MeshConfig
-  dispatch: str            # a row of DISPATCHES
+  dispatch: str  # a row of DISPATCHES
   micro_batches: int = 1
   mtp_depth: int = 1
 
@@ -74,7 +87,9 @@ def cases() -> list[Case]:
   Two micro-batches and multi-token prediction go round, so that each dispatcher, on meshes of each kind, meets them.
   """
   found = []
-  for (i, mesh), (j, (name, dispatch)) in itertools.product(enumerate((ALONE, *MESHES)), enumerate(DISPATCHES.items())):
+  for (i, mesh), (j, (name, dispatch)) in itertools.product(
+    enumerate((ALONE, *MESHES)), enumerate(DISPATCHES.items())
+  ):
     if mesh.expert > 1 or dispatch.exchange != 'ragged' and (mesh, name) != (ALONE, REFERENCE):
       found.append(Case(mesh, name, 1 + ((i + j) % 4 == 2), int((i + j) % 4 == 0)))
   return found
@@ -83,16 +98,33 @@ def cases() -> list[Case]:
 def config(case: Case) -> ExperimentConfig:
   """The smallest model that has every part."""
   return ExperimentConfig(
-    steps=100, batch_size=ROWS, seq_len=LENGTH, micro_batches=case.micro_batches, mesh=case.mesh,
+    steps=100,
+    batch_size=ROWS,
+    seq_len=LENGTH,
+    micro_batches=case.micro_batches,
+    mesh=case.mesh,
     loss=LossConfig(z_coef='1e-3', mtp_coef='0.3', chunks=1),
     model=ModelConfig(
-      vocab_size=VOCAB, d_model=24, num_layers=1, mtp_depth=case.mtp_depth,
+      vocab_size=VOCAB,
+      d_model=24,
+      num_layers=1,
+      mtp_depth=case.mtp_depth,
       attention=AttentionConfig(num_heads=8, num_kv_heads=4, d_head=2),
-      moe=MoEConfig(RouterConfig(EXPERTS, TOP_K, 'sigmoid'), DISPATCHES[case.dispatch], d_expert=8, num_shared=1)),
-    balance=BalanceConfig(frozendict(sequence=0.1, ep_group=0.1, global_batch=0.1, router_z=0.01, simbal=0.01,
-                                     importance=0.1), 'sign', '0.05', ep_groups=4),
+      moe=MoEConfig(
+        RouterConfig(EXPERTS, TOP_K, 'sigmoid'), DISPATCHES[case.dispatch], d_expert=8, num_shared=1
+      ),
+    ),
+    balance=BalanceConfig(
+      frozendict(
+        sequence=0.1, ep_group=0.1, global_batch=0.1, router_z=0.01, simbal=0.01, importance=0.1
+      ),
+      'sign',
+      '0.05',
+      ep_groups=4,
+    ),
     # A large eps makes the update smooth in the gradient: at 1e-8 it would be the sign of the rounding of a zero.
-    optim=OptimConfig(learning_rate=0.05, warmup_steps=0, eps=1e-2, clip_norm=0.0))
+    optim=OptimConfig(learning_rate=0.05, warmup_steps=0, eps=1e-2, clip_norm=0.0),
+  )
 
 
 @functools.cache
@@ -103,7 +135,7 @@ def batch() -> Batch:
   segments = np.cumsum(rng.random((ROWS, LENGTH)) < 0.2, 1) + 1
   segments[np.arange(LENGTH) >= rng.integers(LENGTH // 2, 2 * LENGTH, (ROWS, 1))] = 0
   segments[[5, 40]] = 0
-  segments[ROWS // 4:ROWS // 4 + ROWS // 8] = 0
+  segments[ROWS // 4 : ROWS // 4 + ROWS // 8] = 0
   return packed(text, segments)
 
 
@@ -128,19 +160,22 @@ def start(cfg: ExperimentConfig) -> TrainState:
 class Taken(NamedTuple):
   """What two steps did, in NumPy."""
 
-  terms: list[dict[str, float]]    # of the objective, and itself, in each step
+  terms: list[dict[str, float]]  # of the objective, and itself, in each step
   gradient: dict[str, np.ndarray]  # path -> of the first step
-  loads: np.ndarray                # [2, L, E]
-  bias: np.ndarray                 # [L, E] after the first
-  expert_ids: np.ndarray           # [L, B, S, K] then
-  apart: int                       # devices whose bias has not the first's bits
+  loads: np.ndarray  # [2, L, E]
+  bias: np.ndarray  # [L, E] after the first
+  expert_ids: np.ndarray  # [L, B, S, K] then
+  apart: int  # devices whose bias has not the first's bits
 
 
 @functools.cache
 def chooser(mtp_depth: int) -> object:
   """Who is chosen in a state, by one program for all."""
   cfg = config(Case(ALONE, REFERENCE, 1, mtp_depth))
-  return jax.jit(lambda model, router, rows: eval_step(model, router, rows, cfg)['expert_ids'], compiler_options=QUICK)
+  return jax.jit(
+    lambda model, router, rows: eval_step(model, router, rows, cfg)['expert_ids'],
+    compiler_options=QUICK,
+  )
 
 
 def take(case: Case) -> Taken:
@@ -162,14 +197,30 @@ def take(case: Case) -> Taken:
   assert bias.sharding.is_fully_replicated
   bits = [np.asarray(shard.data).tobytes() for shard in bias.addressable_shards]
   moments = optax.tree.get_all_with_path(after.opt_state, 'mu')[0][1]
-  gradient = {jax.tree_util.keystr(path): np.asarray(leaf) / (1 - cfg.optim.beta1)
-              for path, leaf in jax.tree.leaves_with_path(moments)}
-  model = jax.tree.unflatten(jax.tree.structure(shapes_of(plain).model), jax.tree.leaves(jax.device_get(after.model)))
+  gradient = {
+    jax.tree_util.keystr(path): np.asarray(leaf) / (1 - cfg.optim.beta1)
+    for path, leaf in jax.tree.leaves_with_path(moments)
+  }
+  model = jax.tree.unflatten(
+    jax.tree.structure(shapes_of(plain).model), jax.tree.leaves(jax.device_get(after.model))
+  )
   ids = chooser(case.mtp_depth)(model, jax.device_get(after.router), batch())
-  terms = [{name: float(value) for name, value in found.items()
-            if name in ('loss', 'lm_loss', 'z_loss', 'mtp_loss') or name.startswith('balance/')} for found in metrics]
-  return Taken(terms, gradient, np.stack([found['load'] for found in metrics]), np.asarray(bias), np.asarray(ids),
-               sum(one != bits[0] for one in bits))
+  terms = [
+    {
+      name: float(value)
+      for name, value in found.items()
+      if name in ('loss', 'lm_loss', 'z_loss', 'mtp_loss') or name.startswith('balance/')
+    }
+    for found in metrics
+  ]
+  return Taken(
+    terms,
+    gradient,
+    np.stack([found['load'] for found in metrics]),
+    np.asarray(bias),
+    np.asarray(ids),
+    sum(one != bits[0] for one in bits),
+  )
 
 
 @functools.cache
@@ -186,12 +237,19 @@ def measure(case: Case) -> dict[str, float]:
   """Worst deviation of a case: of the objective and its terms, relative; of each parameter's gradient, of its largest
   entry; of the load, in copies; of the bias; devices whose bias is another; copies that go elsewhere afterwards."""
   one, other = reference(case.mtp_depth), take(case)
-  assert one.gradient.keys() == other.gradient.keys() and one.terms[0].keys() == other.terms[0].keys()
+  assert (
+    one.gradient.keys() == other.gradient.keys() and one.terms[0].keys() == other.terms[0].keys()
+  )
   return {
-    'loss': max(abs(there[name] / value - 1) for here, there in zip(one.terms, other.terms)
-                for name, value in here.items()),
-    'gradient': max(float(np.abs(other.gradient[path] - value).max() / np.abs(value).max())
-                    for path, value in one.gradient.items()),
+    'loss': max(
+      abs(there[name] / value - 1)
+      for here, there in zip(one.terms, other.terms)
+      for name, value in here.items()
+    ),
+    'gradient': max(
+      float(np.abs(other.gradient[path] - value).max() / np.abs(value).max())
+      for path, value in one.gradient.items()
+    ),
     'load': float(np.abs(other.loads - one.loads).max()),
     'bias': float(np.abs(other.bias - one.bias).max()),
     'apart': float(other.apart),
@@ -206,7 +264,10 @@ def written(value: float) -> str:
 
 def named(mesh: MeshConfig) -> str:
   """Its axes that are more than one device."""
-  return ' x '.join(f'{axis} {n}' for axis, n in dataclasses.asdict(mesh).items() if n > 1) or 'one device'
+  return (
+    ' x '.join(f'{axis} {n}' for axis, n in dataclasses.asdict(mesh).items() if n > 1)
+    or 'one device'
+  )
 
 
 def readme_rows(rows: dict[Case, dict[str, float]]) -> str:
@@ -215,16 +276,26 @@ def readme_rows(rows: dict[Case, dict[str, float]]) -> str:
   cells = [['mesh', *DISPATCHES, 'load, bias, routing'], ['---'] * (2 + len(DISPATCHES))]
   for mesh in dict.fromkeys(case.mesh for case in rows):
     own = {case.dispatch: found for case, found in rows.items() if case.mesh == mesh}
-    each = [f'{written(own[name]["loss"])}, {written(own[name]["gradient"])}' if name in own else '-'
-            for name in DISPATCHES]
-    cells.append([named(mesh), *each, written(max(found[column] for found in own.values() for column in exact))])
+    each = [
+      f'{written(own[name]["loss"])}, {written(own[name]["gradient"])}' if name in own else '-'
+      for name in DISPATCHES
+    ]
+    cells.append(
+      [
+        named(mesh),
+        *each,
+        written(max(found[column] for found in own.values() for column in exact)),
+      ]
+    )
   return '\n'.join(f'| {" | ".join(row)} |' for row in cells)
 
 
 def main() -> None:
   """Prints the table; exits with 1 where something is beyond its bounds."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--readme', default='', metavar='FILE', help='rewrite the table between its two comments')
+  parser.add_argument(
+    '--readme', default='', metavar='FILE', help='rewrite the table between its two comments'
+  )
   args, rows = parser.parse_args(), {}
   table = rich.table.Table('mesh', 'dispatcher', 'micro-batches', 'depths', *COLUMNS)
   with pytest.MonkeyPatch.context() as patch:
@@ -237,7 +308,9 @@ def main() -> None:
   Console(width=140).print(table)
   if args.readme:
     rewrite(Path(args.readme), 'meshes', readme_rows(rows))
-  raise SystemExit(any(not value <= COLUMNS[column] for found in rows.values() for column, value in found.items()))
+  raise SystemExit(
+    any(not value <= COLUMNS[column] for found in rows.values() for column, value in found.items())
+  )
 
 
 if __name__ == '__main__':

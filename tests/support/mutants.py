@@ -2,6 +2,7 @@
 
 Most are from the list of what leading codebases got wrong; the last four are one more for lines that these leave out.
 """
+
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,19 +22,23 @@ from moejax.train.step import objective
 from moejax.train.step import train_step as step
 
 Patch = pytest.MonkeyPatch
-MICRO_BATCHES = 2   # into which the lines that look at bias rules cut a batch
+MICRO_BATCHES = 2  # into which the lines that look at bias rules cut a batch
 
 
 class Mutant(NamedTuple):
   apply: Callable[[Patch], None]
-  line: str   # of the certificate, that must fail
+  line: str  # of the certificate, that must fail
 
 
-def rerouted(patch: Patch, change: Callable[[routing.Routing, Array, routing.RouterConfig], routing.Routing]) -> None:
+def rerouted(
+  patch: Patch, change: Callable[[routing.Routing, Array, routing.RouterConfig], routing.Routing]
+) -> None:
   """Every routing changed after the fact."""
   route = routing.route
 
-  def changed(logits: Array, bias: Array, cfg: routing.RouterConfig, *rest: object) -> routing.Routing:
+  def changed(
+    logits: Array, bias: Array, cfg: routing.RouterConfig, *rest: object
+  ) -> routing.Routing:
     return change(route(logits, bias, cfg, *rest), bias, cfg)
 
   for module in (routing, layer):
@@ -47,7 +52,9 @@ def row(patch: Patch, rows: dict, name: str, **changes: object) -> None:
 def called(patch: Patch, change: Callable[[Transformer, Output], Output]) -> None:
   """Every forward pass changed after the fact."""
   call = Transformer.__call__
-  patch.setattr(Transformer, '__call__', lambda self, *args, **named: change(self, call(self, *args, **named)))
+  patch.setattr(
+    Transformer, '__call__', lambda self, *args, **named: change(self, call(self, *args, **named))
+  )
 
 
 def softmax_for_sigmoid(patch: Patch) -> None:
@@ -58,6 +65,7 @@ def top_k_weights_for_full_scores(patch: Patch) -> None:
   def change(found: routing.Routing, bias: Array, cfg: routing.RouterConfig) -> routing.Routing:
     chosen = jax.nn.one_hot(found.expert_ids, cfg.num_experts)
     return found._replace(probs=(chosen * found.weights[..., None]).sum(2))
+
   rerouted(patch, change)
 
 
@@ -65,6 +73,7 @@ def bias_inside_p(patch: Patch) -> None:
   def change(found: routing.Routing, bias: Array, cfg: routing.RouterConfig) -> routing.Routing:
     biased = found.scores + bias
     return found._replace(probs=biased / biased.sum(-1, keepdims=True))
+
   rerouted(patch, change)
 
 
@@ -72,6 +81,7 @@ def counts_per_shard(patch: Patch) -> None:
   def first_shard(found: routing.Routing, b: Array, mask: Array) -> Array:
     rows = mask.shape[0] // row_shards()
     return row_shards() * sets.expert_load(found.expert_ids[:rows], mask[:rows], b.shape[-1])
+
   row(patch, bias.BIAS_RULES, 'sign', observe=first_shard)
 
 
@@ -82,7 +92,11 @@ def sum_for_mean_over_micro_batches(patch: Patch) -> None:
 def padded_tokens_counted(patch: Patch) -> None:
   matrix = sets.assignment_matrix
   for module in (sets, canonical):
-    patch.setattr(module, 'assignment_matrix', lambda ids, mask, experts: matrix(ids, jnp.ones_like(mask), experts))
+    patch.setattr(
+      module,
+      'assignment_matrix',
+      lambda ids, mask, experts: matrix(ids, jnp.ones_like(mask), experts),
+    )
 
 
 def two_softmaxes(patch: Patch) -> None:
@@ -91,9 +105,14 @@ def two_softmaxes(patch: Patch) -> None:
 
 def pooled_layers(patch: Patch) -> None:
   """f and P each averaged over all layers before their product."""
-  def f_and_p(found: routing.Routing, mask: Array, segments: Array, scope: sets.Scope = sets.Scope()) -> Array:
+
+  def f_and_p(
+    found: routing.Routing, mask: Array, segments: Array, scope: sets.Scope = sets.Scope()
+  ) -> Array:
     counts, weight = canonical.counted(found, mask, scope), mask[..., None] / mask.sum()
-    return jnp.stack([counts.size * counts / counts.sum(), (found.probs * weight).sum((0, 1))])   # [2, E]
+    return jnp.stack(
+      [counts.size * counts / counts.sum(), (found.probs * weight).sum((0, 1))]
+    )  # [2, E]
 
   def pool(model: Transformer, out: Output) -> Output:
     if 'global_batch' not in out.aux.losses:
@@ -110,6 +129,7 @@ def count_twice_under_remat(patch: Patch) -> None:
   def twice(model: Transformer, out: Output) -> Output:
     times = 1 if model.cfg.remat == 'none' else 2
     return out._replace(aux=out.aux._replace(load=times * out.aux.load, seen=times * out.aux.seen))
+
   called(patch, twice)
 
 
@@ -137,8 +157,12 @@ def average_of_quantiles(patch: Patch) -> None:
 def wrong_k_factor(patch: Patch) -> None:
   """Divided by the tokens, not by their copies."""
   loss = balance.BALANCE_LOSSES['sequence'].value
-  row(patch, balance.BALANCE_LOSSES, 'sequence',
-      value=lambda found, *rest: found.expert_ids.shape[-1] * loss(found, *rest))
+  row(
+    patch,
+    balance.BALANCE_LOSSES,
+    'sequence',
+    value=lambda found, *rest: found.expert_ids.shape[-1] * loss(found, *rest),
+  )
 
 
 def bias_moved_by_evaluation(patch: Patch) -> None:
@@ -148,15 +172,17 @@ def bias_moved_by_evaluation(patch: Patch) -> None:
 
   def counting(*args: object) -> step.Metrics:
     found = evaluate(*args)
-    kept = jax.experimental.io_callback(lambda load: buffer.append(load) or np.asarray(load), found['load'],
-                                        found['load'])
+    kept = jax.experimental.io_callback(
+      lambda load: buffer.append(load) or np.asarray(load), found['load'], found['load']
+    )
     return found | {'load': kept}
 
   def from_buffer(router: bias.BiasState, seen: Array, *rest: object) -> bias.BiasState:
     if not jax.sharding.get_abstract_mesh().empty:
       return move(router, seen, *rest)
     more = jax.experimental.io_callback(
-      lambda like: np.asarray(sum(buffer, np.zeros_like(like)), np.float32), seen, seen)
+      lambda like: np.asarray(sum(buffer, np.zeros_like(like)), np.float32), seen, seen
+    )
     return move(router, seen + more, *rest)
 
   patch.setattr(step, 'eval_step', counting)
@@ -165,7 +191,9 @@ def bias_moved_by_evaluation(patch: Patch) -> None:
 
 def bias_decayed(patch: Patch) -> None:
   move = step.move_bias
-  patch.setattr(step, 'move_bias', lambda router, *rest: move(router._replace(bias=0.99 * router.bias), *rest))
+  patch.setattr(
+    step, 'move_bias', lambda router, *rest: move(router._replace(bias=0.99 * router.bias), *rest)
+  )
 
 
 def gradient_never_attached(patch: Patch) -> None:
@@ -180,8 +208,12 @@ def gradient_never_attached(patch: Patch) -> None:
 
 def tiny_epsilon(patch: Patch) -> None:
   """Normalised by a sum with an epsilon in it: logits near -50 then shrink the loss."""
-  rerouted(patch, lambda found, b, cfg: found._replace(
-    probs=found.scores / (found.scores.sum(-1, keepdims=True) + 1e-20)))
+  rerouted(
+    patch,
+    lambda found, b, cfg: found._replace(
+      probs=found.scores / (found.scores.sum(-1, keepdims=True) + 1e-20)
+    ),
+  )
 
 
 def expert_choice_labelled_causal(patch: Patch) -> None:

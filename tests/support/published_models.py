@@ -1,4 +1,5 @@
 """Directories of published models for tests: copies of goldens to be spoilt, and random ones of any family."""
+
 import dataclasses
 import json
 import shutil
@@ -47,7 +48,9 @@ def random_model(kind: str, dtype: str, **changes: object) -> tuple[dict, Arrays
   config = config_json(known, cfg, {'bos_token_id': 1, 'eos_token_id': 2})
   shapes = file_shapes(tensors(known.names, cfg, config, leaves(cfg)))
   rng = np.random.default_rng(0)
-  return config, {name: (0.3 * rng.standard_normal(shape)).astype(DTYPES[dtype]) for name, shape in shapes.items()}
+  return config, {
+    name: (0.3 * rng.standard_normal(shape)).astype(DTYPES[dtype]) for name, shape in shapes.items()
+  }
 
 
 def edited(directory: Path, file: str, **values: object) -> None:

@@ -1,4 +1,5 @@
 """Faults on purpose, in real processes: what a run survives, and with which exit status it ends when it does not."""
+
 import ast
 import json
 import random
@@ -35,8 +36,13 @@ def nobody_stays() -> Iterator[None]:
 def run(workdir: Path, fault: str = '', **changes: object) -> subprocess.Popen:
   """A trainer with a fault, on one device: it starts faster."""
   workdir.parent.mkdir(exist_ok=True)
-  STARTED.append(spawn(flags(workdir, **{'eval__every': 0, 'log_every': 1} | changes), MOEJAX_FAULT=fault,
-                       XLA_FLAGS='--xla_force_host_platform_device_count=1'))
+  STARTED.append(
+    spawn(
+      flags(workdir, **{'eval__every': 0, 'log_every': 1} | changes),
+      MOEJAX_FAULT=fault,
+      XLA_FLAGS='--xla_force_host_platform_device_count=1',
+    )
+  )
   return STARTED[-1]
 
 
@@ -49,20 +55,37 @@ def ended(process: subprocess.Popen, status: int) -> str:
 
 
 def saved(workdir: Path) -> list[int]:
-  return sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdecimal())
+  return sorted(
+    int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdecimal()
+  )
 
 
 def test_a_fault_is_read_or_refused() -> None:
-  assert planned('') == {} and planned('kill@save:3,nan@loss:5') == {('save', 3): 'kill', ('loss', 5): 'nan'}
-  for bad in ('kill@save', 'kill@nowhere:1', 'kil@save:1', 'kill@save:x', 'nan@save:1', 'kill@loss:1', 'kill@save:1;x'):
+  assert planned('') == {} and planned('kill@save:3,nan@loss:5') == {
+    ('save', 3): 'kill',
+    ('loss', 5): 'nan',
+  }
+  for bad in (
+    'kill@save',
+    'kill@nowhere:1',
+    'kil@save:1',
+    'kill@save:x',
+    'nan@save:1',
+    'kill@loss:1',
+    'kill@save:1;x',
+  ):
     with pytest.raises(ConfigError, match='give ACTION@POINT:N, such as kill@save:3') as caught:
       planned(bad)
     assert all(name in str(caught.value) for name in (*ACTIONS, *POINTS, *SPOILS, *NUMBERS))
 
 
 def test_the_table_names_tests_that_there_are() -> None:
-  found = {f'{path.relative_to(ROOT)}::{node.name}' for path in (ROOT / 'tests').rglob('test_*.py')
-           for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+  found = {
+    f'{path.relative_to(ROOT)}::{node.name}'
+    for path in (ROOT / 'tests').rglob('test_*.py')
+    for node in ast.parse(path.read_text()).body
+    if isinstance(node, ast.FunctionDef)
+  }
   named = [name for row in faults.ROWS for name in faults.nodes(row)]
   assert {*named} <= found, {*named} - found
 
@@ -76,26 +99,43 @@ def test_exit_statuses_are_told() -> None:
 @pytest.mark.slow
 def test_a_fault_that_says_nothing_is_a_bad_config(tmp_path: Path) -> None:
   output = ended(run(tmp_path / 'run', 'kill@save'), 2)
-  assert "MOEJAX_FAULT='kill@save': give ACTION@POINT:N" in output and not (tmp_path / 'run').exists()
+  assert (
+    "MOEJAX_FAULT='kill@save': give ACTION@POINT:N" in output and not (tmp_path / 'run').exists()
+  )
 
 
 @pytest.mark.slow
 def test_bad_steps_are_skipped_and_a_bad_validation_is_never_the_best(tmp_path: Path) -> None:
   """NaN and inf in loss and gradient, spikes of both, a NaN validation: one run, with every step's digests kept."""
   workdir, bad = tmp_path / 'run', [2, 4, 27, 30]
-  process = run(workdir, 'nan@loss:2,inf@gradient:4,spike@loss:27,spike@gradient:30,nan@validation:16', steps=32,
-                optim__skip_spikes=8.0, eval__every=8, checkpoint__every=1, checkpoint__keep_latest=40)
+  process = run(
+    workdir,
+    'nan@loss:2,inf@gradient:4,spike@loss:27,spike@gradient:30,nan@validation:16',
+    steps=32,
+    optim__skip_spikes=8.0,
+    eval__every=8,
+    checkpoint__every=1,
+    checkpoint__keep_latest=40,
+  )
   output = ended(process, 0)
-  assert re.findall(r'^step (\d+) skipped: loss .* \(1 in a row\)$', output, re.MULTILINE) == [*map(str, bad)]
+  assert re.findall(r'^step (\d+) skipped: loss .* \(1 in a row\)$', output, re.MULTILINE) == [
+    *map(str, bad)
+  ]
   home = workdir / 'checkpoints'
-  metas = {step: unseal((home / str(step) / 'meta' / 'metadata').read_text()) for step in range(1, 33)}
+  metas = {
+    step: unseal((home / str(step) / 'meta' / 'metadata').read_text()) for step in range(1, 33)
+  }
   for step in range(2, 33):
     now, before = metas[step].digests, metas[step - 1].digests
     changed = {path.split('/')[0] for path in now if now[path] != before[path]}
     spike = {'stability'} if step in (27, 30) else set()
-    assert changed == ({'step'} | spike if step in bad else {'step', 'model', 'opt_state', 'router', 'stability'}), step
+    assert changed == (
+      {'step'} | spike if step in bad else {'step', 'model', 'opt_state', 'router', 'stability'}
+    ), step
   told = {row['step']: row for row in rows(workdir) if 'loss' in row}
-  assert [step for step in told if told[step]['skipped']] == bad and told[32]['skipped_total'] == len(bad)
+  assert [step for step in told if told[step]['skipped']] == bad and told[32][
+    'skipped_total'
+  ] == len(bad)
   assert told[2]['loss'] is None and told[4]['grad_norm'] is None and told[27]['loss_spike'] == 1
   report = json.loads((workdir / 'report.json').read_text(), parse_constant=pytest.fail)
   assert report['not_finite'] == [16] and report['bits_per_byte'] > 0
@@ -107,18 +147,36 @@ def test_bad_steps_are_skipped_and_a_bad_validation_is_never_the_best(tmp_path: 
 @pytest.mark.slow
 def test_a_bad_best_does_not_push_out_a_good_one(tmp_path: Path) -> None:
   workdir = tmp_path / 'run'
-  output = ended(run(workdir, 'nan@validation:2,nan@validation:6', steps=6, eval__every=2, checkpoint__every=2,
-                     checkpoint__keep_latest=1), 0)
+  output = ended(
+    run(
+      workdir,
+      'nan@validation:2,nan@validation:6',
+      steps=6,
+      eval__every=2,
+      checkpoint__every=2,
+      checkpoint__keep_latest=1,
+    ),
+    0,
+  )
   assert saved(workdir) == [4, 6] and output.count('not finite: never the best') == 2
   report = json.loads((workdir / 'report.json').read_text(), parse_constant=pytest.fail)
-  assert report['not_finite'] == [2, 6] and report['bits_per_byte'] is None and report['best_bits_per_byte'] > 0
+  assert (
+    report['not_finite'] == [2, 6]
+    and report['bits_per_byte'] is None
+    and report['best_bits_per_byte'] > 0
+  )
 
 
 @pytest.mark.slow
 def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
-  process = run(tmp_path / 'run', 'nan@loss:2,nan@loss:4,inf@gradient:5,nan@gradient:6', stop_after_skips=3)
+  process = run(
+    tmp_path / 'run', 'nan@loss:2,nan@loss:4,inf@gradient:5,nan@gradient:6', stop_after_skips=3
+  )
   output = ended(process, 4)
-  assert 'the last 3 steps had no usable loss or gradient and were skipped: lower optim.learning_rate' in output
+  assert (
+    'the last 3 steps had no usable loss or gradient and were skipped: lower optim.learning_rate'
+    in output
+  )
   assert 'step 6 skipped' in output and 'step 7' not in output
 
 
@@ -137,9 +195,14 @@ def test_logs_on_a_full_disk_cost_lines_and_nothing_else(tmp_path: Path) -> None
   """Three pieces a step: metrics.jsonl, load.jsonl, TensorBoard. Those of steps 2 and 3 find no room."""
   workdir = tmp_path / 'run'
   output = ended(run(workdir, ','.join(f'full@log:{n}' for n in range(4, 10)), steps=6), 0)
-  assert output.count('No space left on device: training goes on') == 1 and output.count('there is room again') == 1
+  assert (
+    output.count('No space left on device: training goes on') == 1
+    and output.count('there is room again') == 1
+  )
   assert [row['step'] for row in rows(workdir) if 'loss' in row] == [1, 4, 5, 6]
-  assert [json.loads(line)['step'] for line in (workdir / 'load.jsonl').read_text().splitlines()] == [1, 4, 5, 6]
+  assert [
+    json.loads(line)['step'] for line in (workdir / 'load.jsonl').read_text().splitlines()
+  ] == [1, 4, 5, 6]
   assert all(f'step {step}/6  loss' in output for step in range(1, 7))
 
 
@@ -152,7 +215,10 @@ def test_a_signal_saves_within_a_step(tmp_path: Path, number: signal.Signals) ->
   process.send_signal(number)
   output = ended(process, 128 + number)
   stopped = int(output.split(' after step ')[1].split()[0])
-  assert saved(workdir) == [stopped] and f'stopped by signal {int(number)} after step {stopped} of' in output
+  assert (
+    saved(workdir) == [stopped]
+    and f'stopped by signal {int(number)} after step {stopped} of' in output
+  )
   told = [row['step'] for row in rows(workdir)]
   assert told == [*range(1, stopped + 1)]
 
@@ -173,7 +239,7 @@ def test_a_soak_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
   rng = random.Random(SEED)
   ends = [('kill', 'step')] * 3 + [('term', 'step')] * 2 + [('kill', 'save'), ('kill', 'delete')]
   rng.shuffle(ends)
-  full = rng.sample(range(len(ends)), 3)                # before these ends a save finds the disk full, too
+  full = rng.sample(range(len(ends)), 3)  # before these ends a save finds the disk full, too
   for i, (action, point) in enumerate(ends):
     newest = max(saved(workdir), default=0) if (workdir / 'checkpoints').exists() else 0
     at = newest + rng.randrange(15, 40) if point == 'step' else rng.randrange(2, 4)

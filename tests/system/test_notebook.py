@@ -1,4 +1,5 @@
 """The quickstart notebook: in step with its script, without outputs, and it runs."""
+
 import os
 from pathlib import Path
 
@@ -13,12 +14,18 @@ NOTEBOOK = Path(__file__).parents[2] / 'notebooks' / 'quickstart.ipynb'
 def test_notebook_and_script_are_one() -> None:
   """After an edit of either: jupytext --sync notebooks/quickstart.ipynb."""
   notebook, script = nbformat.read(NOTEBOOK, 4), jupytext.read(NOTEBOOK.with_suffix('.py'))
-  assert [(c.cell_type, c.source) for c in notebook.cells] == [(c.cell_type, c.source) for c in script.cells]
+  assert [(c.cell_type, c.source) for c in notebook.cells] == [
+    (c.cell_type, c.source) for c in script.cells
+  ]
 
 
 def test_no_outputs_are_committed_and_colab_finds_a_tpu() -> None:
   notebook = nbformat.read(NOTEBOOK, 4)
-  assert all(not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == 'code')
+  assert all(
+    not cell.outputs and cell.execution_count is None
+    for cell in notebook.cells
+    if cell.cell_type == 'code'
+  )
   assert notebook.metadata['accelerator'] == 'TPU' and 'colab' in notebook.metadata
   assert 'colab-badge.svg' in notebook.cells[0].source
 
@@ -33,13 +40,23 @@ def test_it_defines_nothing() -> None:
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setenv('QUICKSTART_STEPS', '8')
   monkeypatch.setenv('QUICKSTART_WORKDIR', str(tmp_path / 'run'))
-  monkeypatch.setenv('XLA_FLAGS', '')   # one device
-  monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(NOTEBOOK.parents[1]), os.environ.get('PYTHONPATH') or '']))
+  monkeypatch.setenv('XLA_FLAGS', '')  # one device
+  monkeypatch.setenv(
+    'PYTHONPATH', os.pathsep.join([str(NOTEBOOK.parents[1]), os.environ.get('PYTHONPATH') or ''])
+  )
   notebook = nbformat.read(NOTEBOOK, 4)
   resources = {'metadata': {'path': str(NOTEBOOK.parent)}}
-  nbclient.NotebookClient(notebook, timeout=600, kernel_name='python3', resources=resources).execute()
-  outputs = [output for cell in notebook.cells if cell.cell_type == 'code' for output in cell.outputs]
+  nbclient.NotebookClient(
+    notebook, timeout=600, kernel_name='python3', resources=resources
+  ).execute()
+  outputs = [
+    output for cell in notebook.cells if cell.cell_type == 'code' for output in cell.outputs
+  ]
   printed = ''.join(output.text for output in outputs if output.output_type == 'stream')
-  assert printed.count('exit status 0') == 2 and 'stopped by stop_after after step 4 of 8' in printed
+  assert (
+    printed.count('exit status 0') == 2 and 'stopped by stop_after after step 4 of 8' in printed
+  )
   assert 'resuming after step 4' in printed and 'step 8:\ndef ' in printed, printed
-  assert any('image/png' in output.data for output in outputs if output.output_type == 'display_data')
+  assert any(
+    'image/png' in output.data for output in outputs if output.output_type == 'display_data'
+  )

@@ -1,4 +1,5 @@
 """One run on two processes of four devices each, over loopback: the same as on one, whatever becomes of either."""
+
 import contextlib
 import json
 import os
@@ -24,8 +25,16 @@ from tests.support.tiny_run import ROOT, config, flags, rows
 
 HEARTBEAT = 10
 MESH = {'mesh__fsdp': 2, 'mesh__expert': 2}
-CHANGES = {'steps': 8, 'log_every': 1, 'checkpoint__every': 2, 'checkpoint__keep_every': 4, 'eval__every': 0,
-           'model__num_layers': 1, 'model__num_dense_layers': 0, **MESH}   # one validation, at the end
+CHANGES = {
+  'steps': 8,
+  'log_every': 1,
+  'checkpoint__every': 2,
+  'checkpoint__keep_every': 4,
+  'eval__every': 0,
+  'model__num_layers': 1,
+  'model__num_dense_layers': 0,
+  **MESH,
+}  # one validation, at the end
 
 
 def free_port() -> int:
@@ -40,26 +49,48 @@ def by_flags(port: int, i: int) -> tuple[list[str], dict[str, str]]:
 
 def by_slurm(port: int, i: int) -> tuple[list[str], dict[str, str]]:
   """What srun leaves in the environment of each task, and no flag."""
-  return [], {'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2', 'SLURM_PROCID': str(i),
-              'SLURM_LOCALID': str(i), 'SLURM_STEP_NUM_TASKS': '2', 'JAX_COORDINATOR_PORT': str(port)}
+  return [], {
+    'SLURM_JOB_ID': '7',
+    'SLURM_STEP_NODELIST': 'localhost',
+    'SLURM_NTASKS': '2',
+    'SLURM_PROCID': str(i),
+    'SLURM_LOCALID': str(i),
+    'SLURM_STEP_NUM_TASKS': '2',
+    'JAX_COORDINATOR_PORT': str(port),
+  }
 
 
 class Two:
   """Two processes of four devices each. `faults` is MOEJAX_FAULT of each; `more` are further flags of each."""
 
-  def __init__(self, workdir: Path, faults: Sequence[str] = ('', ''), more: Sequence[Sequence[str]] = ((), ()),
-               found: object = by_flags) -> None:
-    compiler = ' '.join(f'--{name}={value}'.replace('False', 'false') for name, value in QUICK.items())
+  def __init__(
+    self,
+    workdir: Path,
+    faults: Sequence[str] = ('', ''),
+    more: Sequence[Sequence[str]] = ((), ()),
+    found: object = by_flags,
+  ) -> None:
+    compiler = ' '.join(
+      f'--{name}={value}'.replace('False', 'false') for name, value in QUICK.items()
+    )
     port, self.processes = free_port(), []
     self.logs = [workdir.parent / f'{workdir.name}.{i}.log' for i in range(2)]
     for i, log in enumerate(self.logs):
       args, environment = found(port, i)
-      environment |= {'XLA_FLAGS': f'--xla_force_host_platform_device_count=4 {compiler}', 'PYTHONPATH': str(ROOT),
-                      'MOEJAX_FAULT': faults[i]}
+      environment |= {
+        'XLA_FLAGS': f'--xla_force_host_platform_device_count=4 {compiler}',
+        'PYTHONPATH': str(ROOT),
+        'MOEJAX_FAULT': faults[i],
+      }
       with open(log, 'w') as file:
-        self.processes.append(subprocess.Popen(
-          [*flags(workdir, **CHANGES), f'--heartbeat={HEARTBEAT}', *args, *more[i]], env=os.environ | environment,
-          stdout=file, stderr=subprocess.STDOUT))
+        self.processes.append(
+          subprocess.Popen(
+            [*flags(workdir, **CHANGES), f'--heartbeat={HEARTBEAT}', *args, *more[i]],
+            env=os.environ | environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+          )
+        )
 
   def wait(self) -> tuple[list[int], list[float]]:
     """Exit statuses, and when each ended, in seconds."""
@@ -104,11 +135,23 @@ def cut_after(workdir: Path, step: int, to: Path) -> Path:
 
 def assert_close(found: list[dict[str, object]], wanted: list[dict[str, object]]) -> None:
   """The same lines with the same names; losses and loads to the order of sums."""
-  assert [(row['step'], sorted(row)) for row in found] == [(row['step'], sorted(row)) for row in wanted]
+  assert [(row['step'], sorted(row)) for row in found] == [
+    (row['step'], sorted(row)) for row in wanted
+  ]
   for one, other in zip(found, wanted):
-    for name in ('loss', 'lm_loss', 'balance/sequence', 'grad_norm', 'max_vio', 'eval/lm_loss', 'eval/max_vio'):
+    for name in (
+      'loss',
+      'lm_loss',
+      'balance/sequence',
+      'grad_norm',
+      'max_vio',
+      'eval/lm_loss',
+      'eval/max_vio',
+    ):
       if name in one:
-        np.testing.assert_allclose(one[name], other[name], rtol=1e-5, err_msg=f'{name} of step {one["step"]}')
+        np.testing.assert_allclose(
+          one[name], other[name], rtol=1e-5, err_msg=f'{name} of step {one["step"]}'
+        )
 
 
 @pytest.fixture(scope='module')
@@ -119,7 +162,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     statuses, _ = both.wait()
     assert statuses == [0, 0], both.said()
     said = both.logs[1].read_text()
-    assert 'step' not in said and 'digest' not in said, said   # only the first process speaks
+    assert 'step' not in said and 'digest' not in said, said  # only the first process speaks
   return workdir
 
 
@@ -134,21 +177,31 @@ def alone(whole: Path) -> Path:
 @pytest.mark.slow
 def test_two_processes_leave_what_one_leaves(whole: Path, alone: Path) -> None:
   assert_close(rows(whole), rows(alone))
-  names = [sorted(str(path.relative_to(run)) for path in run.rglob('*')
-                  if 'checkpoints/' not in str(path) and 'tensorboard/' not in str(path)) for run in (whole, alone)]
+  names = [
+    sorted(
+      str(path.relative_to(run))
+      for path in run.rglob('*')
+      if 'checkpoints/' not in str(path) and 'tensorboard/' not in str(path)
+    )
+    for run in (whole, alone)
+  ]
   assert names[0] == names[1]
   steps = [sorted(path.name for path in (run / 'checkpoints').iterdir()) for run in (whole, alone)]
   assert steps[0] == steps[1] == ['4', '6', '8']
   assert meta(whole, 4)['fingerprint'] == meta(alone, 4)['fingerprint']
-  assert (whole / 'config.json').read_text() == (alone / 'config.json').read_text().replace('alone', 'run')
-  assert json.loads((whole / 'summary.json').read_text())['mesh'] == json.loads(
-    (alone / 'summary.json').read_text())['mesh']
+  assert (whole / 'config.json').read_text() == (alone / 'config.json').read_text().replace(
+    'alone', 'run'
+  )
+  assert (
+    json.loads((whole / 'summary.json').read_text())['mesh']
+    == json.loads((alone / 'summary.json').read_text())['mesh']
+  )
 
 
 @pytest.mark.slow
 def test_a_run_of_two_goes_on_in_one(whole: Path, alone: Path) -> None:
   workdir = cut_after(whole, 4, whole.parent / 'gathered')
-  assert train(config(workdir, **CHANGES)) == 0   # which verifies the digests of what it read
+  assert train(config(workdir, **CHANGES)) == 0  # which verifies the digests of what it read
   assert_close(rows(workdir), rows(alone))
   assert rows(workdir)[:4] == rows(whole)[:4]
 
@@ -180,8 +233,12 @@ def test_a_process_that_dies_ends_the_other_and_the_same_command_goes_on(whole: 
   with two(workdir, faults=('term@step:5,term@step:6', '')) as both:
     statuses, ends = both.wait()
     assert statuses[0] == 128 + signal.SIGTERM and statuses[1] != 0, both.said()
-    assert 'resuming after step ' in both.said() and abs(ends[1] - ends[0]) < HEARTBEAT + 5, both.said()
-  assert '6' not in os.listdir(workdir / 'checkpoints')   # the second signal does not wait for a save
+    assert 'resuming after step ' in both.said() and abs(ends[1] - ends[0]) < HEARTBEAT + 5, (
+      both.said()
+    )
+  assert '6' not in os.listdir(
+    workdir / 'checkpoints'
+  )  # the second signal does not wait for a save
   with two(workdir, more=[['--config.stop_after=6']] * 2) as both:
     statuses, _ = both.wait()
     assert statuses == [0, 0] and 'resuming after step ' in both.said(), both.said()
@@ -197,7 +254,9 @@ def test_what_one_is_refused_all_are_refused(tmp_path: Path) -> None:
     assert statuses == [5, 5] and f'in use by process {os.getpid()}' in both.said(), both.said()
   with two(workdir, more=((), ['--config.seed=1'])) as both:
     statuses, _ = both.wait()
-    assert statuses == [2, 2] and 'the config of process 1 is not that of process 0' in both.said(), both.said()
+    assert (
+      statuses == [2, 2] and 'the config of process 1 is not that of process 0' in both.said()
+    ), both.said()
 
 
 def test_a_batch_is_read_in_rows(tmp_path: Path) -> None:
@@ -207,7 +266,10 @@ def test_a_batch_is_read_in_rows(tmp_path: Path) -> None:
   parts = (0, 1, 6, 7), (2, 3, 4, 5)
   held = [list(data.validation(0, part)) for part in ((), *parts)]
   assert len(held[0]) == len(held[1]) > 1 and not held[0][-1].mask[-1].any()
-  for whole, *cut in [*zip(*held), *((data.batch(i), *(data.batch(i, part) for part in parts)) for i in (0, 1, 77))]:
+  for whole, *cut in [
+    *zip(*held),
+    *((data.batch(i), *(data.batch(i, part) for part in parts)) for i in (0, 1, 77)),
+  ]:
     for field, *pieces in zip(whole, *cut):
       for part, piece in zip(parts, pieces):
         np.testing.assert_array_equal(field[list(part)], piece)
@@ -216,10 +278,21 @@ def test_a_batch_is_read_in_rows(tmp_path: Path) -> None:
 
 BAD = {
   '--num_processes and --process_id missing': ['--coordinator=a:1'],
-  '--coordinator missing: give all of --coordinator=HOST:PORT': ['--num_processes=2', '--process_id=0'],
-  '--process_id=x: use a whole number': ['--coordinator=a:1', '--num_processes=2', '--process_id=x'],
+  '--coordinator missing: give all of --coordinator=HOST:PORT': [
+    '--num_processes=2',
+    '--process_id=0',
+  ],
+  '--process_id=x: use a whole number': [
+    '--coordinator=a:1',
+    '--num_processes=2',
+    '--process_id=x',
+  ],
   '--coordinator=a: use HOST:PORT': ['--coordinator=a', '--num_processes=2', '--process_id=0'],
-  '--process_id=2: use 0 to --num_processes - 1 = 1': ['--coordinator=a:1', '--num_processes=2', '--process_id=2'],
+  '--process_id=2: use 0 to --num_processes - 1 = 1': [
+    '--coordinator=a:1',
+    '--num_processes=2',
+    '--process_id=2',
+  ],
   '--num_processes=0: use 1 or more': ['--coordinator=a:1', '--num_processes=0', '--process_id=0'],
   '--heartbeat=1: use 5 seconds or more': ['--heartbeat=1'],
   '--process_id: ': ['--process_id'],
@@ -234,21 +307,35 @@ def test_flags_that_make_no_sense_are_refused(told: str) -> None:
 
 
 def test_flags_are_taken_out_of_the_rest() -> None:
-  found = launch.read_launch_flags(['--config.steps=1', '--coordinator=a:1', '--num_processes', '2', '--process_id=1', 'x'])
+  found = launch.read_launch_flags(
+    ['--config.steps=1', '--coordinator=a:1', '--num_processes', '2', '--process_id=1', 'x']
+  )
   assert found == (launch.Launch('a:1', 2, 1), ['--config.steps=1', 'x'])
   assert launch.read_launch_flags([]) == (launch.Launch(), [])
 
 
-@pytest.mark.parametrize(('environment', 'expected'), [
-  ({}, False),
-  ({'SLURM_JOB_ID': '1', 'SLURM_NTASKS': '4'}, False),         # a shell in an allocation, or a script without srun
-  ({'SLURM_JOB_ID': '1', 'SLURM_NTASKS': '4', 'SLURM_STEP_NUM_TASKS': '1'}, False),
-  ({'SLURM_JOB_ID': '1', 'SLURM_STEP_NUM_TASKS': '2'}, True),
-  ({'OMPI_COMM_WORLD_SIZE': '1'}, False), ({'OMPI_COMM_WORLD_SIZE': '2'}, True),
-  ({'KUBERNETES_SERVICE_HOST': 'a'}, False), ({'KUBERNETES_SERVICE_HOST': 'a', 'JOB_COMPLETION_INDEX': '0'}, True)])
-def test_the_environment_says_whether_to_look_for_others(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str],
-                                                         expected: bool) -> None:
-  for name in [name for name in os.environ if name.startswith(('SLURM_', 'OMPI_', 'KUBERNETES_', 'JOB_'))]:
+@pytest.mark.parametrize(
+  ('environment', 'expected'),
+  [
+    ({}, False),
+    (
+      {'SLURM_JOB_ID': '1', 'SLURM_NTASKS': '4'},
+      False,
+    ),  # a shell in an allocation, or a script without srun
+    ({'SLURM_JOB_ID': '1', 'SLURM_NTASKS': '4', 'SLURM_STEP_NUM_TASKS': '1'}, False),
+    ({'SLURM_JOB_ID': '1', 'SLURM_STEP_NUM_TASKS': '2'}, True),
+    ({'OMPI_COMM_WORLD_SIZE': '1'}, False),
+    ({'OMPI_COMM_WORLD_SIZE': '2'}, True),
+    ({'KUBERNETES_SERVICE_HOST': 'a'}, False),
+    ({'KUBERNETES_SERVICE_HOST': 'a', 'JOB_COMPLETION_INDEX': '0'}, True),
+  ],
+)
+def test_the_environment_says_whether_to_look_for_others(
+  monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: bool
+) -> None:
+  for name in [
+    name for name in os.environ if name.startswith(('SLURM_', 'OMPI_', 'KUBERNETES_', 'JOB_'))
+  ]:
     monkeypatch.delenv(name)
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
@@ -258,21 +345,24 @@ def test_the_environment_says_whether_to_look_for_others(monkeypatch: pytest.Mon
     assert not jax.distributed.is_initialized()
 
 
-def test_on_a_tpu_others_are_looked_for_and_need_not_be_there(monkeypatch: pytest.MonkeyPatch,
-                                                              capsys: pytest.CaptureFixture) -> None:
+def test_on_a_tpu_others_are_looked_for_and_need_not_be_there(
+  monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
   def none(**how: object) -> None:
     assert how['heartbeat_timeout_seconds'] == 60 and 'coordinator_address' not in how
-    raise ValueError('coordinator_address should be defined.')   # as JAX says it
+    raise ValueError('coordinator_address should be defined.')  # as JAX says it
 
   monkeypatch.setattr(jax.distributed, 'initialize', none)
   monkeypatch.delenv('SLURM_STEP_NUM_TASKS', raising=False)
   before = jax.config.jax_platforms
-  jax.config.update('jax_platforms', 'tpu,cpu')   # what JAX does to itself on a TPU machine
+  jax.config.update('jax_platforms', 'tpu,cpu')  # what JAX does to itself on a TPU machine
   try:
     launch.connect(launch.Launch())
     assert 'alone' in capsys.readouterr().err
     monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '2')
-    with pytest.raises(ConfigError, match='cannot join the other processes.*--coordinator=HOST:PORT'):
+    with pytest.raises(
+      ConfigError, match='cannot join the other processes.*--coordinator=HOST:PORT'
+    ):
       launch.connect(launch.Launch())
   finally:
     jax.config.update('jax_platforms', before)

@@ -2,6 +2,7 @@
 
 A fault that a run survives leaves the metrics and the last state that the run without it has, bit for bit.
 """
+
 import os
 import pickle
 import random
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_processes import two
 
 from moejax.checkpoint.checkpoints import Checkpoints
 from moejax.checkpoint.lock import lock
@@ -31,10 +31,17 @@ from moejax.train.shapes import mesh_of, target_of
 from moejax.train.telemetry.routing_probe import Probes
 from tests.checkpoint.test_checkpoints import Bomb, cut, flip, largest, zero
 from tests.support.tiny_run import ROOT, config, final_digest, flags, rows, spawn, wait_for
+from tests.system.test_processes import two
 
-Record = Callable[[str, object], None]   # keeps a number for the table of `make faults`
-ONE = {'XLA_FLAGS': '--xla_force_host_platform_device_count=1'}   # device: a process starts faster
-FEW = {'steps': 24, 'log_every': 1, 'checkpoint__every': 3, 'checkpoint__keep_latest': 4, 'eval__every': 8}
+Record = Callable[[str, object], None]  # keeps a number for the table of `make faults`
+ONE = {'XLA_FLAGS': '--xla_force_host_platform_device_count=1'}  # device: a process starts faster
+FEW = {
+  'steps': 24,
+  'log_every': 1,
+  'checkpoint__every': 3,
+  'checkpoint__keep_latest': 4,
+  'eval__every': 8,
+}
 
 
 def go(workdir: Path, fault: str = '', **changes: object) -> tuple[int, str]:
@@ -45,7 +52,9 @@ def go(workdir: Path, fault: str = '', **changes: object) -> tuple[int, str]:
 
 
 def steps(workdir: Path) -> list[str]:
-  return sorted((path.name for path in (workdir / 'checkpoints').iterdir()), key=lambda name: (len(name), name))
+  return sorted(
+    (path.name for path in (workdir / 'checkpoints').iterdir()), key=lambda name: (len(name), name)
+  )
 
 
 @pytest.fixture(scope='module')
@@ -64,7 +73,9 @@ def copy(straight: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(straight: Path, tmp_path: Path) -> None:
+def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(
+  straight: Path, tmp_path: Path
+) -> None:
   """While a save is in flight, before it has its name, while an old step is deleted, and at five random steps."""
   workdir, kinds = tmp_path / 'run', []
   at_random = sorted(random.Random(0).sample(range(14, 25), 5))
@@ -79,13 +90,13 @@ def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(straight: Path,
   assert [name for name in steps(workdir) if not name.isdecimal()] == []
 
 
-ON_A_SMALL_DISK = '''
+ON_A_SMALL_DISK = """
 mount -t tmpfs -o size=2m none "$1" && head -c 1900k /dev/zero > "$1/filler" || exit 9
 (until grep -qs "failed, training goes on" "$2"; do sleep 0.02; done; rm "$1/filler") &
 disk="$1"; log="$2"; shift 2
 "$@" > "$log" 2>&1; status=$?
 ls "$disk"; exit $status
-'''
+"""
 
 
 @pytest.mark.slow
@@ -94,30 +105,47 @@ def test_a_full_disk_fails_saves_until_there_is_room(tmp_path: Path) -> None:
   disk, log, workdir = tmp_path / 'run' / 'checkpoints', tmp_path / 'log', tmp_path / 'run'
   disk.mkdir(parents=True)
   mounting = ['unshare', '--user', '--map-root-user', '--mount']
-  if subprocess.run([*mounting, 'mount', '-t', 'tmpfs', 'none', disk], capture_output=True).returncode:
+  if subprocess.run(
+    [*mounting, 'mount', '-t', 'tmpfs', 'none', disk], capture_output=True
+  ).returncode:
     pytest.skip('nobody may mount a disk here; full@commit stands for it in the test below')
   few = FEW | {'steps': 45, 'checkpoint__keep_latest': 1}
-  done = subprocess.run([*mounting, 'sh', '-c', ON_A_SMALL_DISK, 'sh', disk, log, *flags(workdir, **few)], text=True,
-                        capture_output=True, env=os.environ | {'PYTHONPATH': str(ROOT)} | ONE)
+  done = subprocess.run(
+    [*mounting, 'sh', '-c', ON_A_SMALL_DISK, 'sh', disk, log, *flags(workdir, **few)],
+    text=True,
+    capture_output=True,
+    env=os.environ | {'PYTHONPATH': str(ROOT)} | ONE,
+  )
   output = log.read_text()
   assert done.returncode == 0 and 'done. ' in output, output
   said = [line for line in output.splitlines() if 'No space left on device' in line]
   failed = [row['step'] for row in rows(workdir) if 'saves_failed' in row]
-  assert said == [f'save of step {step} failed, training goes on: {disk}/{step}: No space left on device'
-                  for step in failed], output
+  assert said == [
+    f'save of step {step} failed, training goes on: {disk}/{step}: No space left on device'
+    for step in failed
+  ], output
   assert failed[0] == 3 and 'Traceback' not in output, output
   assert done.stdout.split() == ['45']  # saved, and no rubbish
 
 
 @pytest.mark.slow
-def test_a_save_that_fails_is_a_line_and_a_metric_and_the_last_one_a_status(straight: Path, tmp_path: Path) -> None:
+def test_a_save_that_fails_is_a_line_and_a_metric_and_the_last_one_a_status(
+  straight: Path, tmp_path: Path
+) -> None:
   workdir = tmp_path / 'run'
   status, output = go(workdir, 'full@commit:2,full@commit:8')
   assert status == 1, output
-  assert 'save of step 6 failed, training goes on: ' in output and 'No space left on device' in output
-  assert f'the last save failed: give the same command again when {workdir} can be written to' in output
+  assert (
+    'save of step 6 failed, training goes on: ' in output and 'No space left on device' in output
+  )
+  assert (
+    f'the last save failed: give the same command again when {workdir} can be written to' in output
+  )
   assert 'Traceback' not in output and steps(workdir) == ['12', '15', '18', '21']
-  assert [(row['step'], row['saves_failed']) for row in rows(workdir) if 'saves_failed' in row] == [(6, 1), (24, 1)]
+  assert [(row['step'], row['saves_failed']) for row in rows(workdir) if 'saves_failed' in row] == [
+    (6, 1),
+    (24, 1),
+  ]
   status, output = go(workdir)
   assert status == 0 and 'resuming after step 21 of' in output, output
   assert [row for row in rows(workdir) if 'saves_failed' not in row] == rows(straight)
@@ -131,7 +159,9 @@ def test_where_one_process_cannot_save_none_has_saved_and_none_waits(tmp_path: P
     statuses, _ = both.wait()
     output = both.said()
   assert statuses == [1, 1] and 'Traceback' not in output, output
-  failed = [line.split(': ')[0] for line in output.splitlines() if ' failed, training goes on: ' in line]
+  failed = [
+    line.split(': ')[0] for line in output.splitlines() if ' failed, training goes on: ' in line
+  ]
   assert failed == [f'save of step {step} failed, training goes on' for step in (2, 4, 8)], output
   assert steps(tmp_path / 'run') == ['4', '6']
 
@@ -149,7 +179,9 @@ def test_damage_is_named_and_the_newest_good_step_is_used(straight: Path, copy: 
   assert status == 0 and 'resuming after step 15 of' in output, output
   for step, file in files.items():
     [line] = [line for line in output.splitlines() if f'checkpoint {step} is damaged' in line]
-    assert f', file {file.relative_to(copy / "checkpoints" / str(step))}: ' in line and ': leaf ' in line, line
+    assert (
+      f', file {file.relative_to(copy / "checkpoints" / str(step))}: ' in line and ': leaf ' in line
+    ), line
   assert sum('is not a checkpoint: ignored' in line for line in output.splitlines()) == 2
   assert rows(copy) == rows(straight) and final_digest(copy) == final_digest(straight)
 
@@ -161,9 +193,12 @@ def test_without_a_good_step_a_run_is_not_started_over(copy: Path) -> None:
       zero(file)
   before = {path: path.stat().st_mtime_ns for path in copy.rglob('*')}
   status, output = go(copy)
-  assert status == 3 and 'none of [24, 21, 18, 15] loads; mend one, or move all away' in output, output
+  assert status == 3 and 'none of [24, 21, 18, 15] loads; mend one, or move all away' in output, (
+    output
+  )
   assert {path: path.stat().st_mtime_ns for path in copy.rglob('*') if path.name != 'lock'} == {
-    path: before[path] for path in before if path.name != 'lock'}
+    path: before[path] for path in before if path.name != 'lock'
+  }
 
 
 def refusal(cfg: ExperimentConfig) -> str:
@@ -172,25 +207,52 @@ def refusal(cfg: ExperimentConfig) -> str:
   cfg = with_vocabulary(cfg, data.vocab_size)
   checkpoints = Checkpoints(Path(cfg.workdir) / 'checkpoints', cfg.checkpoint, readonly=True)
   try:
-    checkpoints.restore(target_of(cfg, mesh_of(cfg)), data.fingerprint | model_fingerprint(cfg.model))
+    checkpoints.restore(
+      target_of(cfg, mesh_of(cfg)), data.fingerprint | model_fingerprint(cfg.model)
+    )
   except ConfigError as error:
     return str(error)
   return ''
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('field', 'value', 'line', 'accept'), [
-  ('model.d_model', 16, 'model.d_model: 32 in the checkpoint, 16 in the config', ''),
-  ('model.num_layers', 3, 'model/blocks/attention/k/w: float32[1, 32, 16] in the checkpoint, float32[2, ', ''),
-  ('model.moe.router.top_k', 1, 'model.moe.router.top_k: 2 in the checkpoint, 1 in the config', 'model'),
-  ('model.dtype', 'bfloat16', "model.dtype: 'float32' in the checkpoint, 'bfloat16' in the config", 'model'),
-  ('data.synthetic_seed', 1, 'data source_digest: ', 'data'),
-  ('data.tokenizer', 'bpe:257', 'data tokenizer: bytes in the checkpoint, bpe:257 in the config', 'tokenizer'),
-  ('batch_size', 16, 'data batch_size: 8 in the checkpoint, 16 in the config', 'batch'),
-  ('seq_len', 16, 'data seq_len: 32 in the checkpoint, 16 in the config', 'batch'),
-  ('seed', 1, 'data seed: 0 in the checkpoint, 1 in the config', 'seed')])
+@pytest.mark.parametrize(
+  ('field', 'value', 'line', 'accept'),
+  [
+    ('model.d_model', 16, 'model.d_model: 32 in the checkpoint, 16 in the config', ''),
+    (
+      'model.num_layers',
+      3,
+      'model/blocks/attention/k/w: float32[1, 32, 16] in the checkpoint, float32[2, ',
+      '',
+    ),
+    (
+      'model.moe.router.top_k',
+      1,
+      'model.moe.router.top_k: 2 in the checkpoint, 1 in the config',
+      'model',
+    ),
+    (
+      'model.dtype',
+      'bfloat16',
+      "model.dtype: 'float32' in the checkpoint, 'bfloat16' in the config",
+      'model',
+    ),
+    ('data.synthetic_seed', 1, 'data source_digest: ', 'data'),
+    (
+      'data.tokenizer',
+      'bpe:257',
+      'data tokenizer: bytes in the checkpoint, bpe:257 in the config',
+      'tokenizer',
+    ),
+    ('batch_size', 16, 'data batch_size: 8 in the checkpoint, 16 in the config', 'batch'),
+    ('seq_len', 16, 'data seq_len: 32 in the checkpoint, 16 in the config', 'batch'),
+    ('seed', 1, 'data seed: 0 in the checkpoint, 1 in the config', 'seed'),
+  ],
+)
 def test_what_is_not_as_in_the_checkpoint_is_refused(
-    straight: Path, field: str, value: object, line: str, accept: str) -> None:
+  straight: Path, field: str, value: object, line: str, accept: str
+) -> None:
   there = {**FEW, field.replace('.', '__'): value}
   assert refusal(config(straight, **FEW)) == ''
   told = refusal(config(straight, **there))
@@ -207,9 +269,14 @@ def test_another_seed_is_refused_and_accepted_when_asked_for(copy: Path) -> None
   status, output = go(copy, seed=1)
   assert status == 2 and 'data seed: 0 in the checkpoint, 1 in the config' in output, output
   status, output = go(copy, seed=1, checkpoint__accept='seed', eval__batches=2)
-  assert status == 0 and 'accepted: data seed: 0 in the checkpoint, 1 in the config' in output, output
+  assert status == 0 and 'accepted: data seed: 0 in the checkpoint, 1 in the config' in output, (
+    output
+  )
   assert [line for line in output.splitlines() if line.startswith('changed since: ')] == [
-    'changed since: seed 0 -> 1', "changed since: checkpoint.accept '' -> 'seed'", 'changed since: eval.batches 1 -> 2']
+    'changed since: seed 0 -> 1',
+    "changed since: checkpoint.accept '' -> 'seed'",
+    'changed since: eval.batches 1 -> 2',
+  ]
 
 
 def link(path: Path) -> None:
@@ -223,10 +290,18 @@ def evil(path: Path) -> None:
 
 
 @pytest.mark.parametrize('name', ['config.json', 'tokenizer.json'])
-@pytest.mark.parametrize(('harm', 'says'), [
-  (link, 'expected files inside it only'), (evil, ''), (cut, ''), (lambda path: path.write_text('["../x"]'), '')])
+@pytest.mark.parametrize(
+  ('harm', 'says'),
+  [
+    (link, 'expected files inside it only'),
+    (evil, ''),
+    (cut, ''),
+    (lambda path: path.write_text('["../x"]'), ''),
+  ],
+)
 def test_what_a_reader_of_a_run_cannot_trust_is_one_error(
-    tmp_path: Path, name: str, harm: Callable[[Path], None], says: str) -> None:
+  tmp_path: Path, name: str, harm: Callable[[Path], None], says: str
+) -> None:
   cfg = config(tmp_path / 'run')
   write_config(cfg)
   load_tokenizer('bytes').save(tmp_path / 'run' / 'tokenizer.json')
@@ -234,7 +309,11 @@ def test_what_a_reader_of_a_run_cannot_trust_is_one_error(
   harm(tmp_path / 'run' / name)
   with pytest.raises(ConfigError) as error:
     read_setup(cfg.workdir)
-  assert name in str(error.value) and says in str(error.value) and not (tmp_path / 'run' / 'run').exists()
+  assert (
+    name in str(error.value)
+    and says in str(error.value)
+    and not (tmp_path / 'run' / 'run').exists()
+  )
 
 
 def test_a_link_in_the_place_of_a_file_to_be_written_keeps_its_target(tmp_path: Path) -> None:
@@ -264,7 +343,9 @@ def test_ids_and_probes_are_never_unpickled(tmp_path: Path) -> None:
   assert not (tmp_path / 'run').exists()
 
 
-@pytest.mark.parametrize(('workdir', 'says'), [('file', 'File exists'), ('file/run', 'Not a directory'), ('', '')])
+@pytest.mark.parametrize(
+  ('workdir', 'says'), [('file', 'File exists'), ('file/run', 'Not a directory'), ('', '')]
+)
 def test_a_run_is_named_by_a_directory(tmp_path: Path, workdir: str, says: str) -> None:
   """The directory may lie anywhere; names that become a part of a path, as those of tasks, may not be paths."""
   (tmp_path / 'file').write_text('mine')
@@ -273,7 +354,9 @@ def test_a_run_is_named_by_a_directory(tmp_path: Path, workdir: str, says: str) 
       with lock(tmp_path / workdir):
         pass
     DataConfig(source='mixture', mixture=frozendict({'../../x': '1 kjv'}))
-  assert says in str(error.value) and (workdir or "'../../x' is none; give another") in str(error.value)
+  assert says in str(error.value) and (workdir or "'../../x' is none; give another") in str(
+    error.value
+  )
   assert (tmp_path / 'file').read_text() == 'mine'
 
 
@@ -281,17 +364,36 @@ def test_a_run_is_named_by_a_directory(tmp_path: Path, workdir: str, says: str) 
 def test_a_second_trainer_is_turned_away_and_readers_are_not(tmp_path: Path) -> None:
   """The first saves and deletes all the time; whoever reads meanwhile ends with a whole step, and deletes nothing."""
   workdir = tmp_path / 'run'
-  often = {'steps': 100_000, 'checkpoint__every': 10, 'checkpoint__keep_latest': 1, 'eval__every': 0}
+  often = {
+    'steps': 100_000,
+    'checkpoint__every': 10,
+    'checkpoint__keep_latest': 1,
+    'eval__every': 0,
+  }
   first = spawn(flags(workdir, **FEW | often), **ONE)
   wait_for(first, workdir, 30)
   try:
     status, output = go(workdir)
-    assert status == 5 and f'workdir={workdir} is in use by process {first.pid}; stop it or name another' in output
+    assert (
+      status == 5
+      and f'workdir={workdir} is in use by process {first.pid}; stop it or name another' in output
+    )
     found = [open_run(str(workdir))[2] for _ in range(3)]
     assert found == sorted(found) and found[0] < found[-1], found
-    command = [sys.executable, '-m', 'moejax.generate', f'--workdir={workdir}', '--prompt=ab', '--max_tokens=4']
-    done = subprocess.run(command, env=os.environ | {'PYTHONPATH': str(ROOT)} | ONE, capture_output=True, text=True)
-    assert done.returncode == 0 and f' of {workdir}' in done.stderr and 'damaged' not in done.stderr, done.stderr
+    command = [
+      sys.executable,
+      '-m',
+      'moejax.generate',
+      f'--workdir={workdir}',
+      '--prompt=ab',
+      '--max_tokens=4',
+    ]
+    done = subprocess.run(
+      command, env=os.environ | {'PYTHONPATH': str(ROOT)} | ONE, capture_output=True, text=True
+    )
+    assert (
+      done.returncode == 0 and f' of {workdir}' in done.stderr and 'damaged' not in done.stderr
+    ), done.stderr
   finally:
     first.kill()
     output = first.communicate()[0]

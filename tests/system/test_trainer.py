@@ -1,4 +1,5 @@
 """The loop as a real process: it resumes to the bit, stops when told, and says with its exit status how it ended."""
+
 import json
 import os
 import subprocess
@@ -26,12 +27,24 @@ def test_a_run_leaves_what_it_promises(straight: Path) -> None:
   logged = rows(straight)
   assert [row['step'] for row in logged if 'loss' in row] == [1, 2, 4, 6, 8, 10, 12]
   assert [row['step'] for row in logged if 'eval/bits_per_byte' in row] == [4, 8, 12]
-  names = {'step', 'lm_loss', 'loss', 'bits_per_byte', 'balance/sequence', 'max_vio', 'grad_norm', 'learning_rate'}
+  names = {
+    'step',
+    'lm_loss',
+    'loss',
+    'bits_per_byte',
+    'balance/sequence',
+    'max_vio',
+    'grad_norm',
+    'learning_rate',
+  }
   assert names <= set(logged[0])
   first = json.loads((straight / 'metrics.jsonl').read_text().splitlines()[0])
   assert first['tokens_per_second'] > 0
   summary = json.loads((straight / 'summary.json').read_text())
-  assert summary['parameters']['active'] < summary['parameters']['total'] and summary['tokens'] == 12 * 8 * 32
+  assert (
+    summary['parameters']['active'] < summary['parameters']['total']
+    and summary['tokens'] == 12 * 8 * 32
+  )
   memory = summary['memory_per_device_bytes']
   assert memory['optimizer'] > 2 * memory['parameters'] > 0 and memory['temporaries'] > 0
   loads = [json.loads(line) for line in (straight / 'load.jsonl').read_text().splitlines()]
@@ -42,12 +55,19 @@ def test_a_run_leaves_what_it_promises(straight: Path) -> None:
 
 def test_tensorboard_holds_scalars_pictures_and_text(straight: Path) -> None:
   from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
   board = EventAccumulator(str(straight / 'tensorboard'), size_guidance={'tensors': 0, 'images': 0})
   board.Reload()
-  assert {'lm_loss', 'max_vio', 'eval/bits_per_byte'} <= {*board.Tags()['scalars'], *board.Tags()['tensors']}
+  assert {'lm_loss', 'max_vio', 'eval/bits_per_byte'} <= {
+    *board.Tags()['scalars'],
+    *board.Tags()['tensors'],
+  }
   assert 'expert_load/layer_0' in {*board.Tags()['images'], *board.Tags()['tensors']}
   assert 'sample' in board.Tags()['tensors']
-  assert TensorBoard.__module__ == 'moejax.train.telemetry.tensorboard' and 'tensorflow' not in sys.modules
+  assert (
+    TensorBoard.__module__ == 'moejax.train.telemetry.tensorboard'
+    and 'tensorflow' not in sys.modules
+  )
 
 
 def test_stopping_and_resuming_changes_no_bit(straight: Path, tmp_path: Path) -> None:
@@ -66,7 +86,9 @@ def test_a_finished_run_says_so_again(straight: Path, capsys: pytest.CaptureFixt
   assert rows(straight) == before and final_digest(straight) == digest
 
 
-def test_other_data_on_resume_is_refused_naming_both(straight: Path, capsys: pytest.CaptureFixture) -> None:
+def test_other_data_on_resume_is_refused_naming_both(
+  straight: Path, capsys: pytest.CaptureFixture
+) -> None:
   assert train(config(straight, seed=1)) == 2
   assert 'seed: 0 in the checkpoint, 1 in the config' in capsys.readouterr().err
 
@@ -76,17 +98,24 @@ def test_a_vocabulary_too_small_is_refused(tmp_path: Path, capsys: pytest.Captur
   assert 'vocab_size=100 is less than the 257 tokens' in capsys.readouterr().err
 
 
-def test_rows_that_do_not_divide_over_devices_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_rows_that_do_not_divide_over_devices_are_refused(
+  tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
   assert train(config(tmp_path / 'run', batch_size=6)) == 2
   assert 'do not divide over data * fsdp * expert = 8' in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_run_can_start_from_anothers_model(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_can_start_from_anothers_model(
+  straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
   workdir = tmp_path / 'run'
   assert train(config(workdir, init_from=str(straight), stop_after=2)) == 0
   first, last = rows(workdir)[0], [row for row in rows(straight) if 'lm_loss' in row][-1]
-  assert first['lm_loss'] < last['lm_loss'] + 0.05 and first['learning_rate'] == rows(straight)[0]['learning_rate']
+  assert (
+    first['lm_loss'] < last['lm_loss'] + 0.05
+    and first['learning_rate'] == rows(straight)[0]['learning_rate']
+  )
   capsys.readouterr()
   assert train(config(tmp_path / 'other', init_from=str(straight), model__d_model=64)) == 2
   assert 'model.d_model=64 here, 32 there' in capsys.readouterr().err
@@ -96,7 +125,16 @@ def test_a_run_can_start_from_anothers_model(straight: Path, tmp_path: Path, cap
 
 @pytest.mark.slow
 def test_generate_reads_the_run_of_another_process(straight: Path) -> None:
-  command = [sys.executable, '-m', 'moejax.generate', f'--workdir={straight}', '--prompt=ab', '--max_tokens=8']
-  done = subprocess.run(command, env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
+  command = [
+    sys.executable,
+    '-m',
+    'moejax.generate',
+    f'--workdir={straight}',
+    '--prompt=ab',
+    '--max_tokens=8',
+  ]
+  done = subprocess.run(
+    command, env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True
+  )
   assert done.returncode == 0 and done.stdout.startswith('ab'), done.stderr
   assert f'step 12 of {straight}' in done.stderr

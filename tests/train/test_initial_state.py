@@ -1,4 +1,5 @@
 """How a run begins: what of another run it takes over, what it says of that, and what it refuses."""
+
 import dataclasses
 from pathlib import Path
 
@@ -13,8 +14,13 @@ from moejax.train.shapes import target_of
 from moejax.train.trainer import train
 from tests.support.tiny_run import CONFIG, config, rows
 
-DENSE = {'model__moe__router__num_experts': 1, 'model__moe__router__top_k': 1, 'model__moe__d_expert': 32,
-         'balance__bias_rule': '', 'balance__losses__sequence': '0'}
+DENSE = {
+  'model__moe__router__num_experts': 1,
+  'model__moe__router__top_k': 1,
+  'model__moe__d_expert': 32,
+  'balance__bias_rule': '',
+  'balance__losses__sequence': '0',
+}
 
 
 @pytest.fixture(scope='module')
@@ -26,44 +32,80 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_dense_run_goes_on_as_it_is_and_as_experts(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-                                                     ) -> None:
+def test_a_dense_run_goes_on_as_it_is_and_as_experts(
+  dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
   """Experts on a mesh that splits them, of which the dense run has one; they are two copies in two parts."""
   few = {'init_from': str(dense), 'stop_after': 1, 'eval__every': 0}
-  other = {'model__moe__dispatch__dispatcher': 'dense_matmul', 'model__remat': 'full', 'model__norm_eps': 1.001e-6}
+  other = {
+    'model__moe__dispatch__dispatcher': 'dense_matmul',
+    'model__remat': 'full',
+    'model__norm_eps': 1.001e-6,
+  }
   assert train(config(tmp_path / 'same', **few | DENSE | other)) == 0
   said = ' '.join(capsys.readouterr().err.split())
   assert f'the model of {dense}; model.norm_eps=1.001e-06 here, 1e-06 there' in said
   assert 'remat' not in said and 'dispatch' not in said and 'upcycled' not in said
   assert train(config(tmp_path / 'experts', mesh__expert=4, **few)) == 0
   said = ' '.join(capsys.readouterr().err.split())
-  assert f'the model of {dense}, upcycled: 4 experts are 2 copies of its FFN in 2 parts; routers begin at rand' in said
+  assert (
+    f'the model of {dense}, upcycled: 4 experts are 2 copies of its FFN in 2 parts; routers begin at rand'
+    in said
+  )
   assert train(config(tmp_path / 'drop', upcycle__drop=0.5, **few)) == 0
   assert '50% of their units are drawn anew' in ' '.join(capsys.readouterr().err.split())
-  began, same, experts, drop = (rows(run)[0] for run in (dense, *(tmp_path / n for n in ('same', 'experts', 'drop'))))
-  assert same['lm_loss'] < began['lm_loss'] - 0.1 and same['learning_rate'] == began['learning_rate']
-  assert abs(experts['lm_loss'] - same['lm_loss']) < 1e-5 < 1e-4 < abs(drop['lm_loss'] - same['lm_loss'])
+  began, same, experts, drop = (
+    rows(run)[0] for run in (dense, *(tmp_path / n for n in ('same', 'experts', 'drop')))
+  )
+  assert (
+    same['lm_loss'] < began['lm_loss'] - 0.1 and same['learning_rate'] == began['learning_rate']
+  )
+  assert (
+    abs(experts['lm_loss'] - same['lm_loss']) < 1e-5 < 1e-4 < abs(drop['lm_loss'] - same['lm_loss'])
+  )
 
 
 @pytest.mark.slow
-def test_what_cannot_be_upcycled_names_its_fields(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-  assert train(config(tmp_path / 'run', init_from=str(dense), model__moe__d_expert=12, model__sandwich_norm=True)) == 2
+def test_what_cannot_be_upcycled_names_its_fields(
+  dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+  assert (
+    train(
+      config(
+        tmp_path / 'run', init_from=str(dense), model__moe__d_expert=12, model__sandwich_norm=True
+      )
+    )
+    == 2
+  )
   told = capsys.readouterr().err
-  for part in ('d_expert=12 does not divide the 32 hidden units', 'it has other shapes, not only in its FFN',
-               'model.sandwich_norm=True here, False there', 'model.moe.router.num_experts=4 here, 1 there'):
+  for part in (
+    'd_expert=12 does not divide the 32 hidden units',
+    'it has other shapes, not only in its FFN',
+    'model.sandwich_norm=True here, False there',
+    'model.moe.router.num_experts=4 here, 1 there',
+  ):
     assert part in told, part
 
 
 def test_what_differs_is_what_decides_the_result() -> None:
   model = CONFIG.model
-  other = dataclasses.replace(model, d_ff=64, dtype='bfloat16', remat='full', unroll=2,
-                              moe=dataclasses.replace(model.moe, num_shared=1))
-  assert [*differences(other, model)] == ['model.d_ff=64 here, 32 there', 'model.moe.num_shared=1 here, 0 there']
+  other = dataclasses.replace(
+    model,
+    d_ff=64,
+    dtype='bfloat16',
+    remat='full',
+    unroll=2,
+    moe=dataclasses.replace(model.moe, num_shared=1),
+  )
+  assert [*differences(other, model)] == [
+    'model.d_ff=64 here, 32 there',
+    'model.moe.num_shared=1 here, 0 there',
+  ]
   assert not [*differences(model, model)]
 
 
 def test_a_directory_that_is_no_run_is_told_as_init_from(tmp_path: Path) -> None:
-  with pytest.raises(ConfigError, match="init_from: .*holds no config.json"):
+  with pytest.raises(ConfigError, match='init_from: .*holds no config.json'):
     config_of(str(tmp_path))
   write_config(config(tmp_path))
   with pytest.raises(ConfigError, match='init_from: .*tokenizer.json'):
@@ -73,7 +115,9 @@ def test_a_directory_that_is_no_run_is_told_as_init_from(tmp_path: Path) -> None
 
 
 def test_units_are_dropped_of_a_dense_model_only(tmp_path: Path) -> None:
-  with pytest.raises(ConfigError, match='upcycle.drop=0.5 is for a dense model: name one with init_from'):
+  with pytest.raises(
+    ConfigError, match='upcycle.drop=0.5 is for a dense model: name one with init_from'
+  ):
     config(tmp_path, upcycle__drop=0.5)
   assert config(tmp_path, upcycle__drop=0.5, init_from='somewhere').upcycle.drop == 0.5
 

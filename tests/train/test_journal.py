@@ -1,4 +1,5 @@
 """The journal: every name reaches metrics.jsonl and TensorBoard, a resumed run's story is the straight one's."""
+
 import json
 import math
 import re
@@ -13,16 +14,27 @@ from moejax.data.pipeline import Size
 from moejax.model.config import ModelConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
-from moejax.moe.statistics import STATISTICS, Stats, bias_statistics, layer_statistics, token_statistics
+from moejax.moe.statistics import (
+  STATISTICS,
+  Stats,
+  bias_statistics,
+  layer_statistics,
+  token_statistics,
+)
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.journal import Journal
 
 L, E, K, STEPS = 2, 4, 2, 6
 CLOCK = ('tokens_per_second', 'mfu')
 DATA = SimpleNamespace(
-  tasks=('prose', 'code'), bytes_per_token=3.0, validation_tokens=300, validation_bytes=900,
+  tasks=('prose', 'code'),
+  bytes_per_token=3.0,
+  validation_tokens=300,
+  validation_bytes=900,
   sizes=(Size(0, 0, 100, 300, 3.0), Size(0, 0, 200, 600, 3.0)),
-  train_text=lambda: b'some text to train on', validation_text=lambda: b'some held-out text')
+  train_text=lambda: b'some text to train on',
+  validation_text=lambda: b'some held-out text',
+)
 
 
 def stats(rng: np.random.Generator) -> Stats:
@@ -34,17 +46,41 @@ def of_step(step: int) -> dict[str, object]:
   """What a training step returns."""
   rng = np.random.default_rng(step)
   load = rng.integers(0, 40, (L, E)).astype(np.float32)
-  layers = layer_statistics(load, K) | token_statistics(stats(rng)) | bias_statistics(rng.normal(size=(L, E)))
-  scalars = {name: np.float32(rng.random()) for name in (
-    'lm_loss', 'nll', 'loss', 'grad_norm', 'balance/sequence', 'stability', 'loss_spikes', 'grad_norm_spikes')}
-  return scalars | {'lm_loss/prose': np.float32(math.nan), 'lm_loss/code': np.float32(2.0), 'skipped': np.bool_(0),
-                    'load': load, 'layers': layers | {'dropped': rng.random(L)}}
+  layers = (
+    layer_statistics(load, K)
+    | token_statistics(stats(rng))
+    | bias_statistics(rng.normal(size=(L, E)))
+  )
+  scalars = {
+    name: np.float32(rng.random())
+    for name in (
+      'lm_loss',
+      'nll',
+      'loss',
+      'grad_norm',
+      'balance/sequence',
+      'stability',
+      'loss_spikes',
+      'grad_norm_spikes',
+    )
+  }
+  return scalars | {
+    'lm_loss/prose': np.float32(math.nan),
+    'lm_loss/code': np.float32(2.0),
+    'skipped': np.bool_(0),
+    'load': load,
+    'layers': layers | {'dropped': rng.random(L)},
+  }
 
 
 def of_validation(step: int) -> tuple[dict[str, object], np.ndarray]:
   rng = np.random.default_rng(1000 + step)
-  sums = {'task_nll': rng.random(2) * 100, 'task_tokens': np.array([30.0, 70.0]), 'stats': stats(rng),
-          'load': rng.integers(0, 90, (L, E)).astype(float)}
+  sums = {
+    'task_nll': rng.random(2) * 100,
+    'task_tokens': np.array([30.0, 70.0]),
+    'stats': stats(rng),
+    'load': rng.integers(0, 90, (L, E)).astype(float),
+  }
   return sums, rng.integers(0, E, (L, 50, K)).astype(np.uint16)
 
 
@@ -57,7 +93,9 @@ def run(workdir: Path, begin: int, end: int) -> None:
     for step in range(begin + 1, end + 1):
       journal.step(step, of_step(step))
       if step % 2 == 0 and step < STEPS:
-        journal.validation(step, *of_validation(step), {'router_ratio': np.float32(0.5)}, 'def f():')
+        journal.validation(
+          step, *of_validation(step), {'router_ratio': np.float32(0.5)}, 'def f():'
+        )
     if end == STEPS:
       journal.report('d' * 64, journal.validation(STEPS, *of_validation(STEPS), {}, 'def f():'))
 
@@ -70,6 +108,7 @@ def rows(workdir: Path) -> list[dict[str, object]]:
 
 def board(workdir: Path) -> object:
   from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+
   found = EventAccumulator(str(workdir / 'tensorboard'), tensor_size_guidance={'scalars': 0})
   found.Reload()
   return found
@@ -88,16 +127,32 @@ def test_metrics_jsonl_gets_all(straight: Path) -> None:
   assert set(first['layers']) == set(STATISTICS) - {'churn'}
   for name, values in first['layers'].items():
     assert len(values) == L and first[name] == pytest.approx(np.mean(values), rel=1e-4, abs=1e-6)
-    assert any(first[f'{name}_worst'] == pytest.approx(value, rel=1e-4, abs=1e-6) for value in values)
-  assert {'perplexity', 'expert_usage', 'balance_score', 'stability', 'noise_floor', 'bits_per_byte'} <= set(first)
+    assert any(
+      first[f'{name}_worst'] == pytest.approx(value, rel=1e-4, abs=1e-6) for value in values
+    )
+  assert {
+    'perplexity',
+    'expert_usage',
+    'balance_score',
+    'stability',
+    'noise_floor',
+    'bits_per_byte',
+  } <= set(first)
   assert first['lm_loss/prose'] is None and first['lm_loss/code'] == 2
   tests = [row for row in found if 'eval/lm_loss' in row]
   assert [row['step'] for row in tests] == [2, 4, 6]
   assert {f'eval/{name}' for name in tests[1]['eval/layers']} < set(tests[1])
   assert {'eval/churn_worst', 'eval/lm_loss/prose', 'eval/perplexity'} < set(tests[1])
-  assert set(tests[1]['eval/layers']) == set(STATISTICS) - {'bias_max', 'bias_mean', 'bias_std', 'dropped'}
-  assert tests[0]['interference/router_ratio'] == 0.5 and 'interference/router_ratio' not in tests[2]
-  assert 'churn' not in tests[0]['eval/layers']                           # there was nothing before it
+  assert set(tests[1]['eval/layers']) == set(STATISTICS) - {
+    'bias_max',
+    'bias_mean',
+    'bias_std',
+    'dropped',
+  }
+  assert (
+    tests[0]['interference/router_ratio'] == 0.5 and 'interference/router_ratio' not in tests[2]
+  )
+  assert 'churn' not in tests[0]['eval/layers']  # there was nothing before it
   assert found[-1]['step'] == STEPS and list(found[-1]['eval/saturation']) == ['2', '4']
   assert all(len(share) == L for share in found[-1]['eval/saturation'].values())
 
@@ -105,7 +160,9 @@ def test_metrics_jsonl_gets_all(straight: Path) -> None:
 def test_tensorboard_gets_every_scalar_and_the_load(straight: Path) -> None:
   found = board(straight)
   tags = set(found.Tags()['tensors'])
-  scalars = {name for row in rows(straight) for name, value in row.items() if isinstance(value, float | None)}
+  scalars = {
+    name for row in rows(straight) for name, value in row.items() if isinstance(value, float | None)
+  }
   assert scalars <= tags and {'eval/saturation', 'eval/saturation_worst', 'sample'} <= tags
   assert {f'expert_load/layer_{layer}' for layer in range(L)} <= tags and 'layers' not in tags
   assert [event.step for event in found.Tensors('eval/saturation')] == [2, 4]
@@ -113,30 +170,42 @@ def test_tensorboard_gets_every_scalar_and_the_load(straight: Path) -> None:
 
 def test_the_report_has_the_monitors(straight: Path) -> None:
   report = json.loads((straight / 'report.json').read_text())
-  last = {name: value for row in rows(straight) if row['step'] == STEPS for name, value in row.items()}
+  last = {
+    name: value for row in rows(straight) if row['step'] == STEPS for name, value in row.items()
+  }
   for name in ('perplexity', 'expert_usage', 'balance_score', 'max_vio'):
     assert report[name] == last[f'eval/{name}']
   assert report['stability'] == last['stability'] and report['loss_spikes'] == last['loss_spikes']
   shares = last['eval/saturation']
-  assert report['saturation'] == pytest.approx({step: np.mean(share) for step, share in shares.items()})
+  assert report['saturation'] == pytest.approx(
+    {step: np.mean(share) for step, share in shares.items()}
+  )
 
 
 def test_a_resumed_journal_tells_the_same_story(straight: Path, tmp_path: Path) -> None:
   workdir = tmp_path / 'run'
-  run(workdir, 0, 5)         # killed after step 5, and resumed from a checkpoint of step 3
-  shutil.copy(workdir / 'probes' / '2.npz', workdir / 'probes' / '5.npz')   # as other validations would have left
+  run(workdir, 0, 5)  # killed after step 5, and resumed from a checkpoint of step 3
+  shutil.copy(
+    workdir / 'probes' / '2.npz', workdir / 'probes' / '5.npz'
+  )  # as other validations would have left
   run(workdir, 3, STEPS)
   assert rows(workdir) == rows(straight)
-  assert json.loads((workdir / 'report.json').read_text())['saturation'] == json.loads(
-    (straight / 'report.json').read_text())['saturation']
-  run(workdir, STEPS, STEPS)                                              # a finished run, again
+  assert (
+    json.loads((workdir / 'report.json').read_text())['saturation']
+    == json.loads((straight / 'report.json').read_text())['saturation']
+  )
+  run(workdir, STEPS, STEPS)  # a finished run, again
   assert rows(workdir) == rows(straight)
 
 
-def test_a_person_sees_the_noise_beside_max_vio(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_person_sees_the_noise_beside_max_vio(
+  tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
   run(tmp_path / 'run', 0, STEPS)
   out = capsys.readouterr().out
-  steps = re.findall(r'^step \d/6 .*sequence .*MaxVio \d\.\d\d \(noise \d\.\d\d\).*left$', out, re.MULTILINE)
+  steps = re.findall(
+    r'^step \d/6 .*sequence .*MaxVio \d\.\d\d \(noise \d\.\d\d\).*left$', out, re.MULTILINE
+  )
   assert len(steps) == STEPS
   assert re.search(r'% of experts used, MaxVio \d\.\d\d \(noise', out)
   assert re.search(r'^monitors perplexity \d', out, re.MULTILINE)

@@ -1,4 +1,5 @@
 """AdamW against the oracle over a warm-up, decay and clipping; schedules of the rate."""
+
 import dataclasses
 import math
 import re
@@ -12,12 +13,20 @@ from flax import nnx
 
 from moejax.config import ConfigError
 from moejax.sharding.params import constant, normal, param
-from moejax.train.optimizer import SCHEDULES, OptimConfig, decayed, learning_rate, optimizer, updates_made
+from moejax.train.optimizer import (
+  SCHEDULES,
+  OptimConfig,
+  decayed,
+  learning_rate,
+  optimizer,
+  updates_made,
+)
 from tests.support import oracle
 
 STEPS = 6
-CFG = OptimConfig(learning_rate=0.1, warmup_steps=2, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.3,
-                  clip_norm=2.0)
+CFG = OptimConfig(
+  learning_rate=0.1, warmup_steps=2, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.3, clip_norm=2.0
+)
 RNG = np.random.default_rng(0)
 
 
@@ -42,8 +51,10 @@ DECAY = {'blocks.scale': False, 'blocks.w': True, 'one.scale': False, 'one.w': T
 
 def flat(tree: object) -> dict[str, np.ndarray]:
   """Leaves by their path."""
+
   def name(path: tuple) -> str:
     return '.'.join(re.findall(r'\w+', jax.tree_util.keystr(path))).removesuffix('.value')
+
   return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -62,8 +73,12 @@ def test_the_decay_mask_leaves_norms_out_also_when_stacked(model: Model) -> None
 def test_six_steps_are_the_oracles(model: Model, clip: float) -> None:
   """Gradients from far below the clipping norm to far above it."""
   cfg = dataclasses.replace(CFG, clip_norm=clip)
-  grads = [jax.tree.map(lambda a, scale=10.0 ** (i - 3): np.float32(scale * RNG.normal(size=a.shape)), model)
-           for i in range(STEPS)]
+  grads = [
+    jax.tree.map(
+      lambda a, scale=10.0 ** (i - 3): np.float32(scale * RNG.normal(size=a.shape)), model
+    )
+    for i in range(STEPS)
+  ]
   norms = [oracle.global_norm(flat(g)) for g in grads]
   assert min(norms) < CFG.clip_norm / 10 and max(norms) > 10 * CFG.clip_norm
   tx = optimizer(cfg, STEPS)
@@ -78,8 +93,17 @@ def test_six_steps_are_the_oracles(model: Model, clip: float) -> None:
     assert int(updates_made(state)) == i
     after, state = step(after, state, g)
   rates = [float(learning_rate(cfg, STEPS)(i)) for i in range(STEPS)]
-  want = oracle.adamw(flat(model), [flat(g) for g in grads], rates=rates, b1=0.8, b2=0.9, eps=1e-3,
-                      weight_decay=0.3, decay=DECAY, clip=clip)
+  want = oracle.adamw(
+    flat(model),
+    [flat(g) for g in grads],
+    rates=rates,
+    b1=0.8,
+    b2=0.9,
+    eps=1e-3,
+    weight_decay=0.3,
+    decay=DECAY,
+    clip=clip,
+  )
   for name, leaf in flat(after).items():
     np.testing.assert_allclose(leaf, want[name], rtol=1e-4, atol=1e-5, err_msg=name)
     assert np.abs(leaf - flat(model)[name]).max() > 0.05
@@ -113,7 +137,7 @@ def test_cosine_ends_at_the_final_fraction() -> None:
 
 def test_wsd_stays_then_falls_in_a_line() -> None:
   found = rates(schedule='wsd')
-  np.testing.assert_allclose(found[10:83], 1)   # 0.2 of the 90 after the warm-up: 18
+  np.testing.assert_allclose(found[10:83], 1)  # 0.2 of the 90 after the warm-up: 18
   np.testing.assert_allclose(found[82:], np.linspace(1, 0.1, 19), rtol=1e-5)
   falling = rates(schedule='wsd', decay_fraction=1.0)
   np.testing.assert_allclose(falling[10:], np.linspace(1, 0.1, 91), rtol=1e-5)
@@ -125,12 +149,19 @@ def test_phases_are_parts_of_the_whole_run() -> None:
   found = rates(schedule='phases', phases='1, cosine 0.1@40%, 0.1@80%, 0.03@90%')
   np.testing.assert_allclose(found[10:40], 1)
   np.testing.assert_allclose(
-    found[40:80], [0.1 + 0.9 * (1 + math.cos(math.pi * i / 40)) / 2 for i in range(40)], rtol=1e-5)
+    found[40:80], [0.1 + 0.9 * (1 + math.cos(math.pi * i / 40)) / 2 for i in range(40)], rtol=1e-5
+  )
   np.testing.assert_allclose(found[80:], [0.1] * 10 + [0.03] * 11, rtol=1e-6)
-  np.testing.assert_allclose(rates(schedule='phases', phases='1, cosine 0.1@0%', warmup_steps=0),
-                             rates(schedule='cosine', warmup_steps=0), rtol=1e-4)
-  np.testing.assert_allclose(rates(schedule='phases', phases='1, linear 0.1@80%', warmup_steps=0),
-                             rates(schedule='wsd', warmup_steps=0), rtol=1e-5)
+  np.testing.assert_allclose(
+    rates(schedule='phases', phases='1, cosine 0.1@0%', warmup_steps=0),
+    rates(schedule='cosine', warmup_steps=0),
+    rtol=1e-4,
+  )
+  np.testing.assert_allclose(
+    rates(schedule='phases', phases='1, linear 0.1@80%', warmup_steps=0),
+    rates(schedule='wsd', warmup_steps=0),
+    rtol=1e-5,
+  )
 
 
 def test_phases_belong_to_their_schedule() -> None:
@@ -146,9 +177,27 @@ def test_a_run_shorter_than_its_warm_up_still_rises() -> None:
 
 def test_a_config_that_cannot_be_is_one_clear_error() -> None:
   with pytest.raises(ConfigError) as error:
-    OptimConfig(learning_rate=0.0, warmup_steps=-1, schedule='linear', final_fraction=1.5,
-                decay_fraction=-0.1, beta1=1.0, beta2=-0.1, eps=0.0, weight_decay=-1.0, clip_norm=-1.0)
+    OptimConfig(
+      learning_rate=0.0,
+      warmup_steps=-1,
+      schedule='linear',
+      final_fraction=1.5,
+      decay_fraction=-0.1,
+      beta1=1.0,
+      beta2=-0.1,
+      eps=0.0,
+      weight_decay=-1.0,
+      clip_norm=-1.0,
+    )
   assert [problem.split(':')[0] for problem in error.value.problems] == [
-    'learning_rate=0.0', "schedule='linear' is not one of ['constant', 'cosine', 'phases', 'wsd']", 'warmup_steps=-1',
-    'weight_decay=-1.0', 'clip_norm=-1.0', 'final_fraction=1.5', 'decay_fraction=-0.1', 'beta1=1.0',
-    'beta2=-0.1', 'eps=0.0']
+    'learning_rate=0.0',
+    "schedule='linear' is not one of ['constant', 'cosine', 'phases', 'wsd']",
+    'warmup_steps=-1',
+    'weight_decay=-1.0',
+    'clip_norm=-1.0',
+    'final_fraction=1.5',
+    'decay_fraction=-0.1',
+    'beta1=1.0',
+    'beta2=-0.1',
+    'eps=0.0',
+  ]

@@ -12,7 +12,13 @@ from numpy.typing import ArrayLike
 
 from moejax.certify.oracle.routing import F64, I64, Bool, best, logsumexp, probabilities, scores
 
-SETS = ('sequence', 'micro_batch', 'ep_group', 'global_batch', 'gshard')   # losses that are a mean over sets
+SETS = (
+  'sequence',
+  'micro_batch',
+  'ep_group',
+  'global_batch',
+  'gshard',
+)  # losses that are a mean over sets
 
 
 def document_sets(segment_ids: ArrayLike) -> I64:
@@ -31,10 +37,17 @@ def row_sets(shape: tuple[int, int], groups: int) -> I64:
   return np.broadcast_to(np.arange(shape[0])[:, None] // (shape[0] // groups), shape)
 
 
-def sets_of(scope: str, segment_ids: ArrayLike, *, micro_batches: int = 1, ep_groups: int = 1) -> I64:
+def sets_of(
+  scope: str, segment_ids: ArrayLike, *, micro_batches: int = 1, ep_groups: int = 1
+) -> I64:
   """The set of every token [B, S] under a scope."""
   shape = np.asarray(segment_ids).shape
-  groups = {'micro_batch': micro_batches, 'gshard': micro_batches, 'ep_group': ep_groups, 'global_batch': 1}
+  groups = {
+    'micro_batch': micro_batches,
+    'gshard': micro_batches,
+    'ep_group': ep_groups,
+    'global_batch': 1,
+  }
   return document_sets(segment_ids) if scope == 'sequence' else row_sets(shape, groups[scope])
 
 
@@ -49,7 +62,9 @@ def assignment_of(logits: ArrayLike, expert_ids: ArrayLike, score_fn: str, assig
   if assignment == 'first':
     return expert_ids[..., :1]
   assert assignment == 'unbiased', assignment
-  return np.apply_along_axis(lambda s: np.array(best(s, expert_ids.shape[-1])), -1, scores(logits, score_fn))
+  return np.apply_along_axis(
+    lambda s: np.array(best(s, expert_ids.shape[-1])), -1, scores(logits, score_fn)
+  )
 
 
 def load(expert_ids: ArrayLike, mask: ArrayLike, num_experts: int) -> F64:
@@ -57,11 +72,13 @@ def load(expert_ids: ArrayLike, mask: ArrayLike, num_experts: int) -> F64:
   counts, expert_ids, mask = np.zeros(num_experts), np.asarray(expert_ids), np.asarray(mask)
   for t in np.ndindex(mask.shape):
     for e in expert_ids[t]:
-      counts[e:e + 1] += mask[t]
+      counts[e : e + 1] += mask[t]
   return counts
 
 
-def probability_losses(p: F64, chosen: I64, mask: ArrayLike, sets: I64, partition: int = 0) -> list[float]:
+def probability_losses(
+  p: F64, chosen: I64, mask: ArrayLike, sets: I64, partition: int = 0
+) -> list[float]:
   """L_g of every non-empty set g: Σ_e f_e P_e, f_e = E c_e / Σ c, P_e = 1/n Σ_t p_te, n tokens of counts c.
 
   DeepSeek-V3 eq. 17-20 for a sequence, Qwen 2501.11873 eq. 2-6 for the global batch; other sets by analogy. Where
@@ -78,13 +95,24 @@ def probability_losses(p: F64, chosen: I64, mask: ArrayLike, sets: I64, partitio
     counts = load(chosen, here, num_experts)
     f = num_experts * counts / counts.sum() if counts.any() else np.ones(num_experts)
     mean = [math.fsum(p[here][:, e]) / here.sum() for e in range(num_experts)]
-    losses.append(math.fsum(math.fsum(f[m:m + size]) / size * math.fsum(mean[m:m + size])
-                            for m in range(0, num_experts, size)))
+    losses.append(
+      math.fsum(
+        math.fsum(f[m : m + size]) / size * math.fsum(mean[m : m + size])
+        for m in range(0, num_experts, size)
+      )
+    )
   return losses
 
 
-def set_losses(logits: ArrayLike, expert_ids: ArrayLike, mask: ArrayLike, sets: I64, *, score_fn: str,
-               assignment: str) -> list[float]:
+def set_losses(
+  logits: ArrayLike,
+  expert_ids: ArrayLike,
+  mask: ArrayLike,
+  sets: I64,
+  *,
+  score_fn: str,
+  assignment: str,
+) -> list[float]:
   """L_g of every non-empty set g, from logits."""
   chosen = assignment_of(logits, expert_ids, score_fn, assignment)
   return probability_losses(probabilities(logits, score_fn), chosen, mask, sets)
@@ -98,14 +126,14 @@ def mean_over_sets(losses: list[float]) -> float:
 def router_z(logits: ArrayLike, mask: ArrayLike) -> float:
   """Mean over the tokens that count of (log Σ_e exp z_te)²; after ST-MoE, whose text was not read."""
   logits, mask = np.asarray(logits, np.float64), np.asarray(mask)
-  squares = [logsumexp(logits[t])**2 for t in np.ndindex(mask.shape) if mask[t]]
+  squares = [logsumexp(logits[t]) ** 2 for t in np.ndindex(mask.shape) if mask[t]]
   return math.fsum(squares) / len(squares) if squares else 0.0
 
 
 def squared_variation(sums: F64) -> float:
   """CV(x)² = (std x / mean x)², with the population's std; 0 where all are 0."""
   mean = math.fsum(sums) / len(sums)
-  return math.fsum((x - mean)**2 for x in sums) / len(sums) / mean**2 if mean else 0.0
+  return math.fsum((x - mean) ** 2 for x in sums) / len(sums) / mean**2 if mean else 0.0
 
 
 def summed(values: F64, mask: Bool) -> F64:
@@ -131,22 +159,45 @@ def smooth_load(likely: F64, mask: Bool) -> float:
 def simbal(router: F64) -> float:
   """‖W Wᵀ - I‖₁, W [E, D] one row an expert, the sum of absolute values (SimBal, 2506.14038); router is Wᵀ [D, E]."""
   num_experts = router.shape[1]
-  return math.fsum(abs(math.fsum(router[:, e] * router[:, o]) - (e == o))
-                   for e in range(num_experts) for o in range(num_experts))
+  return math.fsum(
+    abs(math.fsum(router[:, e] * router[:, o]) - (e == o))
+    for e in range(num_experts)
+    for o in range(num_experts)
+  )
 
 
-def loss(name: str, logits: ArrayLike, expert_ids: ArrayLike, mask: ArrayLike, segment_ids: ArrayLike, *,
-         score_fn: str, assignment: str, micro_batches: int = 1, ep_groups: int = 1) -> float:
+def loss(
+  name: str,
+  logits: ArrayLike,
+  expert_ids: ArrayLike,
+  mask: ArrayLike,
+  segment_ids: ArrayLike,
+  *,
+  score_fn: str,
+  assignment: str,
+  micro_batches: int = 1,
+  ep_groups: int = 1,
+) -> float:
   """The loss of this name, without coefficient, on a whole batch."""
   if name == 'router_z':
     return router_z(logits, mask)
   sets = sets_of(name, segment_ids, micro_batches=micro_batches, ep_groups=ep_groups)
-  return mean_over_sets(set_losses(logits, expert_ids, mask, sets, score_fn=score_fn, assignment=assignment))
+  return mean_over_sets(
+    set_losses(logits, expert_ids, mask, sets, score_fn=score_fn, assignment=assignment)
+  )
 
 
-def accumulated_balance_loss(scope: str, logits: ArrayLike, expert_ids: ArrayLike, mask: ArrayLike,
-                             segment_ids: ArrayLike, *, micro_batches: int, score_fn: str,
-                             assignment: str) -> float:
+def accumulated_balance_loss(
+  scope: str,
+  logits: ArrayLike,
+  expert_ids: ArrayLike,
+  mask: ArrayLike,
+  segment_ids: ArrayLike,
+  *,
+  micro_batches: int,
+  score_fn: str,
+  assignment: str,
+) -> float:
   """The loss of a batch of micro-batches, put together from parts that each see one of them only.
 
   Derived here: for the sequence and micro-batch scopes sums of L_g and of set counts add up. For the global
@@ -157,10 +208,18 @@ def accumulated_balance_loss(scope: str, logits: ArrayLike, expert_ids: ArrayLik
   if scope in ('sequence', 'micro_batch'):
     losses: list[float] = []
     for r in rows:
-      losses += set_losses(logits[r], expert_ids[r], mask[r], sets_of(scope, segment_ids[r]),
-                           score_fn=score_fn, assignment=assignment)
+      losses += set_losses(
+        logits[r],
+        expert_ids[r],
+        mask[r],
+        sets_of(scope, segment_ids[r]),
+        score_fn=score_fn,
+        assignment=assignment,
+      )
     return mean_over_sets(losses)
-  assert scope == 'global_batch', f'{scope=} spans several micro-batches without being the whole batch'
+  assert scope == 'global_batch', (
+    f'{scope=} spans several micro-batches without being the whole batch'
+  )
   num_experts, top_k = logits.shape[-1], expert_ids.shape[-1]
   counts = load(assignment_of(logits, expert_ids, score_fn, assignment), mask, num_experts)
   n = mask.sum()

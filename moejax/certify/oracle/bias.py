@@ -17,15 +17,17 @@ from moejax.certify.oracle.routing import F64
 
 class BiasState(NamedTuple):
   """What a rule keeps; the momentum is 0 for all rules but SMEBU."""
-  bias: F64      # [E]
+
+  bias: F64  # [E]
   momentum: F64  # [E]
 
 
 class Seen(NamedTuple):
   """The whole batch of one step: scores s as the router had them, whom it chose, and which tokens count."""
-  scores: ArrayLike      # [B, S, E]
+
+  scores: ArrayLike  # [B, S, E]
   expert_ids: ArrayLike  # [B, S, K]
-  mask: ArrayLike        # [B, S]
+  mask: ArrayLike  # [B, S]
 
 
 def mean(values: ArrayLike) -> float:
@@ -36,7 +38,7 @@ def mean(values: ArrayLike) -> float:
 
 def sign_rule(state: BiasState, counts: F64, rate: float) -> BiasState:
   """b += u sign(c̄ - c): 2408.15664 Alg. 1."""
-  steps = [np.sign(counts.sum() - len(counts) * c) for c in counts]   # c̄ - c, times E: whole numbers
+  steps = [np.sign(counts.sum() - len(counts) * c) for c in counts]  # c̄ - c, times E: whole numbers
   return state._replace(bias=state.bias + rate * np.array(steps))
 
 
@@ -51,10 +53,17 @@ def centred_sign_rule(state: BiasState, counts: F64, rate: float) -> BiasState:
   return state._replace(bias=state.bias + rate * np.array([step - mean(steps) for step in steps]))
 
 
-def smebu_rule(state: BiasState, counts: F64, rate: float, kappa: float = 2.0, beta: float = 0.5) -> BiasState:
+def smebu_rule(
+  state: BiasState, counts: F64, rate: float, kappa: float = 2.0, beta: float = 0.5
+) -> BiasState:
   """v = (c̄ - c)/c̄; d = u tanh(κ v); d -= mean d; m = β m + (1 - β) d; b += m: after 2602.17004, read second-hand."""
   d = [rate * math.tanh(kappa * (mean(counts) - c) / mean(counts)) for c in counts]
-  m = np.array([beta * old + (1 - beta) * (step - mean(d)) for old, step in zip(state.momentum, d, strict=True)])
+  m = np.array(
+    [
+      beta * old + (1 - beta) * (step - mean(d))
+      for old, step in zip(state.momentum, d, strict=True)
+    ]
+  )
   return BiasState(state.bias + m, m)
 
 
@@ -73,7 +82,9 @@ def above_the_line(bias: ArrayLike, seen: Seen) -> F64:
       least = min((choice[e] for e in chosen if e < len(bias)), default=np.float32(np.inf))
       others = [e for e in range(len(bias)) if e not in chosen]
       a = max(choice[e] for e in others if choice[e] <= least)
-      rows.append([choice[e] - a if e in chosen or choice[e] <= a else 0.0 for e in range(len(bias))])
+      rows.append(
+        [choice[e] - a if e in chosen or choice[e] <= a else 0.0 for e in range(len(bias))]
+      )
   return np.array(rows, np.float64).reshape(-1, len(bias))
 
 
@@ -92,7 +103,7 @@ def bin_around(v: float, finest: float = 2.0**-24, largest: float = 2.0**8) -> t
   """
   size = float(np.float32(abs(v)) + np.float32(finest))
   size = min(size, largest if v < 0 else largest * (1 - 1e-9))
-  octave = 2.0**(math.frexp(size)[1] - 1)
+  octave = 2.0 ** (math.frexp(size)[1] - 1)
   low = octave * (1 + math.floor(4 * (size / octave - 1)) / 4)
   low, high = low - finest, low + octave / 4 - finest
   if low == 0:
@@ -113,26 +124,36 @@ def binned_quantile(x: ArrayLike, top_k: int, num_experts: int) -> float:
   return math.fsum(found) / len(found)
 
 
-def quantile_rule(state: BiasState, seen: Seen, rate: float,
-                  quantile: Callable[[ArrayLike, int, int], float] = binned_quantile) -> BiasState:
+def quantile_rule(
+  state: BiasState,
+  seen: Seen,
+  rate: float,
+  quantile: Callable[[ArrayLike, int, int], float] = binned_quantile,
+) -> BiasState:
   """b_e = -quantile_{1-K/E} over t of (s_te - a_t), minus the mean over experts (kexue.fm 11619; Kimi K3).
 
   With x_te = s_te + b_e - a_t: b_e -= quantile of x_e, which is the same, and all that histograms of x can tell.
   """
   top_k, num_experts = np.asarray(seen.expert_ids).shape[-1], len(state.bias)
   x = above_the_line(state.bias, seen)
-  bias = np.array([state.bias[e] - quantile(x[:, e], top_k, num_experts) for e in range(num_experts)])
+  bias = np.array(
+    [state.bias[e] - quantile(x[:, e], top_k, num_experts) for e in range(num_experts)]
+  )
   return state._replace(bias=bias - mean(bias))
 
 
-def of_counts(rule: Callable[[BiasState, F64, float], BiasState]) -> Callable[[BiasState, Seen, float], BiasState]:
+def of_counts(
+  rule: Callable[[BiasState, F64, float], BiasState],
+) -> Callable[[BiasState, Seen, float], BiasState]:
   """A rule that looks at c_e alone: how many tokens that count chose e; id E is nobody."""
+
   def step(state: BiasState, seen: Seen, rate: float) -> BiasState:
     counts = np.zeros(len(state.bias))
     for t in np.ndindex(np.asarray(seen.mask).shape):
       for e in np.asarray(seen.expert_ids)[t]:
-        counts[e:e + 1] += np.asarray(seen.mask)[t]
+        counts[e : e + 1] += np.asarray(seen.mask)[t]
     return rule(state, counts, rate)
+
   return step
 
 
@@ -142,6 +163,12 @@ def bias_step(rule: str, state: BiasState, seen: Seen, rate: float) -> BiasState
   return BIAS_RULES[rule](state, seen, rate) if rate > 0 and np.asarray(seen.mask).any() else state
 
 
-COUNT_RULES = {'sign': sign_rule, 'proportional': proportional_rule, 'centred_sign': centred_sign_rule,
-               'smebu': smebu_rule}
-BIAS_RULES = {name: of_counts(rule) for name, rule in COUNT_RULES.items()} | {'quantile': quantile_rule}
+COUNT_RULES = {
+  'sign': sign_rule,
+  'proportional': proportional_rule,
+  'centred_sign': centred_sign_rule,
+  'smebu': smebu_rule,
+}
+BIAS_RULES = {name: of_counts(rule) for name, rule in COUNT_RULES.items()} | {
+  'quantile': quantile_rule
+}

@@ -61,13 +61,21 @@ def sigmoid(z: F64) -> F64:
 
 def log_sqrt_softplus(z: F64) -> F64:
   """log sqrt(log(1 + exp z)), entry by entry; log(1 + x) is x to float64 where x = exp z is below exp(-37)."""
-  return np.array([v / 2 if v < -37 else math.log(max(v, 0.0) + math.log1p(math.exp(-abs(v)))) / 2 for v in z])
+  return np.array(
+    [v / 2 if v < -37 else math.log(max(v, 0.0) + math.log1p(math.exp(-abs(v)))) / 2 for v in z]
+  )
 
 
 SCORES: dict[str, Callable[[F64], F64]] = {
-    'softmax': softmax, 'sigmoid': sigmoid, 'sqrt_softplus': lambda z: np.exp(log_sqrt_softplus(z))}
+  'softmax': softmax,
+  'sigmoid': sigmoid,
+  'sqrt_softplus': lambda z: np.exp(log_sqrt_softplus(z)),
+}
 LOG_SCORES: dict[str, Callable[[F64], F64]] = {
-    'softmax': lambda z: z - logsumexp(z), 'sigmoid': log_sigmoid, 'sqrt_softplus': log_sqrt_softplus}
+  'softmax': lambda z: z - logsumexp(z),
+  'sigmoid': log_sigmoid,
+  'sqrt_softplus': log_sqrt_softplus,
+}
 
 
 def scores(logits: ArrayLike, score_fn: str) -> F64:
@@ -80,18 +88,21 @@ def probabilities(logits: ArrayLike, score_fn: str) -> F64:
 
   As exp(log s - log Σ s), so that a row of scores that all underflow still sums to 1.
   """
+
   def one(z: F64) -> F64:
     log_s = LOG_SCORES[score_fn](z)
     return np.exp(log_s - logsumexp(log_s))
+
   return np.apply_along_axis(one, -1, np.asarray(logits, np.float64))
 
 
 class Routing(NamedTuple):
   """What a router decided, of a batch of tokens."""
-  logits: F64       # [B, S, E]
-  scores: F64       # [B, S, E]
-  expert_ids: I64   # [B, S, K]
-  weights: F64      # [B, S, K]
+
+  logits: F64  # [B, S, E]
+  scores: F64  # [B, S, E]
+  expert_ids: I64  # [B, S, K]
+  weights: F64  # [B, S, K]
 
 
 def best(values: ArrayLike, k: int) -> list[int]:
@@ -103,14 +114,21 @@ def best(values: ArrayLike, k: int) -> list[int]:
 def choose(choice: F64, top_k: int, num_groups: int, top_groups: int) -> list[int]:
   """The K experts of one token, choice = s + b [E]: of the groups with the largest sum of two best."""
   size = len(choice) // num_groups
-  worth = [sum(sorted(choice[g * size:(g + 1) * size], reverse=True)[:2]) for g in range(num_groups)]
+  worth = [
+    sum(sorted(choice[g * size : (g + 1) * size], reverse=True)[:2]) for g in range(num_groups)
+  ]
   kept = best(worth, top_groups)
   allowed = [choice[e] if e // size in kept else -math.inf for e in range(len(choice))]
   return best(allowed, top_k)
 
 
-def weigh(logits: ArrayLike, expert_ids: ArrayLike, score_fn: str, renormalise: bool = True,
-          scale: float = 1.0) -> F64:
+def weigh(
+  logits: ArrayLike,
+  expert_ids: ArrayLike,
+  score_fn: str,
+  renormalise: bool = True,
+  scale: float = 1.0,
+) -> F64:
   """Weights of the experts chosen, from s without the bias; 1e-20 guards a sum of zeros."""
   s, expert_ids = scores(logits, score_fn), np.asarray(expert_ids)
   weights = np.zeros(expert_ids.shape)
@@ -120,8 +138,17 @@ def weigh(logits: ArrayLike, expert_ids: ArrayLike, score_fn: str, renormalise: 
   return weights
 
 
-def route(logits: ArrayLike, bias: ArrayLike, *, top_k: int, score_fn: str, num_groups: int = 1,
-          top_groups: int = 1, renormalise: bool = True, scale: float = 1.0) -> Routing:
+def route(
+  logits: ArrayLike,
+  bias: ArrayLike,
+  *,
+  top_k: int,
+  score_fn: str,
+  num_groups: int = 1,
+  top_groups: int = 1,
+  renormalise: bool = True,
+  scale: float = 1.0,
+) -> Routing:
   """Choose with s + b, weigh with s."""
   logits, bias = np.asarray(logits, np.float64), np.asarray(bias, np.float64)
   s = scores(logits, score_fn)

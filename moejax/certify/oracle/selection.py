@@ -26,7 +26,9 @@ def limited_to_groups(choice: ArrayLike, num_groups: int, top_groups: int, group
   choice = np.asarray(choice, np.float64)
   groups = np.split(choice, num_groups)
   kept = best([math.fsum(sorted(g, reverse=True)[:group_best]) for g in groups], top_groups)
-  return np.concatenate([g if i in kept else np.full(len(g), -math.inf) for i, g in enumerate(groups)])
+  return np.concatenate(
+    [g if i in kept else np.full(len(g), -math.inf) for i, g in enumerate(groups)]
+  )
 
 
 def second_kept(weights: ArrayLike, draws: ArrayLike) -> Bool:
@@ -76,7 +78,9 @@ def expert_choice(log_s: F64, choice: F64, mask: Bool, ids: I64, top_k: int) -> 
         taken[b, tokens[i], e] = e
   for b, t in np.ndindex(batch, length):
     mine = [e for e in taken[b, t] if e < num_experts]
-    taken[b, t] = sorted(mine, key=lambda e, s=log_s[b, t]: (-s[e], e)) + [num_experts] * (num_experts - len(mine))
+    taken[b, t] = sorted(mine, key=lambda e, s=log_s[b, t]: (-s[e], e)) + [num_experts] * (
+      num_experts - len(mine)
+    )
   return taken
 
 
@@ -104,8 +108,8 @@ def sinkhorn(log_s: F64, choice: F64, mask: Bool, ids: I64, top_k: int) -> I64:
 def mixed(number: int) -> int:
   """murmur3's finaliser of 32 bits: h ^= h >> 16, times 85ebca6b, h ^= h >> 13, times c2b2ae35, h ^= h >> 16."""
   h = number % 2**32
-  h = (h ^ (h >> 16)) * 0x85ebca6b % 2**32
-  h = (h ^ (h >> 13)) * 0xc2b2ae35 % 2**32
+  h = (h ^ (h >> 16)) * 0x85EBCA6B % 2**32
+  h = (h ^ (h >> 13)) * 0xC2B2AE35 % 2**32
   return h ^ (h >> 16)
 
 
@@ -127,10 +131,17 @@ def uniform(log_s: F64, choice: F64, mask: Bool, ids: I64, top_k: int) -> I64:
 
 
 SELECTIONS: dict[str, Callable[[F64, F64, Bool, I64, int], I64]] = {
-    'expert_choice': expert_choice, 'hash': hashed, 'sinkhorn': sinkhorn, 'top_k': top_k_experts, 'uniform': uniform}
+  'expert_choice': expert_choice,
+  'hash': hashed,
+  'sinkhorn': sinkhorn,
+  'top_k': top_k_experts,
+  'uniform': uniform,
+}
 
 
-def weigh_chosen(log_weights: ArrayLike, expert_ids: ArrayLike, renormalise: bool = True, scale: float = 1.0) -> F64:
+def weigh_chosen(
+  log_weights: ArrayLike, expert_ids: ArrayLike, renormalise: bool = True, scale: float = 1.0
+) -> F64:
   """Weights of a choice, from logarithms [..., E]: of the scores, or the logits for softmax after top-k.
 
   scale w_e / Σ_chosen w, or scale w_e; nobody weighs 0. A recorded choice is weighed in the same way.
@@ -151,6 +162,9 @@ def margin(choice: ArrayLike, expert_ids: ArrayLike) -> F64:
   gaps = np.zeros(choice.shape[:-1])
   for t in np.ndindex(gaps.shape):
     taken = {int(e) for e in expert_ids[t]} - {choice.shape[-1]}
-    ins, outs = ([choice[t][e] for e in range(choice.shape[-1]) if (e in taken) == side] for side in (True, False))
+    ins, outs = (
+      [choice[t][e] for e in range(choice.shape[-1]) if (e in taken) == side]
+      for side in (True, False)
+    )
     gaps[t] = min(ins, default=math.inf) - max(outs, default=-math.inf)
   return gaps

@@ -10,8 +10,8 @@ from typing import NamedTuple
 from moejax.config import check
 from moejax.model.config import ModelConfig
 
-Config = Mapping[str, object]   # config.json
-Fields = dict[str, object]      # dotted path of a field of ModelConfig -> value
+Config = Mapping[str, object]  # config.json
+Fields = dict[str, object]  # dotted path of a field of ModelConfig -> value
 NOTHING = object()
 
 
@@ -36,7 +36,11 @@ class Key(NamedTuple):
     """The field, or nothing."""
     is_said = self.required or self.name in config
     value = said(config, self.name) if is_said else None
-    check(f'{self.name}=null: give a value' if is_said and value is None and self.empty is NOTHING else '')
+    check(
+      f'{self.name}=null: give a value'
+      if is_said and value is None and self.empty is NOTHING
+      else ''
+    )
     if value is None:
       value = self.empty(config) if callable(self.empty) else self.empty
     return {} if value is NOTHING else {self.field: value}
@@ -58,9 +62,12 @@ class Fixed(NamedTuple):
 
   def read(self, config: Config) -> Fields:
     """Nothing, but it objects to any other value."""
-    check(f'{self.name} is missing: {self.remedy}' if self.required and self.name not in config else '',
-          f'{self.name}={config[self.name]!r}: use {self.value!r}; {self.remedy}'
-          if self.name in config and config[self.name] != self.value else '')
+    check(
+      f'{self.name} is missing: {self.remedy}' if self.required and self.name not in config else '',
+      f'{self.name}={config[self.name]!r}: use {self.value!r}; {self.remedy}'
+      if self.name in config and config[self.name] != self.value
+      else '',
+    )
     return {}
 
   def write(self, cfg: ModelConfig) -> Config:
@@ -77,14 +84,22 @@ class Codec(NamedTuple):
 
 def said(config: Config, name: str) -> object:
   """What the key says; ConfigError where it is missing."""
-  check(f'{name} is missing: copy it from the config.json that came with the weights' if name not in config else '')
+  check(
+    f'{name} is missing: copy it from the config.json that came with the weights'
+    if name not in config
+    else ''
+  )
   return config[name]
 
 
 def need(config: Config, name: str) -> int:
   """A whole number that other keys are counted by."""
   number = said(config, name)
-  check(f'{name}={number!r}: use a whole number, 1 or more' if type(number) is not int or number < 1 else '')
+  check(
+    f'{name}={number!r}: use a whole number, 1 or more'
+    if type(number) is not int or number < 1
+    else ''
+  )
   return number
 
 
@@ -96,5 +111,9 @@ def number_of_heads(config: Config) -> int:
 def equal_heads(config: Config) -> int:
   """What head_dim is where nobody says it."""
   width, heads = need(config, 'hidden_size'), need(config, 'num_attention_heads')
-  check(f'hidden_size={width} does not divide into num_attention_heads={heads}: give head_dim' if width % heads else '')
+  check(
+    f'hidden_size={width} does not divide into num_attention_heads={heads}: give head_dim'
+    if width % heads
+    else ''
+  )
   return width // heads

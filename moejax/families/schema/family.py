@@ -1,6 +1,6 @@
 """What a published family is: data that says how its config.json and its tensors are spelt, and nothing that runs.
 
-  config.json -> read(family, config) -> ModelConfig -> write(family, cfg) -> config.json
+config.json -> read(family, config) -> ModelConfig -> write(family, cfg) -> config.json
 """
 
 import dataclasses
@@ -16,14 +16,33 @@ from moejax.model.config import ModelConfig
 from moejax.model.field_roles import fields_with_role
 
 # Keys that change nothing of what given weights compute, but that whoever trains on, samples or serves wants back.
-KEPT = frozenset({
-  'attention_dropout', 'aux_loss_alpha', 'bos_token_id', 'ep_size', 'eos_token_id', 'hidden_dropout',
-  'max_position_embeddings', 'output_router_logits', 'pad_token_id', 'router_aux_loss_coef',
-  'router_jitter_noise', 'seq_aux'})
+KEPT = frozenset(
+  {
+    'attention_dropout',
+    'aux_loss_alpha',
+    'bos_token_id',
+    'ep_size',
+    'eos_token_id',
+    'hidden_dropout',
+    'max_position_embeddings',
+    'output_router_logits',
+    'pad_token_id',
+    'router_aux_loss_coef',
+    'router_jitter_noise',
+    'seq_aux',
+  }
+)
 
 # Keys of kin of these families, for what is not built here; 0, false or nothing is as good as absent.
-UNBUILT = ('attn_logit_softcapping', 'final_logit_softcapping', 'index_topk', 'param_sink_number', 'per_layer_config',
-           'swa_layers', 'use_mhc')
+UNBUILT = (
+  'attn_logit_softcapping',
+  'final_logit_softcapping',
+  'index_topk',
+  'param_sink_number',
+  'per_layer_config',
+  'swa_layers',
+  'use_mhc',
+)
 
 
 class Family(NamedTuple):
@@ -46,15 +65,26 @@ class Family(NamedTuple):
 def renamed(family: Family, config: Config) -> Config:
   """The config with its aliases under the names that the family's keys have; ConfigError where both say something."""
   old = {name: family.aliases[name] for name in config if name in family.aliases}
-  check(*(f'config.json: {name}={config[name]!r} and {old[name]}={config[old[name]]!r} are one thing: keep one'
-          for name in old if old[name] in config and config[old[name]] != config[name]))
-  return {name: config[name] for name in config if name not in old} | {old[name]: config[name] for name in old}
+  check(
+    *(
+      f'config.json: {name}={config[name]!r} and {old[name]}={config[old[name]]!r} are one thing: keep one'
+      for name in old
+      if old[name] in config and config[old[name]] != config[name]
+    )
+  )
+  return {name: config[name] for name in config if name not in old} | {
+    old[name]: config[name] for name in old
+  }
 
 
 def read(family: Family, config: Config) -> ModelConfig:
   """What config.json says, or a ConfigError of all that is wrong with it, in its own words."""
   config, tree, spelling = renamed(family, config), dataclasses.asdict(family.base), {}
-  problems = [f'{name}={config[name]!r} is not built here' for name in UNBUILT if name in config and config[name]]
+  problems = [
+    f'{name}={config[name]!r} is not built here'
+    for name in UNBUILT
+    if name in config and config[name]
+  ]
   for key in family.keys:
     try:
       for path, value in key.read(config).items():
@@ -70,12 +100,16 @@ def read(family: Family, config: Config) -> ModelConfig:
     return cfg
   except ConfigError as error:
     spelt = [re.sub(r'^config(?:\.\w+)*[:.] ?', '', problem) for problem in error.problems]
-    raise ConfigError(*(f'config.json: {_in_its_words(problem, spelling)}' for problem in spelt)) from error
+    raise ConfigError(
+      *(f'config.json: {_in_its_words(problem, spelling)}' for problem in spelt)
+    ) from error
 
 
 def _in_its_words(problem: str, spelling: Mapping[str, str]) -> str:
   """The problem with our names of fields replaced by those of keys."""
-  return re.sub(r'\b\w+_\w+|\b\w+(?==)', lambda m: spelling[m[0]] if m[0] in spelling else m[0], problem)
+  return re.sub(
+    r'\b\w+_\w+|\b\w+(?==)', lambda m: spelling[m[0]] if m[0] in spelling else m[0], problem
+  )
 
 
 def write(family: Family, cfg: ModelConfig, kept: Config) -> dict[str, object]:
@@ -88,8 +122,14 @@ def write(family: Family, cfg: ModelConfig, kept: Config) -> dict[str, object]:
   for key in family.keys:
     config |= key.write(cfg)
   ours, back = _decisive(cfg), _decisive(read(family, config))
-  check(*(f'config.model.{path}={ours[path]!r} cannot be said in a config.json of model_type={family.model_type!r}, '
-          f'which would be read as {back[path]!r}: choose another family' for path in ours if ours[path] != back[path]))
+  check(
+    *(
+      f'config.model.{path}={ours[path]!r} cannot be said in a config.json of model_type={family.model_type!r}, '
+      f'which would be read as {back[path]!r}: choose another family'
+      for path in ours
+      if ours[path] != back[path]
+    )
+  )
   return config
 
 

@@ -19,10 +19,15 @@ DECODER = (
   Key('tie_word_embeddings', 'tie_embeddings'),
   Key('initializer_range', 'init.std'),
 )
-KV_HEADS = (Key('num_key_value_heads', 'attention.num_kv_heads', required=True, empty=number_of_heads),)
+KV_HEADS = (
+  Key('num_key_value_heads', 'attention.num_kv_heads', required=True, empty=number_of_heads),
+)
 KV_HEADS_OR_ALL = (Key('num_key_value_heads', 'attention.num_kv_heads', empty=number_of_heads),)
 HEAD_DIM = (Key('head_dim', 'attention.d_head', empty=equal_heads),)
-ATTENTION_BIAS = (Key('attention_bias', 'attention.qkv_bias'), Key('attention_bias', 'attention.out_bias'))
+ATTENTION_BIAS = (
+  Key('attention_bias', 'attention.qkv_bias'),
+  Key('attention_bias', 'attention.out_bias'),
+)
 LATENT_WIDTHS = (
   Key('q_lora_rank', 'attention.latent.q_rank', required=True, empty=0),
   Key('kv_lora_rank', 'attention.latent.kv_rank', required=True),
@@ -67,18 +72,33 @@ def in_layers(names: Mapping[str, str], how: str = 'same') -> dict[str, Name]:
   return {path: Name(_LAYER + name, how) for path, name in names.items()}
 
 
-def ffn(path: str, where: str, projections: Iterable[str] = ('gate_proj', 'up_proj', 'down_proj')) -> dict[str, Name]:
+def ffn(
+  path: str, where: str, projections: Iterable[str] = ('gate_proj', 'up_proj', 'down_proj')
+) -> dict[str, Name]:
   """Rows of the three matrices of an FFN."""
-  return in_layers({f'{path}.{ours}': f'{where}.{theirs}.weight'
-                    for ours, theirs in zip(('gate', 'up', 'down'), projections)}, 'transposed')
+  return in_layers(
+    {
+      f'{path}.{ours}': f'{where}.{theirs}.weight'
+      for ours, theirs in zip(('gate', 'up', 'down'), projections)
+    },
+    'transposed',
+  )
 
 
 def attention(projections: Mapping[str, str], norms: Mapping[str, str]) -> dict[str, Name]:
   """Rows of linear layers, each with a bias or not, and of norms."""
-  return (in_layers({f'attention.{ours}.w': f'self_attn.{theirs}.weight' for ours, theirs in projections.items()},
-                    'transposed')
-          | in_layers({f'attention.{ours}.b': f'self_attn.{theirs}.bias' for ours, theirs in projections.items()})
-          | in_layers({f'attention.{ours}.scale': f'self_attn.{theirs}.weight' for ours, theirs in norms.items()}))
+  return (
+    in_layers(
+      {f'attention.{ours}.w': f'self_attn.{theirs}.weight' for ours, theirs in projections.items()},
+      'transposed',
+    )
+    | in_layers(
+      {f'attention.{ours}.b': f'self_attn.{theirs}.bias' for ours, theirs in projections.items()}
+    )
+    | in_layers(
+      {f'attention.{ours}.scale': f'self_attn.{theirs}.weight' for ours, theirs in norms.items()}
+    )
+  )
 
 
 MODEL = {
@@ -86,28 +106,49 @@ MODEL = {
   'head.w': Name('lm_head.weight', 'transposed'),
   'norm.scale': Name('model.norm.weight'),
 }
-NORMS = in_layers({
-  'attention_norm.scale': 'input_layernorm.weight',
-  'ffn_norm.scale': 'post_attention_layernorm.weight',
-  'moe_norm.scale': 'post_attention_layernorm.weight',
-})
+NORMS = in_layers(
+  {
+    'attention_norm.scale': 'input_layernorm.weight',
+    'ffn_norm.scale': 'post_attention_layernorm.weight',
+    'moe_norm.scale': 'post_attention_layernorm.weight',
+  }
+)
 # The norm before the FFN gives up its name to the one after attention.
-SANDWICH_NORMS = in_layers({
-  'attention_norm.scale': 'input_layernorm.weight',
-  'attention_post_norm.scale': 'post_attention_layernorm.weight',
-  'ffn_norm.scale': 'pre_mlp_layernorm.weight',
-  'moe_norm.scale': 'pre_mlp_layernorm.weight',
-  'ffn_post_norm.scale': 'post_mlp_layernorm.weight',
-  'moe_post_norm.scale': 'post_mlp_layernorm.weight',
-})
-GROUPED = attention({'q': 'q_proj', 'k': 'k_proj', 'v': 'v_proj', 'out': 'o_proj'},
-                    {'q_norm': 'q_norm', 'k_norm': 'k_norm'})
-LATENT = attention({'q': 'q_proj', 'q_a': 'q_a_proj', 'q_b': 'q_b_proj', 'kv_a': 'kv_a_proj_with_mqa',
-                    'kv_b': 'kv_b_proj', 'out': 'o_proj'}, {'q_a_norm': 'q_a_layernorm', 'kv_a_norm': 'kv_a_layernorm'})
+SANDWICH_NORMS = in_layers(
+  {
+    'attention_norm.scale': 'input_layernorm.weight',
+    'attention_post_norm.scale': 'post_attention_layernorm.weight',
+    'ffn_norm.scale': 'pre_mlp_layernorm.weight',
+    'moe_norm.scale': 'pre_mlp_layernorm.weight',
+    'ffn_post_norm.scale': 'post_mlp_layernorm.weight',
+    'moe_post_norm.scale': 'post_mlp_layernorm.weight',
+  }
+)
+GROUPED = attention(
+  {'q': 'q_proj', 'k': 'k_proj', 'v': 'v_proj', 'out': 'o_proj'},
+  {'q_norm': 'q_norm', 'k_norm': 'k_norm'},
+)
+LATENT = attention(
+  {
+    'q': 'q_proj',
+    'q_a': 'q_a_proj',
+    'q_b': 'q_b_proj',
+    'kv_a': 'kv_a_proj_with_mqa',
+    'kv_b': 'kv_b_proj',
+    'out': 'o_proj',
+  },
+  {'q_a_norm': 'q_a_layernorm', 'kv_a_norm': 'kv_a_layernorm'},
+)
 DENSE_FFN = ffn('ffn', 'mlp')
-MOE = in_layers({'moe.router': 'mlp.gate.weight'}, 'transposed') | ffn('moe.experts', 'mlp.experts.{expert}')
+MOE = in_layers({'moe.router': 'mlp.gate.weight'}, 'transposed') | ffn(
+  'moe.experts', 'mlp.experts.{expert}'
+)
 SHARED = ffn('moe.shared', 'mlp.shared_experts')
 NO_ROUTER_BIAS = {'router.bias': Name('', 'zero')}
-MTP_NAMES = in_layers({'mtp.token_norm.scale': 'enorm.weight', 'mtp.hidden_norm.scale': 'hnorm.weight',
-                 'mtp.norm.scale': 'shared_head.norm.weight'}) | in_layers({'mtp.projection.w': 'eh_proj.weight'},
-                                                                           'transposed')
+MTP_NAMES = in_layers(
+  {
+    'mtp.token_norm.scale': 'enorm.weight',
+    'mtp.hidden_norm.scale': 'hnorm.weight',
+    'mtp.norm.scale': 'shared_head.norm.weight',
+  }
+) | in_layers({'mtp.projection.w': 'eh_proj.weight'}, 'transposed')

@@ -41,7 +41,7 @@ class Tensor(NamedTuple):
   name: str
   index: tuple[int, ...]
   how: str
-  shape: Shape   # in the file
+  shape: Shape  # in the file
 
 
 # how -> a tensor of a file to ours; 'even' and 'odd' columns are gate and up of gpt-oss's fused projection
@@ -71,8 +71,12 @@ def leaves(cfg: ModelConfig) -> dict[str, Shape]:
   return parameters | {'router.bias': (cfg.num_moe_layers, cfg.moe.router.num_experts)}
 
 
-def tensors(table: Mapping[str, Name], cfg: ModelConfig, config: Mapping[str, object], shapes: Mapping[str, Shape]
-            ) -> dict[str, tuple[Tensor, ...]]:
+def tensors(
+  table: Mapping[str, Name],
+  cfg: ModelConfig,
+  config: Mapping[str, object],
+  shapes: Mapping[str, Shape],
+) -> dict[str, tuple[Tensor, ...]]:
   """Path of each leaf -> all tensors that it is made of, layer by layer and expert by expert; () for zeros.
 
   Args:
@@ -83,10 +87,18 @@ def tensors(table: Mapping[str, Name], cfg: ModelConfig, config: Mapping[str, ob
     ConfigError: a leaf has no row: files of this family cannot hold it.
   """
   rows = {path: _row(table, path) for path in shapes}
-  check(*(f'{path}{list(shapes[path])} has no place in files of model_type={config["model_type"]!r}: choose a family '
-          'whose files hold it, or a config that does not make it' for path, row in rows.items() if row is None))
-  return {path: () if absent(row, config) else tuple(_tensors(path, row, cfg, shapes[path]))
-          for path, row in rows.items()}
+  check(
+    *(
+      f'{path}{list(shapes[path])} has no place in files of model_type={config["model_type"]!r}: choose a family '
+      'whose files hold it, or a config that does not make it'
+      for path, row in rows.items()
+      if row is None
+    )
+  )
+  return {
+    path: () if absent(row, config) else tuple(_tensors(path, row, cfg, shapes[path]))
+    for path, row in rows.items()
+  }
 
 
 def absent(row: Name, config: Mapping[str, object]) -> bool:
@@ -128,8 +140,12 @@ def file_shapes(made_of: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Shape]:
 def copies(cfg: ModelConfig, shapes: Mapping[str, Shape]) -> dict[str, str]:
   """Published name -> path of what layers of multi-token prediction repeat; files may hold it, and publishers' do."""
   names = {'embed.table': 'embed_tokens', 'head.w': 'shared_head.head'}
-  return {f'model.layers.{cfg.num_layers + k}.{name}.weight': path
-          for k in range(cfg.mtp_depth) for path, name in names.items() if path in shapes}
+  return {
+    f'model.layers.{cfg.num_layers + k}.{name}.weight': path
+    for k in range(cfg.mtp_depth)
+    for path, name in names.items()
+    if path in shapes
+  }
 
 
 def holds_mtp(cfg: ModelConfig, names: Collection[str]) -> bool:

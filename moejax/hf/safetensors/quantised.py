@@ -18,7 +18,9 @@ GROUP = 32  # values of MXFP4 that share a scale: 16 bytes
 # What a byte stands for: looking it up takes half the time of a cast.
 _BYTES = np.arange(256, dtype=np.uint8)
 _FP8 = _BYTES.view(DTYPES['F8_E4M3']).astype(np.float32)  # [256]
-_FP4 = np.stack([_BYTES & 15, _BYTES >> 4], 1).view(ml_dtypes.float4_e2m1fn).astype(np.float32)  # [256, 2], low first
+_FP4 = (
+  np.stack([_BYTES & 15, _BYTES >> 4], 1).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+)  # [256, 2], low first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,7 @@ class ScaledBlocks:
 
   One multiplies, though the tensor is called `scale_inv`: it is the inverse of the scale that was multiplied by.
   """
+
   path: Path
   shape: tuple[int, ...]
   weight: Stored
@@ -41,9 +44,11 @@ class ScaledBlocks:
     scale = self.scale.read((slice(top // h, -(-bottom // h)), slice(left // w, -(-right // w))))
     out = np.take(_FP8, self.weight.read(index).view(np.uint8))  # [o, i] f32
     columns = np.arange(left, right) // w - left // w
-    for i, row in enumerate(scale):  # a row of blocks at a time: a scale for every element would be a second tensor
+    for i, row in enumerate(
+      scale
+    ):  # a row of blocks at a time: a scale for every element would be a second tensor
       begin = (top // h + i) * h - top
-      out[max(0, begin):begin + h] *= row[columns]
+      out[max(0, begin) : begin + h] *= row[columns]
     return out
 
 
@@ -53,6 +58,7 @@ class PackedFP4:
 
   The weight is [E, 32 G, R]: its last two axes are swapped, as in a file that is not quantised.
   """
+
   path: Path
   shape: tuple[int, ...]
   blocks: Stored
@@ -70,11 +76,13 @@ class PackedFP4:
       values = np.take(_FP4, self.blocks.read(at)[0], axis=0)  # [R, G, 16, 2] f32
       values *= scales[..., None, None]
       values = values.reshape(len(scales), scales.shape[1] * GROUP).astype(out.dtype)
-      out[e - first] = values[:, top - groups.start * GROUP:][:, :bottom - top].T
+      out[e - first] = values[:, top - groups.start * GROUP :][:, : bottom - top].T
     return out
 
 
-def unquantised(stored: Mapping[str, Stored], block: tuple[int, int]) -> dict[str, Stored | ScaledBlocks | PackedFP4]:
+def unquantised(
+  stored: Mapping[str, Stored], block: tuple[int, int]
+) -> dict[str, Stored | ScaledBlocks | PackedFP4]:
   """The tensors with every weight whole; ConfigError where a part of one is missing or has another shape."""
   found: dict[str, Stored | ScaledBlocks | PackedFP4] = dict(stored)
   for name, tensor in stored.items():
@@ -85,7 +93,11 @@ def unquantised(stored: Mapping[str, Stored], block: tuple[int, int]) -> dict[st
       del found[scale.name]
       found[name] = ScaledBlocks(tensor.path, tensor.shape, tensor, scale, block)
     elif tensor.dtype == 'U8' and name.endswith('_blocks'):
-      _expect(tensor, len(tensor.shape) == 4 and tensor.shape[3] * 2 == GROUP, 'U8 (experts, rows, groups, 16)')
+      _expect(
+        tensor,
+        len(tensor.shape) == 4 and tensor.shape[3] * 2 == GROUP,
+        'U8 (experts, rows, groups, 16)',
+      )
       whole = name.removesuffix('_blocks')
       scales = _part(stored, tensor, f'{whole}_scales', 'U8', tensor.shape[:3])
       _expect(tensor, whole not in stored, f'no {whole!r} beside it')
@@ -95,10 +107,16 @@ def unquantised(stored: Mapping[str, Stored], block: tuple[int, int]) -> dict[st
   return found
 
 
-def _part(stored: Mapping[str, Stored], of: Stored, name: str, dtype: str, shape: tuple[int, ...]) -> Stored:
+def _part(
+  stored: Mapping[str, Stored], of: Stored, name: str, dtype: str, shape: tuple[int, ...]
+) -> Stored:
   if name not in stored:
-    raise bad_file(of.path, f'{name!r} {dtype} {shape}, the scales of {of.name!r}', 'no such tensor')
-  _expect(stored[name], (stored[name].dtype, stored[name].shape) == (dtype, shape), f'{dtype} {shape}')
+    raise bad_file(
+      of.path, f'{name!r} {dtype} {shape}, the scales of {of.name!r}', 'no such tensor'
+    )
+  _expect(
+    stored[name], (stored[name].dtype, stored[name].shape) == (dtype, shape), f'{dtype} {shape}'
+  )
   return stored[name]
 
 

@@ -13,7 +13,9 @@ from moejax.moe.routing import SCORE_FNS, Routing
 from moejax.moe.token_sets import Scope, assignment_matrix, document_sums, row_sums
 
 
-def canonical(routing: Routing, mask: Array, set_sums: Callable[[Array], Array], scope: Scope) -> Array:
+def canonical(
+  routing: Routing, mask: Array, set_sums: Callable[[Array], Array], scope: Scope
+) -> Array:
   """Mean over the sets that hold a token of `sum_e f_e P_e` (DeepSeek-V3 eq. 17-20; 2501.11873 eq. 2-6).
 
   f_e = E c_e / sum(c), c a count without gradient: E/(K n) c_e where each of the n tokens has K experts. P_e = the mean
@@ -22,8 +24,14 @@ def canonical(routing: Routing, mask: Array, set_sums: Callable[[Array], Array],
   """
   num_experts = routing.probs.shape[-1]
   weight = mask.astype(jnp.float32)[..., None]
-  probs = jax.nn.softmax(SCORE_FNS[scope.probability](routing.logits)) if scope.probability else routing.probs
-  sums = set_sums(jnp.concatenate([probs * weight, assigned(routing, mask, scope), weight], axis=-1))   # [G, 2E + 1]
+  probs = (
+    jax.nn.softmax(SCORE_FNS[scope.probability](routing.logits))
+    if scope.probability
+    else routing.probs
+  )
+  sums = set_sums(
+    jnp.concatenate([probs * weight, assigned(routing, mask, scope), weight], axis=-1)
+  )  # [G, 2E + 1]
   probs, counts, tokens = jnp.split(sums, [num_experts, 2 * num_experts], axis=-1)
   if scope.whole is not None:
     counts = scope.whole + (counts if scope.running else 0.0)

@@ -20,8 +20,10 @@ def variation(sums: Array) -> Array:
   mean = sums.mean(-1, keepdims=True)
   something = mean > 1e-37
   sums = sums / jax.lax.stop_gradient(jnp.where(something, mean, 1.0))
-  away = jnp.where(something, sums / jnp.where(something, sums.mean(-1, keepdims=True), 1.0) - 1.0, 0.0)
-  return jnp.square(away).mean(-1)   # of what is away, not E[x^2] - 1: that cancels
+  away = jnp.where(
+    something, sums / jnp.where(something, sums.mean(-1, keepdims=True), 1.0) - 1.0, 0.0
+  )
+  return jnp.square(away).mean(-1)  # of what is away, not E[x^2] - 1: that cancels
 
 
 def of_sets(values: Array, mask: Array, scope: Scope) -> Array:
@@ -40,7 +42,9 @@ def of_sets(values: Array, mask: Array, scope: Scope) -> Array:
 
 def gates(routing: Routing) -> Array:
   """G_te: the weight of expert e for token t, 0 where it was not chosen. [B, S, E]."""
-  return jnp.einsum('bske,bsk->bse', jax.nn.one_hot(routing.expert_ids, routing.probs.shape[-1]), routing.weights)
+  return jnp.einsum(
+    'bske,bsk->bse', jax.nn.one_hot(routing.expert_ids, routing.probs.shape[-1]), routing.weights
+  )
 
 
 def importance(routing: Routing, mask: Array, segments: Array, scope: Scope = Scope()) -> Array:

@@ -67,7 +67,7 @@ class BalanceLoss(NamedTuple):
 
   value: Callable[..., Array]
   parts: Callable[[Array, Array, Scope], Array]
-  rows: Callable[[int, int, int], int]   # of (batch_size, micro_batches, ep_groups)
+  rows: Callable[[int, int, int], int]  # of (batch_size, micro_batches, ep_groups)
   seen: Callable[[Routing, Array, Scope], Array] = counted
   linear: bool = True
 
@@ -75,10 +75,18 @@ class BalanceLoss(NamedTuple):
 BALANCE_LOSSES: dict[str, BalanceLoss] = {
   'ep_group': BalanceLoss(rows, row_parts, lambda batch, micro_batches, groups: batch // groups),
   'global_batch': BalanceLoss(rows, row_parts, lambda batch, micro_batches, groups: batch),
-  'gshard': BalanceLoss(gshard, row_parts, lambda batch, micro_batches, groups: batch // micro_batches),
-  'importance': BalanceLoss(importance, even_parts, lambda batch, micro_batches, groups: batch, importance_seen, False),
-  'load': BalanceLoss(smooth_load, even_parts, lambda batch, micro_batches, groups: batch, load_seen, False),
-  'micro_batch': BalanceLoss(rows, row_parts, lambda batch, micro_batches, groups: batch // micro_batches),
+  'gshard': BalanceLoss(
+    gshard, row_parts, lambda batch, micro_batches, groups: batch // micro_batches
+  ),
+  'importance': BalanceLoss(
+    importance, even_parts, lambda batch, micro_batches, groups: batch, importance_seen, False
+  ),
+  'load': BalanceLoss(
+    smooth_load, even_parts, lambda batch, micro_batches, groups: batch, load_seen, False
+  ),
+  'micro_batch': BalanceLoss(
+    rows, row_parts, lambda batch, micro_batches, groups: batch // micro_batches
+  ),
   'router_z': BalanceLoss(router_z, token_parts, lambda batch, micro_batches, groups: 0),
   'sequence': BalanceLoss(sequence, document_parts, lambda batch, micro_batches, groups: 0),
   'simbal': BalanceLoss(simbal, token_parts, lambda batch, micro_batches, groups: 0),

@@ -29,16 +29,18 @@ from moejax.sharding.mesh import MESH_AXES
 class Local(NamedTuple):
   """One device's view: tokens, and the experts that are here."""
 
-  x: Array           # [T, D]
+  x: Array  # [T, D]
   expert_ids: Array  # [T, K] i32, outside [0, num_experts) for nobody; no expert twice for a token
-  scores: Array      # [T, K] f32, who stays when a buffer is full
-  weights: Array     # [T, K] f32
+  scores: Array  # [T, K] f32, who stays when a buffer is full
+  weights: Array  # [T, K] f32
   experts: Weights
   activation: Activation
-  num_experts: int   # that ids count: those that are here, or all those of the group
+  num_experts: int  # that ids count: those that are here, or all those of the group
 
 
-LocalDispatcher = Callable[[Local], tuple[Array, Array]]   # -> y [T, D], copies dropped: a scalar f32
+LocalDispatcher = Callable[
+  [Local], tuple[Array, Array]
+]  # -> y [T, D], copies dropped: a scalar f32
 Exchange = Callable[[LocalDispatcher, Local], tuple[Array, Array]]
 
 
@@ -50,8 +52,10 @@ def at_home(local: LocalDispatcher, tokens: Local) -> tuple[Array, Array]:
 def gather(local: LocalDispatcher, tokens: Local) -> tuple[Array, Array]:
   """The group's tokens to each device, and what its experts give summed at home."""
   here = tokens.experts.gate.shape[0]
-  x, ids, scores, weights = (jax.lax.all_gather(a, 'expert', axis=0, tiled=True)
-                             for a in (tokens.x, tokens.expert_ids, tokens.scores, tokens.weights))
+  x, ids, scores, weights = (
+    jax.lax.all_gather(a, 'expert', axis=0, tiled=True)
+    for a in (tokens.x, tokens.expert_ids, tokens.scores, tokens.weights)
+  )
   ids -= jax.lax.axis_index('expert') * here
   y, dropped = local(Local(x, ids, scores, weights, tokens.experts, tokens.activation, here))
   return jax.lax.psum_scatter(y, 'expert', scatter_dimension=0, tiled=True), dropped
@@ -65,15 +69,23 @@ def ragged(local: LocalDispatcher, tokens: Local) -> tuple[Array, Array]:
   """
   here, group = tokens.experts.gate.shape[0], jax.lax.axis_size('expert')
   copies = sort_copies(tokens.expert_ids, tokens.weights, tokens.num_experts)
-  counts = jax.lax.all_gather(copies.load, 'expert').reshape(group, group, here)    # from whom, to whom, which expert
-  to = counts.sum(-1)                                                               # [X, X]
+  counts = jax.lax.all_gather(copies.load, 'expert').reshape(
+    group, group, here
+  )  # from whom, to whom, which expert
+  to = counts.sum(-1)  # [X, X]
   room = group * tokens.x.shape[0] * min(tokens.expert_ids.shape[1], here)
-  x, weights = (move(a, to, room) for a in (tokens.x[copies.tokens], copies.weights[:, None]))    # [R, D], [R, 1]
-  mine = counts[:, jax.lax.axis_index('expert')].reshape(-1)    # a run for each source, sorted by expert: [X * E / X]
+  x, weights = (
+    move(a, to, room) for a in (tokens.x[copies.tokens], copies.weights[:, None])
+  )  # [R, D], [R, 1]
+  mine = counts[:, jax.lax.axis_index('expert')].reshape(
+    -1
+  )  # a run for each source, sorted by expert: [X * E / X]
   ids = jnp.repeat(jnp.tile(jnp.arange(here), group), mine, total_repeat_length=room)
   ids = jnp.where(jnp.arange(room) < mine.sum(), ids, here)[:, None]
-  y, dropped = local(Local(x, ids, jnp.zeros_like(weights), weights, tokens.experts, tokens.activation, here))
-  y = move(y, to.T, copies.tokens.size)                                             # [N, D]
+  y, dropped = local(
+    Local(x, ids, jnp.zeros_like(weights), weights, tokens.experts, tokens.activation, here)
+  )
+  y = move(y, to.T, copies.tokens.size)  # [N, D]
   return jnp.zeros_like(tokens.x).at[copies.tokens].add(y), dropped
 
 
@@ -84,10 +96,15 @@ def move(rows: Array, to: Array, room: int) -> Array:
   Args:
     to: [X, X] i32, the same on all of them: how many rows each sends to each. They lie in the order of their receivers.
   """
-  at_source, at_receiver, me = jnp.cumsum(to, 1) - to, jnp.cumsum(to, 0) - to, jax.lax.axis_index('expert')
+  at_source, at_receiver, me = (
+    jnp.cumsum(to, 1) - to,
+    jnp.cumsum(to, 0) - to,
+    jax.lax.axis_index('expert'),
+  )
   nothing = jax.lax.full_like(rows, 0, shape=(room, *rows.shape[1:]))
   return jax.lax.ragged_all_to_all(
-    rows, nothing, at_source[me], to[me], at_receiver[me], to[:, me], axis_name='expert')
+    rows, nothing, at_source[me], to[me], at_receiver[me], to[:, me], axis_name='expert'
+  )
 
 
 def move_fwd(rows: Array, to: Array, room: int) -> tuple[Array, tuple[Array, Array]]:
@@ -115,18 +132,32 @@ def to_experts(ffn: Callable[[Array], Array], buffers: Array, here: int) -> Arra
 
 def layout(experts: Weights) -> Weights:
   """How the experts' arrays lie: experts over `expert`, their hidden layer over `tensor`, what remains over `fsdp`."""
-  wide, narrow = PartitionSpec('expert', 'fsdp', 'tensor'), PartitionSpec('expert', 'tensor', 'fsdp')
+  wide, narrow = (
+    PartitionSpec('expert', 'fsdp', 'tensor'),
+    PartitionSpec('expert', 'tensor', 'fsdp'),
+  )
   hidden, out = PartitionSpec('expert', 'tensor'), PartitionSpec('expert', None)
-  return Weights(wide, wide, narrow, Biases() if experts.biases.down is None else Biases(hidden, hidden, out))
+  return Weights(
+    wide, wide, narrow, Biases() if experts.biases.down is None else Biases(hidden, hidden, out)
+  )
 
 
-def expert_parallel(flat: Callable[..., tuple[Array, Array]], specs: Weights) -> Callable[..., tuple[Array, Array]]:
+def expert_parallel(
+  flat: Callable[..., tuple[Array, Array]], specs: Weights
+) -> Callable[..., tuple[Array, Array]]:
   """`flat` on each device's own tokens and experts, summed over `tensor`; drops are summed over all devices."""
 
-  def sharded(x: Array, ids: Array, scores: Array, weights: Array, experts: Weights) -> tuple[Array, Array]:
-    x, ids, scores, weights = (jax.lax.pcast(a, 'tensor', to='varying') for a in (x, ids, scores, weights))
+  def sharded(
+    x: Array, ids: Array, scores: Array, weights: Array, experts: Weights
+  ) -> tuple[Array, Array]:
+    x, ids, scores, weights = (
+      jax.lax.pcast(a, 'tensor', to='varying') for a in (x, ids, scores, weights)
+    )
     # Token shards add to gradients: to vary over an axis makes the transpose a sum, and to be gathered, a split one.
-    whole = (jax.lax.all_gather(w, 'fsdp', axis=axis, tiled=True) for w, axis in zip(experts[:3], (1, 1, 2)))
+    whole = (
+      jax.lax.all_gather(w, 'fsdp', axis=axis, tiled=True)
+      for w, axis in zip(experts[:3], (1, 1, 2))
+    )
     biases = jax.lax.pcast(experts.biases, 'fsdp', to='varying')
     # The hidden layer is split over `tensor`: all have the same drops, and one of them adds the bias of the whole sum.
     of_one = jax.tree.map(lambda b: jnp.where(jax.lax.axis_index('tensor') == 0, b, 0), biases.down)
@@ -135,7 +166,9 @@ def expert_parallel(flat: Callable[..., tuple[Array, Array]], specs: Weights) ->
     return jax.lax.psum(y, 'tensor'), jax.lax.psum(dropped, MESH_AXES) / jax.lax.axis_size('tensor')
 
   rows = PartitionSpec(RULES['batch'])
-  return jax.shard_map(sharded, in_specs=(rows, rows, rows, rows, specs), out_specs=(rows, PartitionSpec()))
+  return jax.shard_map(
+    sharded, in_specs=(rows, rows, rows, rows, specs), out_specs=(rows, PartitionSpec())
+  )
 
 
 # name -> (local dispatcher, a device's own tokens) -> (y of these tokens, dropped)

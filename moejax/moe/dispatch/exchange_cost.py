@@ -9,13 +9,13 @@ from jax.sharding import AbstractMesh
 class Group(NamedTuple):
   """What an expert-parallel group is to exchange in one layer."""
 
-  devices: int       # X
-  tokens: int        # of one device
+  devices: int  # X
+  tokens: int  # of one device
   top_k: int
   num_experts: int
   d_model: int
-  itemsize: int      # bytes of a number in the compute dtype
-  capacity: int      # C of one device's tokens; 0 without
+  itemsize: int  # bytes of a number in the compute dtype
+  capacity: int  # C of one device's tokens; 0 without
 
 
 def moved(group: Group) -> dict[str, int]:
@@ -32,7 +32,9 @@ def moved(group: Group) -> dict[str, int]:
   found = {
     'gather': others * tokens * (2 * row + 2 * number * top_k),
     'ragged': counts + away * (2 * row + number),
-    'ragged_worst': counts + others * tokens * near * (row + number) + tokens * (top_k - near) * row,
+    'ragged_worst': counts
+    + others * tokens * near * (row + number)
+    + tokens * (top_k - near) * row,
   }
   return found | ({'all_to_all': 2 * others * here * capacity * row} if capacity else {})
 

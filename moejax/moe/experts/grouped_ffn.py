@@ -24,9 +24,13 @@ from moejax.moe.experts.sorted_copies import Copies
 from moejax.moe.experts.weights import Activation, Weights
 from moejax.sharding.logical_axes import platform
 
-Residuals = tuple[Array, Copies, Weights, Array, Array]   # x, copies, weights, gate x, up x: [N or more, F]
+Residuals = tuple[
+  Array, Copies, Weights, Array, Array
+]  # x, copies, weights, gate x, up x: [N or more, F]
 Forward = Callable[[Array, Copies, Weights, Activation], tuple[Array, Array, Array]]
-Backward = Callable[[Array, Copies, Weights, Activation, Array, Array, Array], tuple[Array, Array, Weights]]
+Backward = Callable[
+  [Array, Copies, Weights, Activation, Array, Array, Array], tuple[Array, Array, Weights]
+]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -43,18 +47,24 @@ def grouped_ffn(x: Array, copies: Copies, weights: Weights, activation: Activati
   return forward(x, copies, weights, activation)[0]
 
 
-def forward(x: Array, copies: Copies, weights: Weights, activation: Activation) -> tuple[Array, Array, Array]:
+def forward(
+  x: Array, copies: Copies, weights: Weights, activation: Activation
+) -> tuple[Array, Array, Array]:
   """(y [T, D], gate x, up x [N or more, F]), by the best implementation."""
   return IMPLEMENTATIONS[best(copies)][0](x, copies, weights, activation)
 
 
-def grouped_ffn_fwd(x: Array, copies: Copies, weights: Weights, activation: Activation) -> tuple[Array, Residuals]:
+def grouped_ffn_fwd(
+  x: Array, copies: Copies, weights: Weights, activation: Activation
+) -> tuple[Array, Residuals]:
   """Forward for differentiation: keeps the pre-activations."""
   y, gates, ups = forward(x, copies, weights, activation)
   return y, (x, copies, weights, gates, ups)
 
 
-def grouped_ffn_bwd(activation: Activation, residuals: Residuals, dy: Array) -> tuple[Array, Copies, Weights]:
+def grouped_ffn_bwd(
+  activation: Activation, residuals: Residuals, dy: Array
+) -> tuple[Array, Copies, Weights]:
   """Cotangents of x, of the copies' weights (their integers have none) and of the experts' projections."""
   x, copies, weights, gates, ups = residuals
   backward = IMPLEMENTATIONS[best(copies)][1]

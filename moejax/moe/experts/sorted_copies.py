@@ -12,9 +12,9 @@ from jax import Array
 class Copies(NamedTuple):
   """The copies of tokens sorted by expert; those of nobody (dropped, padding, another shard's) come last."""
 
-  tokens: Array   # [N] i32  the token that each is a copy of
+  tokens: Array  # [N] i32  the token that each is a copy of
   weights: Array  # [N] f32  what its output is multiplied by
-  load: Array     # [E] i32  copies of each expert; what is past their sum belongs to nobody
+  load: Array  # [E] i32  copies of each expert; what is past their sum belongs to nobody
 
 
 def sort_copies(expert_ids: Array, weights: Array, num_experts: int) -> Copies:
@@ -44,4 +44,6 @@ def owned(copies: Copies) -> Array:
 
 def expert_of(copies: Copies) -> Array:
   """[N] i32: whose each copy is; of nobody's, the last expert's."""
-  return jnp.repeat(jnp.arange(copies.load.size), copies.load, total_repeat_length=copies.tokens.size)
+  return jnp.repeat(
+    jnp.arange(copies.load.size), copies.load, total_repeat_length=copies.tokens.size
+  )

@@ -13,22 +13,26 @@ from jax import Array
 
 from moejax.sharding.params import constant, is_param, normal, param
 
-Activation = Callable[[Array, Array], Array]   # the pre-activations gate x and up x -> hidden, entry by entry
+Activation = Callable[
+  [Array, Array], Array
+]  # the pre-activations gate x and up x -> hidden, entry by entry
 
 
 class Biases(NamedTuple):
   """Of the projections, in the compute dtype. All, or none of them: an empty tree."""
 
   gate: Array | None = None  # [E, F]
-  up: Array | None = None    # [E, F]
-  down: Array | None = None  # [E, D]  inside the weighting: a copy adds weight * (hidden down + bias)
+  up: Array | None = None  # [E, F]
+  down: Array | None = (
+    None  # [E, D]  inside the weighting: a copy adds weight * (hidden down + bias)
+  )
 
 
 class Weights(NamedTuple):
   """The experts' projections, all in the compute dtype."""
 
   gate: Array  # [E, D, F]
-  up: Array    # [E, D, F]
+  up: Array  # [E, D, F]
   down: Array  # [E, F, D]
   biases: Biases = Biases()
 
@@ -36,8 +40,16 @@ class Weights(NamedTuple):
 class Experts(nnx.Module):
   """E gated FFNs as stacked arrays, split over the `expert` mesh axis. Biases start at 0."""
 
-  def __init__(self, key: Array, num_experts: int, d_model: int, d_expert: int, std: float, out_std: float,
-               bias: bool) -> None:
+  def __init__(
+    self,
+    key: Array,
+    num_experts: int,
+    d_model: int,
+    d_expert: int,
+    std: float,
+    out_std: float,
+    bias: bool,
+  ) -> None:
     keys = jax.random.split(key, 3)
     wide, narrow = (num_experts, d_model, d_expert), (num_experts, d_expert, d_model)
     self.gate = param(keys[0], wide, ('expert', 'embed', 'mlp'), normal(std))
@@ -45,11 +57,14 @@ class Experts(nnx.Module):
     self.down = param(keys[2], narrow, ('expert', 'mlp', 'embed'), normal(out_std))
     self.gate_bias, self.up_bias, self.down_bias = (
       param(key, (num_experts, width), ('expert', 'norm'), constant(0.0)) if bias else None
-      for width in (d_expert, d_expert, d_model))
+      for width in (d_expert, d_expert, d_model)
+    )
 
   def weights(self, dtype: jnp.dtype) -> Weights:
     """The projections in the compute dtype."""
-    weights = Weights(self.gate, self.up, self.down, Biases(self.gate_bias, self.up_bias, self.down_bias))
+    weights = Weights(
+      self.gate, self.up, self.down, Biases(self.gate_bias, self.up_bias, self.down_bias)
+    )
     return jax.tree.map(lambda w: w[...].astype(dtype), weights, is_leaf=is_param)
 
 
@@ -70,9 +85,11 @@ def dense_ffn(x: Array, combine: Array, weights: Weights, activation: Activation
   """
   # All experts side by side in one matrix: a product of two matrices is what every backend does best.
   num_experts, d_model, d_ff = weights.gate.shape
-  biases = jax.tree.map(jnp.ravel, weights.biases)                                             # [E * F]
-  gate, up = (plus(x @ w.swapaxes(0, 1).reshape(d_model, -1), bias)                            # [T, E * F]
-              for w, bias in ((weights.gate, biases.gate), (weights.up, biases.up)))
+  biases = jax.tree.map(jnp.ravel, weights.biases)  # [E * F]
+  gate, up = (
+    plus(x @ w.swapaxes(0, 1).reshape(d_model, -1), bias)  # [T, E * F]
+    for w, bias in ((weights.gate, biases.gate), (weights.up, biases.up))
+  )
   combine = combine.astype(x.dtype)
   hidden = activation(gate, up).reshape(-1, num_experts, d_ff) * combine[..., None]
   y = hidden.reshape(-1, num_experts * d_ff) @ weights.down.reshape(-1, d_model)
@@ -82,6 +99,8 @@ def dense_ffn(x: Array, combine: Array, weights: Weights, activation: Activation
 def batched_ffn(x: Array, weights: Weights, activation: Activation) -> Array:
   """Each expert on its own buffer of rows. [E, C, D] -> [E, C, D]. With biases, rows of zeros do not give zeros."""
   biases = jax.tree.map(lambda bias: bias[:, None], weights.biases)
-  hidden = activation(plus(jnp.einsum('ecd,edf->ecf', x, weights.gate), biases.gate),
-                      plus(jnp.einsum('ecd,edf->ecf', x, weights.up), biases.up))
+  hidden = activation(
+    plus(jnp.einsum('ecd,edf->ecf', x, weights.gate), biases.gate),
+    plus(jnp.einsum('ecd,edf->ecf', x, weights.up), biases.up),
+  )
   return plus(jnp.einsum('ecf,efd->ecd', hidden, weights.down), biases.down)

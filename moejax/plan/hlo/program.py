@@ -4,13 +4,20 @@ import math
 import re
 from typing import NamedTuple
 
-WIDTHS = {'pred': 8, 'bf16': 16, 'token': 0, 'opaque': 0}   # bits; of any other type the first number in its name
+WIDTHS = {
+  'pred': 8,
+  'bf16': 16,
+  'token': 0,
+  'opaque': 0,
+}  # bits; of any other type the first number in its name
 
 HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) (?:\(.*)?->.*\{$')
 INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$')
 ARRAY = re.compile(r'([a-z]\w*)\[([\d,]*)\]')
-CALLED = re.compile(r'(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation)='
-                    r'(\{[^}]*\}|%?[\w.\-]+)')
+CALLED = re.compile(
+  r'(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation)='
+  r'(\{[^}]*\}|%?[\w.\-]+)'
+)
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 BOUND = re.compile(r'= [su]\d+\[\]\S* constant\((\d+)\)')
 
@@ -21,7 +28,7 @@ class Instruction(NamedTuple):
   name: str
   shape: str
   op: str
-  rest: str    # operands and attributes
+  rest: str  # operands and attributes
 
 
 def parse_program(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -40,8 +47,11 @@ def parse_program(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 def calls(instruction: Instruction) -> list[str]:
   """The computations that it runs."""
-  return [name.strip().lstrip('%') for names in CALLED.findall(instruction.rest)
-          for name in names.strip('{}').split(',')]
+  return [
+    name.strip().lstrip('%')
+    for names in CALLED.findall(instruction.rest)
+    for name in names.strip('{}').split(',')
+  ]
 
 
 def trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
@@ -56,7 +66,10 @@ def trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) ->
 
 def array_bytes(shape: str) -> list[float]:
   """Of each array in the text of a shape."""
-  return [math.prod(int(n) for n in sizes.split(',') if n) * width(kind) / 8 for kind, sizes in ARRAY.findall(shape)]
+  return [
+    math.prod(int(n) for n in sizes.split(',') if n) * width(kind) / 8
+    for kind, sizes in ARRAY.findall(shape)
+  ]
 
 
 def width(kind: str) -> int:

@@ -16,9 +16,14 @@ def groups_of(rest: str, devices: int) -> np.ndarray:
     return numbers(found[1])
   if found := re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', rest):
     return transposed(found[2], found[3]).reshape(integers(found[1]))
-  if found := re.search(r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? '
-                        r'\{([^}]*)\}', rest):
-    groups = of_axes(re.findall(r"'(\w+)'=(\d+)", found[1]), re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[4]))
+  if found := re.search(
+    r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? '
+    r'\{([^}]*)\}',
+    rest,
+  ):
+    groups = of_axes(
+      re.findall(r"'(\w+)'=(\d+)", found[1]), re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[4])
+    )
     return transposed(found[2], found[3]).reshape(-1)[groups] if found[2] else groups
   return np.arange(devices)[None]
 
@@ -55,6 +60,6 @@ def integers(text: str) -> list[int]:
 
 def axes_of(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
   """The mesh axes along which the devices of a group differ; () where groups are only a part of that."""
-  places = np.stack(np.unravel_index(groups, tuple(mesh.values())))                # [axes, groups, n]
+  places = np.stack(np.unravel_index(groups, tuple(mesh.values())))  # [axes, groups, n]
   differs = (places != places[:, :, :1]).any(axis=(1, 2))
   return tuple(itertools.compress(mesh, differs))

@@ -23,8 +23,13 @@ class EvalConfig:
   interference: bool = False
 
   def __post_init__(self) -> None:
-    check(*(f'{name}={value}: use 0 or more' for name, value in (('every', self.every), ('batches', self.batches))
-            if value < 0))
+    check(
+      *(
+        f'{name}={value}: use 0 or more'
+        for name, value in (('every', self.every), ('batches', self.batches))
+        if value < 0
+      )
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,16 +71,29 @@ class ExperimentConfig:
   def __post_init__(self) -> None:
     positive = ('steps', 'batch_size', 'seq_len', 'micro_batches', 'log_every', 'stop_after_skips')
     check(
-      *(f'{name}={getattr(self, name)}: use 1 or more' for name in positive if getattr(self, name) < 1),
-      *(f'{n}={getattr(self, n)}: use 0 or more' for n in ('seed', 'stop_after', 'hang_after') if getattr(self, n) < 0),
-      'workdir=\'\': name a directory for the run' if not self.workdir else '',
+      *(
+        f'{name}={getattr(self, name)}: use 1 or more'
+        for name in positive
+        if getattr(self, name) < 1
+      ),
+      *(
+        f'{n}={getattr(self, n)}: use 0 or more'
+        for n in ('seed', 'stop_after', 'hang_after')
+        if getattr(self, n) < 0
+      ),
+      "workdir='': name a directory for the run" if not self.workdir else '',
       f'micro_batches={self.micro_batches} does not divide batch_size={self.batch_size}: use a divisor of it'
-      if self.micro_batches > 0 and self.batch_size % self.micro_batches else '',
+      if self.micro_batches > 0 and self.batch_size % self.micro_batches
+      else '',
       self.balance.groups_problem(self.batch_size, self.micro_batches),
-      *(f'loss.task_weights.{task} is not a task of data: use one of {list(self.data.tasks)}'
-        for task in self.loss.task_weights if task not in self.data.tasks),
+      *(
+        f'loss.task_weights.{task} is not a task of data: use one of {list(self.data.tasks)}'
+        for task in self.loss.task_weights
+        if task not in self.data.tasks
+      ),
       f'upcycle.drop={self.upcycle.drop} is for a dense model: name one with init_from, or use 0'
-      if self.upcycle.drop and not self.init_from else '',
+      if self.upcycle.drop and not self.init_from
+      else '',
       *misfits(self.balance, self.model.moe.router, self.micro_batches),
     )
 
@@ -87,6 +105,12 @@ def with_vocabulary(cfg: ExperimentConfig, vocab_size: int) -> ExperimentConfig:
     ConfigError: the tokenizer has more tokens than the model; ids past the last are clamped without a word by XLA.
   """
   model = cfg.model
-  check(f'config.model.vocab_size={model.vocab_size} is less than the {vocab_size} tokens of '
-        f'data.tokenizer={cfg.data.tokenizer!r}: use 0 or {vocab_size}' if 0 < model.vocab_size < vocab_size else '')
-  return dataclasses.replace(cfg, model=dataclasses.replace(model, vocab_size=model.vocab_size or vocab_size))
+  check(
+    f'config.model.vocab_size={model.vocab_size} is less than the {vocab_size} tokens of '
+    f'data.tokenizer={cfg.data.tokenizer!r}: use 0 or {vocab_size}'
+    if 0 < model.vocab_size < vocab_size
+    else ''
+  )
+  return dataclasses.replace(
+    cfg, model=dataclasses.replace(model, vocab_size=model.vocab_size or vocab_size)
+  )

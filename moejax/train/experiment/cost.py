@@ -40,7 +40,9 @@ def count_parameters(model: Transformer, cfg: ExperimentConfig) -> Parameters:
     return size(part) - routed + routed * router.top_k // router.num_experts
 
   mtp, mtp_active = (size(model.mtp), active(model.mtp, model.mtp.block)) if depth else (0, 0)
-  return Parameters(size(model), active(model, model.blocks) - mtp, size(model.embed), mtp, mtp_active)
+  return Parameters(
+    size(model), active(model, model.blocks) - mtp, size(model.embed), mtp, mtp_active
+  )
 
 
 def flops_per_token(parameters: Parameters, cfg: ExperimentConfig) -> int:
@@ -52,10 +54,16 @@ def flops_per_token(parameters: Parameters, cfg: ExperimentConfig) -> int:
   """
   model = cfg.model
   lookup = 0 if model.tie_embeddings else parameters.embedding
-  products = parameters.active - lookup + parameters.mtp_active + model.mtp_depth * parameters.embedding
+  products = (
+    parameters.active - lookup + parameters.mtp_active + model.mtp_depth * parameters.embedding
+  )
   attention, latent = model.attention, model.attention.latent
-  widths = attention.d_head + latent.d_rope + latent.d_value if latent.kv_rank else 2 * attention.d_head
-  return 6 * products + 3 * cfg.seq_len * attention.num_heads * widths * (model.num_layers + model.mtp_depth)
+  widths = (
+    attention.d_head + latent.d_rope + latent.d_value if latent.kv_rank else 2 * attention.d_head
+  )
+  return 6 * products + 3 * cfg.seq_len * attention.num_heads * widths * (
+    model.num_layers + model.mtp_depth
+  )
 
 
 def exchanged(cfg: ExperimentConfig, mesh: AbstractMesh) -> tuple[str, dict[str, int]]:
@@ -64,7 +72,9 @@ def exchanged(cfg: ExperimentConfig, mesh: AbstractMesh) -> tuple[str, dict[str,
   if mesh.shape['expert'] == 1:
     return '', {}
   tokens = cfg.batch_size // cfg.micro_batches * cfg.seq_len
-  group = group_of(dispatch, mesh, tokens, router.top_k, router.num_experts, model.d_model, model.dtype)
+  group = group_of(
+    dispatch, mesh, tokens, router.top_k, router.num_experts, model.d_model, model.dtype
+  )
   places = router.num_experts if router.selection == 'expert_choice' else router.top_k
   return exchange_of(dispatch, group._replace(top_k=places), lacking_ragged(mesh)), moved(group)
 

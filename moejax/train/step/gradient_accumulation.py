@@ -15,7 +15,16 @@ from moejax.data.batch import Batch
 from moejax.model.transformer import Draws, Transformer
 from moejax.sharding.logical_axes import constrain
 from moejax.train.experiment.config import ExperimentConfig
-from moejax.train.step.objective import MicroBatch, Sums, Terms, added, coefficients, objective, part_scales, positive
+from moejax.train.step.objective import (
+  MicroBatch,
+  Sums,
+  Terms,
+  added,
+  coefficients,
+  objective,
+  part_scales,
+  positive,
+)
 from moejax.train.step.train_state import TrainState, spanning
 
 
@@ -24,6 +33,7 @@ def cut(batch: Batch, micro_batches: int) -> Batch:
 
   A device's rows of the batch are neighbours, of few parts. They are spread here, as integers, and not as activations.
   """
+
   def parts(a: Array) -> Array:
     return constrain(a.reshape(micro_batches, -1, *a.shape[1:]), '', 'batch', *[''] * (a.ndim - 1))
 
@@ -35,7 +45,9 @@ def nothing_seen(names: dict[str, int], like: Array) -> Terms:
   return {name: jnp.zeros_like(like) for name in names}
 
 
-def whole_sets(state: TrainState, parts: Batch, rows: Array, key: Array | None, cfg: ExperimentConfig) -> Terms:
+def whole_sets(
+  state: TrainState, parts: Batch, rows: Array, key: Array | None, cfg: ExperimentConfig
+) -> Terms:
   """Before any gradient, what losses must know of sets that span micro-batches. loss -> [A, L, E].
 
   'exact': from a forward pass that only counts. 'lagged': from the step before. 'buffer': nothing yet.
@@ -45,7 +57,9 @@ def whole_sets(state: TrainState, parts: Batch, rows: Array, key: Array | None, 
     return {name: jnp.repeat(state.lagged[name], n, axis=0) for name, n in spans.items()}
   if cfg.balance.accumulation == 'buffer' or not spans:
     return {name: jnp.zeros((cfg.micro_batches, *state.router.bias.shape)) for name in spans}
-  some = nothing_seen(spans, state.router.bias)   # any will do: what is seen does not depend on the losses
+  some = nothing_seen(
+    spans, state.router.bias
+  )  # any will do: what is seen does not depend on the losses
 
   def count(part: tuple[Batch, Array]) -> Terms:
     draws = None if key is None else Draws(key, part[1])
@@ -65,18 +79,27 @@ class Gradients(NamedTuple):
 
   grads: Transformer
   sums: Sums
-  seen: Terms     # loss -> [sets, L, E], the truth about sets that span micro-batches
-  gaps: Terms     # loss -> scalar, how far the f that was used is from it
+  seen: Terms  # loss -> [sets, L, E], the truth about sets that span micro-batches
+  gaps: Terms  # loss -> scalar, how far the f that was used is from it
 
 
 def gradients(state: TrainState, batch: Batch, cfg: ExperimentConfig) -> Gradients:
   """Gradient of the objective over the whole batch, and its terms."""
   parts = cut(batch, cfg.micro_batches)
   rows = jnp.arange(cfg.batch_size).reshape(cfg.micro_batches, -1)
-  key = jax.random.fold_in(jax.random.key(cfg.seed), state.step) if cfg.model.moe.router.random else None
+  key = (
+    jax.random.fold_in(jax.random.key(cfg.seed), state.step)
+    if cfg.model.moe.router.random
+    else None
+  )
   spans, running = spanning(cfg), cfg.balance.accumulation == 'buffer'
   differentiate = jax.grad(objective(key, coefficients(cfg, state.step), cfg), has_aux=True)
-  xs = MicroBatch(parts, part_scales(parts, cfg.model.mtp_depth, cfg), whole_sets(state, parts, rows, key, cfg), rows)
+  xs = MicroBatch(
+    parts,
+    part_scales(parts, cfg.model.mtp_depth, cfg),
+    whole_sets(state, parts, rows, key, cfg),
+    rows,
+  )
 
   def one(part: MicroBatch) -> tuple[tuple[Transformer, Sums], Terms]:
     grads, (sums, seen) = differentiate(state.model, state.router.bias, part)

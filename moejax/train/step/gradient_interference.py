@@ -11,7 +11,14 @@ from jax import Array
 from moejax.data.batch import Batch
 from moejax.model.transformer import Transformer
 from moejax.train.experiment.config import ExperimentConfig
-from moejax.train.step.objective import MicroBatch, Terms, coefficients, forward, part_scales, positive
+from moejax.train.step.objective import (
+  MicroBatch,
+  Terms,
+  coefficients,
+  forward,
+  part_scales,
+  positive,
+)
 from moejax.train.step.train_state import TrainState
 
 
@@ -48,7 +55,12 @@ def interference(state: TrainState, batch: Batch, cfg: ExperimentConfig) -> Term
 
 def only(grads: Transformer, is_router: bool) -> dict[str, Array]:
   """The leaves that logits of experts are made with, or all others, by path."""
-  named = [(jax.tree_util.keystr(keys, simple=True, separator='/'), leaf)
-           for keys, leaf in jax.tree.leaves_with_path(grads)]
-  return {path: leaf for path, leaf in named
-          if any(name in path for name in ('moe/router', 'moe/noise')) is is_router}
+  named = [
+    (jax.tree_util.keystr(keys, simple=True, separator='/'), leaf)
+    for keys, leaf in jax.tree.leaves_with_path(grads)
+  ]
+  return {
+    path: leaf
+    for path, leaf in named
+    if any(name in path for name in ('moe/router', 'moe/noise')) is is_router
+  }

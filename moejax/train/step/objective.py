@@ -31,13 +31,13 @@ Terms = dict[str, Array]
 class Sums(NamedTuple):
   """What micro-batches add up to."""
 
-  loss: Array                 # the objective: what is differentiated
-  terms: Terms                # its terms, by the names they are logged under, coefficients left out
-  nll: Array                  # [R] f32, of each task's tokens, unweighted
-  load: Array                 # [L, E] f32
-  dropped: Array              # [L] f32, the fraction dropped, by tokens
-  seen: Array                 # [L, ...], what the bias rule observes
-  stats: Stats                # [L, ...]
+  loss: Array  # the objective: what is differentiated
+  terms: Terms  # its terms, by the names they are logged under, coefficients left out
+  nll: Array  # [R] f32, of each task's tokens, unweighted
+  load: Array  # [L, E] f32
+  dropped: Array  # [L] f32, the fraction dropped, by tokens
+  seen: Array  # [L, ...], what the bias rule observes
+  stats: Stats  # [L, ...]
 
 
 def added(a: Sums, b: Sums) -> Sums:
@@ -48,7 +48,8 @@ def added(a: Sums, b: Sums) -> Sums:
 def coefficients(cfg: ExperimentConfig, step: Array) -> Terms:
   """Term -> its coefficient at a step, f32."""
   schedules = {'z_loss': cfg.loss.z_coef, 'mtp_loss': cfg.loss.mtp_coef} | {
-    f'balance/{name}': cfg.balance.losses[name] for name in cfg.balance.active()}
+    f'balance/{name}': cfg.balance.losses[name] for name in cfg.balance.active()
+  }
   return {name: piecewise(schedule, cfg.steps)(step) for name, schedule in schedules.items()}
 
 
@@ -74,8 +75,10 @@ def part_scales(parts: Batch, depth: int, cfg: ExperimentConfig) -> Terms:
   by_tokens = valid.sum((1, 2)) / jnp.maximum(valid.sum(), 1)
   per_token = [1.0 / positive(token_weights(ahead(parts, d), cfg).sum()) for d in range(depth + 1)]
   scopes = cfg.balance.scopes(cfg.batch_size, cfg.micro_batches)
-  return {'tokens': jnp.broadcast_to(jnp.stack(per_token), (len(valid), depth + 1)), 'load': by_tokens} | {
-    name: shares(name, valid, parts.segment_ids, scope) for name, scope in scopes.items()}
+  return {
+    'tokens': jnp.broadcast_to(jnp.stack(per_token), (len(valid), depth + 1)),
+    'load': by_tokens,
+  } | {name: shares(name, valid, parts.segment_ids, scope) for name, scope in scopes.items()}
 
 
 def positive(count: Array) -> Array:
@@ -87,14 +90,24 @@ def ahead(batch: Batch, depth: int) -> Batch:
   """Targets `depth` tokens further on, of the same document; where there is none, nothing is predicted."""
   if not depth:
     return batch
+
   def shifted(a: Array, fill: int) -> Array:
     return jnp.pad(a[..., depth:], [(0, 0)] * (a.ndim - 1) + [(0, depth)], constant_values=fill)
-  targets = jnp.where(shifted(batch.segment_ids, 0) == batch.segment_ids, shifted(batch.targets, IGNORE), IGNORE)
+
+  targets = jnp.where(
+    shifted(batch.segment_ids, 0) == batch.segment_ids, shifted(batch.targets, IGNORE), IGNORE
+  )
   return batch._replace(targets=targets, mask=targets != IGNORE)
 
 
-def lm_terms(hidden: tuple[Array, ...], head: Array, batch: Batch, scale: Array, coefs: Terms, cfg: ExperimentConfig
-             ) -> tuple[Array, Terms, Array]:
+def lm_terms(
+  hidden: tuple[Array, ...],
+  head: Array,
+  batch: Batch,
+  scale: Array,
+  coefs: Terms,
+  cfg: ExperimentConfig,
+) -> tuple[Array, Terms, Array]:
   """Cross entropy and z-loss of hidden[0], and lambda/D times that of D depths after it (DeepSeek-V3 eq. 24, 25).
 
   -> the part of the objective, its terms, and each task's unweighted nll [R]. scale: [D + 1], see `part_scales`.
@@ -105,7 +118,9 @@ def lm_terms(hidden: tuple[Array, ...], head: Array, batch: Batch, scale: Array,
     seen = ahead(batch, depth)
     weights = token_weights(seen, cfg) * scale[depth]
     share = coefs['mtp_loss'] / depths if depth else 1.0
-    loss, parts = cross_entropy(h, head, seen.targets, weights * share, coefs['z_loss'], cfg.loss.chunks)
+    loss, parts = cross_entropy(
+      h, head, seen.targets, weights * share, coefs['z_loss'], cfg.loss.chunks
+    )
     total = total + loss
     mean = (weights * parts.nll).sum()
     if depth:
@@ -127,20 +142,37 @@ class MicroBatch(NamedTuple):
   """All that a part of the objective is made from, besides the parameters."""
 
   batch: Batch
-  scale: Terms                # see `part_scales`
-  whole: Terms                # loss -> [L, E], see `Transformer.__call__`
-  rows: Array                 # [b] i32, their numbers in the global batch
+  scale: Terms  # see `part_scales`
+  whole: Terms  # loss -> [L, E], see `Transformer.__call__`
+  rows: Array  # [b] i32, their numbers in the global batch
 
 
-def forward(model: Transformer, router: Array, part: MicroBatch, key: Array | None, coefs: Terms,
-            cfg: ExperimentConfig) -> tuple[Array, Array, Sums, Terms]:
+def forward(
+  model: Transformer,
+  router: Array,
+  part: MicroBatch,
+  key: Array | None,
+  coefs: Terms,
+  cfg: ExperimentConfig,
+) -> tuple[Array, Array, Sums, Terms]:
   """-> the LM part and the balance part of the objective, all that adds up, and loss -> [L, E] seen of its set."""
-  out = model(part.batch, router, whole=part.whole, draws=None if key is None else Draws(key, part.rows))
+  out = model(
+    part.batch, router, whole=part.whole, draws=None if key is None else Draws(key, part.rows)
+  )
   hidden = (out.hidden, *out.mtp_hidden)
-  lm, terms, nll = lm_terms(hidden, model.head_weights(), part.batch, part.scale['tokens'], coefs, cfg)
+  lm, terms, nll = lm_terms(
+    hidden, model.head_weights(), part.batch, part.scale['tokens'], coefs, cfg
+  )
   balance, more = balance_terms(out.aux, part.scale, coefs)
-  sums = Sums(lm + balance, terms | more, nll, out.aux.load, part.scale['load'] * out.aux.dropped, out.aux.seen,
-              out.aux.stats)
+  sums = Sums(
+    lm + balance,
+    terms | more,
+    nll,
+    out.aux.load,
+    part.scale['load'] * out.aux.dropped,
+    out.aux.seen,
+    out.aux.stats,
+  )
   return lm, balance, sums, out.aux.whole
 
 
@@ -149,7 +181,9 @@ Objective = Callable[[Transformer, Array, MicroBatch], tuple[Array, tuple[Sums, 
 
 def objective(key: Array | None, coefs: Terms, cfg: ExperimentConfig) -> Objective:
   """(model, router [L, E], micro-batch) -> its part of the objective, for `jax.grad(has_aux=True)`."""
+
   def of(model: Transformer, router: Array, part: MicroBatch) -> tuple[Array, tuple[Sums, Terms]]:
     _, _, sums, seen = forward(model, router, part, key, coefs, cfg)
     return sums.loss, (sums, seen)
+
   return of

@@ -23,11 +23,13 @@ from moejax.train.step.spikes import init as init_stability
 class TrainState(NamedTuple):
   """All that a run carries from step to step."""
 
-  step: Array                 # scalar i32, steps taken, skipped ones included
+  step: Array  # scalar i32, steps taken, skipped ones included
   model: Transformer
   opt_state: optax.OptState
-  router: BiasState           # [L, E] f32 each: no parameter, no gradient, moved once a step
-  lagged: dict[str, Array]    # loss -> [sets, L, E] f32, the step before's counts; only for accumulation='lagged'
+  router: BiasState  # [L, E] f32 each: no parameter, no gradient, moved once a step
+  lagged: dict[
+    str, Array
+  ]  # loss -> [sets, L, E] f32, the step before's counts; only for accumulation='lagged'
   stability: Stability
 
 
@@ -35,14 +37,26 @@ def init_state(cfg: ExperimentConfig) -> TrainState:
   """The state before the first step; every number follows from cfg.seed."""
   model, router = build_model_and_router(cfg)
   layers, experts = cfg.model.num_moe_layers, cfg.model.moe.router.num_experts
-  lagged = {name: jnp.zeros((cfg.micro_batches // parts, layers, experts))
-            for name, parts in spanning(cfg).items() if cfg.balance.accumulation == 'lagged'}
-  return TrainState(jnp.zeros((), jnp.int32), model, optimizer(cfg.optim, cfg.steps).init(model), router, lagged,
-                    init_stability())
+  lagged = {
+    name: jnp.zeros((cfg.micro_batches // parts, layers, experts))
+    for name, parts in spanning(cfg).items()
+    if cfg.balance.accumulation == 'lagged'
+  }
+  return TrainState(
+    jnp.zeros((), jnp.int32),
+    model,
+    optimizer(cfg.optim, cfg.steps).init(model),
+    router,
+    lagged,
+    init_stability(),
+  )
 
 
 def spanning(cfg: ExperimentConfig) -> dict[str, int]:
   """The losses whose sets are larger than a micro-batch -> how many micro-batches one set is spread over."""
   micro_rows = cfg.batch_size // cfg.micro_batches
   scopes = cfg.balance.scopes(cfg.batch_size, cfg.micro_batches)
-  return {name: parts_of_set(scopes[name].rows, micro_rows) for name in spans_micro_batches(scopes, micro_rows)}
+  return {
+    name: parts_of_set(scopes[name].rows, micro_rows)
+    for name in spans_micro_batches(scopes, micro_rows)
+  }

@@ -31,7 +31,9 @@ from moejax.train.step.train_state import TrainState
 Metrics = dict[str, Array | dict[str, Array]]
 
 
-def train_step(state: TrainState, batch: Batch, cfg: ExperimentConfig) -> tuple[TrainState, Metrics]:
+def train_step(
+  state: TrainState, batch: Batch, cfg: ExperimentConfig
+) -> tuple[TrainState, Metrics]:
   """One step. A non-finite objective or gradient changes nothing but the step count: `skipped` is 1 then. With
   optim.skip_spikes a spike does the same, but for the trend that spikes are measured from."""
   grads, sums, seen, gaps = gradients(state, batch, cfg)
@@ -44,19 +46,33 @@ def train_step(state: TrainState, batch: Batch, cfg: ExperimentConfig) -> tuple[
 
   def apply() -> tuple[Transformer, optax.OptState, BiasState, Terms]:
     updates, opt_state = tx.update(grads, state.opt_state, state.model)
-    return (optax.apply_updates(state.model, updates), opt_state, move_bias(state.router, sums.seen, state.step, cfg),
-            {name: seen[name] for name in state.lagged})
+    return (
+      optax.apply_updates(state.model, updates),
+      opt_state,
+      move_bias(state.router, sums.seen, state.step, cfg),
+      {name: seen[name] for name in state.lagged},
+    )
 
   def skip() -> tuple[Transformer, optax.OptState, BiasState, Terms]:
     return state.model, state.opt_state, state.router, state.lagged
 
   stability, trend = update_stability(state.stability, lm_loss, grad_norm, ~finite)
   new = TrainState(state.step + 1, *jax.lax.cond(good, apply, skip), stability)
-  metrics = sums.terms | trend | {f'f_gap/{name}': gap for name, gap in gaps.items()} | {
-    'lm_loss': lm_loss, 'loss': loss, 'grad_norm': grad_norm, 'load': sums.load,
-    'layers': statistics(sums, state.router, cfg),
-    'skipped': ~good, 'skipped_total': new.step - updates_made(new.opt_state),
-    'learning_rate': learning_rate(cfg.optim, cfg.steps)(updates_made(state.opt_state))}
+  metrics = (
+    sums.terms
+    | trend
+    | {f'f_gap/{name}': gap for name, gap in gaps.items()}
+    | {
+      'lm_loss': lm_loss,
+      'loss': loss,
+      'grad_norm': grad_norm,
+      'load': sums.load,
+      'layers': statistics(sums, state.router, cfg),
+      'skipped': ~good,
+      'skipped_total': new.step - updates_made(new.opt_state),
+      'learning_rate': learning_rate(cfg.optim, cfg.steps)(updates_made(state.opt_state)),
+    }
+  )
   return new, replicated(metrics | task_losses(sums.nll, task_tokens(batch, cfg), cfg))
 
 
@@ -67,8 +83,12 @@ def spiking(state: TrainState, lm_loss: Array, grad_norm: Array, cfg: Experiment
 
 def statistics(sums: Sums, router: BiasState, cfg: ExperimentConfig) -> Terms:
   """Everything that is known of each MoE layer. name -> [L]."""
-  return (layer_statistics(sums.load, cfg.model.moe.router.top_k) | token_statistics(sums.stats) |
-          bias_statistics(router.bias) | {'dropped': sums.dropped})
+  return (
+    layer_statistics(sums.load, cfg.model.moe.router.top_k)
+    | token_statistics(sums.stats)
+    | bias_statistics(router.bias)
+    | {'dropped': sums.dropped}
+  )
 
 
 def task_tokens(batch: Batch, cfg: ExperimentConfig) -> Array:
@@ -79,7 +99,11 @@ def task_tokens(batch: Batch, cfg: ExperimentConfig) -> Array:
 def task_losses(nll: Array, tokens: Array, cfg: ExperimentConfig) -> Terms:
   """nll: mean over all tokens, unweighted; of several tasks also lm_loss/TASK, NaN where a batch has none of it."""
   each = jnp.where(tokens > 0, nll / positive(tokens), jnp.nan)
-  named = {f'lm_loss/{task}': each[i] for i, task in enumerate(cfg.data.tasks)} if len(cfg.data.tasks) > 1 else {}
+  named = (
+    {f'lm_loss/{task}': each[i] for i, task in enumerate(cfg.data.tasks)}
+    if len(cfg.data.tasks) > 1
+    else {}
+  )
   return {'nll': nll.sum() / positive(tokens.sum())} | named
 
 
@@ -89,7 +113,9 @@ def compile_step(cfg: ExperimentConfig, state: TrainState, batch: Batch) -> jax.
   On CPU, XLA's memory-saving order takes a quarter off the temporaries; its default one lets virtual devices wait for
   each other forever, at two collectives that they meet in different orders.
   """
-  options = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'} if platform() == 'cpu' else {}
+  options = (
+    {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'} if platform() == 'cpu' else {}
+  )
   step = jax.jit(functools.partial(train_step, cfg=cfg), donate_argnums=0, compiler_options=options)
   return step.lower(state, batch).compile()
 
@@ -100,14 +126,29 @@ def move_bias(router: BiasState, seen: Array, step: Array, cfg: ExperimentConfig
     return router
   rate = piecewise(cfg.balance.bias_rate, cfg.steps)(step)
   update = BIAS_RULES[cfg.balance.bias_rule].update
-  return jax.vmap(lambda state, layer: update(state, layer, rate, cfg.model.moe.router.top_k))(router, seen)
+  return jax.vmap(lambda state, layer: update(state, layer, rate, cfg.model.moe.router.top_k))(
+    router, seen
+  )
 
 
-def eval_step(model: Transformer, router: BiasState, batch: Batch, cfg: ExperimentConfig) -> Metrics:
+def eval_step(
+  model: Transformer, router: BiasState, batch: Batch, cfg: ExperimentConfig
+) -> Metrics:
   """Sums over one batch, of each task: `task_nll` in nats, `task_tokens` predicted; and of each layer: `load` [L, E],
   `stats`; also the `expert_ids` [L, B, S, K]. Moves nothing, and nothing is random."""
   out = model(batch, router.bias)
-  _, parts = cross_entropy(out.hidden, model.head_weights(), batch.targets, batch.mask.astype(jnp.float32), 0.0,
-                           cfg.loss.chunks)
-  return {'task_nll': of_tasks(parts.nll, batch, cfg), 'task_tokens': task_tokens(batch, cfg), 'load': out.aux.load,
-          'stats': out.aux.stats, 'expert_ids': out.aux.expert_ids}
+  _, parts = cross_entropy(
+    out.hidden,
+    model.head_weights(),
+    batch.targets,
+    batch.mask.astype(jnp.float32),
+    0.0,
+    cfg.loss.chunks,
+  )
+  return {
+    'task_nll': of_tasks(parts.nll, batch, cfg),
+    'task_tokens': task_tokens(batch, cfg),
+    'load': out.aux.load,
+    'stats': out.aux.stats,
+    'expert_ids': out.aux.expert_ids,
+  }

@@ -15,8 +15,10 @@ from jax import Array
 from moejax.runtime.append_log import spared
 from moejax.runtime.files import whole_file
 
-TOKENS = 4096        # of the batch's first rows, one row at least: of a large run a batch would fill the disk
-NOBODY = 2**16 - 1   # in place of an expert
+TOKENS = (
+  4096  # of the batch's first rows, one row at least: of a large run a batch would fill the disk
+)
+NOBODY = 2**16 - 1  # in place of an expert
 
 
 def compact(expert_ids: Array, mask: Array, num_experts: int) -> Array:
@@ -32,11 +34,15 @@ def agreement(probe: np.ndarray, other: np.ndarray) -> np.ndarray:
   experts = 1 + int(max(np.max(ids, where=ids != NOBODY, initial=0) for ids in (probe, other)))
   shares = []
   for ids, others in zip(np.minimum(probe, experts), np.minimum(other, experts), strict=True):
-    among = np.zeros((len(others), experts + 1), bool)     # NOBODY is now the column after the last expert
+    among = np.zeros(
+      (len(others), experts + 1), bool
+    )  # NOBODY is now the column after the last expert
     np.put_along_axis(among, others.astype(int), True, axis=1)
     among[:, experts] = False
     copies = (ids < experts).sum()
-    shares.append(np.take_along_axis(among, ids.astype(int), axis=1).sum() / copies if copies else 1.0)
+    shares.append(
+      np.take_along_axis(among, ids.astype(int), axis=1).sum() / copies if copies else 1.0
+    )
   return np.array(shares)
 
 
@@ -50,10 +56,15 @@ class Probes:
   def __init__(self, directory: str | os.PathLike, step: int) -> None:
     self._directory = pathlib.Path(directory)
     self._directory.mkdir(parents=True, exist_ok=True)
-    for path in [*self._directory.glob('*.tmp'), *(self._path(later) for later in self.steps() if later > step)]:
+    for path in [
+      *self._directory.glob('*.tmp'),
+      *(self._path(later) for later in self.steps() if later > step),
+    ]:
       path.unlink()
     for damaged in [earlier for earlier in self.steps() if not self._is_whole(earlier)]:
-      log.warning('%s is damaged: deleted, and what it told of this step is lost', self._path(damaged))
+      log.warning(
+        '%s is damaged: deleted, and what it told of this step is lost', self._path(damaged)
+      )
       self._path(damaged).unlink()
 
   def steps(self) -> list[int]:
@@ -77,7 +88,7 @@ class Probes:
     return self._directory / f'{step}.npz'
 
   def _is_whole(self, step: int) -> bool:
-    with contextlib.suppress(Exception):   # of a damaged archive anything may come
+    with contextlib.suppress(Exception):  # of a damaged archive anything may come
       return self._read(step).ndim == 3
     return False
 

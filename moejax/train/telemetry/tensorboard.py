@@ -23,7 +23,10 @@ class TensorBoard:
     Path(directory).mkdir(parents=True, exist_ok=True)
     name = f'events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}'  # read in this order
     self._file = Appended(Path(directory) / name)
-    self._events = [{'file_version': 'brain.Event:2'}, {'step': step + 1, 'session_log': {'status': 'START'}}]
+    self._events = [
+      {'file_version': 'brain.Event:2'},
+      {'step': step + 1, 'session_log': {'status': 'START'}},
+    ]
 
   def scalars(self, step: int, row: Mapping[str, float]) -> None:
     """name -> value."""
@@ -32,14 +35,30 @@ class TensorBoard:
   def text(self, tag: str, text: str, step: int) -> None:
     """Shown as it is, and not as the Markdown that TensorBoard would take it for."""
     code = ''.join(f'    {line}\n' for line in text.split('\n'))
-    self._write(step, {'tag': tag, 'metadata': {'plugin_data': {'plugin_name': 'text'}},
-                       'tensor': {'dtype': 'DT_STRING', 'string_val': [code.encode()]}})
+    self._write(
+      step,
+      {
+        'tag': tag,
+        'metadata': {'plugin_data': {'plugin_name': 'text'}},
+        'tensor': {'dtype': 'DT_STRING', 'string_val': [code.encode()]},
+      },
+    )
 
   def image(self, tag: str, image: np.ndarray, step: int) -> None:
     """[height, width, 3] u8."""
     height, width, _ = image.shape
-    self._write(step, {'tag': tag, 'image': {'height': height, 'width': width, 'colorspace': 3,
-                                             'encoded_image_string': png(image)}})
+    self._write(
+      step,
+      {
+        'tag': tag,
+        'image': {
+          'height': height,
+          'width': width,
+          'colorspace': 3,
+          'encoded_image_string': png(image),
+        },
+      },
+    )
 
   def close(self) -> None:
     """Everything written is in the file before, too."""
@@ -49,6 +68,7 @@ class TensorBoard:
     # Here, since the imports take a quarter of a second: by now the devices are at work on the next step.
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
     records = b''
     for event in [*self._events, {'step': step, 'summary': {'value': values}}]:
       data = Event(wall_time=time.time(), **event).SerializeToString()

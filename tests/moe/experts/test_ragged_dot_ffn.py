@@ -1,4 +1,5 @@
 """The grouped FFN in windows of rows, as on a TPU that shares experts with others: the same as in one."""
+
 import functools
 
 import jax
@@ -14,21 +15,28 @@ from moejax.moe.experts.weights import Biases, Weights
 from moejax.sharding.mesh import MeshConfig, make_mesh
 from tests.support.quick import QUICK
 
-T, K, E, D, F = 30, 2, 4, 6, 5   # 60 copies
+T, K, E, D, F = 30, 2, 4, 6, 5  # 60 copies
 RNG = np.random.default_rng(0)
 X, DY = (RNG.normal(size=(T, D)).astype(np.float32) for _ in range(2))
 COPY_WEIGHTS = RNG.normal(size=(T, K)).astype(np.float32)
-WEIGHTS = Weights(*(RNG.normal(size=(E, *s)).astype(np.float32) for s in ((D, F), (D, F), (F, D))),
-                  Biases(*(RNG.normal(size=(E, n)).astype(np.float32) for n in (F, F, D))))
-IDS = {'uneven': np.minimum(RNG.integers(0, 9, (T, K)), E),   # half of them are nobody's
-       'all to two': np.broadcast_to([3, 1], (T, K)), 'nobody': np.full((T, K), E)}
-
+WEIGHTS = Weights(
+  *(RNG.normal(size=(E, *s)).astype(np.float32) for s in ((D, F), (D, F), (F, D))),
+  Biases(*(RNG.normal(size=(E, n)).astype(np.float32) for n in (F, F, D))),
+)
+IDS = {
+  'uneven': np.minimum(RNG.integers(0, 9, (T, K)), E),  # half of them are nobody's
+  'all to two': np.broadcast_to([3, 1], (T, K)),
+  'nobody': np.full((T, K), E),
+}
 
 
 def everything(x: jax.Array, ids: jax.Array) -> tuple:
   """y, and the gradients of x, of the copies' weights and of all that experts have."""
   weights, dy = jax.tree.map(jnp.asarray, (WEIGHTS, DY))
-  copies, activation = sort_copies(ids, jnp.asarray(COPY_WEIGHTS), E), ACTIVATIONS['clamped_swiglu'](7.0)
+  copies, activation = (
+    sort_copies(ids, jnp.asarray(COPY_WEIGHTS), E),
+    ACTIVATIONS['clamped_swiglu'](7.0),
+  )
   y, gate, up = ragged.ragged_forward(x, copies, weights, activation)
   return y, ragged.ragged_backward(x, copies, weights, activation, gate, up, dy)
 
@@ -62,7 +70,9 @@ def test_devices_with_more_windows_than_others(monkeypatch: pytest.MonkeyPatch) 
   names = [*IDS, 'uneven']
   with jax.set_mesh(mesh):
     spread = jax.shard_map(own, in_specs=PartitionSpec('expert'), out_specs=PartitionSpec('expert'))
-    got = jax.jit(spread, compiler_options=QUICK)(np.stack([X] * 4), np.stack([IDS[name] for name in names]))
+    got = jax.jit(spread, compiler_options=QUICK)(
+      np.stack([X] * 4), np.stack([IDS[name] for name in names])
+    )
   for i, name in enumerate(names):
     check(jax.tree.map(lambda a, i=i: a[i], got), want[name])
 

@@ -1,4 +1,5 @@
 """What is read from a compiled program: collectives against what was written, bytes against sums done by hand."""
+
 from collections.abc import Callable
 
 import jax
@@ -29,40 +30,53 @@ def compiled(f: Callable[[Array], Array], shape: tuple[int, ...]) -> str:
 
 def test_collectives_of_a_program_are_those_that_it_was_made_of() -> None:
   """Eight rows of 16 numbers are 512 bytes; loops of five turns in one of three."""
-  def f(x: Array) -> Array:                                                              # [8, 16] on each device
+
+  def f(x: Array) -> Array:  # [8, 16] on each device
     def inner(x: Array, _: None) -> tuple[Array, None]:
       return jax.lax.psum(x, 'fsdp') * 0.1, None
 
     def outer(x: Array, _: None) -> tuple[Array, None]:
-      return jax.lax.ppermute(jax.lax.scan(inner, x, None, length=5)[0], 'data', [(0, 1), (1, 0)]), None
+      return jax.lax.ppermute(
+        jax.lax.scan(inner, x, None, length=5)[0], 'data', [(0, 1), (1, 0)]
+      ), None
 
     x, _ = jax.lax.scan(outer, x, None, length=3)
-    x = jax.lax.all_gather(x, 'expert', axis=0, tiled=True)                              # [16, 16]
+    x = jax.lax.all_gather(x, 'expert', axis=0, tiled=True)  # [16, 16]
     x = jax.lax.all_to_all(jnp.sin(x), ('data', 'expert'), split_axis=0, concat_axis=0, tiled=True)
     return jax.lax.psum_scatter(x, ('data', 'fsdp', 'expert'), scatter_dimension=0, tiled=True)
 
   found = collectives(compiled(f, (64, 16)), SIZES)
   expected = {
-    Collective('all-reduce', ('fsdp',), 15, 15 * 2 * 512 / 2), Collective('collective-permute', ('data',), 3, 3 * 512),
-    Collective('all-gather', ('expert',), 1, 1024 / 2), Collective('all-to-all', ('data', 'expert'), 1, 1024 * 3 / 4),
-    Collective('reduce-scatter', ('data', 'fsdp', 'expert'), 1, 1024 * 7 / 8)}
+    Collective('all-reduce', ('fsdp',), 15, 15 * 2 * 512 / 2),
+    Collective('collective-permute', ('data',), 3, 3 * 512),
+    Collective('all-gather', ('expert',), 1, 1024 / 2),
+    Collective('all-to-all', ('data', 'expert'), 1, 1024 * 3 / 4),
+    Collective('reduce-scatter', ('data', 'fsdp', 'expert'), 1, 1024 * 7 / 8),
+  }
   assert set(found) == expected
   assert [c.bytes for c in found] == sorted((c.bytes for c in expected), reverse=True)
 
 
-@pytest.mark.parametrize(('text', 'axes', 'size'), [
-  ('replica_groups={{0,2},{1,3},{4,6},{5,7}}, to_apply=%add', ('fsdp',), 2),
-  ('replica_groups=[4,2]<=[8], dimensions={0}', ('expert',), 2),
-  ('replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}', ('data',), 2),
-  ('replica_groups=[2,4]<=[4,2]T(1,0)', ('data', 'fsdp'), 4),
-  ('replica_groups=[1,8]<=[8]', ('data', 'fsdp', 'expert'), 8),
-  ("replica_groups=mesh['data'=2,'fsdp'=2,'expert'=2,'tensor'=1] {'data','expert'}, x", ('data', 'expert'), 4),
-  ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", ('data', 'fsdp'), 4),
-  ("replica_groups=mesh['axis_0'=8] {'axis_0':(2)2}", ('fsdp',), 2),
-  ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", ('expert',), 2),
-  ('source_target_pairs={{0,4},{4,0},{1,5},{5,1}}', ('data',), 2),
-  ('replica_groups={}, to_apply=%add', ('data', 'fsdp', 'expert'), 8),
-])
+@pytest.mark.parametrize(
+  ('text', 'axes', 'size'),
+  [
+    ('replica_groups={{0,2},{1,3},{4,6},{5,7}}, to_apply=%add', ('fsdp',), 2),
+    ('replica_groups=[4,2]<=[8], dimensions={0}', ('expert',), 2),
+    ('replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}', ('data',), 2),
+    ('replica_groups=[2,4]<=[4,2]T(1,0)', ('data', 'fsdp'), 4),
+    ('replica_groups=[1,8]<=[8]', ('data', 'fsdp', 'expert'), 8),
+    (
+      "replica_groups=mesh['data'=2,'fsdp'=2,'expert'=2,'tensor'=1] {'data','expert'}, x",
+      ('data', 'expert'),
+      4,
+    ),
+    ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", ('data', 'fsdp'), 4),
+    ("replica_groups=mesh['axis_0'=8] {'axis_0':(2)2}", ('fsdp',), 2),
+    ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", ('expert',), 2),
+    ('source_target_pairs={{0,4},{4,0},{1,5},{5,1}}', ('data',), 2),
+    ('replica_groups={}, to_apply=%add', ('data', 'fsdp', 'expert'), 8),
+  ],
+)
 def test_groups_of_devices_are_mesh_axes(text: str, axes: tuple[str, ...], size: int) -> None:
   groups = groups_of(text, 8)
   assert axes_of(groups, SIZES) == axes and groups.shape[1] == size
@@ -108,27 +122,37 @@ def test_a_tpus_way_of_writing() -> None:
   size = 64 * 8 * 2
   assert found == {
     'all-gather': Collective('all-gather', ('expert',), 58, 58 * 2 * size / 2),
-    'reduce-scatter': Collective('reduce-scatter', ('data', 'fsdp', 'expert'), 58, 58 * size * 7 / 8),
-    'ragged-all-to-all': Collective('ragged-all-to-all', ('expert',), 58, 58 * size / 2)}
+    'reduce-scatter': Collective(
+      'reduce-scatter', ('data', 'fsdp', 'expert'), 58, 58 * size * 7 / 8
+    ),
+    'ragged-all-to-all': Collective('ragged-all-to-all', ('expert',), 58, 58 * size / 2),
+  }
   computations, entry = parse_program(ASYNC)
   permute = next(walk(computations, entry))[1]._replace(
-    op='collective-permute-start', shape='(f32[8]{0}, f32[8]{0}, u32[]{:S(2)}, u32[]{:S(2)})')
+    op='collective-permute-start', shape='(f32[8]{0}, f32[8]{0}, u32[]{:S(2)}, u32[]{:S(2)})'
+  )
   assert sent_bytes('collective-permute', permute, 2, []) == 32
 
 
 def test_bytes_through_memory() -> None:
   """A loop of ten turns that each take one of the matrices and update one row: not all of either array each time."""
+
   def f(w: Array, x: Array) -> Array:
-    def turn(carry: tuple[Array, Array], each: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+    def turn(
+      carry: tuple[Array, Array], each: tuple[Array, Array]
+    ) -> tuple[tuple[Array, Array], None]:
       (x, kept), (w, i) = carry, each
       x = x @ w
       return (x, kept.at[i].set(x[0])), None
+
     return jax.lax.scan(turn, (x, jnp.zeros((10, 64))), (w, jnp.arange(10)))[0][1]
 
   shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((10, 64, 64), (64, 64))]
   text = jax.jit(f).lower(*shapes).compile(QUICK).as_text()
   matrix = 64 * 64 * 4
-  assert 10 * 5 * matrix < traffic(text) < 10 * 8 * matrix, 'two for a slice, three for a product; some are copied'
+  assert 10 * 5 * matrix < traffic(text) < 10 * 8 * matrix, (
+    'two for a slice, three for a product; some are copied'
+  )
 
 
 SCATTER = """HloModule y

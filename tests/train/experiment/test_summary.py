@@ -1,4 +1,5 @@
 """What a run will cost, against sums done by hand on a small model."""
+
 import dataclasses
 
 import jax
@@ -18,19 +19,29 @@ from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.cost import Parameters, count_parameters, flops_per_token
 from moejax.train.experiment.summary import human
 
-CONFIG = ExperimentConfig(seq_len=12, model=ModelConfig(
-  vocab_size=32, d_model=16, num_layers=3, num_dense_layers=1, d_ff=20,
-  attention=AttentionConfig(num_heads=4, num_kv_heads=2, d_head=8),
-  moe=MoEConfig(RouterConfig(8, 2), d_expert=10, num_shared=1)))
+CONFIG = ExperimentConfig(
+  seq_len=12,
+  model=ModelConfig(
+    vocab_size=32,
+    d_model=16,
+    num_layers=3,
+    num_dense_layers=1,
+    d_ff=20,
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, d_head=8),
+    moe=MoEConfig(RouterConfig(8, 2), d_expert=10, num_shared=1),
+  ),
+)
 TIED = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, tie_embeddings=True))
 
-ATTENTION = 16 * 32 + 2 * 16 * 16 + 32 * 16 + 2 * 16   # q; k and v; out; and the two norms of the block
+ATTENTION = (
+  16 * 32 + 2 * 16 * 16 + 32 * 16 + 2 * 16
+)  # q; k and v; out; and the two norms of the block
 DENSE = ATTENTION + 3 * 16 * 20
 EXPERT = 3 * 16 * 10
-MOE = ATTENTION + 16 * 8 + 8 * EXPERT + EXPERT         # the router; eight routed; one shared
+MOE = ATTENTION + 16 * 8 + 8 * EXPERT + EXPERT  # the router; eight routed; one shared
 EMBEDDING = 32 * 16
-TOTAL = EMBEDDING + DENSE + 2 * MOE + 16 + EMBEDDING   # the last norm, and the head
-IDLE = 2 * 6 * EXPERT                                  # six of eight experts, in each of two layers
+TOTAL = EMBEDDING + DENSE + 2 * MOE + 16 + EMBEDDING  # the last norm, and the head
+IDLE = 2 * 6 * EXPERT  # six of eight experts, in each of two layers
 
 
 def model_of(cfg: ExperimentConfig) -> Transformer:
@@ -40,7 +51,9 @@ def model_of(cfg: ExperimentConfig) -> Transformer:
 
 @pytest.mark.parametrize(('cfg', 'less'), [(CONFIG, 0), (TIED, EMBEDDING)], ids=['apart', 'tied'])
 def test_parameters_total_and_active(cfg: ExperimentConfig, less: int) -> None:
-  assert count_parameters(model_of(cfg), cfg) == Parameters(TOTAL - less, TOTAL - less - IDLE, EMBEDDING, 0, 0)
+  assert count_parameters(model_of(cfg), cfg) == Parameters(
+    TOTAL - less, TOTAL - less - IDLE, EMBEDDING, 0, 0
+  )
 
 
 def test_noise_is_a_second_router_in_each_layer() -> None:
@@ -48,7 +61,9 @@ def test_noise_is_a_second_router_in_each_layer() -> None:
   moe = dataclasses.replace(CONFIG.model.moe, router=router)
   cfg = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, moe=moe))
   more = 2 * 16 * 8
-  assert count_parameters(model_of(cfg), cfg) == Parameters(TOTAL + more, TOTAL + more - IDLE, EMBEDDING, 0, 0)
+  assert count_parameters(model_of(cfg), cfg) == Parameters(
+    TOTAL + more, TOTAL + more - IDLE, EMBEDDING, 0, 0
+  )
 
 
 def test_multi_token_prediction_is_apart() -> None:
@@ -58,7 +73,10 @@ def test_multi_token_prediction_is_apart() -> None:
   parameters = count_parameters(model_of(cfg), cfg)
   assert parameters == Parameters(TOTAL + mtp, TOTAL - IDLE, EMBEDDING, mtp, mtp - IDLE)
   attention = 3 * (2 * 2 * 6 * 4 * 8) * 5
-  assert flops_per_token(parameters, cfg) == 6 * (TOTAL - IDLE - EMBEDDING + mtp - IDLE + 2 * EMBEDDING) + attention
+  assert (
+    flops_per_token(parameters, cfg)
+    == 6 * (TOTAL - IDLE - EMBEDDING + mtp - IDLE + 2 * EMBEDDING) + attention
+  )
 
 
 def test_latent_attention_has_wider_queries_than_values() -> None:
@@ -67,32 +85,53 @@ def test_latent_attention_has_wider_queries_than_values() -> None:
   parameters = count_parameters(model_of(cfg), cfg)
   more = 16 * 5 + 5 + 5 * 4 * 12 + 16 * 10 + 6 + 6 * 4 * 11 + 4 * 3 * 16 - (ATTENTION - 2 * 16)
   assert parameters.total == TOTAL + 3 * more
-  assert flops_per_token(parameters, cfg) == 6 * (TOTAL + 3 * more - IDLE - EMBEDDING) + 3 * 12 * 4 * (12 + 3) * 3
+  assert (
+    flops_per_token(parameters, cfg)
+    == 6 * (TOTAL + 3 * more - IDLE - EMBEDDING) + 3 * 12 * 4 * (12 + 3) * 3
+  )
 
 
 def test_flops_of_a_token() -> None:
   """Six for each active number that multiplies; a token sees six others on average, in four heads of eight."""
   products = TOTAL - IDLE - EMBEDDING
-  attention = 3 * (2 * 2 * 6 * 4 * 8) * 3   # three passes; q k and p v; three layers
-  for cfg in (CONFIG, TIED):   # tied, the table multiplies: as the head
+  attention = 3 * (2 * 2 * 6 * 4 * 8) * 3  # three passes; q k and p v; three layers
+  for cfg in (CONFIG, TIED):  # tied, the table multiplies: as the head
     parameters = count_parameters(model_of(cfg), cfg)
     assert flops_per_token(parameters, cfg) == 6 * products + attention
 
 
 def test_bytes_on_a_device() -> None:
   model = model_of(CONFIG)
-  state = {'model': model, 'count': jnp.zeros((), jnp.int32), 'bias': jax.ShapeDtypeStruct((2, 8), jnp.bfloat16)}
-  assert bytes_on_device(state, make_mesh(MeshConfig())) == 4 * TOTAL + 4 + 2 * 16, 'data parallelism holds all'
-  split = 4 * 2 * 8 * EXPERT * 3 // 4   # of the routed experts a quarter stays
+  state = {
+    'model': model,
+    'count': jnp.zeros((), jnp.int32),
+    'bias': jax.ShapeDtypeStruct((2, 8), jnp.bfloat16),
+  }
+  assert bytes_on_device(state, make_mesh(MeshConfig())) == 4 * TOTAL + 4 + 2 * 16, (
+    'data parallelism holds all'
+  )
+  split = 4 * 2 * 8 * EXPERT * 3 // 4  # of the routed experts a quarter stays
   assert bytes_on_device(model, make_mesh(MeshConfig(2, expert=4))) == 4 * TOTAL - split
   norms = 4 * 16 * (2 * 3 + 1)
-  assert bytes_on_device(model, make_mesh(MeshConfig(1, fsdp=8))) == (4 * TOTAL - norms) // 8 + norms
+  assert (
+    bytes_on_device(model, make_mesh(MeshConfig(1, fsdp=8))) == (4 * TOTAL - norms) // 8 + norms
+  )
 
 
-@pytest.mark.parametrize(('number', 'base', 'told'), [
-  (0, 1000, '0 '), (999, 1000, '999 '), (1000, 1000, '1 k'), (12_345_678, 1000, '12.3 M'),
-  (12_345_678, 1024, '11.8 Mi'), (1023, 1024, '1.02e+03 '), (5e9, 1000, '5 G'), (7e15, 1000, '7 P'),
-  (2.5e18, 1000, '2.5e+03 P')])
+@pytest.mark.parametrize(
+  ('number', 'base', 'told'),
+  [
+    (0, 1000, '0 '),
+    (999, 1000, '999 '),
+    (1000, 1000, '1 k'),
+    (12_345_678, 1000, '12.3 M'),
+    (12_345_678, 1024, '11.8 Mi'),
+    (1023, 1024, '1.02e+03 '),
+    (5e9, 1000, '5 G'),
+    (7e15, 1000, '7 P'),
+    (2.5e18, 1000, '2.5e+03 P'),
+  ],
+)
 def test_numbers_for_people(number: float, base: int, told: str) -> None:
   assert human(number, base) == told
 
@@ -101,12 +140,19 @@ def test_numbers_for_people(number: float, base: int, told: str) -> None:
 def test_a_run_says_where_its_causality_ends(selection: str) -> None:
   router = RouterConfig(8, 2, selection=selection)
   of_router = causality(MoEConfig(router))
-  assert [line.startswith('no') for line in of_router] == [True] * (not SELECTIONS[selection].causal)
+  assert [line.startswith('no') for line in of_router] == [True] * (
+    not SELECTIONS[selection].causal
+  )
   assert all(selection in line for line in of_router)
   if selection == 'expert_choice':
-    with pytest.raises(ConfigError, match='capacity_factor=1.25 limits experts that .* has already filled'):
+    with pytest.raises(
+      ConfigError, match='capacity_factor=1.25 limits experts that .* has already filled'
+    ):
       MoEConfig(router, DispatchConfig('dense_matmul', 1.25))
     return
-  for drop_by, word in (('probs', 'no: full experts'), ('position', 'yes within a row: full experts')):
+  for drop_by, word in (
+    ('probs', 'no: full experts'),
+    ('position', 'yes within a row: full experts'),
+  ):
     *others, last = causality(MoEConfig(router, DispatchConfig('dense_matmul', 1.25, drop_by)))
     assert others == of_router and last.startswith(word)

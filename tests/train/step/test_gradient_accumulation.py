@@ -1,4 +1,5 @@
 """How micro-batches lie on a mesh; what they add up to is in test_step.py."""
+
 import jax
 import pytest
 
@@ -17,15 +18,29 @@ from tests.support.quick import QUICK
 def test_micro_batches_are_spread_before_they_are_embedded() -> None:
   """A device holds rows of one micro-batch in four. As activations they would be sent around in every layer."""
   parts = 4
-  model = ModelConfig(vocab_size=64, d_model=32, num_layers=1, attention=AttentionConfig(d_head=8),
-                      moe=MoEConfig(d_expert=16, dispatch=DispatchConfig('dense_matmul')))
-  cfg = ExperimentConfig(batch_size=8 * parts, seq_len=16, micro_batches=parts, model=model,
-                         mesh=MeshConfig(data=1, fsdp=2, expert=4))
+  model = ModelConfig(
+    vocab_size=64,
+    d_model=32,
+    num_layers=1,
+    attention=AttentionConfig(d_head=8),
+    moe=MoEConfig(d_expert=16, dispatch=DispatchConfig('dense_matmul')),
+  )
+  cfg = ExperimentConfig(
+    batch_size=8 * parts,
+    seq_len=16,
+    micro_batches=parts,
+    model=model,
+    mesh=MeshConfig(data=1, fsdp=2, expert=4),
+  )
   mesh = mesh_of(cfg)
   with jax.set_mesh(mesh):
     state, batch = target_of(cfg, mesh), batch_of(cfg, mesh)
-    program = jax.jit(lambda state, batch: gradients(state, batch, cfg)).lower(state, batch).compile(QUICK)
+    program = (
+      jax.jit(lambda state, batch: gradients(state, batch, cfg)).lower(state, batch).compile(QUICK)
+    )
     found = collectives(program.as_text(), mesh.shape)
   everywhere = {c.kind: c.count for c in found if c.axes == ('fsdp', 'expert')}
   # The CPU's compiler, and no chip's, gathers scores for top-k: twice a layer.
-  assert everywhere['all-gather'] <= 2 * parts and everywhere['collective-permute'] <= 2 * len(batch)
+  assert everywhere['all-gather'] <= 2 * parts and everywhere['collective-permute'] <= 2 * len(
+    batch
+  )

@@ -1,4 +1,5 @@
 """The combined loss: tasks, schedules, multi-token prediction; sets that span micro-batches; interference."""
+
 import dataclasses
 import functools
 
@@ -33,7 +34,10 @@ from tests.train.step.test_train_step import (
 TASKS = DataConfig(source='mixture', mixture=frozendict(code='0.7 stdlib', prose='0.3 synthetic'))
 D, DEPTHS = 4, 2
 KEYS = jax.random.split(jax.random.key(0), DEPTHS + 2)
-HEAD, HIDDEN = jax.random.normal(KEYS[0], (D, VOCAB)), [jax.random.normal(k, (ROWS, LENGTH, D)) for k in KEYS[1:]]
+HEAD, HIDDEN = (
+  jax.random.normal(KEYS[0], (D, VOCAB)),
+  [jax.random.normal(k, (ROWS, LENGTH, D)) for k in KEYS[1:]],
+)
 
 
 def tasked(**weights: float) -> ExperimentConfig:
@@ -45,16 +49,22 @@ def two_tasks() -> Batch:
   return make_batch()._replace(task_ids=jnp.array([0, 1, 0, 1, 1, 0, 0, 1]))
 
 
-def terms_of(cfg: ExperimentConfig, batch: Batch, depths: int = 0, step: int = 0) -> tuple[float, dict, np.ndarray]:
+def terms_of(
+  cfg: ExperimentConfig, batch: Batch, depths: int = 0, step: int = 0
+) -> tuple[float, dict, np.ndarray]:
   scale = jnp.stack([1 / token_weights(ahead(batch, d), cfg).sum() for d in range(depths + 1)])
-  total, terms, nll = lm_terms(tuple(HIDDEN[:depths + 1]), HEAD, batch, scale, coefficients(cfg, jnp.int32(step)), cfg)
+  total, terms, nll = lm_terms(
+    tuple(HIDDEN[: depths + 1]), HEAD, batch, scale, coefficients(cfg, jnp.int32(step)), cfg
+  )
   return float(total), {name: float(value) for name, value in terms.items()}, np.asarray(nll)
 
 
 def by_hand(depth: int, batch: Batch, weights: tuple[float, float]) -> tuple[float, float]:
   """Weighted mean over tokens of the nll and of logsumexp^2, of a target `depth` tokens on in the same document."""
   logits = np.asarray(HIDDEN[depth], np.float64) @ np.asarray(HEAD, np.float64)
-  targets, segments, tasks = (np.asarray(a) for a in (batch.targets, batch.segment_ids, batch.task_ids))
+  targets, segments, tasks = (
+    np.asarray(a) for a in (batch.targets, batch.segment_ids, batch.task_ids)
+  )
   nll = z = total = 0.0
   for b, s in np.ndindex(ROWS, LENGTH):
     t = s + depth
@@ -94,20 +104,28 @@ def test_multi_token_prediction_is_the_mean_over_depths_within_documents() -> No
   main, *depths = (by_hand(d, batch, (2.0, 0.5)) for d in range(DEPTHS + 1))
   np.testing.assert_allclose(terms['lm_loss'], main[0], rtol=1e-5)
   np.testing.assert_allclose(terms['mtp_loss'], np.mean([nll for nll, _ in depths]), rtol=1e-5)
-  np.testing.assert_allclose(terms['z_loss'], main[1] + 0.3 * np.mean([z for _, z in depths]), rtol=1e-5)
-  np.testing.assert_allclose(total, terms['lm_loss'] + 0.3 * terms['mtp_loss'] + 0.1 * terms['z_loss'], rtol=1e-6)
+  np.testing.assert_allclose(
+    terms['z_loss'], main[1] + 0.3 * np.mean([z for _, z in depths]), rtol=1e-5
+  )
+  np.testing.assert_allclose(
+    total, terms['lm_loss'] + 0.3 * terms['mtp_loss'] + 0.1 * terms['z_loss'], rtol=1e-6
+  )
 
 
 def test_targets_further_ahead_stay_in_their_document() -> None:
   rows = jnp.array([[1, 1, 1, 2, 2, 0]])
-  batch = Batch(rows, jnp.array([[11, 12, 13, 14, 15, IGNORE]]), rows > 0, rows, rows, jnp.zeros(1, jnp.int32))
+  batch = Batch(
+    rows, jnp.array([[11, 12, 13, 14, 15, IGNORE]]), rows > 0, rows, rows, jnp.zeros(1, jnp.int32)
+  )
   np.testing.assert_array_equal(ahead(batch, 1).targets, [[12, 13, IGNORE, 15, IGNORE, IGNORE]])
   np.testing.assert_array_equal(ahead(batch, 1).mask, [[True, True, False, True, False, False]])
   assert ahead(batch, 0) is batch
 
 
 def test_weights_of_unknown_tasks_and_bad_numbers_are_refused() -> None:
-  with pytest.raises(ConfigError, match=r"task_weights.poems is not a task of data: use one of \['code', 'prose'\]"):
+  with pytest.raises(
+    ConfigError, match=r"task_weights.poems is not a task of data: use one of \['code', 'prose'\]"
+  ):
     tasked(poems=1.0)
   with pytest.raises(ConfigError, match='task_weights.code=-1'):
     tasked(code=-1)
@@ -122,14 +140,20 @@ def test_the_gap_of_f_is_0_for_the_truth_and_2_minus_2_over_e_for_all_to_one() -
 
 
 def accumulating(mode: str) -> ExperimentConfig:
-  balance = dataclasses.replace(CONFIG.balance, losses=frozendict(global_batch='1', ep_group='1'), ep_groups=2,
-                                accumulation=mode)
+  balance = dataclasses.replace(
+    CONFIG.balance,
+    losses=frozendict(global_batch='1', ep_group='1'),
+    ep_groups=2,
+    accumulation=mode,
+  )
   return replace(CONFIG, micro_batches=4, balance=balance)
 
 
 def reordered(batch: Batch) -> Batch:
   """The micro-batches of four, the last first; the rows of each expert-parallel group of two stay together."""
-  return jax.tree.map(lambda a: a.reshape(4, -1, *a.shape[1:])[jnp.array([1, 0, 3, 2])].reshape(a.shape), batch)
+  return jax.tree.map(
+    lambda a: a.reshape(4, -1, *a.shape[1:])[jnp.array([1, 0, 3, 2])].reshape(a.shape), batch
+  )
 
 
 @pytest.mark.slow
@@ -139,12 +163,18 @@ def test_exact_and_lagged_do_not_know_the_order_of_micro_batches_and_buffer_does
     cfg = accumulating(mode)
     step = jax.jit(functools.partial(gradients, cfg=cfg), compiler_options=QUICK)
     state = start(cfg)
-    if mode == 'lagged':   # the counts of some other step
-      state = state._replace(lagged={name: a + 1.0 + jnp.arange(a.size).reshape(a.shape) % 5
-                                     for name, a in state.lagged.items()})
+    if mode == 'lagged':  # the counts of some other step
+      state = state._replace(
+        lagged={
+          name: a + 1.0 + jnp.arange(a.size).reshape(a.shape) % 5
+          for name, a in state.lagged.items()
+        }
+      )
     found[mode] = [step(state, batch) for batch in (make_batch(), reordered(make_batch()))]
   largest = np.abs(flat(found['exact'][0].grads)).max()
-  apart = {mode: np.abs(flat(a.grads) - flat(b.grads)).max() / largest for mode, (a, b) in found.items()}
+  apart = {
+    mode: np.abs(flat(a.grads) - flat(b.grads)).max() / largest for mode, (a, b) in found.items()
+  }
   assert apart['exact'] < 1e-6 and apart['lagged'] < 1e-6 and apart['buffer'] > 1e-4, apart
   for name in ('global_batch', 'ep_group'):
     gaps = {mode: float(results[0].gaps[name]) for mode, results in found.items()}
@@ -157,9 +187,13 @@ def test_lagged_uses_the_counts_of_the_step_before_and_starts_without_any() -> N
   cfg = accumulating('lagged')
   run = jax.jit(functools.partial(train_step, cfg=cfg), compiler_options=QUICK)
   state, metrics = run(start(cfg), make_batch())
-  for name in ('global_batch', 'ep_group'):   # f = 1 for all: P sums to 1, and nothing pulls
+  for name in ('global_batch', 'ep_group'):  # f = 1 for all: P sums to 1, and nothing pulls
     np.testing.assert_allclose(metrics[f'balance/{name}'], 1, rtol=1e-5)
-  assert state.lagged['global_batch'].shape == (1, 2, 4) and state.lagged['ep_group'].shape == (2, 2, 4)
+  assert state.lagged['global_batch'].shape == (1, 2, 4) and state.lagged['ep_group'].shape == (
+    2,
+    2,
+    4,
+  )
   np.testing.assert_array_equal(state.lagged['ep_group'].sum(0), state.lagged['global_batch'][0])
   _, metrics = run(state, make_batch())
   assert abs(float(metrics['balance/global_batch']) - 1) > 1e-3
@@ -172,11 +206,21 @@ def test_interference_is_of_the_gradients_of_the_objective() -> None:
   cfg = replace(CONFIG, balance=dataclasses.replace(CONFIG.balance, losses=frozendict(losses)))
   batch, step = make_batch(), differentiate(cfg)
   whole, lm = (step(start(cfg)._replace(step=jnp.int32(n)), batch).grads for n in (0, 10))
-  found = jax.jit(functools.partial(interference, cfg=cfg), compiler_options=QUICK)(start(cfg), batch)
+  found = jax.jit(functools.partial(interference, cfg=cfg), compiler_options=QUICK)(
+    start(cfg), batch
+  )
   for place, is_router in (('router', True), ('trunk', False)):
-    ours, theirs = (np.concatenate([np.ravel(v) for v in only(g, is_router).values()]) for g in (whole, lm))
+    ours, theirs = (
+      np.concatenate([np.ravel(v) for v in only(g, is_router).values()]) for g in (whole, lm)
+    )
     pull = ours - theirs
-    np.testing.assert_allclose(found[f'{place}_ratio'], np.linalg.norm(pull) / np.linalg.norm(theirs), rtol=1e-4)
-    np.testing.assert_allclose(found[f'{place}_cosine'],
-                               pull @ theirs / np.linalg.norm(pull) / np.linalg.norm(theirs), rtol=2e-3, atol=1e-4)
+    np.testing.assert_allclose(
+      found[f'{place}_ratio'], np.linalg.norm(pull) / np.linalg.norm(theirs), rtol=1e-4
+    )
+    np.testing.assert_allclose(
+      found[f'{place}_cosine'],
+      pull @ theirs / np.linalg.norm(pull) / np.linalg.norm(theirs),
+      rtol=2e-3,
+      atol=1e-4,
+    )
   assert len(only(whole, True)) == 1

@@ -1,4 +1,5 @@
 """The compressors' yardstick: what they say of noise, of repetition, and of text that they have seen before."""
+
 import gzip
 import lzma
 import random
@@ -15,7 +16,9 @@ BOTH = pytest.mark.parametrize('measure', [gzip_bits_per_byte, xz_bits_per_byte]
 
 
 @BOTH
-def test_noise_costs_eight_bits_and_repetition_next_to_none(measure: Callable[[bytes, bytes], float]) -> None:
+def test_noise_costs_eight_bits_and_repetition_next_to_none(
+  measure: Callable[[bytes, bytes], float],
+) -> None:
   assert 8 <= measure(b'', NOISE) < 8.1
   assert 8 <= measure(OTHER, NOISE) < 8.1, 'other text does not help'
   assert measure(b'', b'a' * 20_000) < 0.1
@@ -34,7 +37,9 @@ def test_gzips_window_is_short_and_xzs_is_not() -> None:
 
 def test_without_training_text_they_are_the_commands() -> None:
   text = b''.join(b'line %d of a text\n' % (i * i % 997) for i in range(2000))
-  assert abs(gzip_bits_per_byte(b'', text) - 8 * len(gzip.compress(text, 9)) / len(text)) < 8 * 20 / len(text)
+  assert abs(
+    gzip_bits_per_byte(b'', text) - 8 * len(gzip.compress(text, 9)) / len(text)
+  ) < 8 * 20 / len(text)
   extreme = len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) - len(lzma.compress(b''))
   assert xz_bits_per_byte(b'', text) == 8 * extreme / len(text)
 

@@ -1,4 +1,5 @@
 """Rows: what is logged is what was measured, of all batches and each task; the progress line fits."""
+
 import math
 from types import SimpleNamespace
 
@@ -7,41 +8,79 @@ import pytest
 
 from moejax.data.pipeline import Size
 from moejax.moe.statistics import STATISTICS, Stats, layer_statistics, token_statistics
-from moejax.train.telemetry.metric_rows import added, clock, perplexity, progress, training_row, validation_row
+from moejax.train.telemetry.metric_rows import (
+  added,
+  clock,
+  perplexity,
+  progress,
+  training_row,
+  validation_row,
+)
 
 L, E, K = 3, 4, 2
 
 
 def stats(seed: int, tokens: float = 10) -> Stats:
   rng = np.random.default_rng(seed)
+
   def one(*shape: int) -> np.ndarray:
     return tokens * rng.random((L, *shape)).astype(np.float32)
-  return Stats(**{name: one(*{'pairs': (E, E), 'probs': (E,)}.get(name, ())) if name != 'tokens' else
-                  np.full(L, tokens, np.float32) for name in Stats._fields})
+
+  return Stats(
+    **{
+      name: one(*{'pairs': (E, E), 'probs': (E,)}.get(name, ()))
+      if name != 'tokens'
+      else np.full(L, tokens, np.float32)
+      for name in Stats._fields
+    }
+  )
 
 
 def batch(seed: int, nll: list[float], tokens: list[float]) -> dict[str, object]:
   load = np.random.default_rng(seed).integers(1, 50, (L, E)).astype(np.float32)
-  return {'task_nll': np.array(nll, np.float32), 'task_tokens': np.array(tokens, np.float32), 'load': load,
-          'stats': stats(seed, sum(tokens) + 1)}
+  return {
+    'task_nll': np.array(nll, np.float32),
+    'task_tokens': np.array(tokens, np.float32),
+    'load': load,
+    'stats': stats(seed, sum(tokens) + 1),
+  }
 
 
 def corpus(*tasks: str) -> SimpleNamespace:
   sizes = tuple(Size(0, 0, 100 * (i + 1), 300, 3.0) for i in range(len(tasks)))
-  return SimpleNamespace(tasks=tasks, sizes=sizes, validation_tokens=sum(s.validation_tokens for s in sizes),
-                         validation_bytes=sum(s.validation_bytes for s in sizes))
+  return SimpleNamespace(
+    tasks=tasks,
+    sizes=sizes,
+    validation_tokens=sum(s.validation_tokens for s in sizes),
+    validation_bytes=sum(s.validation_bytes for s in sizes),
+  )
 
 
 def test_a_training_row_has_scalars_means_worsts_and_layers() -> None:
   layers = layer_statistics(np.array([[1, 2, 3, 4], [5, 5, 5, 5], [0, 0, 0, 9]], np.float32), K)
-  metrics = {'lm_loss': np.float32(2.5), 'nll': np.float32(2.0), 'skipped': np.bool_(0), 'stability': np.float32(0.05),
-             'lm_loss/a': np.float32(math.nan), 'load': np.ones((L, E)), 'layers': layers}
+  metrics = {
+    'lm_loss': np.float32(2.5),
+    'nll': np.float32(2.0),
+    'skipped': np.bool_(0),
+    'stability': np.float32(0.05),
+    'lm_loss/a': np.float32(math.nan),
+    'load': np.ones((L, E)),
+    'layers': layers,
+  }
   row, listed = training_row(metrics, 4.0)
   assert row['perplexity'] == pytest.approx(math.exp(2)) and row['stability'] == pytest.approx(0.05)
   assert row['bits_per_byte'] == pytest.approx(2 / math.log(2) / 4) and row['skipped'] == 0
-  assert row['max_vio'] == layers['max_vio'].mean() and row['max_vio_worst'] == 3 and row['expert_usage_worst'] == 0.25
+  assert (
+    row['max_vio'] == layers['max_vio'].mean()
+    and row['max_vio_worst'] == 3
+    and row['expert_usage_worst'] == 0.25
+  )
   assert set(listed) == set(layers) and listed['max_vio'] == pytest.approx([0.6, 0, 3])
-  assert 'load' not in row and 'layers' not in row and all(isinstance(value, float) for value in row.values())
+  assert (
+    'load' not in row
+    and 'layers' not in row
+    and all(isinstance(value, float) for value in row.values())
+  )
 
 
 def test_a_validation_is_the_ratio_of_sums_and_not_the_mean_of_ratios() -> None:
@@ -56,46 +95,77 @@ def test_a_validation_is_the_ratio_of_sums_and_not_the_mean_of_ratios() -> None:
   assert row['eval/bits_per_byte'] == pytest.approx(310 / 102 / math.log(2) * 100 / 300)
   load = batches[0]['load'].astype(np.float64) + batches[1]['load']
   vio = layer_statistics(load, K)['max_vio']
-  assert row['eval/max_vio'] == pytest.approx(vio.mean()) and row['eval/max_vio_worst'] == pytest.approx(vio.max())
+  assert row['eval/max_vio'] == pytest.approx(vio.mean()) and row[
+    'eval/max_vio_worst'
+  ] == pytest.approx(vio.max())
   peak = np.maximum(batches[0]['stats'].peak, batches[1]['stats'].peak)
   np.testing.assert_allclose(layers['logit_max'], peak, rtol=1e-5)
   entropy = (batches[0]['stats'].entropy + batches[1]['stats'].entropy) / (101 + 3)
   np.testing.assert_allclose(layers['router_entropy'], entropy, rtol=1e-5)
   assert row['eval/churn'] == pytest.approx(0.3) and row['eval/churn_worst'] == 0.5
   names = {*layer_statistics(load, K), *token_statistics(sums['stats']), 'churn'}
-  assert set(layers) == names < set(STATISTICS) and all(len(values) == L for values in layers.values())
-  assert all(name.startswith('eval/') for name in row) and not any(name.endswith('/') for name in row)
+  assert set(layers) == names < set(STATISTICS) and all(
+    len(values) == L for values in layers.values()
+  )
+  assert all(name.startswith('eval/') for name in row) and not any(
+    name.endswith('/') for name in row
+  )
 
 
 def test_each_task_has_its_losses() -> None:
-  row, _ = validation_row(added(None, batch(0, [300.0, 50, 0], [100, 10, 0])), K, corpus('a', 'b', 'c'), {})
-  assert row['eval/lm_loss'] == pytest.approx(350 / 110) and row['eval/lm_loss/a'] == pytest.approx(3)
+  row, _ = validation_row(
+    added(None, batch(0, [300.0, 50, 0], [100, 10, 0])), K, corpus('a', 'b', 'c'), {}
+  )
+  assert row['eval/lm_loss'] == pytest.approx(350 / 110) and row['eval/lm_loss/a'] == pytest.approx(
+    3
+  )
   assert row['eval/lm_loss/b'] == pytest.approx(5) and math.isnan(row['eval/lm_loss/c'])
   assert row['eval/bits_per_byte/b'] == pytest.approx(5 / math.log(2) * 200 / 300)
   assert row['eval/perplexity/b'] == pytest.approx(math.exp(5)) and 'eval/churn' not in row
-  assert not any(name.startswith('eval/lm_loss/') for name in validation_row(
-    added(None, batch(0, [3.0], [1])), K, corpus('alone'), {})[0])
+  assert not any(
+    name.startswith('eval/lm_loss/')
+    for name in validation_row(added(None, batch(0, [3.0], [1])), K, corpus('alone'), {})[0]
+  )
 
 
 def test_perplexity_of_a_loss_that_is_not_finite_or_absurd() -> None:
-  assert perplexity(0.0) == 1 and math.isnan(perplexity(math.nan)) and math.isfinite(perplexity(1e9))
+  assert (
+    perplexity(0.0) == 1 and math.isnan(perplexity(math.nan)) and math.isfinite(perplexity(1e9))
+  )
 
 
-ROW = {'lm_loss': 4.0331, 'bits_per_byte': 1.6842, 'max_vio': 0.254, 'noise_floor': 0.101, 'tokens_per_second': 8412.0,
-       'balance/sequence': 1.2551, 'balance/router_z': 0.5}
+ROW = {
+  'lm_loss': 4.0331,
+  'bits_per_byte': 1.6842,
+  'max_vio': 0.254,
+  'noise_floor': 0.101,
+  'tokens_per_second': 8412.0,
+  'balance/sequence': 1.2551,
+  'balance/router_z': 0.5,
+}
 
 
 def test_progress_says_what_fits() -> None:
   assert progress(490, 500, ROW, 75, 0) == (
     'step 490/500  loss 4.033  bpb 1.684  router_z 0.500  sequence 1.255  MaxVio 0.25 (noise 0.10)  8.4k tok/s  '
-    '1m15s left')
+    '1m15s left'
+  )
   assert progress(490, 500, ROW, 75, 80) == (
-    'step 490/500  loss 4.033  bpb 1.684  MaxVio 0.25 (noise 0.10)  8.4k tok/s  1m15s')
-  assert progress(9, 5000, ROW, 75, 80) == 'step    9/5000  loss 4.033  bpb 1.684  MaxVio 0.25  8.4k tok/s  1m15s'
+    'step 490/500  loss 4.033  bpb 1.684  MaxVio 0.25 (noise 0.10)  8.4k tok/s  1m15s'
+  )
+  assert (
+    progress(9, 5000, ROW, 75, 80)
+    == 'step    9/5000  loss 4.033  bpb 1.684  MaxVio 0.25  8.4k tok/s  1m15s'
+  )
   assert progress(490, 500, ROW, 75, 100).count('router_z') == 1
   for columns in range(70, 130):
     assert len(progress(490, 500, ROW, 75, columns)) <= columns
 
 
 def test_clock() -> None:
-  assert [clock(seconds) for seconds in (5, 75.4, 3599, 3660)] == ['0m05s', '1m15s', '59m59s', '1h01m']
+  assert [clock(seconds) for seconds in (5, 75.4, 3599, 3660)] == [
+    '0m05s',
+    '1m15s',
+    '59m59s',
+    '1h01m',
+  ]
