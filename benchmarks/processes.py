@@ -31,8 +31,8 @@ from moejax.runtime.multiprocess import Vote
 from moejax.sharding.mesh import MeshConfig
 from moejax.train.compile import compile_programs
 from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
-from moejax.train.initial_state import initialised
-from moejax.train.shapes import mesh_of
+from moejax.train.initial_state import initial_train_state
+from moejax.train.shapes import make_run_mesh
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCHEDULER = '--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'
@@ -57,10 +57,10 @@ def work(cfg: ExperimentConfig) -> None:
   keep_compiled_programs()
   data = open_data(cfg.data, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=cfg.seed)
   cfg = with_vocabulary(cfg, data.vocab_size)
-  mesh = mesh_of(cfg)
+  mesh = make_run_mesh(cfg)
   with jax.set_mesh(mesh):
     programs, done = compile_programs(cfg, mesh), 0
-    state, vote = initialised(cfg, programs.target, mesh), Vote([], mesh)
+    state, vote = initial_train_state(cfg, programs.target, mesh), Vote([], mesh)
     for line in sys.stdin:
       begin = time.perf_counter()
       for step in range(done, done + int(line)):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from moejax.checkpoint.checkpoints import NoLoadableCheckpoint
 from moejax.config import ConfigError, check
-from moejax.inference.sampling import SampleConfig, Timed, decode, guesses, opened, text
+from moejax.inference.sampling import SampleConfig, Timed, decode, encode_prompt, guesses, text
 from moejax.model.config import ModelConfig
 from moejax.train.experiment.run_dir import TOKENIZER_FILE, open_run
 
@@ -31,11 +31,11 @@ def main(argv: Sequence[str]) -> int:
     )
     if ids:
       prompts, ends = (
-        [numbers(ids, '--prompt_ids', model.cfg)],
-        numbers(','.join(cfg.stop), '--stop', model.cfg),
+        [parse_token_ids(ids, '--prompt_ids', model.cfg)],
+        parse_token_ids(','.join(cfg.stop), '--stop', model.cfg),
       )
     else:
-      prompts, ends = opened(tokenizer, prompt, cfg.stop)
+      prompts, ends = encode_prompt(tokenizer, prompt, cfg.stop)
   except (ConfigError, NoLoadableCheckpoint) as error:
     print(f'moejax.generate: {error}', file=sys.stderr)
     return 2 if isinstance(error, ConfigError) else 3
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
   return made
 
 
-def numbers(text: str, flag: str, cfg: ModelConfig) -> list[int]:
+def parse_token_ids(text: str, flag: str, cfg: ModelConfig) -> list[int]:
   """Token ids from a list with commas.
 
   Raises:

@@ -18,7 +18,7 @@ from moejax.data.sources import DataConfig
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.generate import main
 from moejax.inference import decode, sampling
-from moejax.inference.sampling import SampleConfig, opened, sample, text
+from moejax.inference.sampling import SampleConfig, encode_prompt, sample, text
 from moejax.model.config import AttentionConfig, InitConfig, ModelConfig
 from moejax.model.transformer import Transformer
 from moejax.moe.balance.config import BalanceConfig
@@ -141,8 +141,8 @@ def test_text_ends_before_the_first_stop(said: str, stop: list[str], shown: list
 
 
 def test_a_prompt_opens_a_document_and_ends_with_it_or_a_special_token() -> None:
-  assert opened(TOKENIZER, 'é', ()) == ([[EOD, *'é'.encode()]], [EOD])
-  assert opened(TOKENIZER, '', ('x', '<|endoftext|>')) == ([[EOD]], [EOD, EOD])
+  assert encode_prompt(TOKENIZER, 'é', ()) == ([[EOD, *'é'.encode()]], [EOD])
+  assert encode_prompt(TOKENIZER, '', ('x', '<|endoftext|>')) == ([[EOD]], [EOD, EOD])
 
 
 def test_the_same_seed_is_the_same_text_and_another_seed_another(state: TrainState) -> None:

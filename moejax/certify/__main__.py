@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
   prepare()
   # Only now: what is imported below imports jax, which reads the environment once.
   from moejax.certify.contract import LINES, certify
-  from moejax.certify.report import Terminal, rewrite_readme, write
+  from moejax.certify.report import Terminal, rewrite_readme, write_certificate
 
   if unknown := sorted(set(args.only) - set(LINES)):
     print(
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
   out = pathlib.Path(args.out)
   with Terminal() as terminal:
     certificate = certify(args.only or list(LINES), args.quick, args.seed, terminal)
-  write(certificate, out)
+  write_certificate(certificate, out)
   terminal.table(certificate, out)
   if args.readme:
     try:

@@ -215,7 +215,7 @@ def to_markdown(certificate: Certificate) -> str:
   return '\n'.join(text) + '\n'
 
 
-def write(certificate: Certificate, directory: pathlib.Path) -> None:
+def write_certificate(certificate: Certificate, directory: pathlib.Path) -> None:
   """certificate.json and certificate.md."""
   directory.mkdir(parents=True, exist_ok=True)
   write_whole(directory / 'certificate.json', to_json(certificate))

@@ -18,10 +18,10 @@ import jax
 from moejax.checkpoint.fingerprint import accept_problem, expect_same
 from moejax.checkpoint.manifest import Meta, digests
 from moejax.checkpoint.reader import NOT_DAMAGE, meta_everywhere, meta_in, read_leaves
-from moejax.checkpoint.steps import Steps, kept
+from moejax.checkpoint.steps import Steps, steps_to_keep
 from moejax.checkpoint.writer import Writer
 from moejax.config import ConfigError, check
-from moejax.runtime.multiprocess import agreed
+from moejax.runtime.multiprocess import broadcast_from_first
 from moejax.sharding.tree import flatten, kinds
 
 T = TypeVar('T')
@@ -87,7 +87,7 @@ class Checkpoints:
     self._writer.check(wait)
     steps = [step for step in self.steps.all() if step not in self._bad]
     self._metrics = {s: self._metrics[s] if s in self._metrics else self._metric(s) for s in steps}
-    for step in set(steps) - kept(self._metrics, *self._keep):
+    for step in set(steps) - steps_to_keep(self._metrics, *self._keep):
       self.steps.delete(step)
 
   def close(self) -> None:
@@ -104,13 +104,13 @@ class Checkpoints:
     not compared. ConfigError where it is of another config: no reason to walk back. NoLoadableCheckpoint.
     """
     bad: list[int] = []
-    while (step := agreed(max({*self.steps.all()} - {*bad}, default=-1))) >= 0:
+    while (step := broadcast_from_first(max({*self.steps.all()} - {*bad}, default=-1))) >= 0:
       try:
         leaves, meta = self._read(step, flatten(target), fingerprint, only)
       except (ConfigError, *NOT_DAMAGE):
         raise  # not the checkpoint's fault
       except Exception as error:
-        if agreed(
+        if broadcast_from_first(
           self.steps.path(step).exists()
         ):  # else deleted under a reader: there are newer ones
           reason = (

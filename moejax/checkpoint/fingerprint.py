@@ -45,10 +45,10 @@ def expect_same(
   }
   causes = {name for found in of.values() for name in found} - {'model'} or {'data'}
   of = {k: found or causes for k, found in of.items()}
-  refused = [lines[k] for k in lines if not {*names(accept)} >= of[k]]
+  refused = [lines[k] for k in lines if not {*accepted_names(accept)} >= of[k]]
   remedy, all_of_it = (
     'give it or a new workdir',
-    ','.join(sorted({*names(accept)}.union(*of.values()))),
+    ','.join(sorted({*accepted_names(accept)}.union(*of.values()))),
   )
   remedy += '' if problems else f', or --config.checkpoint.accept={all_of_it} to go on all the same'
   leaves = [*problems.values()][:SHOWN] + [f'and {len(problems) - SHOWN} more leaves'] * (
@@ -66,14 +66,14 @@ def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, st
   }
 
 
-def names(accept: str) -> list[str]:
+def accepted_names(accept: str) -> list[str]:
   """'data,seed' -> ['data', 'seed']."""
   return [name.strip() for name in accept.split(',') if name.strip()]
 
 
 def accept_problem(accept: str) -> str:
   """What is wrong with it, '' when nothing is."""
-  wrong = [name for name in names(accept) if name not in ACCEPT]
+  wrong = [name for name in accepted_names(accept) if name not in ACCEPT]
   return (
     f'accept={accept!r}: {wrong[0]!r} is not one of {sorted(ACCEPT)}; commas between'
     if wrong

@@ -14,7 +14,7 @@ class RunInUse(RuntimeError):
 
 
 @contextlib.contextmanager
-def lock(workdir: str | os.PathLike) -> Iterator[None]:
+def hold_run_directory(workdir: str | os.PathLike) -> Iterator[None]:
   """Holds the run directory until the block ends or the process dies, however it dies."""
   try:
     Path(workdir).mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.checkpoint.manifest import Meta, digests, unseal
-from moejax.runtime.multiprocess import together
+from moejax.runtime.multiprocess import fail_together
 
 TABLE, MANIFEST = (
   '_METADATA',
@@ -61,7 +61,7 @@ def read_leaves(
     except Exception as error:
       return _told(directory, [path], error)
 
-  with together(Damaged):
+  with fail_together(Damaged):
     _expect_tables(directory)
     with ThreadPoolExecutor() as pool:  # Orbax is loud of the others when one fails
       loaded = dict(zip(wanted, pool.map(load, wanted)))
@@ -79,7 +79,7 @@ def meta_in(path: Path) -> Meta:
 
 def meta_everywhere(path: Path) -> Meta:
   """The same where every process can read it, and nothing in the directory is a link. All processes call it."""
-  with together(Exception):
+  with fail_together(Exception):
     expect_plain(path)
     meta = meta_in(path)
   return meta

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moejax.runtime.faults import fault_point
-from moejax.runtime.multiprocess import is_first
+from moejax.runtime.multiprocess import is_first_process
 
 log = logging.getLogger(__name__)
 RUBBISH = ('*.orbax-checkpoint-tmp*', '*.deleted')
 
 
-def kept(metrics: Mapping[int, float], latest: int, every: int, best: bool) -> set[int]:
+def steps_to_keep(metrics: Mapping[int, float], latest: int, every: int, best: bool) -> set[int]:
   """Which of step -> metric stay: latest, every k-th, the best (the lowest; never one that is not finite)."""
   finite = {step: metric for step, metric in metrics.items() if math.isfinite(metric)}
   chosen = [min(finite, key=lambda step: (finite[step], -step))] if finite and best else []
@@ -55,14 +55,16 @@ class Steps:
     return sorted(int(p.name) for p in numbers if p not in foreign)
 
   def delete(self, step: int) -> None:
-    if is_first():
+    if is_first_process():
       gone = self.path(step).rename(self.directory / f'{step}.deleted')
       fault_point('delete')
       shutil.rmtree(gone, ignore_errors=True)  # what stays has the name of rubbish
 
   def clean(self) -> None:
     """Takes away what killed and failed saves and deletions left; not while a save is in flight."""
-    for path in (p for pattern in RUBBISH for p in self.directory.glob(pattern) if is_first()):
+    for path in (
+      p for pattern in RUBBISH for p in self.directory.glob(pattern) if is_first_process()
+    ):
       shutil.rmtree(
         path, ignore_errors=True
       )  # a failed save may still write there; the next one cleans again

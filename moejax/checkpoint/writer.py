@@ -14,7 +14,7 @@ from moejax.checkpoint.manifest import Meta, seal
 from moejax.checkpoint.save_barrier import Barrier
 from moejax.checkpoint.steps import Steps
 from moejax.runtime.faults import fault_point
-from moejax.runtime.multiprocess import together
+from moejax.runtime.multiprocess import fail_together
 
 
 class SaveFailed(RuntimeError):
@@ -81,7 +81,7 @@ class Writer:
   @contextlib.contextmanager
   def _errors(self) -> Iterator[None]:
     try:
-      with together(Exception):
+      with fail_together(Exception):
         try:
           yield
         except Exception:

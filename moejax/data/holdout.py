@@ -67,7 +67,7 @@ def survey_of(source: Source, elsewhere: Collection[str] = ()) -> Survey:
   return Survey(digest, sorted(held), sorted(shared), lone, total - validation, validation)
 
 
-def split(source: Source, survey: Survey, held_out: bool) -> Iterator[str]:
+def documents_of_split(source: Source, survey: Survey, held_out: bool) -> Iterator[str]:
   """The documents of one side; ConfigError at the end when the text is not the one that was surveyed."""
   held, keys = set(survey.held), []
   for text in _documents(source)[1]:

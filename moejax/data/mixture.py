@@ -34,7 +34,7 @@ def entry_of(task: str, value: str | float) -> Entry:
     return Entry(math.nan, source, argument.strip())
 
 
-def shares(mixture: Mapping[str, str | float]) -> dict[str, float]:
+def task_shares(mixture: Mapping[str, str | float]) -> dict[str, float]:
   """Task, in the order of task ids -> its part of the rows; they add up to 1."""
   weights = {task: entry_of(task, mixture[task]).weight for task in sorted(mixture)}
   total = sum(weights.values())

@@ -20,7 +20,7 @@ import numpy as np
 
 from moejax.config import check
 from moejax.data.batch import IGNORE, Batch, make_batch
-from moejax.data.holdout import digest_of, split
+from moejax.data.holdout import digest_of, documents_of_split
 from moejax.data.sources import DataConfig
 from moejax.data.token_stream import _digest, _naming, _stream, _texts, _tokenizer
 from moejax.data.tokenizer import Tokenizer
@@ -171,7 +171,9 @@ def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> D
     mixed,
     tuple(validation for _, validation in streams),
     (batch_size, seq_len),
-    lambda held_out: b''.join(text.encode() for _, *of in texts for text in split(*of, held_out)),
+    lambda held_out: b''.join(
+      text.encode() for _, *of in texts for text in documents_of_split(*of, held_out)
+    ),
   )
 
 

@@ -86,7 +86,7 @@ class DataConfig:
       return (Component(self.source, 1.0, self),)
     return tuple(
       Component(task, share, self._component(task))
-      for task, share in mixtures.shares(self.mixture).items()
+      for task, share in mixtures.task_shares(self.mixture).items()
     )
 
   def _component(self, task: str) -> 'DataConfig':

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moejax.config import ConfigError, check
-from moejax.data.holdout import Survey, digest_of, split, survey_of
+from moejax.data.holdout import Survey, digest_of, documents_of_split, survey_of
 from moejax.data.sources import SOURCES, Component, DataConfig, Source
 from moejax.data.token_cache import cached
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
@@ -109,7 +109,7 @@ def _sample(texts: list[Text]) -> Iterator[str]:
       share / (survey.train_bytes or 1)
     ).as_integer_ratio()  # so many in each run of so many documents
     left = int(share)
-    for i, text in enumerate(split(source, survey, False)):
+    for i, text in enumerate(documents_of_split(source, survey, False)):
       for _ in range(
         (-i * copies // of) - (-(i + 1) * copies // of)
       ):  # what ceil(i * copies / of) grows by
@@ -128,7 +128,7 @@ def _stream(text: Text, tokenizer: Tokenizer, cache: Path, held_out: bool) -> np
     logger.info(
       'tokenising %.1f MB', (survey.validation_bytes if held_out else survey.train_bytes) / 1e6
     )
-    for group in _groups(split(source, survey, held_out), tokenizer):
+    for group in _groups(documents_of_split(source, survey, held_out), tokenizer):
       for (opens, _), ids in zip(group, tokenizer.encode_batch([piece for _, piece in group])):
         if ids.size and (ids.max() >= tokenizer.vocab_size or (ids == tokenizer.eod_id).any()):
           raise ConfigError(

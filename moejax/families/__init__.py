@@ -15,7 +15,7 @@ from moejax.families.openpangu_ultra_moe import OPENPANGU_ULTRA_MOE
 from moejax.families.qwen2_moe import QWEN2_MOE
 from moejax.families.qwen3_moe import QWEN3_MOE
 from moejax.families.schema.config_keys import Config
-from moejax.families.schema.family import Family, read, write
+from moejax.families.schema.family import Family, read_config, write_config
 from moejax.model.config import ModelConfig
 
 # model_type in config.json -> what is known of it
@@ -52,9 +52,9 @@ def family_of(config: Config) -> Family:
 def model_config(config: Config) -> tuple[Family, ModelConfig]:
   """What config.json says; ConfigError of all that is wrong with it."""
   known = family_of(config)
-  return known, read(known, config)
+  return known, read_config(known, config)
 
 
 def config_json(known: Family, cfg: ModelConfig, kept: Config) -> dict[str, object]:
   """What transformers loads; `kept` are keys that no config of ours has, such as KEPT of an import."""
-  return write(known, cfg, kept)
+  return write_config(known, cfg, kept)

@@ -22,10 +22,10 @@ from moejax.checkpoint.checkpoints import NoLoadableCheckpoint
 from moejax.checkpoint.writer import SaveFailed
 from moejax.config import ConfigError
 from moejax.config.fields import walk_fields
-from moejax.hf.export_model import DTYPES, export_model
+from moejax.hf.export_model import EXPORT_DTYPES, export_model
 from moejax.hf.import_model import import_model, run_config
 from moejax.hf.logits import write_logits
-from moejax.hf.weights import published
+from moejax.hf.weights import open_published
 from moejax.model.config import ModelConfig
 from moejax.model.transformer import Transformer
 from moejax.sharding.mesh import MeshConfig
@@ -35,7 +35,7 @@ from moejax.train.experiment.run_dir import TOKENIZER_FILE, read_tokenizer
 
 def show(directory: str) -> None:
   """Prints what a published model is; names and shapes are checked, and no tensor is read."""
-  source = published(directory)
+  source = open_published(directory)
   stored, cfg = source.tensors, source.cfg
   shapes = jax.eval_shape(lambda key: Transformer(key, cfg), jax.random.key(0))
   count = count_parameters(shapes, run_config(cfg, ''))
@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
     '--family', default='', help='model_type; needed where several can hold the model'
   )
   add.add_argument(
-    '--dtype', default='', help=f'{" or ".join(DTYPES)}; as imported, or float32, without it'
+    '--dtype', default='', help=f'{" or ".join(EXPORT_DTYPES)}; as imported, or float32, without it'
   )
   add = commands.add_parser('logits', help='token ids [B, S] -> logits [B, S, V]')
   add.add_argument('--model', required=True, help='published files, or the directory of a run')

@@ -16,12 +16,12 @@ import numpy as np
 
 from moejax.config import ConfigError, check
 from moejax.families import FAMILIES, config_json, family_of
-from moejax.families.schema.family import KEPT, Family, read
+from moejax.families.schema.family import KEPT, Family, read_config
 from moejax.families.schema.tensor_names import leaves, tensors
-from moejax.hf.progress import progress, say
+from moejax.hf.progress import progress_bar, say
 from moejax.hf.safetensors.directory import write_tensors
 from moejax.hf.safetensors.file import Spec
-from moejax.hf.weights import MadeOf, Published, lost, repeated, specs
+from moejax.hf.weights import MadeOf, Published, lost, repeated, tensor_specs
 from moejax.model.config import ModelConfig
 from moejax.runtime.files import expect_room, read_json
 from moejax.sharding.tree import flatten
@@ -29,7 +29,7 @@ from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.run_dir import CONFIG_FILE, TOKENIZER_FILE, read_model_on, read_setup
 
 GENERATION_FILE = 'generation_config.json'
-DTYPES = {'float32': 'F32', 'bfloat16': 'BF16'}
+EXPORT_DTYPES = {'float32': 'F32', 'bfloat16': 'BF16'}
 TOKEN_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 Json = dict[str, object]
 
@@ -63,7 +63,7 @@ def origin_of(source: Published) -> Origin:
   )
 
 
-class Plan(NamedTuple):
+class ExportPlan(NamedTuple):
   """How a model will lie in files."""
 
   known: Family
@@ -76,7 +76,7 @@ class Plan(NamedTuple):
 
 def plan_export(
   cfg: ExperimentConfig, origin: Origin | None, eod_id: int, wanted: str, dtype: str
-) -> Plan:
+) -> ExportPlan:
   """How the model of a run is published.
 
   Args:
@@ -94,7 +94,9 @@ def plan_export(
     f'--family={wanted!r} is not one of {sorted(FAMILIES)}'
     if wanted and wanted not in FAMILIES
     else '',
-    f'--dtype={dtype!r} is not one of {sorted(DTYPES)}' if dtype and dtype not in DTYPES else '',
+    f'--dtype={dtype!r} is not one of {sorted(EXPORT_DTYPES)}'
+    if dtype and dtype not in EXPORT_DTYPES
+    else '',
   )
   if origin and wanted and FAMILIES[wanted] is not family_of(origin.config):
     origin = None
@@ -110,7 +112,7 @@ def plan_export(
     copies = {copy: name for copy, name in copies.items() if copy in origin.copies}
   names = {part.name: path for path, parts in made_of.items() for part in parts} | copies
   dtypes = {
-    name: 'F32' if path == 'router.bias' else DTYPES[dtype or 'float32']
+    name: 'F32' if path == 'router.bias' else EXPORT_DTYPES[dtype or 'float32']
     for name, path in names.items()
   }
   if origin and not dtype:
@@ -125,7 +127,7 @@ def plan_export(
     config[spelling] = dtype or ('bfloat16' if origin else 'float32')
   generation = origin.generation_config if origin else {}
   generation = generation or {name: config[name] for name in TOKEN_IDS if name in config}
-  return Plan(known, config, generation, made_of, copies, dtypes)
+  return ExportPlan(known, config, generation, made_of, copies, dtypes)
 
 
 def _said_of(cfg: ExperimentConfig, eod_id: int) -> Json:
@@ -153,7 +155,7 @@ def _written(known: Family, cfg: ModelConfig, kept: Json) -> tuple[Json, MadeOf]
 def _unchanged(known: Family, cfg: ModelConfig, origin: Origin, written: Json) -> Json:
   """The origin's config.json, if that is what the model still is; {} if not."""
   # Files may lack the layers of multi-token prediction that their config.json speaks of; then the import has none.
-  before = dataclasses.replace(read(known, origin.config), mtp_depth=cfg.mtp_depth)
+  before = dataclasses.replace(read_config(known, origin.config), mtp_depth=cfg.mtp_depth)
   if config_json(known, before, _kept(known, origin.config)) != written:
     return {}
   return {name: value for name, value in origin.config.items() if name != 'quantization_config'}
@@ -205,11 +207,11 @@ def export_model(workdir: str, out: str, wanted: str = '', dtype: str = '') -> N
   check(*lost(chosen.known, chosen.config, chosen.made_of, leaves))
   files = {CONFIG_FILE: chosen.config, GENERATION_FILE: chosen.generation_config}
   texts = {name: json.dumps(content, indent=2) + '\n' for name, content in files.items()}
-  todo = specs(chosen.made_of, leaves, chosen.copies, chosen.dtypes)
-  with progress('writing', sum(spec.nbytes for spec in todo)) as advance:
+  todo = tensor_specs(chosen.made_of, leaves, chosen.copies, chosen.dtypes)
+  with progress_bar('writing', sum(spec.nbytes for spec in todo)) as advance:
     write_tensors(
       out,
-      [counted(spec, advance) for spec in todo],
+      [with_progress(spec, advance) for spec in todo],
       texts | ({TOKENIZER_FILE: tokenizer.json_text} if tokenizer else {}),
     )
   say(
@@ -218,7 +220,7 @@ def export_model(workdir: str, out: str, wanted: str = '', dtype: str = '') -> N
   )
 
 
-def counted(spec: Spec, advance: Callable[[int], object]) -> Spec:
+def with_progress(spec: Spec, advance: Callable[[int], object]) -> Spec:
   """The tensor, which tells that it is being written."""
 
   def load() -> np.ndarray:

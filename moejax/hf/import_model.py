@@ -11,9 +11,9 @@ from moejax.checkpoint.checkpoints import Checkpoints
 from moejax.config import frozendict
 from moejax.data.sources import DataConfig
 from moejax.hf.export_model import ORIGIN_FILE, origin_of
-from moejax.hf.logits import ONE_DEVICE, read
+from moejax.hf.logits import ONE_DEVICE, read_published_model
 from moejax.hf.progress import say
-from moejax.hf.weights import published
+from moejax.hf.weights import open_published
 from moejax.model.config import ModelConfig
 from moejax.moe.balance.config import BalanceConfig
 from moejax.moe.bias import BiasState
@@ -29,11 +29,11 @@ def import_model(directory: str, out: str, mesh: MeshConfig = ONE_DEVICE) -> Non
   Raises:
     ConfigError: the model cannot be read as it is, or `out` holds something.
   """
-  source, target, start = published(directory), Path(out).resolve(), time.monotonic()
+  source, target, start = open_published(directory), Path(out).resolve(), time.monotonic()
   tokenizer = read_tokenizer(directory, source.cfg.vocab_size)
   cfg = run_config(source.cfg, out, str(target / TOKENIZER_FILE) if tokenizer else '')
   with staged(target) as partial:
-    model, bias = read(source, mesh)
+    model, bias = read_published_model(source, mesh)
     checkpoints = Checkpoints(partial / CHECKPOINTS, cfg.checkpoint)
     checkpoints.save(0, {'model': model, 'router': BiasState(bias, jnp.zeros_like(bias))}, {})
     checkpoints.close()

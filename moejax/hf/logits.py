@@ -11,8 +11,8 @@ from jax import Array
 
 from moejax.config import ConfigError, check
 from moejax.data.batch import make_batch
-from moejax.hf.progress import progress
-from moejax.hf.weights import Published, published, read_weights
+from moejax.hf.progress import progress_bar
+from moejax.hf.weights import Published, open_published, read_weights
 from moejax.model.transformer import Transformer
 from moejax.runtime.files import whole_path
 from moejax.sharding.mesh import MeshConfig, make_mesh
@@ -50,10 +50,10 @@ def token_ids(path: str, vocab_size: int) -> np.ndarray:
   return found.astype(np.int32)
 
 
-def read(source: Published, mesh: MeshConfig) -> tuple[Transformer, Array]:
+def read_published_model(source: Published, mesh: MeshConfig) -> tuple[Transformer, Array]:
   """The published model and its router bias, on as many devices as the mesh has."""
   devices = make_mesh(mesh)
-  with progress('reading', source.nbytes) as advance:
+  with progress_bar('reading', source.nbytes) as advance:
     return read_weights(source, devices, advance)
 
 
@@ -64,24 +64,24 @@ def write_logits(directory: str, tokens_file: str, out: str) -> None:
     cfg = read_setup(directory).cfg
     vocab_size = cfg.model.vocab_size
   else:
-    source = published(directory)
+    source = open_published(directory)
     vocab_size = source.cfg.vocab_size
   tokens = token_ids(tokens_file, vocab_size)
   if is_run:
     _, model, router = read_model_on(device, directory, cfg)
     bias = router.bias
   else:
-    model, bias = read(source, ONE_DEVICE)
+    model, bias = read_published_model(source, ONE_DEVICE)
   with whole_path(Path(out)) as partial:
     # A row at a time: all logits of a long batch are larger than the model.
     rows = np.lib.format.open_memmap(partial, 'w+', np.float32, (*tokens.shape, vocab_size))
     for row, ids in zip(rows, tokens):
-      row[...] = logits(model, bias, ids[None])[0]
+      row[...] = whole_row_logits(model, bias, ids[None])[0]
     rows.flush()
 
 
 @jax.jit
-def logits(model: Transformer, bias: Array, tokens: Array) -> Array:
+def whole_row_logits(model: Transformer, bias: Array, tokens: Array) -> Array:
   """Of whole rows, each one document. tokens [B, S], bias [L, E] -> [B, S, V] f32."""
   batch = make_batch(tokens)
   with jax.default_matmul_precision('highest'):

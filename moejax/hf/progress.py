@@ -17,7 +17,7 @@ from rich.progress import (
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
   """A bar of bytes on stderr; gives what to call with the bytes that are done."""
   columns = (
     TextColumn('{task.description}'),

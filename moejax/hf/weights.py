@@ -40,7 +40,7 @@ from moejax.families.schema.tensor_names import (
   to_file,
 )
 from moejax.hf.safetensors.directory import Tensors, expect, open_tensors
-from moejax.hf.safetensors.file import DTYPES, Index, Spec, bounds
+from moejax.hf.safetensors.file import DTYPES, Index, Spec, slice_bounds
 from moejax.model.config import ModelConfig
 from moejax.model.transformer import Transformer
 from moejax.runtime.files import read_json
@@ -85,7 +85,7 @@ class Published(NamedTuple):
     )
 
 
-def published(directory: str | os.PathLike) -> Published:
+def open_published(directory: str | os.PathLike) -> Published:
   """Reads config.json and all headers.
 
   Raises:
@@ -164,7 +164,7 @@ def read_weights(
   return jax.tree.unflatten(jax.tree.structure(shapes), arrays[:-1]), arrays[-1]
 
 
-def specs(
+def tensor_specs(
   made_of: MadeOf,
   leaves: Mapping[str, np.ndarray],
   again: Mapping[str, str],
@@ -276,7 +276,7 @@ def _array(
   made: dict[Spans, np.ndarray] = {}
 
   def part(index: Index) -> np.ndarray:
-    spans = tuple(bounds(shape, index))
+    spans = tuple(slice_bounds(shape, index))
     if spans not in made:
       made[spans] = _assembled(stored, parts, outer, spans, dtype)
     return made[spans]

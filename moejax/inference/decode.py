@@ -64,7 +64,7 @@ def prefill(
   rows, alive = prompts.shape[0], jnp.ones_like(starts, jnp.bool_)
   looked_back = jnp.zeros((rows, max(0, guesses(caches) - 1), model.cfg.d_model), model.cfg.dtype)
   state = Decoding(prompts, starts, caches, looked_back)
-  batch = batch_of(prompts, jnp.zeros_like(starts), starts, alive)
+  batch = decoding_batch(prompts, jnp.zeros_like(starts), starts, alive)
   out = model(batch, router, caches)
   last = draw(model.logits(out.hidden[:, -1:]), batch.positions[:, -1:] + 1, drawing)
   state = state._replace(caches=caches | out.cache)
@@ -81,7 +81,7 @@ def step(
 ) -> tuple[Decoding, Array, Array]:
   """-> the next state, tokens [B, 1 + G], and how many of them count [B]. Rows not `alive` are padding, and stay."""
   chunk = state.chunk
-  batch = batch_of(chunk, length_of(state.caches), state.starts, alive)
+  batch = decoding_batch(chunk, cache_length(state.caches), state.starts, alive)
   out = model(batch, router, state.caches)
   following = draw(model.logits(out.hidden), batch.positions + 1, drawing)
   agreed = (following[:, :-1] == chunk[:, 1:]).astype(jnp.int32)
@@ -106,7 +106,7 @@ def accept_drafts(
   before, and here becomes that of the known tokens but the last.
   """
   rows, count = jnp.arange(hidden.shape[0]), guesses(state.caches)
-  first = length_of(state.caches) - hidden.shape[1]
+  first = cache_length(state.caches) - hidden.shape[1]
   known = jnp.pad(following, ((0, 0), (0, count)))
   kept, looked_back = [], []
   for depth in range(count):
@@ -115,7 +115,7 @@ def accept_drafts(
     if depth:
       hidden = jnp.concatenate([state.hidden[:, depth - 1 : depth], hidden], 1)  # [B, C + depth, D]
     ahead = known[:, : hidden.shape[1]]
-    batch = batch_of(ahead, first - depth, state.starts, alive)
+    batch = decoding_batch(ahead, first - depth, state.starts, alive)
     hidden, cache = model.draft(depth, hidden, ahead, batch, router, state.caches['mtp'][depth])
     guess = model.logits(hidden[rows, accepted + depth][:, None])[:, 0].argmax(-1)
     known = known.at[rows, accepted + depth + 1].set(guess.astype(jnp.int32))
@@ -130,14 +130,14 @@ def accept_drafts(
   return Decoding(chunk, state.starts, caches, constrain(looking_back, 'batch', '', ''))
 
 
-def batch_of(tokens: Array, first: Array, starts: Array, alive: Array) -> Batch:
+def decoding_batch(tokens: Array, first: Array, starts: Array, alive: Array) -> Batch:
   """Tokens [B, C] from slot `first` [B] on, of rows that begin at slot `starts`; before that is padding."""
   positions = (first - starts)[:, None] + jnp.arange(tokens.shape[1])
   segments = ((positions >= 0) & alive[:, None]).astype(jnp.int32)
   return make_batch(tokens, segment_ids=segments, positions=jnp.maximum(positions, 0))
 
 
-def length_of(caches: Caches) -> Array:
+def cache_length(caches: Caches) -> Array:
   """Slots filled of each row, [B]: all layers are alike."""
   return caches['blocks'][0].length[0]
 

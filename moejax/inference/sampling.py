@@ -132,11 +132,11 @@ def sample(
   model: Transformer, router: Array, tokenizer: Tokenizer, prompt: str, cfg: SampleConfig
 ) -> Iterator[str]:
   """The continuation of a prompt, piece by piece as it is decoded."""
-  prompts, ends = opened(tokenizer, prompt, cfg.stop)
+  prompts, ends = encode_prompt(tokenizer, prompt, cfg.stop)
   return text(decode(model, router, prompts, cfg, ends), tokenizer, cfg.stop)
 
 
-def opened(
+def encode_prompt(
   tokenizer: Tokenizer, prompt: str, stop: Sequence[str]
 ) -> tuple[list[list[int]], list[int]]:
   """The prompt as the beginning of a document, and the ids that end it: the document's, special tokens of `stop`."""

@@ -17,7 +17,7 @@ from moejax.model.kv_cache import KVCache, append
 from moejax.model.layers import Linear, RMSNorm
 from moejax.model.rope import rotate, softmax_factor
 from moejax.sharding.logical_axes import constrain
-from moejax.sharding.params import constant, param
+from moejax.sharding.params import constant_init, param
 
 
 class Attention(nnx.Module):
@@ -44,7 +44,7 @@ class Attention(nnx.Module):
       self.q_norm = RMSNorm(key, width if whole else cfg.d_head, norm_eps)
       self.k_norm = RMSNorm(key, kv_width if whole else cfg.d_head, norm_eps)
     if cfg.sinks:
-      self.sinks = param(key, (cfg.num_heads,), ('norm',), constant(0.0))
+      self.sinks = param(key, (cfg.num_heads,), ('norm',), constant_init(0.0))
 
   def heads(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
     """q [B, S, H, d], rotated; k, rotated, and v [B, S, J, d]."""

@@ -128,9 +128,9 @@ ATTENTIONS: dict[str, Core] = {
   'splash': splash_or_xla,
   'xla': functools.partial(library, 'xla'),
 }
-BEST = {'cpu': 'chunked', 'gpu': 'cudnn', 'tpu': 'splash'}
+BEST_CORES = {'cpu': 'chunked', 'gpu': 'cudnn', 'tpu': 'splash'}
 
 
 def core(implementation: str) -> Core:
   """The row of ATTENTIONS; of 'auto' the best of the platform."""
-  return ATTENTIONS[BEST[platform()] if implementation == 'auto' else implementation]
+  return ATTENTIONS[BEST_CORES[platform()] if implementation == 'auto' else implementation]

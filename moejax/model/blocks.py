@@ -47,8 +47,8 @@ class DenseBlock(nnx.Module):
   def __call__(
     self, x: Array, batch: Batch, window: int, cache: KVCache | None
   ) -> tuple[Array, KVCache | None]:
-    x, cache = attended(self, x, batch, window, cache)
-    return added(x, self.ffn(self.ffn_norm(x)), self.ffn_post_norm), cache
+    x, cache = add_attention(self, x, batch, window, cache)
+    return add_branch(x, self.ffn(self.ffn_norm(x)), self.ffn_post_norm), cache
 
 
 class MoEBlock(nnx.Module):
@@ -66,9 +66,9 @@ class MoEBlock(nnx.Module):
   def __call__(
     self, x: Array, batch: Batch, window: int, cache: KVCache | None, route: Route
   ) -> tuple[Array, KVCache | None, MoEAux]:
-    x, cache = attended(self, x, batch, window, cache)
+    x, cache = add_attention(self, x, batch, window, cache)
     y, aux = self.moe(self.moe_norm(x), route.bias, route.tokens, route.whole)
-    return added(x, y, self.moe_post_norm), cache, aux
+    return add_branch(x, y, self.moe_post_norm), cache, aux
 
 
 def post_norm(cfg: ModelConfig, gain: float) -> RMSNorm | None:
@@ -77,17 +77,17 @@ def post_norm(cfg: ModelConfig, gain: float) -> RMSNorm | None:
   return RMSNorm(jax.random.key(0), cfg.d_model, cfg.norm_eps, start) if cfg.sandwich_norm else None
 
 
-def attended(
+def add_attention(
   block: DenseBlock | MoEBlock, x: Array, batch: Batch, window: int, cache: KVCache | None
 ) -> tuple[Array, KVCache | None]:
   """The attention half of a block."""
   y, cache = block.attention(
     block.attention_norm(x), batch.segment_ids, batch.positions, window, cache
   )
-  return added(x, y, block.attention_post_norm), cache
+  return add_branch(x, y, block.attention_post_norm), cache
 
 
-def added(x: Array, y: Array, norm: RMSNorm | None) -> Array:
+def add_branch(x: Array, y: Array, norm: RMSNorm | None) -> Array:
   """The residual with a branch's output in it."""
   return constrain(x + (y if norm is None else norm(y)), 'batch', 'sequence', '')
 

@@ -171,7 +171,7 @@ class AttentionConfig:
     ]
 
 
-DTYPES = ('bfloat16', 'float32')
+COMPUTE_DTYPES = ('bfloat16', 'float32')
 
 # name -> what a block keeps of its forward pass for its backward pass
 REMAT_POLICIES: dict[str, Callable[..., bool]] = {
@@ -238,7 +238,9 @@ class ModelConfig:
         )
         if gain and not self.sandwich_norm
       ),
-      f'dtype={self.dtype!r} is not one of {sorted(DTYPES)}' if self.dtype not in DTYPES else '',
+      f'dtype={self.dtype!r} is not one of {sorted(COMPUTE_DTYPES)}'
+      if self.dtype not in COMPUTE_DTYPES
+      else '',
       f'remat={self.remat!r} is not one of {sorted(REMAT_POLICIES)}'
       if self.remat not in REMAT_POLICIES
       else '',

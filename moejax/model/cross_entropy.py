@@ -90,11 +90,11 @@ def cross_entropy(
     loss, parts = chunk_loss(xs[0], head, *xs[1:], z_coef)
     return total + loss, parts
 
-  total, parts = jax.lax.scan(chunk, jnp.zeros(()), split((h, targets, weights), chunks))
-  return total, join(parts)
+  total, parts = jax.lax.scan(chunk, jnp.zeros(()), split_chunks((h, targets, weights), chunks))
+  return total, join_chunks(parts)
 
 
-def forward(
+def cross_entropy_fwd(
   h: Array, head: Array, targets: Array, weights: Array, z_coef: Array, chunks: int
 ) -> tuple[tuple[Array, PerToken], tuple[Array, Array]]:
   """The loss with its gradient already in hand: dh [B, S, D] and dhead [D, V] for a cotangent of 1."""
@@ -106,12 +106,12 @@ def forward(
     return (total + loss, d_head + d_head_chunk), (parts, dh)
 
   (total, d_head), (parts, dh) = jax.lax.scan(
-    chunk, (jnp.zeros(()), jnp.zeros_like(head)), split((h, targets, weights), chunks)
+    chunk, (jnp.zeros(()), jnp.zeros_like(head)), split_chunks((h, targets, weights), chunks)
   )
-  return (total, join(parts)), (join(dh), d_head)
+  return (total, join_chunks(parts)), (join_chunks(dh), d_head)
 
 
-def backward(
+def cross_entropy_bwd(
   chunks: int, residuals: tuple[Array, Array], cotangent: tuple[Array, PerToken]
 ) -> tuple[Array, Array, None, None, None]:
   """Scales the gradient by the cotangent of the total; the parts have none."""
@@ -120,10 +120,10 @@ def backward(
   return dh * scale.astype(dh.dtype), d_head * scale, None, None, None
 
 
-cross_entropy.defvjp(forward, backward)
+cross_entropy.defvjp(cross_entropy_fwd, cross_entropy_bwd)
 
 
-def split(tree: Tree, chunks: int) -> Tree:
+def split_chunks(tree: Tree, chunks: int) -> Tree:
   """[B, S, ...] -> [chunks, B, S / chunks, ...]; where they do not divide S, with the next number that does."""
   length = jax.tree.leaves(tree)[0].shape[1]
   chunks = next(n for n in range(min(chunks, length), length + 1) if length % n == 0)
@@ -132,6 +132,6 @@ def split(tree: Tree, chunks: int) -> Tree:
   )
 
 
-def join(tree: Tree) -> Tree:
+def join_chunks(tree: Tree) -> Tree:
   """The inverse of `split`."""
   return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:]), tree)

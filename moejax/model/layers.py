@@ -13,7 +13,7 @@ from jax import Array
 
 from moejax.moe.experts.ffn import matmul
 from moejax.sharding.logical_axes import constrain
-from moejax.sharding.params import constant, normal, param
+from moejax.sharding.params import constant_init, normal_init, param
 
 
 class Linear(nnx.Module):
@@ -22,8 +22,8 @@ class Linear(nnx.Module):
   def __init__(
     self, key: Array, shape: tuple[int, int], axes: tuple[str, str], std: float, bias: bool = False
   ) -> None:
-    self.w = param(key, shape, axes, normal(std))
-    self.b = param(key, shape[1:], ('norm',), constant(0.0)) if bias else None
+    self.w = param(key, shape, axes, normal_init(std))
+    self.b = param(key, shape[1:], ('norm',), constant_init(0.0)) if bias else None
 
   def __call__(self, x: Array) -> Array:
     y = matmul(x, self.w[...])
@@ -42,7 +42,7 @@ class RMSNorm(nnx.Module):
 
   def __init__(self, key: Array, dim: int, eps: float, gain: float = 1.0) -> None:
     self.eps = eps
-    self.scale = param(key, (dim,), ('norm',), constant(gain))
+    self.scale = param(key, (dim,), ('norm',), constant_init(gain))
 
   def __call__(self, x: Array) -> Array:
     return rms_norm(x, self.scale[...], self.eps)
@@ -52,7 +52,7 @@ class Embed(nnx.Module):
   """Token ids to vectors. A gather, never a one-hot matmul: that is V times the work."""
 
   def __init__(self, key: Array, vocab_size: int, d_model: int, std: float) -> None:
-    self.table = param(key, (vocab_size, d_model), ('vocab', 'embed'), normal(std))
+    self.table = param(key, (vocab_size, d_model), ('vocab', 'embed'), normal_init(std))
 
   def __call__(self, tokens: Array, dtype: jnp.dtype) -> Array:  # [B, S] i32 -> [B, S, D]
     # Gathered whole over `embed` first: rows looked up from a split table would come back split, and be moved again.

@@ -85,7 +85,7 @@ def not_dense(cfg: ModelConfig) -> list[str]:
   ]
 
 
-def misfits(source: ModelConfig, target: ModelConfig) -> list[str]:
+def upcycle_problems(source: ModelConfig, target: ModelConfig) -> list[str]:
   """Why the target cannot be made of a dense source; '' for each thing that is well."""
   moe, width, experts = target.moe, source.moe.d_expert, target.moe.router.num_experts
   slices, g = width // moe.d_expert, granularity(source, target)

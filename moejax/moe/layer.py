@@ -22,7 +22,7 @@ from moejax.moe.routing import RouterConfig, Routing, route, router_logits
 from moejax.moe.selection import SELECTIONS, Tokens, jittered, whole_rows
 from moejax.moe.statistics import Stats, observe
 from moejax.moe.token_sets import Scope, expert_load
-from moejax.sharding.params import constant, normal, param
+from moejax.sharding.params import constant_init, normal_init, param
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +116,12 @@ class MoE(nnx.Module):
     out_std = out_std or std
     num_experts = cfg.router.num_experts
     router_key, experts_key, shared_key = jax.random.split(key, 3)
-    self.router = param(router_key, (d_model, num_experts), ('embed', ''), normal(std))
+    self.router = param(router_key, (d_model, num_experts), ('embed', ''), normal_init(std))
     if cfg.router.noisy:
       # From zero: the noise begins at softplus(0) = 0.69 for every expert.
-      self.noise = param(router_key, (d_model, num_experts), ('embed', ''), normal(0.0))
+      self.noise = param(router_key, (d_model, num_experts), ('embed', ''), normal_init(0.0))
     if cfg.router.logit_bias:
-      self.router_logit_bias = param(key, (num_experts,), ('norm',), constant(0.0))
+      self.router_logit_bias = param(key, (num_experts,), ('norm',), constant_init(0.0))
     self.experts = Experts(
       experts_key,
       num_experts,
@@ -135,7 +135,7 @@ class MoE(nnx.Module):
       self.shared = SwiGLU(shared_key, d_model, cfg.num_shared * cfg.d_expert, std, out_std)
     if cfg.shared_gate:
       gate_key = jax.random.fold_in(key, 3)
-      self.shared_gate = param(gate_key, (d_model, 1), ('embed', ''), normal(std))
+      self.shared_gate = param(gate_key, (d_model, 1), ('embed', ''), normal_init(std))
 
   def route(self, x: Array, bias: Array, tokens: Tokens) -> Routing:
     """x [B, S, D] normalised, bias [E] f32 -> the routing of all tokens, padding included."""

@@ -9,14 +9,14 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from moejax.model.transformer import Transformer
 from moejax.moe.dispatch.dispatchers import exchange_of
-from moejax.moe.dispatch.exchange_cost import Group, lacking_ragged, moved
+from moejax.moe.dispatch.exchange_cost import Group, exchange_bytes, lacking_ragged
 from moejax.plan.hlo.collectives import Collective
 from moejax.plan.topology import Topology
 from moejax.sharding.logical_axes import RULES
 from moejax.sharding.mesh import MeshConfig
 from moejax.sharding.params import is_param, param_axes
 from moejax.train.experiment.config import ExperimentConfig
-from moejax.train.shapes import shapes_of
+from moejax.train.shapes import state_shapes
 
 
 class Shapes(NamedTuple):
@@ -32,7 +32,7 @@ class Shapes(NamedTuple):
 
 def shapes(cfg: ExperimentConfig) -> Shapes:
   """Of a config's model."""
-  model = shapes_of(cfg).model
+  model = state_shapes(cfg).model
   params = [p for p in jax.tree.leaves(model, is_leaf=is_param) if is_param(p)]
   return Shapes(
     model, tuple((math.prod(p.shape), param_axes(p), param_axes(p)[0] == 'layer') for p in params)
@@ -46,7 +46,7 @@ def shards(mesh: MeshConfig, axes: Sequence[str], whole: Sequence[str]) -> int:
   )
 
 
-def tokens_of(cfg: ExperimentConfig, mesh: MeshConfig) -> int:
+def tokens_per_device(cfg: ExperimentConfig, mesh: MeshConfig) -> int:
   """T."""
   return cfg.batch_size // cfg.micro_batches * cfg.seq_len // (mesh.data * mesh.fsdp * mesh.expert)
 
@@ -61,7 +61,7 @@ class Exchanged(NamedTuple):
 
 def exchanged(cfg: ExperimentConfig, mesh: MeshConfig, topology: Topology) -> Exchanged:
   """TPUs take copies a window at a time, see moejax/moe/ragged.py; elsewhere there is room for all that may come."""
-  model, tokens = cfg.model, tokens_of(cfg, mesh)
+  model, tokens = cfg.model, tokens_per_device(cfg, mesh)
   router, here = model.moe.router, model.moe.router.num_experts // mesh.expert
   if mesh.expert == 1:
     return Exchanged(0.0, tokens, tokens * router.top_k)
@@ -80,7 +80,7 @@ def exchanged(cfg: ExperimentConfig, mesh: MeshConfig, topology: Topology) -> Ex
   each = min(router.top_k, here) if name == 'ragged' else router.top_k
   copies = tokens * each * (1.25 if topology.compiler == 'tpu' else mesh.expert)
   return Exchanged(
-    moved(group)[name], mesh.expert * tokens * (each if name == 'ragged' else 1), copies
+    exchange_bytes(group)[name], mesh.expert * tokens * (each if name == 'ragged' else 1), copies
   )
 
 
@@ -91,7 +91,7 @@ def itemsize_of(cfg: ExperimentConfig) -> int:
 
 def saved_activation_bytes(cfg: ExperimentConfig, moves: Exchanged, topology: Topology) -> float:
   """Bytes that the forward pass of one micro-batch keeps for the backward pass."""
-  model, mesh, tokens = cfg.model, cfg.mesh, tokens_of(cfg, cfg.mesh)
+  model, mesh, tokens = cfg.model, cfg.mesh, tokens_per_device(cfg, cfg.mesh)
   attention, moe, layers = model.attention, model.moe, model.num_layers + model.mtp_depth
   residual = tokens * model.d_model
   if model.remat == 'full':
@@ -120,7 +120,12 @@ def peak_temporary_bytes(
   cfg: ExperimentConfig, moves: Exchanged, found: Shapes, topology: Topology
 ) -> float:
   """Bytes of the backward pass of one block, or of the head: weights gathered over fsdp, rows of experts, scores."""
-  model, mesh, tokens, itemsize = cfg.model, cfg.mesh, tokens_of(cfg, cfg.mesh), itemsize_of(cfg)
+  model, mesh, tokens, itemsize = (
+    cfg.model,
+    cfg.mesh,
+    tokens_per_device(cfg, cfg.mesh),
+    itemsize_of(cfg),
+  )
   layers = model.num_layers + model.mtp_depth
   weights = (
     sum(size / shards(mesh, axes, ('fsdp',)) for size, axes, stacked in found.rows if stacked)
@@ -167,7 +172,7 @@ def estimated_collectives(
   mesh, model, parts = cfg.mesh, cfg.model, cfg.micro_batches
   itemsize, again = itemsize_of(cfg), 0 if model.remat == 'none' else 1
   layers = model.num_layers + model.mtp_depth
-  own, gathered, tokens = found.count(mesh), found.count(mesh, 'fsdp'), tokens_of(cfg, mesh)
+  own, gathered, tokens = found.count(mesh), found.count(mesh, 'fsdp'), tokens_per_device(cfg, mesh)
   sent = exchanged(cfg, mesh, topology).sent
   sizes = {
     'fsdp': (gathered - own) * itemsize * (2 + again + 1),
@@ -194,7 +199,7 @@ def moved_through_memory(cfg: ExperimentConfig, found: Shapes, topology: Topolog
   """Bytes through one device's memory in a step: optimiser, gradients, gathered weights, activations."""
   mesh, model = cfg.mesh, cfg.model
   itemsize, passes = itemsize_of(cfg), 3 if model.remat == 'none' else 4
-  layers, tokens = model.num_layers + model.mtp_depth, tokens_of(cfg, mesh)
+  layers, tokens = model.num_layers + model.mtp_depth, tokens_per_device(cfg, mesh)
   moves = exchanged(cfg, mesh, topology)
   block = (
     moves.copies * (6 * model.d_model + 8 * model.moe.d_expert / mesh.tensor)

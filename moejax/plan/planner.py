@@ -20,7 +20,14 @@ import jax
 from moejax.config import ConfigError, check
 from moejax.data.tokenizer import SMALLEST_BPE
 from moejax.plan.memory_model import memory, shapes
-from moejax.plan.report import PLAN_MEMORY_FRACTION, Compiled, described, fits, report, total
+from moejax.plan.report import (
+  PLAN_MEMORY_FRACTION,
+  Compiled,
+  describe_layout,
+  fits,
+  plan_lines,
+  total,
+)
 from moejax.plan.search import Guess, candidates
 from moejax.plan.topology import Topology
 from moejax.runtime.units import human
@@ -28,7 +35,7 @@ from moejax.sharding.mesh import resolve_mesh as resolved_mesh
 from moejax.sharding.params import bytes_on_device
 from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
 from moejax.train.experiment.cost import count_parameters
-from moejax.train.shapes import batch_of, mesh_of, target_of
+from moejax.train.shapes import batch_shapes, make_run_mesh, sharded_state_shapes
 from moejax.train.step.train_step import compile_step
 
 FITS, DOES_NOT = 0, 2  # exit statuses; 2 is a bad config's, too
@@ -45,7 +52,7 @@ def print_plan(cfg: ExperimentConfig, mode: str, topology: Topology) -> int:
   except ConfigError as error:
     print(f'no plan; mend this and try again:\n{error}', file=sys.stderr)
     return DOES_NOT
-  print('\n'.join(report(done, topology)), flush=True)
+  print('\n'.join(plan_lines(done, topology)), flush=True)
   return FITS if fits(done, topology) else DOES_NOT
 
 
@@ -72,15 +79,15 @@ def compiled(cfg: ExperimentConfig, devices: Sequence[jax.Device], topology: Top
   Raises:
     ConfigError: the mesh does not divide the devices, the batch or the model.
   """
-  mesh = mesh_of(cfg, devices)
+  mesh = make_run_mesh(cfg, devices)
   with jax.set_mesh(mesh):
-    target = target_of(cfg, mesh)
+    target = sharded_state_shapes(cfg, mesh)
     parameters, own = count_parameters(target.model, cfg), bytes_on_device(target.model, mesh)
     known = memory(cfg, shapes(cfg), topology)
     kinds = {'parameters': own, 'optimiser': bytes_on_device(target.opt_state, mesh)}
     try:
-      with saying(f'compiling the step on {described(cfg)} for {topology.text}'):
-        step = compile_step(cfg, target, batch_of(cfg, mesh))
+      with saying(f'compiling the step on {describe_layout(cfg)} for {topology.text}'):
+        step = compile_step(cfg, target, batch_shapes(cfg, mesh))
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
@@ -144,7 +151,7 @@ def fit(cfg: ExperimentConfig, devices: Sequence[jax.Device], topology: Topology
   print(f'{len(found)} candidates should fit; the fastest:', file=sys.stderr)
   for one in found[:5]:
     print(
-      f'  {described(one.cfg)}: {human(sum(one.memory.values()), 1024)}B, {one.seconds:.3g} s',
+      f'  {describe_layout(one.cfg)}: {human(sum(one.memory.values()), 1024)}B, {one.seconds:.3g} s',
       file=sys.stderr,
     )
   factor, limit = 1.0, PLAN_MEMORY_FRACTION * topology.chip.memory if topology.chip else math.inf

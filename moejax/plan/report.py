@@ -11,12 +11,12 @@ from moejax.config import ConfigError
 from moejax.plan.hlo.collectives import collectives
 from moejax.plan.hlo.memory_traffic import traffic
 from moejax.plan.memory_model import memory, shapes
-from moejax.plan.roofline import Bound, bounds, ceiling, least, step_flops
+from moejax.plan.roofline import Bound, least_time, mfu_ceiling, step_flops, time_bounds
 from moejax.plan.topology import Topology
 from moejax.runtime.units import human
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.cost import Parameters, flops_per_token
-from moejax.train.shapes import parts_of
+from moejax.train.shapes import divided_parts
 
 PLAN_MEMORY_FRACTION = 0.96  # of a device's memory may be planned for: the rest goes to what others hold, and to pieces too small
 
@@ -43,13 +43,13 @@ def fits(done: Compiled, topology: Topology) -> bool:
   )
 
 
-def described(cfg: ExperimentConfig) -> str:
+def describe_layout(cfg: ExperimentConfig) -> str:
   """What a plan may change, in words."""
   mesh = ' x '.join(f'{axis} {size}' for axis, size in dataclasses.asdict(cfg.mesh).items())
   return f'{mesh}, remat {cfg.model.remat}, {cfg.micro_batches} micro-batches'
 
 
-def report(done: Compiled, topology: Topology) -> list[str]:
+def plan_lines(done: Compiled, topology: Topology) -> list[str]:
   """The plan for a person."""
   cfg, parameters, devices = done.cfg, done.parameters, done.mesh.size
   useful, all_flops = step_flops(cfg, parameters)
@@ -75,7 +75,9 @@ def report(done: Compiled, topology: Topology) -> list[str]:
     ]
   if done.text and topology.chip:
     lines += time_lines(
-      bounds(all_flops / devices, traffic(done.text), spoken, done.mesh, topology), done, topology
+      time_bounds(all_flops / devices, traffic(done.text), spoken, done.mesh, topology),
+      done,
+      topology,
     )
   return lines + remedies(done, topology)
 
@@ -96,13 +98,13 @@ def memory_lines(done: Compiled, topology: Topology) -> list[str]:
 
 def time_lines(found: list[Bound], done: Compiled, topology: Topology) -> list[str]:
   """Each bound of a step's time, and what follows from the one that rules."""
-  seconds, rules = least(found)
+  seconds, rules = least_time(found)
   cfg, (useful, _) = done.cfg, step_flops(done.cfg, done.parameters)
   apart = sum(bound.seconds for bound in found)
   tokens = cfg.batch_size * cfg.seq_len
 
   def at(time: float) -> str:
-    return f'{human(tokens / time)}tokens/s, MFU {ceiling(time, useful, done.mesh.size, topology.chip):.1%}'
+    return f'{human(tokens / time)}tokens/s, MFU {mfu_ceiling(time, useful, done.mesh.size, topology.chip):.1%}'
 
   return [
     '',
@@ -170,6 +172,6 @@ def options(cfg: ExperimentConfig) -> dict[str, ExperimentConfig]:
       ConfigError
     ):  # such as balance.ep_groups, which must go with micro_batches
       other = dataclasses.replace(cfg, **change)
-      if other != cfg and not any(part.problem(other.mesh) for part in parts_of(other)):
+      if other != cfg and not any(part.problem(other.mesh) for part in divided_parts(other)):
         found[flags] = other
   return found

@@ -78,7 +78,7 @@ def links(where: np.ndarray, sizes: Sequence[int], chip: Chip) -> tuple[tuple[st
   return ('network',), min(chip.link, chip.network * len(where) / nodes)
 
 
-def bounds(
+def time_bounds(
   flops: float, moved: float, spoken: Sequence[Collective], mesh: Mesh, topology: Topology
 ) -> list[Bound]:
   """flops: of one device, recomputation included.  moved: bytes through its memory."""
@@ -103,7 +103,7 @@ def bounds(
   return found
 
 
-def least(found: Sequence[Bound]) -> tuple[float, str]:
+def least_time(found: Sequence[Bound]) -> tuple[float, str]:
   """(seconds, what takes them): everything overlaps but what uses the same."""
   total: dict[str, float] = dict.fromkeys((use for bound in found for use in bound.uses), 0.0)
   for bound in found:
@@ -113,6 +113,6 @@ def least(found: Sequence[Bound]) -> tuple[float, str]:
   return total[use], use
 
 
-def ceiling(seconds: float, flops: float, devices: int, chip: Chip) -> float:
+def mfu_ceiling(seconds: float, flops: float, devices: int, chip: Chip) -> float:
   """MFU of a step of so many seconds; flops of the model, all devices together."""
   return flops / (seconds * devices * chip.flops) if math.isfinite(seconds) and seconds > 0 else 0.0

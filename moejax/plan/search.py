@@ -24,14 +24,14 @@ from moejax.plan.memory_model import (
   moved_through_memory,
   shapes,
 )
-from moejax.plan.roofline import bounds, least, step_flops
+from moejax.plan.roofline import least_time, step_flops, time_bounds
 from moejax.plan.topology import Topology
 from moejax.sharding.divisibility import meshes_of
 from moejax.sharding.logical_axes import RULES
 from moejax.sharding.mesh import make_mesh
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.cost import count_parameters
-from moejax.train.shapes import parts_of
+from moejax.train.shapes import divided_parts
 
 GUESS_MEMORY_FRACTION = 0.9  # of a chip's memory is what a guess may fill
 
@@ -51,23 +51,23 @@ def guess(
   seconds = math.inf
   if topology.chip:
     _, flops = step_flops(cfg, count_parameters(found.model, cfg))
-    times = bounds(
+    times = time_bounds(
       flops / len(devices),
       moved_through_memory(cfg, found, topology),
       estimated_collectives(cfg, found, topology),
       make_mesh(cfg.mesh, devices),
       topology,
     )
-    seconds = (least(times)[0] + sum(bound.seconds for bound in times)) / 2
+    seconds = (least_time(times)[0] + sum(bound.seconds for bound in times)) / 2
   return Guess(cfg, memory(cfg, found, topology), seconds)
 
 
-def variants(cfg: ExperimentConfig, number: int) -> Iterator[ExperimentConfig]:
+def layout_variants(cfg: ExperimentConfig, number: int) -> Iterator[ExperimentConfig]:
   """The config on every mesh of so many devices that divides it, with every remat and number of micro-batches."""
   limits = [n for n in range(1, cfg.batch_size + 1) if cfg.batch_size % n == 0]
   parts = [
     part
-    for part in parts_of(dataclasses.replace(cfg, micro_batches=1))
+    for part in divided_parts(dataclasses.replace(cfg, micro_batches=1))
     if part.axes != RULES['batch']
   ]
   for mesh in meshes_of(number):
@@ -94,7 +94,9 @@ def candidates(
   """Those that should fit, fastest first; if none should, the smallest."""
   found = shapes(cfg)
   limit = GUESS_MEMORY_FRACTION * topology.chip.memory if topology.chip else math.inf
-  sized = [(sum(memory(one, found, topology).values()), one) for one in variants(cfg, len(devices))]
+  sized = [
+    (sum(memory(one, found, topology).values()), one) for one in layout_variants(cfg, len(devices))
+  ]
   fit = [one for size, one in sized if size <= limit]
   fit = fit or [one for _, one in sorted(sized, key=lambda pair: pair[0])[:1]]
   guesses = [guess(one, found, devices, topology) for one in fit]

@@ -110,7 +110,7 @@ def read_plan_flags(argv: list[str]) -> tuple[str, Topology | None, list[str]]:
     else ''
   )
   topology = parse_topology(flags['topology'])
-  prepare(topology)
+  set_environment(topology)
   return mode, topology, [arg for arg in argv if arg not in ours]
 
 
@@ -159,7 +159,7 @@ def parse_topology(text: str) -> Topology:
   return Topology(text, chip, sizes, 'tpu' if chip.torus else 'gpu', '')
 
 
-def prepare(topology: Topology) -> None:
+def set_environment(topology: Topology) -> None:
   """Sets the environment. JAX reads it when it is imported: call this first."""
   os.environ['JAX_PLATFORMS'] = 'cpu'
   flags = {

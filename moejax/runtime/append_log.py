@@ -13,7 +13,7 @@ _failing: set[pathlib.Path] = set()
 
 
 @contextlib.contextmanager
-def spared(path: pathlib.Path) -> Iterator[None]:
+def warn_once(path: pathlib.Path) -> Iterator[None]:
   """Around what writes a log: an OSError is no more than a warning, one for all logs until each is written again."""
   try:
     yield
@@ -30,7 +30,7 @@ def spared(path: pathlib.Path) -> Iterator[None]:
         log.warning('%s: there is room again, logs are written', path)
 
 
-class Appended:
+class AppendLog:
   """A file to which pieces are added. A piece is in it whole or not at all."""
 
   def __init__(self, path: str | os.PathLike) -> None:
@@ -39,7 +39,7 @@ class Appended:
   def write(self, piece: bytes) -> bool:
     """When it returns the piece has left the process: no kill takes it back. Returns whether there was room for it."""
     size, left = self._file.seek(0, os.SEEK_END), piece
-    with spared(self._path):
+    with warn_once(self._path):
       try:
         fault_point('log')
         while left:

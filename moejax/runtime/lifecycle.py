@@ -12,7 +12,7 @@ from types import FrameType
 
 import jax
 
-from moejax.runtime.multiprocess import is_first
+from moejax.runtime.multiprocess import is_first_process
 
 
 def keep_compiled_programs() -> None:
@@ -25,13 +25,13 @@ def keep_compiled_programs() -> None:
 
 
 @contextlib.contextmanager
-def spoken_log() -> Iterator[None]:
+def configure_logging() -> Iterator[None]:
   """What moejax's own modules log, tokenising or a damaged checkpoint, is for the person at the terminal; of other
   processes than the first, errors only."""
   logger, handler = logging.getLogger('moejax'), logging.StreamHandler()
   before = logger.level, logger.propagate
   logger.addHandler(handler)
-  logger.setLevel(logging.INFO if is_first() else logging.ERROR)
+  logger.setLevel(logging.INFO if is_first_process() else logging.ERROR)
   logger.propagate = False
   # Tasks of Orbax that also failed, where one save did: SaveFailed has said it. Some are told at exit only.
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)

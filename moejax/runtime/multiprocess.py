@@ -21,19 +21,19 @@ Tree = TypeVar('Tree')
 log = logging.getLogger(__name__)
 
 
-def is_first() -> bool:
+def is_first_process() -> bool:
   """Whether this process is the one that writes logs; alone, it is."""
   return jax.process_index() == 0
 
 
-def agreed(number: int) -> int:
+def broadcast_from_first(number: int) -> int:
   """The first process's number, in all of them."""
   if jax.process_count() == 1:
     return number
   return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
-def gathered(number: int) -> list[int]:
+def gather_ints(number: int) -> list[int]:
   """Each process's number, in all of them."""
   return (
     np.ravel(multihost_utils.process_allgather(np.int32(number))).tolist()
@@ -42,14 +42,14 @@ def gathered(number: int) -> list[int]:
   )
 
 
-def everywhere(here: bool) -> bool:
+def true_everywhere(here: bool) -> bool:
   """Whether it holds in all processes: what one of them alone could not read or write, none takes for good."""
-  return all(gathered(int(here)))
+  return all(gather_ints(int(here)))
 
 
-def alike(what: str, text: str) -> None:
+def check_alike(what: str, text: str) -> None:
   """ConfigError in all processes where one has another text than the first."""
-  digests = gathered(int(hashlib.sha256(text.encode()).hexdigest()[:7], 16))
+  digests = gather_ints(int(hashlib.sha256(text.encode()).hexdigest()[:7], 16))
   others = [i for i, digest in enumerate(digests) if digest != digests[0]]
   check(
     f'{what} of process {others[0]} is not that of process 0: give all the same' if others else ''
@@ -57,7 +57,7 @@ def alike(what: str, text: str) -> None:
 
 
 @contextlib.contextmanager
-def together(*kinds: type[Exception]) -> Iterator[None]:
+def fail_together(*kinds: type[Exception]) -> Iterator[None]:
   """What one process cannot do, none does: an error of these kinds in one of them is raised in all, at the end of the
   block, in which nobody may ask the others."""
   error = None
@@ -65,7 +65,7 @@ def together(*kinds: type[Exception]) -> Iterator[None]:
     yield
   except kinds as caught:
     error = caught
-  numbers = gathered(next((i for i, kind in enumerate(kinds, 1) if isinstance(error, kind)), 0))
+  numbers = gather_ints(next((i for i, kind in enumerate(kinds, 1) if isinstance(error, kind)), 0))
   if error and not numbers[0]:
     log.error(
       'process %d: %s', jax.process_index(), error

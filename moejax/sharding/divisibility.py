@@ -53,7 +53,7 @@ def nearest(asked: MeshConfig, parts: Sequence[Part], devices: Sequence[jax.Devi
     dict.fromkeys([wanted, *range(count, 0, -1)]) if of_one_process(devices) else [count]
   ):
     if fit := [mesh for mesh in meshes_of(number) if not any(part.problem(mesh) for part in parts)]:
-      return described(min(fit, key=distance), asked, count)
+      return mesh_flags(min(fit, key=distance), asked, count)
   return f'no mesh of {count} devices would do: mend the numbers above'
 
 
@@ -65,7 +65,7 @@ def meshes_of(number: int) -> Iterator[MeshConfig]:
       yield MeshConfig(number // math.prod(sizes), *sizes)
 
 
-def described(mesh: MeshConfig, asked: MeshConfig, count: int) -> str:
+def mesh_flags(mesh: MeshConfig, asked: MeshConfig, count: int) -> str:
   """The flags that make one mesh of another."""
   sizes = dataclasses.asdict(mesh)
   if math.prod(sizes.values()) == count and not asked.data:

@@ -17,12 +17,12 @@ Tree = TypeVar('Tree')
 Init = Callable[[Array, tuple[int, ...]], Array]
 
 
-def normal(std: float) -> Init:
+def normal_init(std: float) -> Init:
   """Normal of mean 0 and the given standard deviation."""
   return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
 
 
-def constant(value: float) -> Init:
+def constant_init(value: float) -> Init:
   """The same number everywhere: 1 for the scale of a norm, 0 for a bias."""
   return lambda key, shape: jnp.full(shape, value, jnp.float32)
 

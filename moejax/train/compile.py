@@ -15,7 +15,7 @@ from moejax.model.transformer import Transformer
 from moejax.moe.bias import BiasState
 from moejax.sharding.logical_axes import replicated
 from moejax.train.experiment.config import ExperimentConfig
-from moejax.train.shapes import batch_of, target_of
+from moejax.train.shapes import batch_shapes, sharded_state_shapes
 from moejax.train.step.gradient_interference import interference
 from moejax.train.step.train_state import TrainState
 from moejax.train.step.train_step import Metrics, compile_step, eval_step
@@ -36,12 +36,12 @@ class Programs(NamedTuple):
 
 def compile_programs(cfg: ExperimentConfig, mesh: Mesh) -> Programs:
   """Compiles the training step ahead of the first batch, which also tells how much memory it will take."""
-  target, example = target_of(cfg, mesh), batch_of(cfg, mesh)
+  target, example = sharded_state_shapes(cfg, mesh), batch_shapes(cfg, mesh)
   where = example.task_ids.sharding
   cuts = where.addressable_devices_indices_map((cfg.batch_size,)).values()
   rows = sorted({row for (cut,) in cuts for row in range(*cut.indices(cfg.batch_size))})
   step = compile_step(cfg, target, example)
-  evaluate = jax.jit(functools.partial(evaluation, cfg=cfg))
+  evaluate = jax.jit(functools.partial(evaluate_batch, cfg=cfg))
   meter = jax.jit(functools.partial(interference, cfg=cfg))
   put = functools.partial(jax.make_array_from_process_local_data, where)
   return Programs(
@@ -49,7 +49,7 @@ def compile_programs(cfg: ExperimentConfig, mesh: Mesh) -> Programs:
   )
 
 
-def evaluation(
+def evaluate_batch(
   model: Transformer, router: BiasState, batch: Batch, cfg: ExperimentConfig
 ) -> Metrics:
   """What a validation asks of one batch, the same on every device: sums as `eval_step` gives them, and a probe."""

@@ -10,18 +10,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moejax.config import ConfigError, check
 from moejax.model.config import ModelConfig
 from moejax.model.field_roles import fields_with_role
-from moejax.model.upcycle import misfits, not_dense, outcome, upcycle
+from moejax.model.upcycle import not_dense, outcome, upcycle, upcycle_problems
 from moejax.sharding.tree import kinds
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.initial_model import ModelAndRouter
 from moejax.train.experiment.run_dir import read_model, read_setup
-from moejax.train.shapes import target_of
+from moejax.train.shapes import sharded_state_shapes
 from moejax.train.step.train_state import TrainState, init_state
 
 log = logging.getLogger(__name__)
 
 
-def initialised(cfg: ExperimentConfig, target: TrainState, mesh: Mesh) -> TrainState:
+def initial_train_state(cfg: ExperimentConfig, target: TrainState, mesh: Mesh) -> TrainState:
   """A fresh state on the target's shardings, with the model of `init_from` where that is given.
 
   Raises:
@@ -36,7 +36,7 @@ def initialised(cfg: ExperimentConfig, target: TrainState, mesh: Mesh) -> TrainS
   if not cfg.init_from:
     return state
   source = config_of(cfg.init_from)
-  dense = target_of(source, mesh)
+  dense = sharded_state_shapes(source, mesh)
   others = differences(cfg.model, source.model)
   if kinds(dense.model) == kinds(target.model):
     _, model, router = read_model(cfg.init_from, cfg, ModelAndRouter(target.model, target.router))
@@ -44,14 +44,14 @@ def initialised(cfg: ExperimentConfig, target: TrainState, mesh: Mesh) -> TrainS
     return state._replace(model=model, router=router)
   try:
     check(*not_dense(source.model))
-    check(*misfits(source.model, cfg.model))
+    check(*upcycle_problems(source.model, cfg.model))
   except ConfigError as error:
     raise ConfigError(
       'init_from: neither the same model nor one that experts can be made of',
       *error.problems,
       *others,
     ) from error
-  dense_model = jax.tree.map(undivided, ModelAndRouter(dense.model, dense.router))
+  dense_model = jax.tree.map(replicate_unit_axes, ModelAndRouter(dense.model, dense.router))
   _, model, _ = read_model(cfg.init_from, source, dense_model)
   log.info(
     'the model of %s, upcycled: %s', cfg.init_from, outcome(source.model, cfg.model, cfg.upcycle)
@@ -72,7 +72,7 @@ def config_of(directory: str) -> ExperimentConfig:
     raise ConfigError(*(f'init_from: {problem}' for problem in error.problems)) from error
 
 
-def undivided(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def replicate_unit_axes(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
   """The same with its axes of size 1 on every device: the one expert of a dense model is no stack to be split."""
   axes = [
     None if size == 1 else axis

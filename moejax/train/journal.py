@@ -15,17 +15,22 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from moejax.data.pipeline import Data
-from moejax.runtime.append_log import spared
+from moejax.runtime.append_log import warn_once
 from moejax.runtime.files import write_whole
-from moejax.runtime.multiprocess import is_first
+from moejax.runtime.multiprocess import is_first_process
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.cost import devices_at_work, mfu
 from moejax.train.step.train_step import Metrics
 from moejax.train.telemetry.collapse_alarms import Alarms, sounding
 from moejax.train.telemetry.compression import gzip_bits_per_byte, xz_bits_per_byte
-from moejax.train.telemetry.final_report import at_step, best, last_words, monitors, not_finite
+from moejax.train.telemetry.final_report import at_step, best_row, last_words, monitors, not_finite
 from moejax.train.telemetry.load_plots import load_bars, load_image
-from moejax.train.telemetry.metric_rows import Sums, progress, training_row, validation_row
+from moejax.train.telemetry.metric_rows import (
+  ValidationSums,
+  progress_text,
+  training_row,
+  validation_row,
+)
 from moejax.train.telemetry.metrics_log import MetricsLog, as_json
 from moejax.train.telemetry.routing_probe import Probes
 from moejax.train.telemetry.tensorboard import TensorBoard
@@ -110,7 +115,7 @@ class Journal:
     )
     for alarm in self.alarms.heard(step, *seen):
       self.say(alarm)
-    line = progress(
+    line = progress_text(
       step, self.cfg.steps, row, left, self.console.width if self.console.is_terminal else 0
     )
     self.bar.update(self.task, completed=step, description=line)
@@ -118,7 +123,7 @@ class Journal:
       self.say(line)
 
   def validation(
-    self, step: int, sums: Sums, probe: np.ndarray, interference: Metrics, text: str
+    self, step: int, sums: ValidationSums, probe: np.ndarray, interference: Metrics, text: str
   ) -> float:
     """Writes what validation found, see `rows.added`, and keeps the probe; returns bits per byte of the text."""
     row, layers = validation_row(
@@ -157,14 +162,14 @@ class Journal:
     watched = monitors(last := at_step(rows, self.cfg.steps))
     report = {
       'bits_per_byte': bpb,
-      'best_bits_per_byte': best(rows, bpb),
+      'best_bits_per_byte': best_row(rows, bpb),
       'not_finite': not_finite(rows),
       'digest': digest,
       **self.compressed,
       **watched,
       'saturation': self.saturation(last),
     }
-    with spared(self.workdir / 'report.json'):
+    with warn_once(self.workdir / 'report.json'):
       write_whole(self.workdir / 'report.json', as_json(report, indent=2) + '\n')
     self.say(
       *last_words(
@@ -220,7 +225,7 @@ class NullJournal:
     self.skips_in_a_row = self.skips_in_a_row + 1 if metrics['skipped'] else 0
 
   def validation(
-    self, step: int, sums: Sums, probe: np.ndarray, interference: Metrics, text: str
+    self, step: int, sums: ValidationSums, probe: np.ndarray, interference: Metrics, text: str
   ) -> float:
     """Bits per byte of the text, as a Journal finds them."""
     return validation_row(sums, self.cfg.model.moe.router.top_k, self.data, {}).scalars[
@@ -235,4 +240,4 @@ def open_journal(
   cfg: ExperimentConfig, data: Data, flops_per_token: int, step: int
 ) -> Journal | NullJournal:
   """The journal of this process: only the first one writes."""
-  return Journal(cfg, data, flops_per_token, step) if is_first() else NullJournal(cfg, data)
+  return Journal(cfg, data, flops_per_token, step) if is_first_process() else NullJournal(cfg, data)

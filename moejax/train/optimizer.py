@@ -91,7 +91,7 @@ def wsd(cfg: OptimConfig, steps: int) -> optax.Schedule:
   )
 
 
-def constant(cfg: OptimConfig, steps: int) -> optax.Schedule:
+def constant_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
   """The rate, at every step."""
   del steps
   return optax.constant_schedule(cfg.learning_rate)
@@ -140,7 +140,7 @@ def updates_made(opt_state: optax.OptState) -> Array:
 
 
 SCHEDULES: dict[str, Callable[[OptimConfig, int], optax.Schedule]] = {
-  'constant': constant,
+  'constant': constant_rate,
   'cosine': cosine,
   'phases': phases,
   'wsd': wsd,

@@ -22,15 +22,15 @@ from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.step.train_state import TrainState, init_state
 
 
-def target_of(cfg: ExperimentConfig, mesh: Mesh) -> TrainState:
+def sharded_state_shapes(cfg: ExperimentConfig, mesh: Mesh) -> TrainState:
   """ShapeDtypeStructs of a run's state, with shardings."""
-  shapes = shapes_of(cfg)
+  shapes = state_shapes(cfg)
   return jax.tree.map(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings(shapes, mesh)
   )
 
 
-def batch_of(cfg: ExperimentConfig, mesh: Mesh) -> Batch:
+def batch_shapes(cfg: ExperimentConfig, mesh: Mesh) -> Batch:
   """ShapeDtypeStructs of a global batch, its rows split over the mesh."""
   rows = NamedSharding(mesh, spec('batch'))
 
@@ -49,7 +49,7 @@ def batch_of(cfg: ExperimentConfig, mesh: Mesh) -> Batch:
 
 
 @functools.lru_cache(maxsize=2)
-def shapes_of(cfg: ExperimentConfig) -> TrainState:
+def state_shapes(cfg: ExperimentConfig) -> TrainState:
   """ShapeDtypeStructs of `init_state`. Kept: the mesh is held against them, and then the step is compiled for them."""
   return jax.eval_shape(functools.partial(init_state, cfg))
 
@@ -57,9 +57,9 @@ def shapes_of(cfg: ExperimentConfig) -> TrainState:
 log = logging.getLogger(__name__)
 
 
-def parts_of(cfg: ExperimentConfig) -> list[Part]:
+def divided_parts(cfg: ExperimentConfig) -> list[Part]:
   """Rows of a micro-batch, heads, and the dimensions of every parameter that RULES splits; each number once."""
-  model, state = cfg.model, shapes_of(cfg)
+  model, state = cfg.model, state_shapes(cfg)
   parts = [
     Part(
       cfg.batch_size // cfg.micro_batches,
@@ -90,13 +90,13 @@ def parts_of(cfg: ExperimentConfig) -> list[Part]:
   return [*first.values()]
 
 
-def mesh_of(cfg: ExperimentConfig, devices: Sequence[jax.Device] = ()) -> Mesh:
+def make_run_mesh(cfg: ExperimentConfig, devices: Sequence[jax.Device] = ()) -> Mesh:
   """The mesh that cfg.mesh asks for, over these devices ((): all there are).
 
   Raises:
     ConfigError: it does not divide the devices, the rows of a micro-batch, or a parameter; with the nearest that does.
   """
-  devices, parts = devices or jax.devices(), parts_of(cfg)
+  devices, parts = devices or jax.devices(), divided_parts(cfg)
   asked = resolve_mesh(cfg.mesh, len(devices))
   problems = [product_problem(cfg.mesh, devices), *(part.problem(asked) for part in parts)]
   if any(problems):

@@ -14,23 +14,28 @@ import jax
 
 from moejax.checkpoint.checkpoints import Checkpoints, NoLoadableCheckpoint
 from moejax.checkpoint.fingerprint import changes
-from moejax.checkpoint.lock import RunInUse, lock
+from moejax.checkpoint.lock import RunInUse, hold_run_directory
 from moejax.checkpoint.manifest import digest
 from moejax.checkpoint.writer import SaveFailed
 from moejax.config import ConfigError
 from moejax.data.pipeline import Data, open_data
 from moejax.runtime.faults import fault_point, parse_environment
 from moejax.runtime.files import write_whole
-from moejax.runtime.lifecycle import end_at_once, keep_compiled_programs, spoken_log, stop_signals
-from moejax.runtime.multiprocess import Vote, alike, is_first, together
+from moejax.runtime.lifecycle import (
+  configure_logging,
+  end_at_once,
+  keep_compiled_programs,
+  stop_signals,
+)
+from moejax.runtime.multiprocess import Vote, check_alike, fail_together, is_first_process
 from moejax.runtime.watchdog import beat, watch
 from moejax.train.compile import Programs, compile_programs
 from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
 from moejax.train.experiment.run_dir import CHECKPOINTS, TOKENIZER_FILE, read_config, write_config
 from moejax.train.experiment.summary import lines, summarise
-from moejax.train.initial_state import initialised, model_fingerprint
+from moejax.train.initial_state import initial_train_state, model_fingerprint
 from moejax.train.journal import Journal, NullJournal, open_journal
-from moejax.train.shapes import mesh_of
+from moejax.train.shapes import make_run_mesh
 from moejax.train.step.train_state import TrainState
 from moejax.train.step.train_step import Metrics
 from moejax.train.validation import validate
@@ -48,10 +53,10 @@ def train(cfg: ExperimentConfig) -> int:
   keep_compiled_programs()
   try:
     parse_environment()
-    with spoken_log(), contextlib.ExitStack() as held, stop_signals() as received:
-      with together(RunInUse, ConfigError):
-        if is_first():
-          held.enter_context(lock(cfg.workdir))
+    with configure_logging(), contextlib.ExitStack() as held, stop_signals() as received:
+      with fail_together(RunInUse, ConfigError):
+        if is_first_process():
+          held.enter_context(hold_run_directory(cfg.workdir))
       return run(cfg, received)
   except tuple(EXIT_STATUS) as error:
     print(f'{type(error).__name__}: {error}', file=sys.stderr)
@@ -64,24 +69,26 @@ def train(cfg: ExperimentConfig) -> int:
 def run(cfg: ExperimentConfig, received: list[int]) -> int:
   """Everything between holding the run directory and letting it go."""
   workdir = pathlib.Path(cfg.workdir)
-  with together(ConfigError):
+  with fail_together(ConfigError):
     data = open_data(cfg.data, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=cfg.seed)
     full = with_vocabulary(cfg, data.vocab_size)
   data = dataclasses.replace(data, fingerprint=data.fingerprint | model_fingerprint(full.model))
-  alike(
+  check_alike(
     'the config', repr(vars(cfg) | {'workdir': '', 'data': ''})
   )  # paths may have other names on other machines
-  alike('the text or tokenizer', repr(sorted(data.fingerprint.items())))
-  mesh = mesh_of(full)
+  check_alike('the text or tokenizer', repr(sorted(data.fingerprint.items())))
+  mesh = make_run_mesh(full)
   with jax.set_mesh(mesh):
     programs = compile_programs(full, mesh)
     checkpoints = Checkpoints(workdir / CHECKPOINTS, full.checkpoint)
-    state = restored(programs.target, checkpoints, data) or initialised(full, programs.target, mesh)
+    state = restored(programs.target, checkpoints, data) or initial_train_state(
+      full, programs.target, mesh
+    )
     about = summarise(
       full, programs.target.model, programs.target.opt_state, mesh, data, programs.temporaries
     )
     changed = changed_since(cfg)
-    if is_first():
+    if is_first_process():
       write_config(cfg)
       write_whole(workdir / TOKENIZER_FILE, data.tokenizer.json_text)
       write_whole(workdir / 'summary.json', json.dumps(about, indent=2) + '\n')
@@ -136,13 +143,13 @@ def loop(
         validate(cfg, data, programs, state, journal, cfg.eval.batches) if validating else math.inf
       )
       if done < cfg.steps and done % cfg.checkpoint.every == 0:
-        saved = save(checkpoints, done, state, data, score, journal) or saved
+        saved = save_checkpoint(checkpoints, done, state, data, score, journal) or saved
       journal.resume_clock()
       beat()
   catch_up()
   early = signal or end < cfg.steps
   final = math.inf if early else validate(cfg, data, programs, state, journal, 0)
-  unsaved = saved < done and not save(checkpoints, done, state, data, final, journal)
+  unsaved = saved < done and not save_checkpoint(checkpoints, done, state, data, final, journal)
   if note_failed_save(checkpoints, journal, wait=True) or unsaved:
     journal.say(
       f'the last save failed: give the same command again when {cfg.workdir} can be written to'
@@ -159,7 +166,7 @@ def loop(
   return 0
 
 
-def save(
+def save_checkpoint(
   checkpoints: Checkpoints,
   step: int,
   state: TrainState,

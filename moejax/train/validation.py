@@ -10,7 +10,7 @@ from moejax.train.compile import Programs
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.journal import Journal, NullJournal
 from moejax.train.step.train_state import TrainState
-from moejax.train.telemetry.metric_rows import added
+from moejax.train.telemetry.metric_rows import add_sums
 
 SAMPLE_TOKENS = 96
 
@@ -29,7 +29,7 @@ def validate(
   for batch in data.validation(batches, programs.rows):
     result = jax.device_get(programs.evaluate(state.model, state.router, programs.put(batch)))
     first = result.pop('probe')
-    probe, sums = first if sums is None else probe, added(sums, result)
+    probe, sums = first if sums is None else probe, add_sums(sums, result)
     beat()
   sums['task_nll'] = inject('validation', sums['task_nll'], step)
   beat('sample')

@@ -147,7 +147,9 @@ def test_the_check_nearest_to_failing_speaks_for_its_line() -> None:
 
 
 def test_json_and_markdown_hold_every_check(tmp_path: Path) -> None:
-  report.write(certificate(GOOD, Check('slopes', math.inf, 1e-2, 'differences', 'E9', 1)), tmp_path)
+  report.write_certificate(
+    certificate(GOOD, Check('slopes', math.inf, 1e-2, 'differences', 'E9', 1)), tmp_path
+  )
   found = json.loads(
     (tmp_path / 'certificate.json').read_text(), parse_constant=lambda name: pytest.fail(name)
   )

@@ -28,7 +28,7 @@ from moejax.checkpoint import manifest
 from moejax.checkpoint import reader as leaves
 from moejax.checkpoint.checkpoints import CheckpointConfig, Checkpoints, NoLoadableCheckpoint
 from moejax.checkpoint.lock import RunInUse
-from moejax.checkpoint.steps import Steps, kept
+from moejax.checkpoint.steps import Steps, steps_to_keep
 from moejax.checkpoint.writer import SaveFailed
 from moejax.config import ConfigError
 from moejax.sharding.tree import flatten, kinds
@@ -565,7 +565,7 @@ def test_latest_best_and_every_kth_stay(tmp_path: Path) -> None:
 
 
 def test_kept_for_random_metrics() -> None:
-  assert kept({1: 2.0, 2: 2.0, 3: 9.0}, latest=1, every=0, best=True) == {
+  assert steps_to_keep({1: 2.0, 2: 2.0, 3: 9.0}, latest=1, every=0, best=True) == {
     2,
     3,
   }  # of equals the later
@@ -574,7 +574,7 @@ def test_kept_for_random_metrics() -> None:
     steps = sorted({int(s) for s in rng.integers(1, 40, rng.integers(0, 9))})
     metrics = {s: float(rng.choice([math.nan, math.inf, -math.inf, 1.0, 2.0, 3.0])) for s in steps}
     latest, every, best = int(rng.integers(1, 4)), int(rng.integers(0, 5)), bool(rng.integers(2))
-    stay = kept(metrics, latest, every, best)
+    stay = steps_to_keep(metrics, latest, every, best)
     rest = stay - set(steps[-latest:]) - {s for s in steps if every and s % every == 0}
     assert set(steps[-latest:]) <= stay <= set(steps) and len(rest) <= best
     finite = [m for m in metrics.values() if math.isfinite(m)]
@@ -587,7 +587,7 @@ def test_kept_for_random_metrics() -> None:
 
 def test_a_second_lock_names_the_process_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
   code = (
-    'import sys, time; from moejax.checkpoint.lock import lock\n'
+    'import sys, time; from moejax.checkpoint.lock import hold_run_directory as lock\n'
     'with lock(sys.argv[1]): print(1, flush=True); time.sleep(60)'
   )
   with subprocess.Popen(
@@ -596,12 +596,12 @@ def test_a_second_lock_names_the_process_and_a_dead_one_holds_nothing(tmp_path: 
     assert other.stdout.read(1) == b'1'
     with (
       pytest.raises(RunInUse, match=f'in use by process {other.pid};'),
-      checkpoint_lock.lock(tmp_path),
+      checkpoint_lock.hold_run_directory(tmp_path),
     ):
       pass
     other.send_signal(signal.SIGKILL)
     other.wait()
-    with checkpoint_lock.lock(tmp_path):
+    with checkpoint_lock.hold_run_directory(tmp_path):
       assert (tmp_path / 'lock').read_text() == f'{os.getpid()}\n'
 
 
@@ -637,7 +637,7 @@ WRITER = """
 import sys
 import jax.numpy as jnp
 from moejax.checkpoint.checkpoints import CheckpointConfig, Checkpoints
-from moejax.checkpoint.lock import lock
+from moejax.checkpoint.lock import hold_run_directory as lock
 with lock(sys.argv[1]):
   checkpoints = Checkpoints(sys.argv[1] + '/c', CheckpointConfig(keep_latest=2))
   done = checkpoints.restore({'x': jnp.zeros((400, 1000))}, {})

@@ -586,7 +586,7 @@ def test_fingerprint_tells_tasks_weights_and_texts(folder: Path) -> None:
     {'a': 0.7, 'b': 0.2, 'c': 0.1},
     {'a': 2.1, 'b': 0.6, 'c': 0.3},
   ]
-  assert [mixture.shares(table) for table in ratios] == [ratios[1]] * 3
+  assert [mixture.task_shares(table) for table in ratios] == [ratios[1]] * 3
   assert base['source'] == 'mixture' and base['mixture'] == 'code=0.5 maths=0.3 notes=0.2'
   assert all(type(key) is type(value) is str for key, value in base.items())
 

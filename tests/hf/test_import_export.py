@@ -57,7 +57,9 @@ Result = subprocess.CompletedProcess
 @pytest.fixture(autouse=True)
 def cheap_programs(monkeypatch: pytest.MonkeyPatch) -> None:
   """Logits are run once or twice."""
-  monkeypatch.setattr(opened, 'logits', jax.jit(opened.logits.__wrapped__, compiler_options=QUICK))
+  monkeypatch.setattr(
+    opened, 'whole_row_logits', jax.jit(opened.whole_row_logits.__wrapped__, compiler_options=QUICK)
+  )
 
 
 def run(*args: object) -> int:
@@ -226,9 +228,9 @@ def test_a_run_is_exported_in_float32_and_comes_back_to_the_bit(tmp_path: Path) 
   """As the only family that can hold it, with its tokenizer and the ids of it."""
   model, state = trained_here(tmp_path / 'run', 'deepseek_v3', num_layers=2, mtp_depth=0)
   assert run('export', f'--workdir={tmp_path / "run"}', f'--out={tmp_path / "out"}') == 0
-  source = opened.published(tmp_path / 'out')
+  source = opened.open_published(tmp_path / 'out')
   assert source.cfg == dataclasses.replace(model, init=source.cfg.init)
-  back, bias = opened.read(source, opened.ONE_DEVICE)
+  back, bias = opened.read_published_model(source, opened.ONE_DEVICE)
   assert digests(back) == digests(state['model'])
   np.testing.assert_array_equal(bias, state['router'].bias)
   config = json.loads((tmp_path / 'out' / 'config.json').read_text())
@@ -486,7 +488,7 @@ def test_an_import_that_breaks_off_leaves_nothing(
 def test_logits_that_break_off_leave_nothing(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  monkeypatch.setattr(opened, 'logits', lambda *args: check('no more'))
+  monkeypatch.setattr(opened, 'whole_row_logits', lambda *args: check('no more'))
   np.save(tmp_path / 'ids.npy', np.zeros((1, 2), int))
   monkeypatch.chdir(tmp_path)
   assert run('logits', f'--model={GOLDEN / "llama"}', '--tokens=ids.npy', '--out=x.npy') == 2

@@ -12,11 +12,11 @@ import pytest
 from moejax.config import ConfigError
 from moejax.families import FAMILIES
 from moejax.hf import weights as transfer
-from moejax.hf.export_model import Origin, Plan, origin_of, plan_export
+from moejax.hf.export_model import ExportPlan, Origin, origin_of, plan_export
 from moejax.hf.import_model import run_config
 from moejax.hf.safetensors.directory import Tensors
 from moejax.hf.safetensors.file import DTYPES, Spec
-from moejax.hf.weights import Published, lost, published, read_weights, specs
+from moejax.hf.weights import Published, lost, open_published, read_weights, tensor_specs
 from moejax.model.config import ModelConfig
 from moejax.model.transformer import Transformer
 from moejax.sharding.mesh import MeshConfig, make_mesh
@@ -46,13 +46,13 @@ def loaded(source: Published, mesh: MeshConfig | None = None) -> dict[str, jax.A
 
 def given_back(
   source: Published, leaves: dict[str, jax.Array], dtype: str = ''
-) -> tuple[Plan, list[Spec]]:
+) -> tuple[ExportPlan, list[Spec]]:
   """What an export of the import would write."""
   origin = Origin(**json.loads(json.dumps(origin_of(source)._asdict())))
   how = plan_export(run_config(source.cfg, 'run'), origin, -1, '', dtype)
   views = {path: np.asarray(leaf) for path, leaf in leaves.items()}
   assert not lost(how.known, how.config, how.made_of, views)
-  return how, specs(how.made_of, views, how.copies, how.dtypes)
+  return how, tensor_specs(how.made_of, views, how.copies, how.dtypes)
 
 
 # ---- both ways
@@ -60,7 +60,7 @@ def given_back(
 
 @pytest.mark.parametrize('name', NAMES)
 def test_a_golden_comes_back_to_the_byte(name: str, tmp_path: Path) -> None:
-  source = published(copied(name, tmp_path / name))
+  source = open_published(copied(name, tmp_path / name))
   how, back = given_back(source, loaded(source))
   assert {spec.name for spec in back} == {*source.tensors.names}
   for spec in back:
@@ -79,7 +79,8 @@ def test_a_golden_comes_back_to_the_byte(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize('name', ['deepseek_v3', 'openpangu_ultra_moe'])
 def test_the_other_spelling_is_the_same_model_and_is_given_back(name: str, tmp_path: Path) -> None:
   one, other = (
-    published(copied(name, tmp_path / file, file)) for file in ('config.json', 'config_hub.json')
+    open_published(copied(name, tmp_path / file, file))
+    for file in ('config.json', 'config_hub.json')
   )
   assert one.cfg == other.cfg and one.made_of == other.made_of and one.config != other.config
   assert (
@@ -103,7 +104,7 @@ def test_a_mesh_and_layers_make_the_same_leaves(
   name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   """On the shardings of the mesh, and read by their parts: nothing twice for two devices that hold the same."""
-  source = published(copied(name, tmp_path / name))
+  source = open_published(copied(name, tmp_path / name))
   want = loaded(source)
   pieces: list[np.ndarray] = []
   read = Tensors.read
@@ -129,7 +130,7 @@ def test_a_mesh_and_layers_make_the_same_leaves(
 def test_a_stack_is_never_whole_in_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   """At most a layer in the dtype of the file, and one tensor of it; progress adds up to all bytes."""
   config, arrays = random_model('mixtral', 'BF16', num_layers=6)
-  source, sizes, done = published(written(tmp_path / 'm', arrays, config)), [], []
+  source, sizes, done = open_published(written(tmp_path / 'm', arrays, config)), [], []
   assembled = transfer._assembled
   monkeypatch.setattr(transfer, 'SMALL', 0)
   monkeypatch.setattr(
@@ -172,7 +173,7 @@ def test_every_bit_of_every_dtype_survives(tmp_path: Path, monkeypatch: pytest.M
   arrays['model.layers.1.self_attn.q_proj.weight'].reshape(-1)[:256] = bits[:256].view(
     ml_dtypes.bfloat16
   )
-  source = published(written(tmp_path / 'm', arrays, config))
+  source = open_published(written(tmp_path / 'm', arrays, config))
   how, back = given_back(source, loaded(source))
   for spec in back:
     assert (
@@ -200,7 +201,7 @@ def test_fp8_is_dequantised_and_given_back_in_bfloat16(tmp_path: Path) -> None:
     arrays |= {name: blocks, f'{name}_scale_inv': scale}
   biases = [name for name in arrays if name.endswith('e_score_correction_bias')]
   arrays |= {name: arrays[name].astype(np.float32) + 1e-4 for name in biases}
-  source = published(written(tmp_path / 'm', arrays, config))
+  source = open_published(written(tmp_path / 'm', arrays, config))
   how, back = given_back(source, loaded(source))
   for spec in back:
     expected = (
@@ -228,7 +229,7 @@ def test_mxfp4_is_dequantised_and_given_back_in_bfloat16(tmp_path: Path) -> None
     )
     want[name] = numbers.reshape(experts, columns, rows).swapaxes(1, 2)
     arrays |= {f'{name}_blocks': blocks, f'{name}_scales': scales}
-  source = published(
+  source = open_published(
     written(tmp_path / 'm', arrays, config | {'quantization_config': {'quant_method': 'mxfp4'}})
   )
   leaves = loaded(source)
@@ -252,7 +253,7 @@ def test_files_may_lack_multi_token_prediction_and_have_what_is_made_anew(tmp_pa
   }
   config = json.loads((GOLDEN / 'deepseek_v3' / 'config.json').read_text())
   table = {'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(4, np.float32)}
-  source = published(written(tmp_path / 'm', arrays | table, config))
+  source = open_published(written(tmp_path / 'm', arrays | table, config))
   assert config['num_nextn_predict_layers'] == 1 and source.cfg.mtp_depth == 0
   how, back = given_back(source, loaded(source))
   assert how.config == config and {spec.name for spec in back} == {*arrays}
@@ -263,7 +264,7 @@ def test_files_may_lack_multi_token_prediction_and_have_what_is_made_anew(tmp_pa
 
 def test_a_changed_model_is_written_anew(tmp_path: Path) -> None:
   """With what the old config.json says beside the model."""
-  source = published(copied('mixtral', tmp_path / 'm'))
+  source = open_published(copied('mixtral', tmp_path / 'm'))
   changed = dataclasses.replace(source.cfg, norm_eps=1e-3)
   config = plan_export(run_config(changed, 'run'), origin_of(source), -1, '', '').config
   assert config['rms_norm_eps'] == 1e-3 and config['bos_token_id'] == source.config['bos_token_id']
@@ -279,7 +280,7 @@ def test_a_bias_that_only_some_files_hold_is_in_a_changed_model_too(tmp_path: Pa
   arrays |= {
     f'model.layers.{k}.mlp.e_score_correction_bias': np.full(experts, k, np.float32) for k in layers
   }
-  source = published(written(tmp_path / 'm', arrays, config))
+  source = open_published(written(tmp_path / 'm', arrays, config))
   leaves = loaded(source)
   assert np.asarray(leaves['router.bias']).tolist() == [[k] * experts for k in layers]
   how, back = given_back(source, leaves)
@@ -334,7 +335,7 @@ def test_errors_say_what_cannot_be_held_and_by_whom() -> None:
 
 
 def test_a_router_bias_that_files_cannot_hold_is_no_silent_loss(tmp_path: Path) -> None:
-  source = published(copied('mixtral', tmp_path / 'm'))
+  source = open_published(copied('mixtral', tmp_path / 'm'))
   leaves = {path: np.zeros(2, np.float32) for path in source.made_of}
   assert not lost(source.known, source.config, source.made_of, leaves)
   leaves['router.bias'] = np.ones(2, np.float32)
@@ -355,11 +356,11 @@ def test_copies_that_differ_are_another_model(tmp_path: Path) -> None:
     ConfigError,
     match="expected 'model.layers.3.shared_head.head.weight' to repeat 'lm_head.weight'",
   ):
-    loaded(published(written(tmp_path / 'm', arrays, config)))
+    loaded(open_published(written(tmp_path / 'm', arrays, config)))
 
 
 def test_a_mesh_that_does_not_divide_is_told_by_path(tmp_path: Path) -> None:
-  source = published(copied('mixtral', tmp_path / 'm'))
+  source = open_published(copied('mixtral', tmp_path / 'm'))
   with pytest.raises(
     ConfigError, match=r"moe.experts.gate\[2, 6, 24, 14\] does not divide over mesh .*'expert'"
   ):
@@ -372,7 +373,7 @@ def test_numbers_that_float32_cannot_hold_are_refused(tmp_path: Path) -> None:
   with pytest.raises(
     ConfigError, match=r"model.safetensors: 'model.norm.weight' is F64: convert it to one of"
   ):
-    published(written(tmp_path / 'm', arrays, config))
+    open_published(written(tmp_path / 'm', arrays, config))
 
 
 def test_problems_name_the_directory_and_the_file(tmp_path: Path) -> None:
@@ -381,7 +382,7 @@ def test_problems_name_the_directory_and_the_file(tmp_path: Path) -> None:
   with pytest.raises(
     ConfigError, match=f"^{directory}: config.json: model_type='mamba' is not known here"
   ):
-    published(directory)
+    open_published(directory)
   (directory / 'config.json').unlink()
   with pytest.raises(ConfigError, match='holds no config.json'):
-    published(directory)
+    open_published(directory)

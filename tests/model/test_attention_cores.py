@@ -213,7 +213,7 @@ def test_chunks_multiply_no_key_that_none_of_them_sees(monkeypatch: pytest.Monke
 
 
 def test_rows_that_are_the_xla_row_here() -> None:
-  assert ROWS == ['chunked', 'xla'] and set(attend.BEST.values()) <= set(ATTENTIONS)
+  assert ROWS == ['chunked', 'xla'] and set(attend.BEST_CORES.values()) <= set(ATTENTIONS)
   for variant in (PLAIN, VARIANTS['everything']):
     xla, *others = (
       run(name, variant, variant.arrays(), SEGMENTS, variant.dy())[0]

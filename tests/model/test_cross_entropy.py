@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from moejax.config import ConfigError, frozendict
-from moejax.model.cross_entropy import LossConfig, PerToken, cross_entropy, join, split
+from moejax.model.cross_entropy import (
+  LossConfig,
+  PerToken,
+  cross_entropy,
+  join_chunks,
+  split_chunks,
+)
 from tests.support import oracle
 
 B, S, D, V = 2, 12, 6, 10
@@ -158,12 +164,14 @@ def test_no_array_of_the_program_holds_the_logits_of_all_tokens(dtype: str) -> N
 
 
 def test_split_and_join() -> None:
-  parts = split((H, TARGETS), 4)
+  parts = split_chunks((H, TARGETS), 4)
   assert [a.shape for a in parts] == [(4, B, 3, D), (4, B, 3)]
   np.testing.assert_array_equal(parts[0][1], H[:, 3:6])
-  for a, b in zip(join(parts), (H, TARGETS)):
+  for a, b in zip(join_chunks(parts), (H, TARGETS)):
     np.testing.assert_array_equal(a, b)
-  assert [split(H, n).shape[0] for n in CUTS] == [1, 4, 12, 6, 12], 'more where they do not divide'
+  assert [split_chunks(H, n).shape[0] for n in CUTS] == [1, 4, 12, 6, 12], (
+    'more where they do not divide'
+  )
 
 
 def test_weights_of_tasks_weigh_value_and_gradient_token_by_token() -> None:

@@ -8,7 +8,7 @@ from flax import nnx
 
 from moejax.model.layers import Embed, Linear, RMSNorm, rms_norm
 from moejax.moe.experts.ffn import SwiGLU
-from moejax.sharding.params import normal, param
+from moejax.sharding.params import normal_init, param
 from tests.support import oracle
 from tests.support.quick import QUICK
 
@@ -133,9 +133,9 @@ def test_parameters_are_float32_and_know_their_axes(name: str) -> None:
 
 
 def test_param_wants_an_axis_for_each_dimension() -> None:
-  assert param(KEY, (V, D), ('vocab', ''), normal(1.0)).get_metadata('axes') == ('vocab', '')
+  assert param(KEY, (V, D), ('vocab', ''), normal_init(1.0)).get_metadata('axes') == ('vocab', '')
   with pytest.raises(AssertionError):
-    param(KEY, (V, D), ('vocab',), normal(1.0))
+    param(KEY, (V, D), ('vocab',), normal_init(1.0))
 
 
 def test_parameters_start_with_the_spread_asked_for_and_differ_from_each_other() -> None:

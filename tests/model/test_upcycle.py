@@ -17,12 +17,12 @@ from moejax.model.transformer import Transformer
 from moejax.model.upcycle import (
   UpcycleConfig,
   granularity,
-  misfits,
   moe_layers,
   not_dense,
   outcome,
   redrawn,
   upcycle,
+  upcycle_problems,
 )
 from moejax.moe.dispatch.dispatchers import DispatchConfig
 from moejax.moe.layer import MoEConfig
@@ -90,7 +90,7 @@ make = jax.jit(upcycle, static_argnums=2, compiler_options=QUICK)
 
 @functools.cache
 def made(cfg: ModelConfig, source: ModelConfig = SOURCE, drop: float = 0.0) -> Transformer:
-  assert not any([*not_dense(source), *misfits(source, cfg)])
+  assert not any([*not_dense(source), *upcycle_problems(source, cfg)])
   return make(model_of(source), model_of(cfg), UpcycleConfig(drop), KEY)
 
 
@@ -310,7 +310,7 @@ E8 = RouterConfig(8, 2)
   ids=itertools.count(),
 )
 def test_what_the_source_cannot_become_is_told(cfg: ModelConfig, told: str) -> None:
-  problems = [problem for problem in misfits(SOURCE, cfg) if problem]
+  problems = [problem for problem in upcycle_problems(SOURCE, cfg) if problem]
   assert len(problems) == 1 and problems[0].startswith(told), problems
 
 

@@ -14,7 +14,7 @@ from moejax.moe.routing import RouterConfig
 from moejax.plan.topology import parse_topology
 from moejax.sharding.mesh import MeshConfig
 from moejax.train.experiment.config import ExperimentConfig
-from moejax.train.shapes import batch_of, mesh_of, target_of
+from moejax.train.shapes import batch_shapes, make_run_mesh, sharded_state_shapes
 from moejax.train.step.train_step import train_step
 
 pytestmark = [
@@ -50,11 +50,11 @@ def test_the_step_of_eight_gpus(exchange: str) -> None:
       attention=AttentionConfig(num_heads=2, num_kv_heads=2, d_head=128, latent=latent),
     ),
   )
-  mesh = mesh_of(cfg, parse_topology('h200:8').devices())
+  mesh = make_run_mesh(cfg, parse_topology('h200:8').devices())
   with jax.set_mesh(mesh):
-    target = target_of(cfg, mesh)
+    target = sharded_state_shapes(cfg, mesh)
     lowered = jax.jit(functools.partial(train_step, cfg=cfg), donate_argnums=0).lower(
-      target, batch_of(cfg, mesh)
+      target, batch_shapes(cfg, mesh)
     )
     text = lowered.compile({'xla_gpu_autotune_level': 0}).as_text()  # nothing can be timed
   aliases = re.findall(r'\{(\d+)\}: \((\d+), \{\}', text.partition('\n')[0])

@@ -21,8 +21,8 @@ from moejax.plan import planner as plan
 from moejax.plan import report as planned
 from moejax.plan.hlo.collectives import Collective
 from moejax.plan.memory_model import memory, shapes
-from moejax.plan.roofline import Bound, bounds, ceiling, least, links, step_flops
-from moejax.plan.search import candidates, variants
+from moejax.plan.roofline import Bound, least_time, links, mfu_ceiling, step_flops, time_bounds
+from moejax.plan.search import candidates, layout_variants
 from moejax.plan.topology import Topology, parse_topology, read_plan_flags
 from moejax.runtime.chips import CHIPS
 from moejax.sharding.mesh import MeshConfig, make_mesh
@@ -30,8 +30,8 @@ from moejax.sharding.params import bytes_on_device
 from moejax.train.compile import compile_programs
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.cost import count_parameters, flops_per_token
-from moejax.train.initial_state import initialised
-from moejax.train.shapes import mesh_of, target_of
+from moejax.train.initial_state import initial_train_state
+from moejax.train.shapes import make_run_mesh, sharded_state_shapes
 
 ROOT = Path(__file__).parents[2]
 HERE = parse_topology('cpu:8')
@@ -95,11 +95,11 @@ def on(name: str, compiler: str = 'cpu', **limits: float) -> Topology:
 def test_a_plan_is_what_a_run_takes(done: planned.Compiled) -> None:
   """Arguments to the byte, by arrays that are there; all of it within 15%; a guess from shapes within 30%."""
   before = len(jax.live_arrays())
-  mesh = mesh_of(CONFIG)
+  mesh = make_run_mesh(CONFIG)
   with jax.set_mesh(mesh):
     real = compile_programs(CONFIG, mesh).train.memory_analysis()
     assert len(jax.live_arrays()) == before, 'nothing is allocated'
-    state = initialised(CONFIG, target_of(CONFIG, mesh), mesh)
+    state = initial_train_state(CONFIG, sharded_state_shapes(CONFIG, mesh), mesh)
 
   def held(tree: object) -> int:
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
@@ -142,14 +142,14 @@ def test_guessed_parameters_are_those_of_the_mesh() -> None:
 
 
 def test_candidates_divide_the_run_and_should_fit() -> None:
-  found = list(variants(CONFIG, 8))
+  found = list(layout_variants(CONFIG, 8))
   assert {cfg.model.remat for cfg in found} == {'full', 'dots', 'none'}
   assert max(cfg.micro_batches for cfg in found) == 16, (
     'a row on each of the two shards of fsdp 2 x tensor 4'
   )
   assert len({cfg.mesh for cfg in found}) == 19, 'of 20 meshes tensor 8 does not divide four heads'
   for cfg in found[::60]:
-    mesh_of(cfg)
+    make_run_mesh(cfg)
   needs = sorted(sum(memory(cfg, shapes(cfg), on('v5e')).values()) for cfg in found)
   some = on('v5e', memory=needs[len(needs) // 2])
   best = candidates(CONFIG, HERE.devices(), some)
@@ -191,11 +191,11 @@ def test_a_second_candidate_is_compiled_where_the_first_does_not_fit(
 
 @pytest.mark.slow
 def test_a_plan_in_words(done: planned.Compiled) -> None:
-  text = '\n'.join(planned.report(done, on('h200')._replace(sizes=(8,))))
+  text = '\n'.join(planned.plan_lines(done, on('h200')._replace(sizes=(8,))))
   assert all(section in text for section in SECTIONS)
   assert 'it fits' in text and 'rules:' in text and 'over NVLink, 450 GB/s' in text
   small = on('v5e', memory=planned.total(done) / 2)
-  text = '\n'.join(planned.report(done, small))
+  text = '\n'.join(planned.plan_lines(done, small))
   assert 'it does not fit' in text and '--plan=fit' in text
   assert '--config.micro_batches=4: about ' in text
   assert (
@@ -307,14 +307,14 @@ def test_the_slowest_bound_rules_and_what_shares_a_link_adds_up() -> None:
     Bound('fsdp', 2.0, ('x', 'y')),
     Bound('expert', 1.5, ('x',)),
   ]
-  assert least(found) == (3.5, 'x') and least(found[:2]) == (3.0, 'compute')
-  assert ceiling(2.0, 8 * 989e12, 8, CHIPS['h200']) == 0.5
+  assert least_time(found) == (3.5, 'x') and least_time(found[:2]) == (3.0, 'compute')
+  assert mfu_ceiling(2.0, 8 * 989e12, 8, CHIPS['h200']) == 0.5
   node = on('h200')._replace(sizes=(8,))
   spoken = [
     Collective('all-gather', ('fsdp',), 1, 450e9),
     Collective('all-reduce', ('fsdp',), 2, 450e9),
   ]
-  told = bounds(989e12, 4.8e12, spoken, make_mesh(MeshConfig(1, 8)), node)
+  told = time_bounds(989e12, 4.8e12, spoken, make_mesh(MeshConfig(1, 8)), node)
   assert [(bound.seconds, bound.uses) for bound in told] == [
     (1, ('compute',)),
     (1, ('memory',)),

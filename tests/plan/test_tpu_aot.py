@@ -24,7 +24,7 @@ from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
 from moejax.sharding.mesh import MeshConfig
 from moejax.train.experiment.config import ExperimentConfig
-from moejax.train.shapes import batch_of, mesh_of, target_of
+from moejax.train.shapes import batch_shapes, make_run_mesh, sharded_state_shapes
 from moejax.train.step.train_step import compile_step
 
 pytestmark = [
@@ -149,11 +149,11 @@ def compiled(case: Case, sizes: MeshConfig, rows: int) -> Program:
     case.model, moe=dataclasses.replace(case.model.moe, dispatch=case.dispatch)
   )
   cfg = ExperimentConfig(batch_size=rows, seq_len=128, model=model, mesh=sizes)
-  mesh = mesh_of(cfg, devices(case.slice))
+  mesh = make_run_mesh(cfg, devices(case.slice))
   with jax.set_mesh(mesh):
-    target = target_of(cfg, mesh)
+    target = sharded_state_shapes(cfg, mesh)
     return Program(
-      compile_step(cfg, target, batch_of(cfg, mesh)).as_text(), len(jax.tree.leaves(target))
+      compile_step(cfg, target, batch_shapes(cfg, mesh)).as_text(), len(jax.tree.leaves(target))
     )
 
 

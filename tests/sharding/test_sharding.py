@@ -19,7 +19,7 @@ from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
 from moejax.sharding.logical_axes import RULES, constrain, platform, row_shards, spec
 from moejax.sharding.mesh import MESH_AXES, MeshConfig, make_mesh, product_problem
-from moejax.sharding.params import is_param, normal, param, param_spec, shardings
+from moejax.sharding.params import is_param, normal_init, param, param_spec, shardings
 from moejax.sharding.tree import size
 
 CONFIG = ModelConfig(
@@ -169,6 +169,6 @@ def test_the_platform_is_that_of_the_program_also_for_absent_chips() -> None:
 
 
 def test_size_counts_the_numbers_of_all_leaves() -> None:
-  five = param(jax.random.key(0), (5,), ('norm',), normal(1.0))
+  five = param(jax.random.key(0), (5,), ('norm',), normal_init(1.0))
   tree = {'a': jnp.zeros((2, 3)), 'b': (jnp.zeros(()), five)}
   assert size(tree) == 6 + 1 + 5

@@ -39,7 +39,7 @@ from moejax.sharding.mesh import MeshConfig, make_mesh
 from moejax.sharding.params import shardings
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.optimizer import OptimConfig
-from moejax.train.step.objective import ahead
+from moejax.train.step.objective import targets_ahead
 from moejax.train.step.train_state import init_state
 from moejax.train.step.train_step import train_step
 from tests.support.quick import QUICK
@@ -73,7 +73,7 @@ class Golden(NamedTuple):
 
 def load(name: str) -> Golden:
   """The golden checkpoint as an import reads it."""
-  source = transfer.published(GOLDEN / name)
+  source = transfer.open_published(GOLDEN / name)
   model, router = jax.device_get(
     transfer.read_weights(source, make_mesh(MeshConfig(), jax.devices()[:1]), lambda nbytes: None)
   )
@@ -130,7 +130,8 @@ def forward(model: Transformer, router: jax.Array, batch: Batch, rows: int) -> F
   def loss(model: Transformer) -> tuple[jax.Array, tuple]:
     out = model(batch, router)
     deeper = [
-      mean_nll(model, h, ahead(batch, depth), rows) for depth, h in enumerate(out.mtp_hidden, 1)
+      mean_nll(model, h, targets_ahead(batch, depth), rows)
+      for depth, h in enumerate(out.mtp_hidden, 1)
     ]
     total = mean_nll(model, out.hidden, batch, rows) + sum(deeper) / max(1, len(deeper))
     return total, (model.logits(out.hidden), [model.logits(h) for h in out.mtp_hidden])

@@ -37,7 +37,7 @@ from moejax.sharding.mesh import MeshConfig
 from moejax.sharding.params import shardings
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.optimizer import OptimConfig
-from moejax.train.shapes import mesh_of, shapes_of
+from moejax.train.shapes import make_run_mesh, state_shapes
 from moejax.train.step.train_state import TrainState, init_state
 from moejax.train.step.train_step import Metrics, eval_step, train_step
 from tests.support.emulated_exchange import emulate
@@ -149,7 +149,7 @@ def numbers(mtp_depth: int) -> list[np.ndarray]:
 def start(cfg: ExperimentConfig) -> TrainState:
   """A state whose routers prefer some experts by far, and whose bias keeps everybody from the last one. NumPy."""
   fresh = [number.copy() for number in numbers(cfg.model.mtp_depth)]
-  state = jax.tree.unflatten(jax.tree.structure(shapes_of(cfg)), fresh)
+  state = jax.tree.unflatten(jax.tree.structure(state_shapes(cfg)), fresh)
   model, bias = state.model, state.router.bias
   for block in (model.blocks, *([model.mtp.block] if cfg.model.mtp_depth else [])):
     block.moe.router[...] = 20 * block.moe.router[...]
@@ -181,7 +181,7 @@ def chooser(mtp_depth: int) -> object:
 def take(case: Case) -> Taken:
   """Two steps."""
   cfg = config(case)
-  mesh, plain = mesh_of(cfg), config(Case(ALONE, REFERENCE, 1, case.mtp_depth))
+  mesh, plain = make_run_mesh(cfg), config(Case(ALONE, REFERENCE, 1, case.mtp_depth))
   step = jax.jit(functools.partial(train_step, cfg=cfg), compiler_options=QUICK)
 
   def one(state: TrainState) -> tuple[TrainState, Metrics]:
@@ -189,7 +189,7 @@ def take(case: Case) -> Taken:
     return jax.block_until_ready(step(state, rows))
 
   with jax.set_mesh(mesh):
-    places = shardings(shapes_of(cfg), mesh), NamedSharding(mesh, spec('batch'))
+    places = shardings(state_shapes(cfg), mesh), NamedSharding(mesh, spec('batch'))
     state, rows = jax.block_until_ready(jax.device_put((start(cfg), batch()), places))
     after, first = one(state)
     metrics = jax.device_get([first, one(after)[1]])
@@ -202,7 +202,7 @@ def take(case: Case) -> Taken:
     for path, leaf in jax.tree.leaves_with_path(moments)
   }
   model = jax.tree.unflatten(
-    jax.tree.structure(shapes_of(plain).model), jax.tree.leaves(jax.device_get(after.model))
+    jax.tree.structure(state_shapes(plain).model), jax.tree.leaves(jax.device_get(after.model))
   )
   ids = chooser(case.mtp_depth)(model, jax.device_get(after.router), batch())
   terms = [

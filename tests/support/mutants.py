@@ -86,7 +86,7 @@ def counts_per_shard(patch: Patch) -> None:
 
 
 def sum_for_mean_over_micro_batches(patch: Patch) -> None:
-  patch.setattr(objective, 'shares', lambda name, mask, segments, scope: jnp.ones(mask.shape[0]))
+  patch.setattr(objective, 'micro_batch_shares', lambda name, mask, segments, scope: jnp.ones(mask.shape[0]))
 
 
 def padded_tokens_counted(patch: Patch) -> None:
@@ -109,7 +109,7 @@ def pooled_layers(patch: Patch) -> None:
   def f_and_p(
     found: routing.Routing, mask: Array, segments: Array, scope: sets.Scope = sets.Scope()
   ) -> Array:
-    counts, weight = canonical.counted(found, mask, scope), mask[..., None] / mask.sum()
+    counts, weight = canonical.assignment_counts(found, mask, scope), mask[..., None] / mask.sum()
     return jnp.stack(
       [counts.size * counts / counts.sum(), (found.probs * weight).sum((0, 1))]
     )  # [2, E]
@@ -168,7 +168,7 @@ def wrong_k_factor(patch: Patch) -> None:
 def bias_moved_by_evaluation(patch: Patch) -> None:
   """A buffer of counts that evaluation fills, too, and that the next step empties into the bias."""
   buffer: list[np.ndarray] = []
-  evaluate, move = step.eval_step, step.move_bias
+  evaluate, move = step.eval_step, step.update_router_bias
 
   def counting(*args: object) -> step.Metrics:
     found = evaluate(*args)
@@ -186,11 +186,11 @@ def bias_moved_by_evaluation(patch: Patch) -> None:
     return move(router, seen + more, *rest)
 
   patch.setattr(step, 'eval_step', counting)
-  patch.setattr(step, 'move_bias', from_buffer)
+  patch.setattr(step, 'update_router_bias', from_buffer)
 
 
 def bias_decayed(patch: Patch) -> None:
-  move = step.move_bias
+  move = step.update_router_bias
   patch.setattr(
     step, 'move_bias', lambda router, *rest: move(router._replace(bias=0.99 * router.bias), *rest)
   )

@@ -12,7 +12,7 @@ from moejax.checkpoint.checkpoints import Checkpoints
 from moejax.checkpoint.manifest import digests
 from moejax.data.batch import Batch
 from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
-from moejax.train.shapes import mesh_of, target_of
+from moejax.train.shapes import make_run_mesh, sharded_state_shapes
 from moejax.train.step.train_state import TrainState
 from moejax.train.step.train_step import train_step
 from moejax.train.trainer import train
@@ -85,9 +85,9 @@ def test_a_run_goes_on_on_any_mesh_by_any_dispatcher(
   assert rows(moved, 'load.jsonl') == rows(whole, 'load.jsonl'), 'the same experts for every token'
   # What the last place wrote, one device, is on all of them as the second has them, bit for bit.
   cfg = with_vocabulary(place(moved, 1, end), 257)
-  mesh = mesh_of(cfg)
+  mesh = make_run_mesh(cfg)
   with jax.set_mesh(mesh):
-    target = target_of(cfg, mesh)
+    target = sharded_state_shapes(cfg, mesh)
     step, state, meta = Checkpoints(moved / 'checkpoints', cfg.checkpoint, readonly=True).restore(
       target, {}
     )

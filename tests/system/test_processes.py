@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.checkpoint.lock import lock
+from moejax.checkpoint.lock import hold_run_directory
 from moejax.config import ConfigError
 from moejax.data.pipeline import open_data
 from moejax.runtime import launch
@@ -249,7 +249,7 @@ def test_a_process_that_dies_ends_the_other_and_the_same_command_goes_on(whole: 
 @pytest.mark.slow
 def test_what_one_is_refused_all_are_refused(tmp_path: Path) -> None:
   workdir = tmp_path / 'run'
-  with lock(workdir), two(workdir) as both:
+  with hold_run_directory(workdir), two(workdir) as both:
     statuses, _ = both.wait()
     assert statuses == [5, 5] and f'in use by process {os.getpid()}' in both.said(), both.said()
   with two(workdir, more=((), ['--config.seed=1'])) as both:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from moejax.checkpoint.checkpoints import Checkpoints
-from moejax.checkpoint.lock import lock
+from moejax.checkpoint.lock import hold_run_directory
 from moejax.config import ConfigError, frozendict
 from moejax.data.pipeline import open_data
 from moejax.data.sources import DataConfig
@@ -27,7 +27,7 @@ from moejax.hf.logits import token_ids
 from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
 from moejax.train.experiment.run_dir import open_run, read_config, read_setup, write_config
 from moejax.train.initial_state import model_fingerprint
-from moejax.train.shapes import mesh_of, target_of
+from moejax.train.shapes import make_run_mesh, sharded_state_shapes
 from moejax.train.telemetry.routing_probe import Probes
 from tests.checkpoint.test_checkpoints import Bomb, cut, flip, largest, zero
 from tests.support.tiny_run import ROOT, config, final_digest, flags, rows, spawn, wait_for
@@ -208,7 +208,7 @@ def refusal(cfg: ExperimentConfig) -> str:
   checkpoints = Checkpoints(Path(cfg.workdir) / 'checkpoints', cfg.checkpoint, readonly=True)
   try:
     checkpoints.restore(
-      target_of(cfg, mesh_of(cfg)), data.fingerprint | model_fingerprint(cfg.model)
+      sharded_state_shapes(cfg, make_run_mesh(cfg)), data.fingerprint | model_fingerprint(cfg.model)
     )
   except ConfigError as error:
     return str(error)
@@ -325,7 +325,10 @@ def test_a_link_in_the_place_of_a_file_to_be_written_keeps_its_target(tmp_path: 
     (workdir / name).symlink_to(precious)
   theirs = cached(tmp_path / 'elsewhere' / 'tokens', lambda: [b'theirs'])
   (workdir / 'tokens').symlink_to(tmp_path / 'elsewhere' / 'tokens')
-  with pytest.raises(ConfigError, match='name a directory that can be written to'), lock(workdir):
+  with (
+    pytest.raises(ConfigError, match='name a directory that can be written to'),
+    hold_run_directory(workdir),
+  ):
     pass
   write_config(config(workdir))
   assert read_config(str(workdir)).steps == 12
@@ -351,7 +354,7 @@ def test_a_run_is_named_by_a_directory(tmp_path: Path, workdir: str, says: str) 
   (tmp_path / 'file').write_text('mine')
   with pytest.raises(ConfigError) as error:
     if workdir:
-      with lock(tmp_path / workdir):
+      with hold_run_directory(tmp_path / workdir):
         pass
     DataConfig(source='mixture', mixture=frozendict({'../../x': '1 kjv'}))
   assert says in str(error.value) and (workdir or "'../../x' is none; give another") in str(

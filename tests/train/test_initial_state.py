@@ -9,8 +9,8 @@ import pytest
 from moejax.config import ConfigError
 from moejax.sharding.mesh import MeshConfig, make_mesh
 from moejax.train.experiment.run_dir import write_config
-from moejax.train.initial_state import config_of, differences, undivided
-from moejax.train.shapes import target_of
+from moejax.train.initial_state import config_of, differences, replicate_unit_axes
+from moejax.train.shapes import sharded_state_shapes
 from moejax.train.trainer import train
 from tests.support.tiny_run import CONFIG, config, rows
 
@@ -126,9 +126,9 @@ def test_one_expert_is_on_every_device_of_an_expert_mesh(tmp_path: Path) -> None
   mesh = make_mesh(MeshConfig(expert=4, fsdp=2))
   cfg = config(tmp_path, model__vocab_size=300, **DENSE)
   with jax.set_mesh(mesh):
-    state = target_of(cfg, mesh)
+    state = sharded_state_shapes(cfg, mesh)
   leaf = jax.tree.leaves(state.model.blocks.moe.experts.gate)[0]
   assert leaf.shape == (1, 1, 32, 32)
   with pytest.raises(ValueError):
     leaf.sharding.shard_shape(leaf.shape)
-  assert undivided(leaf).sharding.shard_shape(leaf.shape) == (1, 1, 16, 32)
+  assert replicate_unit_axes(leaf).sharding.shard_shape(leaf.shape) == (1, 1, 16, 32)

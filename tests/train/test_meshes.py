@@ -17,7 +17,7 @@ from moejax.sharding.mesh import MeshConfig, make_mesh
 from moejax.sharding.params import shardings
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.cost import devices_at_work
-from moejax.train.shapes import mesh_of, parts_of, shapes_of
+from moejax.train.shapes import divided_parts, make_run_mesh, state_shapes
 from tests.support.emulated_exchange import emulate
 from tests.support.mesh_table import (
   ALONE,
@@ -84,13 +84,13 @@ def asked(mesh: MeshConfig, **changes: object) -> ExperimentConfig:
 
 def refused(cfg: ExperimentConfig) -> tuple[str, ...]:
   with pytest.raises(ConfigError) as error:
-    mesh_of(cfg)
+    make_run_mesh(cfg)
   return error.value.problems
 
 
 def divides(cfg: ExperimentConfig, mesh: MeshConfig) -> bool:
   """By the shardings themselves, which cannot be made where sizes do not divide."""
-  model = shapes_of(cfg).model
+  model = state_shapes(cfg).model
   try:
     for leaf, where in zip(
       jax.tree.leaves(model), jax.tree.leaves(shardings(model, make_mesh(mesh))), strict=True
@@ -127,7 +127,7 @@ def test_a_mesh_is_refused_exactly_where_something_does_not_divide_and_the_neare
   for mesh in ALL:
     here = dataclasses.replace(cfg, mesh=mesh)
     if mesh in taken:
-      assert mesh_of(here).size == math.prod(dataclasses.astuple(mesh))
+      assert make_run_mesh(here).size == math.prod(dataclasses.astuple(mesh))
     else:
       assert typed(refused(here)[-1], mesh) in taken, mesh
 
@@ -163,7 +163,7 @@ def test_rows_are_those_of_a_micro_batch_heads_are_whole_and_ranks_divide() -> N
   assert (
     found == 'config.model.attention.num_heads=2 heads do not divide over mesh.tensor=4: 4 would'
   )
-  assert mesh_of(asked(MeshConfig(tensor=2), model=few)).shape['tensor'] == 2, (
+  assert make_run_mesh(asked(MeshConfig(tensor=2), model=few)).shape['tensor'] == 2, (
     'of key-value heads there may be fewer'
   )
   latent = dataclasses.replace(
@@ -199,7 +199,7 @@ def test_a_batch_that_no_mesh_of_all_devices_divides_leaves_some_idle(
   *_, remedy = refused(cfg)
   assert remedy == 'the nearest mesh that would do, of 6 devices out of 8: --config.mesh.data=6'
   with caplog.at_level('INFO'):
-    mesh = mesh_of(dataclasses.replace(cfg, mesh=typed(remedy, cfg.mesh)))
+    mesh = make_run_mesh(dataclasses.replace(cfg, mesh=typed(remedy, cfg.mesh)))
   assert mesh.size == 6 and 'mesh of 6 devices: the other 2 stay idle' in caplog.text
   assert devices_at_work() == jax.devices()
   with jax.set_mesh(mesh):
@@ -209,7 +209,7 @@ def test_a_batch_that_no_mesh_of_all_devices_divides_leaves_some_idle(
 def test_processes_all_take_part() -> None:
   """Where there is no mesh of all devices, there is none."""
   parts, apart = (
-    parts_of(asked(MeshConfig())),
+    divided_parts(asked(MeshConfig())),
     [types.SimpleNamespace(process_index=i // 4) for i in range(8)],
   )
   assert nearest(MeshConfig(3, expert=2), parts, apart).endswith('--config.mesh.data=4')

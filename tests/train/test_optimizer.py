@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from moejax.config import ConfigError
-from moejax.sharding.params import constant, normal, param
+from moejax.sharding.params import constant_init, normal_init, param
 from moejax.train.optimizer import (
   SCHEDULES,
   OptimConfig,
@@ -34,8 +34,8 @@ class Layer(nnx.Module):
   """A matrix and the scale of a norm."""
 
   def __init__(self, key: jax.Array) -> None:
-    self.w = param(key, (3, 4), ('embed', 'mlp'), normal(1.0))
-    self.scale = param(key, (4,), ('norm',), constant(1.0))
+    self.w = param(key, (3, 4), ('embed', 'mlp'), normal_init(1.0))
+    self.scale = param(key, (4,), ('norm',), constant_init(1.0))
 
 
 class Model(nnx.Module):

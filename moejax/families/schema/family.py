@@ -77,7 +77,7 @@ def renamed(family: Family, config: Config) -> Config:
   }
 
 
-def read(family: Family, config: Config) -> ModelConfig:
+def read_config(family: Family, config: Config) -> ModelConfig:
   """What config.json says, or a ConfigError of all that is wrong with it, in its own words."""
   config, tree, spelling = renamed(family, config), dataclasses.asdict(family.base), {}
   problems = [
@@ -112,7 +112,7 @@ def _in_its_words(problem: str, spelling: Mapping[str, str]) -> str:
   )
 
 
-def write(family: Family, cfg: ModelConfig, kept: Config) -> dict[str, object]:
+def write_config(family: Family, cfg: ModelConfig, kept: Config) -> dict[str, object]:
   """config.json in the spelling that transformers 4 and 5 and vLLM load, with what an import kept of another one.
 
   Raises:
@@ -121,7 +121,7 @@ def write(family: Family, cfg: ModelConfig, kept: Config) -> dict[str, object]:
   config = dict(kept) | {'architectures': [family.architecture], 'model_type': family.model_type}
   for key in family.keys:
     config |= key.write(cfg)
-  ours, back = _decisive(cfg), _decisive(read(family, config))
+  ours, back = _decisive(cfg), _decisive(read_config(family, config))
   check(
     *(
       f'config.model.{path}={ours[path]!r} cannot be said in a config.json of model_type={family.model_type!r}, '

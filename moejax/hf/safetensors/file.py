@@ -73,7 +73,7 @@ class Stored:
 
   def read(self, index: Index = ()) -> np.ndarray:
     """The slice, an array of its own: only its bytes are read, and no page of the file stays mapped."""
-    spans = bounds(self.shape, index)
+    spans = slice_bounds(self.shape, index)
     out = np.empty([stop - start for start, stop in spans], DTYPES[self.dtype])
     if not out.size:
       return out
@@ -102,7 +102,7 @@ class Stored:
       run, at = run[count:], at + count
 
 
-def bounds(shape: tuple[int, ...], index: Index) -> list[tuple[int, int]]:
+def slice_bounds(shape: tuple[int, ...], index: Index) -> list[tuple[int, int]]:
   """(start, stop) of every axis; those that the index does not name are whole. IndexError for a step."""
   if len(index) > len(shape) or any(s.step not in (None, 1) for s in index):
     raise IndexError(

@@ -11,7 +11,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from moejax.hf.safetensors.file import DTYPES, Index, Stored, bounds
+from moejax.hf.safetensors.file import DTYPES, Index, Stored, slice_bounds
 from moejax.runtime.files import bad_file
 
 GROUP = 32  # values of MXFP4 that share a scale: 16 bytes
@@ -39,7 +39,7 @@ class ScaledBlocks:
 
   def read(self, index: Index = ()) -> np.ndarray:
     """The slice in float32."""
-    (top, bottom), (left, right) = bounds(self.shape, index)
+    (top, bottom), (left, right) = slice_bounds(self.shape, index)
     h, w = self.block
     scale = self.scale.read((slice(top // h, -(-bottom // h)), slice(left // w, -(-right // w))))
     out = np.take(_FP8, self.weight.read(index).view(np.uint8))  # [o, i] f32
@@ -67,7 +67,7 @@ class PackedFP4:
 
   def read(self, index: Index = ()) -> np.ndarray:
     """The slice in bfloat16; scale 255 is NaN, as the format has it."""
-    (first, last), (top, bottom), rows = bounds(self.shape, index)
+    (first, last), (top, bottom), rows = slice_bounds(self.shape, index)
     groups = slice(top // GROUP, -(-bottom // GROUP))
     out = np.empty((last - first, bottom - top, rows[1] - rows[0]), DTYPES[self.dtype])
     for e in range(first, last):  # beside the result lies one expert

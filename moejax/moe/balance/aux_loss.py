@@ -48,12 +48,12 @@ def assigned(routing: Routing, mask: Array, scope: Scope) -> Array:
   return assignment_matrix(ASSIGNMENTS[scope.assignment](routing), mask, routing.probs.shape[-1])
 
 
-def counted(routing: Routing, mask: Array, scope: Scope) -> Array:
+def assignment_counts(routing: Routing, mask: Array, scope: Scope) -> Array:
   """What f counts, of all tokens at hand. [E] f32."""
   return assigned(routing, mask, scope).sum((0, 1))
 
 
-def sequence(routing: Routing, mask: Array, segments: Array, scope: Scope = Scope()) -> Array:
+def sequence_loss(routing: Routing, mask: Array, segments: Array, scope: Scope = Scope()) -> Array:
   """Balance within each document, DeepSeek-V3 eq. 17-20: a packed row is as many sequences as it has documents.
 
   For sigmoid scores P is the sigmoid normalised over all experts (eq. 19), not a softmax.
@@ -61,7 +61,7 @@ def sequence(routing: Routing, mask: Array, segments: Array, scope: Scope = Scop
   return canonical(routing, mask, lambda values: document_sums(values, segments), scope)
 
 
-def rows(routing: Routing, mask: Array, segments: Array, scope: Scope = Scope()) -> Array:
+def row_sets_loss(routing: Routing, mask: Array, segments: Array, scope: Scope = Scope()) -> Array:
   """Balance within each run of `scope.rows` rows, wherever documents begin and end.
 
   `micro_batch`: its value depends on how the batch is cut, by definition (Switch Transformer's auxiliary loss taken on
@@ -72,12 +72,12 @@ def rows(routing: Routing, mask: Array, segments: Array, scope: Scope = Scope())
   return canonical(routing, mask, lambda values: row_sums(values, scope.rows), scope)
 
 
-def gshard(routing: Routing, mask: Array, segments: Array, scope: Scope = Scope()) -> Array:
+def gshard_loss(routing: Routing, mask: Array, segments: Array, scope: Scope = Scope()) -> Array:
   """GShard (2006.16668), Algorithm 1 from memory: f counts first choices alone; a micro-batch is its group.
 
   Its 1/E sum_e (c_e / S) m_e is ours over E^2, so that ours, too, is 1 at balance.
   """
-  return rows(routing, mask, segments, scope._replace(assignment='first'))
+  return row_sets_loss(routing, mask, segments, scope._replace(assignment='first'))
 
 
 # name -> routing to the expert_ids that f counts.

@@ -114,7 +114,9 @@ class BalanceConfig:
     return ''
 
 
-def misfits(balance: BalanceConfig, router: RouterConfig, micro_batches: int) -> tuple[str, ...]:
+def router_problems(
+  balance: BalanceConfig, router: RouterConfig, micro_batches: int
+) -> tuple[str, ...]:
   """What of a balance config a router cannot serve, '' for each thing that it can."""
   rule, selection = balance.bias_rule, router.selection
   experts, takes_bias = router.num_experts, SELECTIONS[selection].takes_bias

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moejax.config import check, frozendict
-from moejax.moe.balance.aux_loss import counted, gshard, rows, sequence
+from moejax.moe.balance.aux_loss import assignment_counts, gshard_loss, row_sets_loss, sequence_loss
 from moejax.moe.balance.importance import importance, importance_seen, load_seen, smooth_load
 from moejax.moe.balance.regularisers import router_z, simbal
 from moejax.moe.routing import Routing
@@ -42,7 +42,7 @@ def convert_coefficient(codebase: str, alpha: float, *, top_k: int, num_moe_laye
   return alpha * CODEBASES[codebase](top_k, num_moe_layers)
 
 
-def shares(loss: str, mask: Array, segments: Array, scope: Scope) -> Array:
+def micro_batch_shares(loss: str, mask: Array, segments: Array, scope: Scope) -> Array:
   """What part of the batch's loss each micro-batch's is: weights that sum to 1. [A, b, S] each -> [A] f32.
 
   A mean over sets is the micro-batches' means weighed by how many sets each holds; where a set spans micro-batches,
@@ -68,15 +68,17 @@ class BalanceLoss(NamedTuple):
   value: Callable[..., Array]
   parts: Callable[[Array, Array, Scope], Array]
   rows: Callable[[int, int, int], int]  # of (batch_size, micro_batches, ep_groups)
-  seen: Callable[[Routing, Array, Scope], Array] = counted
+  seen: Callable[[Routing, Array, Scope], Array] = assignment_counts
   linear: bool = True
 
 
 BALANCE_LOSSES: dict[str, BalanceLoss] = {
-  'ep_group': BalanceLoss(rows, row_parts, lambda batch, micro_batches, groups: batch // groups),
-  'global_batch': BalanceLoss(rows, row_parts, lambda batch, micro_batches, groups: batch),
+  'ep_group': BalanceLoss(
+    row_sets_loss, row_parts, lambda batch, micro_batches, groups: batch // groups
+  ),
+  'global_batch': BalanceLoss(row_sets_loss, row_parts, lambda batch, micro_batches, groups: batch),
   'gshard': BalanceLoss(
-    gshard, row_parts, lambda batch, micro_batches, groups: batch // micro_batches
+    gshard_loss, row_parts, lambda batch, micro_batches, groups: batch // micro_batches
   ),
   'importance': BalanceLoss(
     importance, even_parts, lambda batch, micro_batches, groups: batch, importance_seen, False
@@ -85,10 +87,10 @@ BALANCE_LOSSES: dict[str, BalanceLoss] = {
     smooth_load, even_parts, lambda batch, micro_batches, groups: batch, load_seen, False
   ),
   'micro_batch': BalanceLoss(
-    rows, row_parts, lambda batch, micro_batches, groups: batch // micro_batches
+    row_sets_loss, row_parts, lambda batch, micro_batches, groups: batch // micro_batches
   ),
   'router_z': BalanceLoss(router_z, token_parts, lambda batch, micro_batches, groups: 0),
-  'sequence': BalanceLoss(sequence, document_parts, lambda batch, micro_batches, groups: 0),
+  'sequence': BalanceLoss(sequence_loss, document_parts, lambda batch, micro_batches, groups: 0),
   'simbal': BalanceLoss(simbal, token_parts, lambda batch, micro_batches, groups: 0),
 }
 

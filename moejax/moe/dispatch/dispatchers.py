@@ -29,7 +29,7 @@ from moejax.moe.dispatch.exchange import (
   layout,
   to_experts,
 )
-from moejax.moe.dispatch.exchange_cost import Group, lacking_ragged, moved
+from moejax.moe.dispatch.exchange_cost import Group, exchange_bytes, lacking_ragged
 from moejax.moe.experts.grouped_ffn import grouped_ffn
 from moejax.moe.experts.sorted_copies import Copies, clip_unassigned, sort_copies
 from moejax.moe.experts.weights import Activation, Weights, batched_ffn, dense_ffn
@@ -102,7 +102,7 @@ def exchange_of(cfg: DispatchConfig, group: Group, lacking: str) -> str:
   if cfg.exchange != AUTO:
     return cfg.exchange
   first, *others = exchanges(cfg)
-  sizes = moved(group)
+  sizes = exchange_bytes(group)
   return (
     'ragged'
     if 'ragged' in others and not lacking and sizes['ragged'] < 0.75 * sizes[first]

@@ -18,7 +18,7 @@ class Group(NamedTuple):
   capacity: int  # C of one device's tokens; 0 without
 
 
-def moved(group: Group) -> dict[str, int]:
+def exchange_bytes(group: Group) -> dict[str, int]:
   """Exchange -> bytes that a device receives in one layer's forward pass over `expert`; it sends as many.
 
   A ragged exchange depends on the routing: 'ragged' where all experts have the same load, 'ragged_worst' of a device

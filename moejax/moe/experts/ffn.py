@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 
 from moejax.sharding.logical_axes import constrain
-from moejax.sharding.params import normal, param
+from moejax.sharding.params import normal_init, param
 
 
 def matmul(x: Array, w: Array) -> Array:
@@ -46,9 +46,9 @@ class SwiGLU(nnx.Module):
 
   def __init__(self, key: Array, d_model: int, d_ff: int, std: float, out_std: float = 0.0) -> None:
     keys = jax.random.split(key, 3)
-    self.gate = param(keys[0], (d_model, d_ff), ('embed', 'mlp'), normal(std))
-    self.up = param(keys[1], (d_model, d_ff), ('embed', 'mlp'), normal(std))
-    self.down = param(keys[2], (d_ff, d_model), ('mlp', 'embed'), normal(out_std or std))
+    self.gate = param(keys[0], (d_model, d_ff), ('embed', 'mlp'), normal_init(std))
+    self.up = param(keys[1], (d_model, d_ff), ('embed', 'mlp'), normal_init(std))
+    self.down = param(keys[2], (d_ff, d_model), ('mlp', 'embed'), normal_init(out_std or std))
 
   def __call__(self, x: Array) -> Array:  # [B, S, D] -> [B, S, D]
     gate, up, down = (w[...] for w in (self.gate, self.up, self.down))

@@ -51,7 +51,7 @@ def forward(
   x: Array, copies: Copies, weights: Weights, activation: Activation
 ) -> tuple[Array, Array, Array]:
   """(y [T, D], gate x, up x [N or more, F]), by the best implementation."""
-  return IMPLEMENTATIONS[best(copies)][0](x, copies, weights, activation)
+  return IMPLEMENTATIONS[best_implementation(copies)][0](x, copies, weights, activation)
 
 
 def grouped_ffn_fwd(
@@ -67,7 +67,7 @@ def grouped_ffn_bwd(
 ) -> tuple[Array, Copies, Weights]:
   """Cotangents of x, of the copies' weights (their integers have none) and of the experts' projections."""
   x, copies, weights, gates, ups = residuals
-  backward = IMPLEMENTATIONS[best(copies)][1]
+  backward = IMPLEMENTATIONS[best_implementation(copies)][1]
   dx, d_copy_weights, d_weights = backward(x, copies, weights, activation, gates, ups, dy)
   return dx, Copies(None, d_copy_weights, None), d_weights
 
@@ -75,12 +75,12 @@ def grouped_ffn_bwd(
 grouped_ffn.defvjp(grouped_ffn_fwd, grouped_ffn_bwd)
 
 
-def best(copies: Copies) -> str:
+def best_implementation(copies: Copies) -> str:
   """The row of IMPLEMENTATIONS for so many copies on the platform at hand.
 
   On CPU a gathered expert costs half of one that is sliced where it lies, until what is gathered outgrows a cache.
   """
-  name = BEST[platform()]
+  name = BEST_BY_PLATFORM[platform()]
   return 'gathered' if name == 'blocked' and 2 * copies.tokens.size <= copies.load.size else name
 
 
@@ -90,4 +90,4 @@ IMPLEMENTATIONS: dict[str, tuple[Forward, Backward]] = {
   'gathered': (gathered_forward, gathered_backward),
   'ragged_dot': (ragged_forward, ragged_backward),
 }
-BEST = {'cpu': 'blocked', 'gpu': 'blocked', 'tpu': 'ragged_dot'}
+BEST_BY_PLATFORM = {'cpu': 'blocked', 'gpu': 'blocked', 'tpu': 'ragged_dot'}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from moejax.sharding.params import constant, is_param, normal, param
+from moejax.sharding.params import constant_init, is_param, normal_init, param
 
 Activation = Callable[
   [Array, Array], Array
@@ -52,11 +52,11 @@ class Experts(nnx.Module):
   ) -> None:
     keys = jax.random.split(key, 3)
     wide, narrow = (num_experts, d_model, d_expert), (num_experts, d_expert, d_model)
-    self.gate = param(keys[0], wide, ('expert', 'embed', 'mlp'), normal(std))
-    self.up = param(keys[1], wide, ('expert', 'embed', 'mlp'), normal(std))
-    self.down = param(keys[2], narrow, ('expert', 'mlp', 'embed'), normal(out_std))
+    self.gate = param(keys[0], wide, ('expert', 'embed', 'mlp'), normal_init(std))
+    self.up = param(keys[1], wide, ('expert', 'embed', 'mlp'), normal_init(std))
+    self.down = param(keys[2], narrow, ('expert', 'mlp', 'embed'), normal_init(out_std))
     self.gate_bias, self.up_bias, self.down_bias = (
-      param(key, (num_experts, width), ('expert', 'norm'), constant(0.0)) if bias else None
+      param(key, (num_experts, width), ('expert', 'norm'), constant_init(0.0)) if bias else None
       for width in (d_expert, d_expert, d_model)
     )
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from moejax.plan.hlo.program import Instruction, array_bytes, calls, parse_program, trip_count
 from moejax.plan.hlo.replica_groups import axes_of, groups_of
 
-KINDS = (
+COLLECTIVE_KINDS = (
   'all-gather',
   'all-reduce',
   'reduce-scatter',
@@ -77,7 +77,7 @@ def walk(
 
 def is_collective(op: str) -> bool:
   """Whether it sends: `X` or `X-start`."""
-  return op.removesuffix('-start') in KINDS
+  return op.removesuffix('-start') in COLLECTIVE_KINDS
 
 
 def kind_of(computation: str, instruction: Instruction) -> str:

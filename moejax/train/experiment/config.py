@@ -8,7 +8,7 @@ from moejax.data.sources import DataConfig
 from moejax.model.config import ModelConfig
 from moejax.model.cross_entropy import LossConfig
 from moejax.model.upcycle import UpcycleConfig
-from moejax.moe.balance.config import BalanceConfig, misfits
+from moejax.moe.balance.config import BalanceConfig, router_problems
 from moejax.sharding.mesh import MeshConfig
 from moejax.train.optimizer import OptimConfig
 
@@ -94,7 +94,7 @@ class ExperimentConfig:
       f'upcycle.drop={self.upcycle.drop} is for a dense model: name one with init_from, or use 0'
       if self.upcycle.drop and not self.init_from
       else '',
-      *misfits(self.balance, self.model.moe.router, self.micro_batches),
+      *router_problems(self.balance, self.model.moe.router, self.micro_batches),
     )
 
 

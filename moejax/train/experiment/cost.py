@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh
 from moejax.model.blocks import MoEBlock
 from moejax.model.transformer import Transformer
 from moejax.moe.dispatch.dispatchers import exchange_of, group_of
-from moejax.moe.dispatch.exchange_cost import lacking_ragged, moved
+from moejax.moe.dispatch.exchange_cost import exchange_bytes, lacking_ragged
 from moejax.runtime.chips import peak_flops
 from moejax.sharding.tree import size
 from moejax.train.experiment.config import ExperimentConfig
@@ -66,7 +66,7 @@ def flops_per_token(parameters: Parameters, cfg: ExperimentConfig) -> int:
   )
 
 
-def exchanged(cfg: ExperimentConfig, mesh: AbstractMesh) -> tuple[str, dict[str, int]]:
+def exchange_summary(cfg: ExperimentConfig, mesh: AbstractMesh) -> tuple[str, dict[str, int]]:
   """How tokens get to their experts, and each way's bytes, see `moved`; ('', {}) where all experts are at home."""
   dispatch, router, model = cfg.model.moe.dispatch, cfg.model.moe.router, cfg.model
   if mesh.shape['expert'] == 1:
@@ -76,7 +76,9 @@ def exchanged(cfg: ExperimentConfig, mesh: AbstractMesh) -> tuple[str, dict[str,
     dispatch, mesh, tokens, router.top_k, router.num_experts, model.d_model, model.dtype
   )
   places = router.num_experts if router.selection == 'expert_choice' else router.top_k
-  return exchange_of(dispatch, group._replace(top_k=places), lacking_ragged(mesh)), moved(group)
+  return exchange_of(dispatch, group._replace(top_k=places), lacking_ragged(mesh)), exchange_bytes(
+    group
+  )
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, devices: list[jax.Device]) -> float:

@@ -13,7 +13,7 @@ from moejax.moe.layer import causality
 from moejax.runtime.units import human
 from moejax.sharding.params import bytes_on_device
 from moejax.train.experiment.config import ExperimentConfig
-from moejax.train.experiment.cost import count_parameters, exchanged, flops_per_token
+from moejax.train.experiment.cost import count_parameters, exchange_summary, flops_per_token
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tokenizers', 'numpy')
 
@@ -33,7 +33,7 @@ def summarise(
   """
   parameters = count_parameters(model, cfg)
   tokens = cfg.steps * cfg.batch_size * cfg.seq_len
-  exchange, moved = exchanged(cfg, mesh.abstract_mesh)
+  exchange, moved = exchange_summary(cfg, mesh.abstract_mesh)
   model_bytes, optimizer_bytes = (bytes_on_device(tree, mesh) for tree in (model, opt_state))
   return {
     'parameters': dataclasses.asdict(parameters),

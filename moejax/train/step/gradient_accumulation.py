@@ -19,7 +19,7 @@ from moejax.train.step.objective import (
   MicroBatch,
   Sums,
   Terms,
-  added,
+  add_terms,
   coefficients,
   objective,
   part_scales,
@@ -28,7 +28,7 @@ from moejax.train.step.objective import (
 from moejax.train.step.train_state import TrainState, spanning
 
 
-def cut(batch: Batch, micro_batches: int) -> Batch:
+def split_micro_batches(batch: Batch, micro_batches: int) -> Batch:
   """Rows in A contiguous parts. [B, ...] -> [A, B / A, ...].
 
   A device's rows of the batch are neighbours, of few parts. They are spread here, as integers, and not as activations.
@@ -85,7 +85,7 @@ class Gradients(NamedTuple):
 
 def gradients(state: TrainState, batch: Batch, cfg: ExperimentConfig) -> Gradients:
   """Gradient of the objective over the whole batch, and its terms."""
-  parts = cut(batch, cfg.micro_batches)
+  parts = split_micro_batches(batch, cfg.micro_batches)
   rows = jnp.arange(cfg.batch_size).reshape(cfg.micro_batches, -1)
   key = (
     jax.random.fold_in(jax.random.key(cfg.seed), state.step)
@@ -118,7 +118,7 @@ def gradients(state: TrainState, batch: Batch, cfg: ExperimentConfig) -> Gradien
     (more, more_sums), seen = one(part)
     buffer = jax.tree.map(jnp.add, buffer, seen)
     used = buffer if running else part.whole
-    return ((jax.tree.map(jnp.add, grads, more), added(sums, more_sums)), buffer), (seen, used)
+    return ((jax.tree.map(jnp.add, grads, more), add_terms(sums, more_sums)), buffer), (seen, used)
 
   zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, first)[0])
   start = zero, nothing_seen(spans, state.router.bias)

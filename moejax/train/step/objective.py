@@ -20,7 +20,7 @@ from moejax.config.schedule import piecewise
 from moejax.data.batch import IGNORE, Batch
 from moejax.model.cross_entropy import cross_entropy
 from moejax.model.transformer import Draws, Transformer
-from moejax.moe.balance.losses import shares
+from moejax.moe.balance.losses import micro_batch_shares
 from moejax.moe.layer import MoEAux
 from moejax.moe.statistics import Stats, add
 from moejax.train.experiment.config import ExperimentConfig
@@ -40,7 +40,7 @@ class Sums(NamedTuple):
   stats: Stats  # [L, ...]
 
 
-def added(a: Sums, b: Sums) -> Sums:
+def add_terms(a: Sums, b: Sums) -> Sums:
   """Of two micro-batches together."""
   return jax.tree.map(jnp.add, a, b)._replace(stats=add(a.stats, b.stats))
 
@@ -64,7 +64,7 @@ def token_weights(batch: Batch, cfg: ExperimentConfig) -> Array:
   return batch.mask * task_weights(cfg)[batch.task_ids][..., None]
 
 
-def of_tasks(values: Array, batch: Batch, cfg: ExperimentConfig) -> Array:
+def sum_by_task(values: Array, batch: Batch, cfg: ExperimentConfig) -> Array:
   """Sums over each task's tokens that are predicted. [B, S] -> [R] f32."""
   return jnp.zeros(len(cfg.data.tasks)).at[batch.task_ids].add((batch.mask * values).sum(-1))
 
@@ -73,12 +73,17 @@ def part_scales(parts: Batch, depth: int, cfg: ExperimentConfig) -> Terms:
   """What each micro-batch's terms are multiplied by, from masks alone: term -> [A, ...] f32. depth: of MTP."""
   valid = parts.segment_ids > 0
   by_tokens = valid.sum((1, 2)) / jnp.maximum(valid.sum(), 1)
-  per_token = [1.0 / positive(token_weights(ahead(parts, d), cfg).sum()) for d in range(depth + 1)]
+  per_token = [
+    1.0 / positive(token_weights(targets_ahead(parts, d), cfg).sum()) for d in range(depth + 1)
+  ]
   scopes = cfg.balance.scopes(cfg.batch_size, cfg.micro_batches)
   return {
     'tokens': jnp.broadcast_to(jnp.stack(per_token), (len(valid), depth + 1)),
     'load': by_tokens,
-  } | {name: shares(name, valid, parts.segment_ids, scope) for name, scope in scopes.items()}
+  } | {
+    name: micro_batch_shares(name, valid, parts.segment_ids, scope)
+    for name, scope in scopes.items()
+  }
 
 
 def positive(count: Array) -> Array:
@@ -86,7 +91,7 @@ def positive(count: Array) -> Array:
   return jnp.where(count > 0, count, 1.0)
 
 
-def ahead(batch: Batch, depth: int) -> Batch:
+def targets_ahead(batch: Batch, depth: int) -> Batch:
   """Targets `depth` tokens further on, of the same document; where there is none, nothing is predicted."""
   if not depth:
     return batch
@@ -115,7 +120,7 @@ def lm_terms(
   total, depths = jnp.zeros(()), len(hidden) - 1
   terms = {'lm_loss': total, 'z_loss': total} | ({'mtp_loss': total} if depths else {})
   for depth, h in enumerate(hidden):
-    seen = ahead(batch, depth)
+    seen = targets_ahead(batch, depth)
     weights = token_weights(seen, cfg) * scale[depth]
     share = coefs['mtp_loss'] / depths if depth else 1.0
     loss, parts = cross_entropy(
@@ -127,7 +132,7 @@ def lm_terms(
       terms['mtp_loss'] += mean / depths
     else:
       terms['lm_loss'] = mean
-      nll = of_tasks(parts.nll, batch, cfg)
+      nll = sum_by_task(parts.nll, batch, cfg)
     terms['z_loss'] += share * (weights * jnp.square(parts.log_z)).sum()
   return total, terms, nll
 

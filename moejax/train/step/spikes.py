@@ -24,18 +24,18 @@ class Stability(NamedTuple):
   spikes: Array  # [2], so far
 
 
-def init() -> Stability:
+def init_stability() -> Stability:
   """Nothing seen."""
   return Stability(jnp.zeros(()), *(jnp.zeros(2) for _ in range(4)))
 
 
-def limit(state: Stability, sigmas: float) -> Array:
+def spike_limit(state: Stability, sigmas: float) -> Array:
   """Where a spike begins, [2]: trend + gap + sigmas * std of the steps so far, std^2 = square - gap^2; inf of few."""
   std = jnp.sqrt(jnp.maximum(state.square - state.gap**2, 0))
   return jnp.where(state.steps >= 1 / RATE, state.trend + state.gap + sigmas * std, jnp.inf)
 
 
-def update(
+def update_stability(
   state: Stability, loss: Array, grad_norm: Array, skipped: Array
 ) -> tuple[Stability, dict[str, Array]]:
   """One step taken in; scalars. A skipped step, or one that is not finite, changes nothing: a NaN would never leave.
@@ -44,7 +44,7 @@ def update(
     there, or it would hide the next; so the limit rises, and a level that stays gets in.
   stability: std of the loss, which a stable run has below 0.1.  loss_trend: its trend.
   """
-  values, edge = jnp.stack([loss, grad_norm]), limit(state, SIGMAS)
+  values, edge = jnp.stack([loss, grad_norm]), spike_limit(state, SIGMAS)
   good = ~jnp.asarray(skipped, bool) & jnp.isfinite(values).all()
   spike = (good & (values > edge)).astype(jnp.float32)
   most = edge + 1e-6 * jnp.abs(state.trend)  # at a std of 0 a new level still gets in

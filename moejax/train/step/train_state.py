@@ -16,8 +16,7 @@ from moejax.moe.token_sets import parts_of_set
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.initial_model import build_model_and_router
 from moejax.train.optimizer import optimizer
-from moejax.train.step.spikes import Stability
-from moejax.train.step.spikes import init as init_stability
+from moejax.train.step.spikes import Stability, init_stability
 
 
 class TrainState(NamedTuple):

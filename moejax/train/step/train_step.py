@@ -23,9 +23,8 @@ from moejax.sharding.logical_axes import platform, replicated
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.optimizer import learning_rate, optimizer, updates_made
 from moejax.train.step.gradient_accumulation import gradients
-from moejax.train.step.objective import Sums, Terms, of_tasks, positive
-from moejax.train.step.spikes import limit
-from moejax.train.step.spikes import update as update_stability
+from moejax.train.step.objective import Sums, Terms, positive, sum_by_task
+from moejax.train.step.spikes import spike_limit, update_stability
 from moejax.train.step.train_state import TrainState
 
 Metrics = dict[str, Array | dict[str, Array]]
@@ -49,7 +48,7 @@ def train_step(
     return (
       optax.apply_updates(state.model, updates),
       opt_state,
-      move_bias(state.router, sums.seen, state.step, cfg),
+      update_router_bias(state.router, sums.seen, state.step, cfg),
       {name: seen[name] for name in state.lagged},
     )
 
@@ -78,7 +77,9 @@ def train_step(
 
 def spiking(state: TrainState, lm_loss: Array, grad_norm: Array, cfg: ExperimentConfig) -> Array:
   """Whether the loss or the gradient's norm is further above its trend than optim.skip_spikes allows. Scalar bool."""
-  return (jnp.stack([lm_loss, grad_norm]) > limit(state.stability, cfg.optim.skip_spikes)).any()
+  return (
+    jnp.stack([lm_loss, grad_norm]) > spike_limit(state.stability, cfg.optim.skip_spikes)
+  ).any()
 
 
 def statistics(sums: Sums, router: BiasState, cfg: ExperimentConfig) -> Terms:
@@ -93,7 +94,7 @@ def statistics(sums: Sums, router: BiasState, cfg: ExperimentConfig) -> Terms:
 
 def task_tokens(batch: Batch, cfg: ExperimentConfig) -> Array:
   """Tokens to predict, of each task. [R] f32."""
-  return of_tasks(jnp.ones(batch.mask.shape), batch, cfg)
+  return sum_by_task(jnp.ones(batch.mask.shape), batch, cfg)
 
 
 def task_losses(nll: Array, tokens: Array, cfg: ExperimentConfig) -> Terms:
@@ -120,7 +121,9 @@ def compile_step(cfg: ExperimentConfig, state: TrainState, batch: Batch) -> jax.
   return step.lower(state, batch).compile()
 
 
-def move_bias(router: BiasState, seen: Array, step: Array, cfg: ExperimentConfig) -> BiasState:
+def update_router_bias(
+  router: BiasState, seen: Array, step: Array, cfg: ExperimentConfig
+) -> BiasState:
   """The router bias after a step in which the whole batch was seen so. [L, E], [L, ...] -> [L, E]."""
   if not cfg.balance.bias_rule:
     return router
@@ -146,7 +149,7 @@ def eval_step(
     cfg.loss.chunks,
   )
   return {
-    'task_nll': of_tasks(parts.nll, batch, cfg),
+    'task_nll': sum_by_task(parts.nll, batch, cfg),
     'task_tokens': task_tokens(batch, cfg),
     'load': out.aux.load,
     'stats': out.aux.stats,

@@ -21,7 +21,7 @@ class Kind(NamedTuple):
 
 
 BALANCE = 'raise balance.bias_rate or a coefficient of balance.losses, or lower optim.learning_rate'
-KINDS = {
+ALARM_KINDS = {
   'crowded': Kind(0.9, 0.75, 'one expert gets nearly every token', BALANCE),
   'idle': Kind(1, 1, 'experts get no token', BALANCE),
   'dropped': Kind(
@@ -48,7 +48,7 @@ def sounding(load: np.ndarray, dropped: np.ndarray, top_k: int) -> int:
   """Over all layers, how many kinds of alarm this one step would begin."""
   return int(
     sum(
-      (values >= KINDS[name].begins).sum()
+      (values >= ALARM_KINDS[name].begins).sum()
       for name, values in measured(load, dropped, top_k).items()
     )
   )
@@ -66,7 +66,7 @@ class Alarms:
     """A step's load [L, E] and share dropped [L] -> lines to say, most often none."""
     lines = []
     for name, values in measured(load, dropped, self._top_k).items():
-      kind, new = KINDS[name], []
+      kind, new = ALARM_KINDS[name], []
       for layer, value in enumerate(values):
         key = name, layer
         if not value >= (kind.ends if key in self._since else kind.begins):

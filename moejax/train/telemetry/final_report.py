@@ -27,7 +27,7 @@ def monitors(last: Mapping[str, object]) -> dict[str, object]:
   return {name.removeprefix('eval/'): last[name] for name in MONITORS if name in last}
 
 
-def best(rows: Sequence[Mapping[str, object]], bpb: float) -> float:
+def best_row(rows: Sequence[Mapping[str, object]], bpb: float) -> float:
   """Bits per byte of the best validation; `bpb` where none was finite."""
   found = [row['eval/bits_per_byte'] for row in rows if 'eval/bits_per_byte' in row]
   return min(

@@ -16,7 +16,7 @@ from moejax.data.pipeline import Data
 from moejax.moe.statistics import add, layer_statistics, over_layers, token_statistics
 
 BITS_PER_NAT = 1 / math.log(2)
-Sums = Mapping[str, object]
+ValidationSums = Mapping[str, object]
 
 
 class Row(NamedTuple):
@@ -53,7 +53,7 @@ def training_row(metrics: Mapping[str, object], bytes_per_token: float) -> Row:
   return Row(scalars | means, layers)
 
 
-def added(sums: Sums | None, batch: Sums) -> Sums:
+def add_sums(sums: ValidationSums | None, batch: ValidationSums) -> ValidationSums:
   """A batch of a validation added to the ones before it, in float64: counts are exact. Ratios are taken at the end."""
   batch = jax.tree.map(lambda a: np.asarray(a, np.float64), batch)
   if sums is None:
@@ -64,7 +64,9 @@ def added(sums: Sums | None, batch: Sums) -> Sums:
   }
 
 
-def validation_row(sums: Sums, top_k: int, data: Data, more: Mapping[str, np.ndarray]) -> Row:
+def validation_row(
+  sums: ValidationSums, top_k: int, data: Data, more: Mapping[str, np.ndarray]
+) -> Row:
   """Of batches `added`. All names begin with eval/; of several tasks there are NAME/TASK, too.
 
   Statistics are of the whole held-out text, so that max_vio is the global one. more: further name -> [L].
@@ -97,7 +99,7 @@ def validation_row(sums: Sums, top_k: int, data: Data, more: Mapping[str, np.nda
   return Row(scalars | means, layers)
 
 
-def progress(
+def progress_text(
   step: int, steps: int, row: Mapping[str, float], seconds_left: float, columns: int
 ) -> str:
   """The line that a person reads, without what is least missed where it is longer than `columns`; 0: all of it."""

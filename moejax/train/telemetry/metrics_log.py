@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from jax import Array
 
-from moejax.runtime.append_log import Appended
+from moejax.runtime.append_log import AppendLog
 from moejax.runtime.files import write_whole
 
 
@@ -29,7 +29,7 @@ class MetricsLog:
     stay = [line for line in lines if line.endswith(b'\n') and _step(line) <= step]
     if stay != lines:
       write_whole(self._path, b''.join(stay))
-    self._file = Appended(self._path)
+    self._file = AppendLog(self._path)
 
   def write(self, row: Mapping[str, object]) -> None:
     """When it returns the line has left the process: no kill takes it back. On a full disk it is lost."""

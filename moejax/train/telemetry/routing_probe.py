@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moejax.runtime.append_log import spared
+from moejax.runtime.append_log import warn_once
 from moejax.runtime.files import whole_file
 
 TOKENS = (
@@ -74,7 +74,7 @@ class Probes:
   def record(self, step: int, probe: np.ndarray) -> dict[str, np.ndarray]:
     """Keeps a probe [L, T, K]. -> churn [L], the share of copies whose expert the token did not have in the probe
     before this one, as a dict; the first probe has none."""
-    with spared(self._directory), whole_file(self._path(step)) as file:
+    with warn_once(self._directory), whole_file(self._path(step)) as file:
       np.savez_compressed(file, expert_ids=probe)
     before = [earlier for earlier in self.steps() if earlier < step]
     return {'churn': 1 - agreement(probe, self._read(before[-1]))} if before else {}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moejax.runtime.append_log import Appended
+from moejax.runtime.append_log import AppendLog
 from moejax.train.telemetry.load_plots import png
 
 
@@ -22,7 +22,7 @@ class TensorBoard:
   def __init__(self, directory: str | os.PathLike, step: int) -> None:
     Path(directory).mkdir(parents=True, exist_ok=True)
     name = f'events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}'  # read in this order
-    self._file = Appended(Path(directory) / name)
+    self._file = AppendLog(Path(directory) / name)
     self._events = [
       {'file_version': 'brain.Event:2'},
       {'step': step + 1, 'session_log': {'status': 'START'}},

@@ -16,12 +16,12 @@ from moejax.certify.oracle import balance as oracle_balance
 from moejax.certify.oracle import codebases as oracle_codebases
 from moejax.config import ConfigError, frozendict
 from moejax.moe.balance.aux_loss import ASSIGNMENTS
-from moejax.moe.balance.config import ACCUMULATIONS, BalanceConfig, misfits
+from moejax.moe.balance.config import ACCUMULATIONS, BalanceConfig, router_problems
 from moejax.moe.balance.losses import (
   BALANCE_LOSSES,
   CODEBASES,
   convert_coefficient,
-  shares,
+  micro_batch_shares,
   spans_micro_batches,
 )
 from moejax.moe.routing import SCORE_FNS, RouterConfig, Routing, route
@@ -674,7 +674,7 @@ def accumulate(case: Case, w: Array, micro_batches: int) -> Accumulated:
 
   def one(row: Row, routing: Routing) -> tuple[Array, Array, Array]:
     loss, scope = BALANCE_LOSSES[row.name], scope_of(row, micro_batches, ep_groups=2)
-    part, so_far = shares(row.name, mask, segments, scope), scope
+    part, so_far = micro_batch_shares(row.name, mask, segments, scope), scope
     wholes = {}
     if spans_micro_batches(frozendict({row.name: scope}), rows):
       seen = jax.lax.stop_gradient(jax.vmap(lambda r, m: loss.seen(r, m, scope))(routing, mask))
@@ -970,7 +970,7 @@ MISFITS = {
 @pytest.mark.parametrize('name', MISFITS)
 def test_what_a_router_cannot_serve_is_told_with_its_remedy(name: str) -> None:
   balance, of, micro_batches, told = MISFITS[name]
-  problems = [problem for problem in misfits(balance, of, micro_batches) if problem]
+  problems = [problem for problem in router_problems(balance, of, micro_batches) if problem]
   assert len(problems) == 1 and problems[0].startswith(told), problems
 
 
@@ -989,8 +989,8 @@ def test_what_fits_is_not_complained_about() -> None:
     ),
     (BalanceConfig(frozendict(importance='1')), RouterConfig(8, 1, selection='expert_choice'), 1),
   ):
-    assert not any(misfits(*fits)), fits
-  assert len({text for text in map(str, misfits(BalanceConfig(), TOP_K, 1)) if text}) == 0
+    assert not any(router_problems(*fits)), fits
+  assert len({text for text in map(str, router_problems(BalanceConfig(), TOP_K, 1)) if text}) == 0
 
 
 def test_scopes_are_of_the_active_losses() -> None:

@@ -15,7 +15,7 @@ from jax import Array
 from moejax.config import ConfigError
 from moejax.moe.dispatch.dispatchers import DISPATCHERS, DROP_BY, DispatchConfig
 from moejax.moe.experts.ffn import ACTIVATIONS
-from moejax.moe.experts.grouped_ffn import BEST, IMPLEMENTATIONS, best
+from moejax.moe.experts.grouped_ffn import BEST_BY_PLATFORM, IMPLEMENTATIONS, best_implementation
 from moejax.moe.experts.sorted_copies import sort_copies
 from moejax.moe.experts.weights import Biases, Weights
 from moejax.moe.routing import Routing
@@ -373,7 +373,7 @@ def test_grouped_ffn_over_many_blocks(implementation: str, to_one: bool, ffn: Ff
 def test_few_copies_are_gathered_but_on_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
   def of(tokens: int, top_k: int) -> str:
     ids = jnp.zeros((tokens, top_k), jnp.int32)
-    return best(sort_copies(ids, ids.astype(jnp.float32), 8))
+    return best_implementation(sort_copies(ids, ids.astype(jnp.float32), 8))
 
   assert [of(1, 2), of(2, 2), of(1, 5), of(8, 2)] == ['gathered', 'gathered', 'blocked', 'blocked']
   monkeypatch.setattr('moejax.moe.experts.grouped_ffn.platform', lambda: 'tpu')
@@ -444,7 +444,7 @@ def test_a_mesh_changes_nothing_where_there_is_a_grouped_matmul(
     ran(DROPLESS[1], 4, 2, 'padded', ffn),
     (jobs(4, 2)['padded'], experts(4, ffn.bias), DY),
   )
-  monkeypatch.setitem(BEST, 'cpu', 'ragged_dot')
+  monkeypatch.setitem(BEST_BY_PLATFORM, 'cpu', 'ragged_dot')
   with jax.set_mesh(make_mesh(MeshConfig(data=2, expert=2, tensor=2))):
     anew = jax.jit(
       lambda *args: run.__wrapped__(DROPLESS[1], *args, ffn.activation), compiler_options=QUICK

@@ -24,7 +24,7 @@ from moejax.moe.dispatch.dispatchers import (
   group_of,
 )
 from moejax.moe.dispatch.exchange import layout, move
-from moejax.moe.dispatch.exchange_cost import Group, lacking_ragged, moved
+from moejax.moe.dispatch.exchange_cost import Group, exchange_bytes, lacking_ragged
 from moejax.moe.experts.ffn import ACTIVATIONS
 from moejax.moe.experts.weights import Weights
 from moejax.moe.layer import MoEConfig
@@ -35,9 +35,9 @@ from moejax.plan.hlo.replica_groups import axes_of, groups_of
 from moejax.sharding.logical_axes import RULES
 from moejax.sharding.mesh import MeshConfig, make_mesh
 from moejax.train.experiment.config import ExperimentConfig
-from moejax.train.experiment.cost import exchanged
+from moejax.train.experiment.cost import exchange_summary
 from moejax.train.experiment.summary import exchange_lines, human
-from moejax.train.shapes import batch_of, target_of
+from moejax.train.shapes import batch_shapes, sharded_state_shapes
 from moejax.train.step.train_step import train_step
 from tests.support.emulated_exchange import emulate
 from tests.support.quick import QUICK
@@ -77,7 +77,9 @@ def compiled_step(cfg: ExperimentConfig) -> str:
   mesh = make_mesh(cfg.mesh)
   with jax.set_mesh(mesh):
     step = jax.jit(functools.partial(train_step, cfg=cfg))
-    return step.lower(target_of(cfg, mesh), batch_of(cfg, mesh)).compile(QUICK).as_text()
+    return (
+      step.lower(sharded_state_shapes(cfg, mesh), batch_shapes(cfg, mesh)).compile(QUICK).as_text()
+    )
 
 
 def axes_of_expert_weights(text: str, mesh: Mapping[str, int]) -> set[tuple[str, str]]:
@@ -205,7 +207,9 @@ def test_bytes_are_those_of_the_compiled_program(cfg: DispatchConfig, sizes: Mes
     with jax.set_mesh(mesh):
       text = jax.jit(f).lower(*args, *more).compile(QUICK).as_text()
     found = sum(c.bytes for c in collectives(text, mesh.shape) if c.axes == ('expert',))
-    assert found == passes * moved(group)[name] - (ids if name == 'gather' else 0) * (passes - 1)
+    assert found == passes * exchange_bytes(group)[name] - (ids if name == 'gather' else 0) * (
+      passes - 1
+    )
 
 
 @pytest.mark.parametrize('top_k', [1, 2, 3])
@@ -217,7 +221,7 @@ def test_bytes_of_a_ragged_exchange_are_those_of_its_copies(top_k: int) -> None:
     even.shape
   )  # 0 and 1 are at home on the first
   counts = (devices - 1) * num_experts * 4
-  found = moved(Group(devices, tokens, top_k, num_experts, 16, 2, 0))
+  found = exchange_bytes(Group(devices, tokens, top_k, num_experts, 16, 2, 0))
   for name, ids in (('ragged', even), ('ragged_worst', worst)):
     home = ids // 2
     there, back = (
@@ -292,10 +296,10 @@ def test_the_summary_says_what_the_step_does() -> None:
   cfg = dataclasses.replace(
     experiment(DispatchConfig('dense_matmul', 1.5), FOUR), batch_size=16, micro_batches=2
   )
-  by, each = exchanged(cfg, mesh)
-  assert by == 'all_to_all' and each == moved(Group(4, 6, 2, 8, 16, 4, 3))
+  by, each = exchange_summary(cfg, mesh)
+  assert by == 'all_to_all' and each == exchange_bytes(Group(4, 6, 2, 8, 16, 4, 3))
   assert [*each] == ['gather', 'ragged', 'ragged_worst', 'all_to_all']
-  assert exchanged(cfg, make_mesh(MeshConfig()).abstract_mesh) == ('', {})
+  assert exchange_summary(cfg, make_mesh(MeshConfig()).abstract_mesh) == ('', {})
   (line,) = exchange_lines(
     {'mesh': FOUR.__dict__, 'exchange': {'by': by, 'forward_bytes_per_device_and_layer': each}}
   )

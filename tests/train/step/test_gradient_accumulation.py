@@ -9,7 +9,7 @@ from moejax.moe.layer import MoEConfig
 from moejax.plan.hlo.collectives import collectives
 from moejax.sharding.mesh import MeshConfig
 from moejax.train.experiment.config import ExperimentConfig
-from moejax.train.shapes import batch_of, mesh_of, target_of
+from moejax.train.shapes import batch_shapes, make_run_mesh, sharded_state_shapes
 from moejax.train.step.gradient_accumulation import gradients
 from tests.support.quick import QUICK
 
@@ -32,9 +32,9 @@ def test_micro_batches_are_spread_before_they_are_embedded() -> None:
     model=model,
     mesh=MeshConfig(data=1, fsdp=2, expert=4),
   )
-  mesh = mesh_of(cfg)
+  mesh = make_run_mesh(cfg)
   with jax.set_mesh(mesh):
-    state, batch = target_of(cfg, mesh), batch_of(cfg, mesh)
+    state, batch = sharded_state_shapes(cfg, mesh), batch_shapes(cfg, mesh)
     program = (
       jax.jit(lambda state, batch: gradients(state, batch, cfg)).lower(state, batch).compile(QUICK)
     )

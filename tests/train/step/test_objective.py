@@ -15,7 +15,7 @@ from moejax.model.cross_entropy import LossConfig
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.step.gradient_accumulation import f_gap, gradients
 from moejax.train.step.gradient_interference import interference, only
-from moejax.train.step.objective import ahead, coefficients, lm_terms, token_weights
+from moejax.train.step.objective import coefficients, lm_terms, targets_ahead, token_weights
 from moejax.train.step.train_step import task_losses, task_tokens, train_step
 from tests.support import oracle
 from tests.train.step.test_train_step import (
@@ -52,7 +52,9 @@ def two_tasks() -> Batch:
 def terms_of(
   cfg: ExperimentConfig, batch: Batch, depths: int = 0, step: int = 0
 ) -> tuple[float, dict, np.ndarray]:
-  scale = jnp.stack([1 / token_weights(ahead(batch, d), cfg).sum() for d in range(depths + 1)])
+  scale = jnp.stack(
+    [1 / token_weights(targets_ahead(batch, d), cfg).sum() for d in range(depths + 1)]
+  )
   total, terms, nll = lm_terms(
     tuple(HIDDEN[: depths + 1]), HEAD, batch, scale, coefficients(cfg, jnp.int32(step)), cfg
   )
@@ -117,9 +119,13 @@ def test_targets_further_ahead_stay_in_their_document() -> None:
   batch = Batch(
     rows, jnp.array([[11, 12, 13, 14, 15, IGNORE]]), rows > 0, rows, rows, jnp.zeros(1, jnp.int32)
   )
-  np.testing.assert_array_equal(ahead(batch, 1).targets, [[12, 13, IGNORE, 15, IGNORE, IGNORE]])
-  np.testing.assert_array_equal(ahead(batch, 1).mask, [[True, True, False, True, False, False]])
-  assert ahead(batch, 0) is batch
+  np.testing.assert_array_equal(
+    targets_ahead(batch, 1).targets, [[12, 13, IGNORE, 15, IGNORE, IGNORE]]
+  )
+  np.testing.assert_array_equal(
+    targets_ahead(batch, 1).mask, [[True, True, False, True, False, False]]
+  )
+  assert targets_ahead(batch, 0) is batch
 
 
 def test_weights_of_unknown_tasks_and_bad_numbers_are_refused() -> None:

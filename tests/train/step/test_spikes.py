@@ -7,7 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.train.step.spikes import RATE, SIGMAS, Stability, init, limit, update
+from moejax.train.step.spikes import (
+  RATE,
+  SIGMAS,
+  Stability,
+  init_stability,
+  spike_limit,
+  update_stability,
+)
 
 WARM = round(1 / RATE)
 NAMES = {
@@ -18,14 +25,14 @@ NAMES = {
   'grad_norm_spike',
   'grad_norm_spikes',
 }
-one = jax.jit(update)
+one = jax.jit(update_stability)
 
 
 @functools.partial(jax.jit)
 def many(
   state: Stability, losses: jax.Array, norms: jax.Array, skipped: jax.Array
 ) -> tuple[Stability, dict[str, jax.Array]]:
-  return jax.lax.scan(lambda s, x: update(s, *x), state, (losses, norms, skipped))
+  return jax.lax.scan(lambda s, x: update_stability(s, *x), state, (losses, norms, skipped))
 
 
 def story(
@@ -46,7 +53,7 @@ def story(
     return np.asarray([*a, *np.zeros(size - n)], np.float32)
 
   end, metrics = many(
-    init() if state is None else state,
+    init_stability() if state is None else state,
     room(losses),
     room(norms),
     np.asarray([*skipped, *np.ones(size - n, bool)], bool),
@@ -180,7 +187,7 @@ def test_the_limit_rises_until_a_level_that_stays_is_none(jump: float) -> None:
   noise = rng.normal(size=100)
   state, _ = story(3 + 0.1 * noise)
   over = 0
-  while over < 100 and 3 + 0.1 * jump > limit(state, 6.0)[0]:
+  while over < 100 and 3 + 0.1 * jump > spike_limit(state, 6.0)[0]:
     state, _ = one(state, np.float32(3 + 0.1 * jump), np.float32(1), np.False_)
     over += 1
   assert {10: 1, 60: 5, 500: 12}[jump] <= over <= {10: 4, 60: 10, 500: 20}[jump], over

@@ -9,7 +9,7 @@ import pytest
 
 from moejax.certify.tiny_model import batch
 from moejax.moe.dispatch.dispatchers import DispatchConfig
-from moejax.train.telemetry.collapse_alarms import FEW, KINDS, PATIENCE, Alarms, sounding
+from moejax.train.telemetry.collapse_alarms import ALARM_KINDS, FEW, PATIENCE, Alarms, sounding
 from moejax.train.trainer import train
 from tests.support.tiny_run import config, rows
 from tests.train.step import test_train_step as test_step
@@ -126,6 +126,6 @@ def test_a_run_that_collapses_says_so_and_goes_on(
   assert train(cfg) == 0
   alarms = [line for line in capsys.readouterr().out.splitlines() if line.startswith('ALARM')]
   for name in ('crowded', 'dropped'):
-    assert sum(KINDS[name].says in line for line in alarms) == 1, alarms
+    assert sum(ALARM_KINDS[name].says in line for line in alarms) == 1, alarms
   last = [row for row in rows(tmp_path / 'run') if 'alarms' in row][-1]
   assert last['alarms'] >= 2 and last['skipped_total'] == 0

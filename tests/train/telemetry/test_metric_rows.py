@@ -9,10 +9,10 @@ import pytest
 from moejax.data.pipeline import Size
 from moejax.moe.statistics import STATISTICS, Stats, layer_statistics, token_statistics
 from moejax.train.telemetry.metric_rows import (
-  added,
+  add_sums,
   clock,
   perplexity,
-  progress,
+  progress_text,
   training_row,
   validation_row,
 )
@@ -87,7 +87,7 @@ def test_a_validation_is_the_ratio_of_sums_and_not_the_mean_of_ratios() -> None:
   batches = [batch(0, [300.0], [100]), batch(1, [10.0], [2])]
   sums = None
   for one in batches:
-    sums = added(sums, one)
+    sums = add_sums(sums, one)
   assert {leaf.dtype for leaf in (sums['load'], *sums['stats'])} == {np.dtype(np.float64)}
   row, layers = validation_row(sums, K, corpus(''), {'churn': np.array([0.1, 0.5, 0.3])})
   assert row['eval/lm_loss'] == pytest.approx(310 / 102)
@@ -114,7 +114,7 @@ def test_a_validation_is_the_ratio_of_sums_and_not_the_mean_of_ratios() -> None:
 
 def test_each_task_has_its_losses() -> None:
   row, _ = validation_row(
-    added(None, batch(0, [300.0, 50, 0], [100, 10, 0])), K, corpus('a', 'b', 'c'), {}
+    add_sums(None, batch(0, [300.0, 50, 0], [100, 10, 0])), K, corpus('a', 'b', 'c'), {}
   )
   assert row['eval/lm_loss'] == pytest.approx(350 / 110) and row['eval/lm_loss/a'] == pytest.approx(
     3
@@ -124,7 +124,7 @@ def test_each_task_has_its_losses() -> None:
   assert row['eval/perplexity/b'] == pytest.approx(math.exp(5)) and 'eval/churn' not in row
   assert not any(
     name.startswith('eval/lm_loss/')
-    for name in validation_row(added(None, batch(0, [3.0], [1])), K, corpus('alone'), {})[0]
+    for name in validation_row(add_sums(None, batch(0, [3.0], [1])), K, corpus('alone'), {})[0]
   )
 
 
@@ -146,20 +146,20 @@ ROW = {
 
 
 def test_progress_says_what_fits() -> None:
-  assert progress(490, 500, ROW, 75, 0) == (
+  assert progress_text(490, 500, ROW, 75, 0) == (
     'step 490/500  loss 4.033  bpb 1.684  router_z 0.500  sequence 1.255  MaxVio 0.25 (noise 0.10)  8.4k tok/s  '
     '1m15s left'
   )
-  assert progress(490, 500, ROW, 75, 80) == (
+  assert progress_text(490, 500, ROW, 75, 80) == (
     'step 490/500  loss 4.033  bpb 1.684  MaxVio 0.25 (noise 0.10)  8.4k tok/s  1m15s'
   )
   assert (
-    progress(9, 5000, ROW, 75, 80)
+    progress_text(9, 5000, ROW, 75, 80)
     == 'step    9/5000  loss 4.033  bpb 1.684  MaxVio 0.25  8.4k tok/s  1m15s'
   )
-  assert progress(490, 500, ROW, 75, 100).count('router_z') == 1
+  assert progress_text(490, 500, ROW, 75, 100).count('router_z') == 1
   for columns in range(70, 130):
-    assert len(progress(490, 500, ROW, 75, columns)) <= columns
+    assert len(progress_text(490, 500, ROW, 75, columns)) <= columns
 
 
 def test_clock() -> None:

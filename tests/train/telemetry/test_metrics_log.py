@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moejax.runtime import faults
-from moejax.runtime.append_log import Appended
+from moejax.runtime.append_log import AppendLog
 from moejax.train.experiment.cost import mfu
 from moejax.train.telemetry.load_plots import load_bars, load_image, png
 from moejax.train.telemetry.metrics_log import MetricsLog
@@ -215,7 +215,7 @@ import json, logging, resource, sys
 from pathlib import Path
 import numpy as np
 from moejax.runtime import faults
-from moejax.runtime.append_log import Appended
+from moejax.runtime.append_log import AppendLog
 from moejax.train.telemetry.metrics_log import MetricsLog
 from moejax.train.telemetry.tensorboard import TensorBoard
 from moejax.train.telemetry.routing_probe import Probes
@@ -256,7 +256,7 @@ def test_what_does_not_fit_is_lost_whole_and_told_once(tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_always_full() -> None:
-  log = Appended('/dev/full')
+  log = AppendLog('/dev/full')
   assert not log.write(b'a line\n') and not log.write(b'another\n')
   log.close()
 

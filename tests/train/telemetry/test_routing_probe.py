@@ -90,7 +90,7 @@ def test_a_resumed_run_forgets_later_probes_and_what_was_half_written(tmp_path: 
   killed = Probes(tmp_path / 'b', 0)
   for step in (10, 20, 30):
     killed.record(step, compact(random_ids(step if step == 10 else -step % 7), mask, E))
-  (tmp_path / 'b' / '40.new').write_bytes(b'half')
+  (tmp_path / 'b' / '40.npz.0f.tmp').write_bytes(b'half')
   resumed = Probes(tmp_path / 'b', 10)
   assert [path.name for path in (tmp_path / 'b').iterdir()] == ['10.npz']
   found = [resumed.record(step, compact(random_ids(step), mask, E)) for step in (20, 30)]
