@@ -1,9 +1,9 @@
 """A picture of the load of every expert over time, of one run or several beside each other.
 
-  python -m benchmarks.load_picture "no balance=runs/unbalanced" "balanced=runs/balanced" --out=FILE.svg
+  python -m benchmarks.load_picture "no balance=runs/a" "sign bias=runs/b" --out=FILE.svg
 
-Each run is LABEL=DIRECTORY; its load.jsonl is read. A row is an expert, time goes right, a panel is a layer. White is
-an even share, red is more, blue is less.
+Each run is LABEL=DIRECTORY, and its load.jsonl is read. A row is an expert, time goes right, a
+panel is a layer. White is an even share, red is more, blue is less.
 """
 
 import argparse
@@ -18,12 +18,8 @@ import numpy as np
 
 from moejax.train.telemetry.load_plots import load_image, png
 
-WIDTH, ROW, GAP, MARGIN = (
-  420,
-  11,
-  12,
-  24,
-)  # pixels: of a panel, of an expert, between panels, for labels
+# Pixels: the width of a panel, the height of an expert, between panels, above and beside them.
+WIDTH, ROW, GAP, TOP, LEFT = 420, 11, 12, 24, 60
 
 
 class Panel(NamedTuple):
@@ -50,7 +46,7 @@ def read_run(argument: str) -> Run:
   """The run that LABEL=DIRECTORY names.
 
   Raises:
-    ValueError: the argument is no LABEL=DIRECTORY, or the directory has no load.jsonl with a step in it.
+    ValueError: the argument is no LABEL=DIRECTORY, or there is no step in its load.jsonl.
   """
   label, equals, directory = argument.partition('=')
   file = Path(directory) / 'load.jsonl'
@@ -68,9 +64,8 @@ def draw_panel(panel: Panel, x: int, y: int) -> str:
   """The SVG of a panel whose upper left corner is at (x, y)."""
   # A PNG inside the SVG: a rectangle for each expert and step would be a hundred times as large.
   image = base64.b64encode(png(load_image(panel.history))).decode()
-  title = (
-    f'<text x="{x - 6}" y="{y + panel.height // 2 + 4}" text-anchor="end">{panel.title}</text>'
-  )
+  middle = y + panel.height // 2 + 4
+  title = f'<text x="{x - 6}" y="{middle}" text-anchor="end">{panel.title}</text>'
   box = f'x="{x}" y="{y}" width="{WIDTH}" height="{panel.height}"'
   picture = f'<image {box} preserveAspectRatio="none" href="data:image/png;base64,{image}"/>'
   frame = f'<rect {box} fill="none" stroke="#888" stroke-width="0.5"/>'
@@ -79,11 +74,9 @@ def draw_panel(panel: Panel, x: int, y: int) -> str:
 
 def draw_run(run: Run, x: int) -> tuple[str, int]:
   """The SVG of a column of panels at x, and the y of its lower end."""
-  label = html.escape(run.label)
-  parts = [
-    f'<text x="{x + WIDTH // 2}" y="16" text-anchor="middle" font-weight="bold">{label}</text>'
-  ]
-  y = MARGIN
+  label, middle = html.escape(run.label), x + WIDTH // 2
+  parts = [f'<text x="{middle}" y="16" text-anchor="middle" font-weight="bold">{label}</text>']
+  y = TOP
   for panel in run.panels:
     parts.append(draw_panel(panel, x, y))
     y += panel.height + GAP
@@ -94,12 +87,13 @@ def draw_run(run: Run, x: int) -> tuple[str, int]:
 
 def draw(runs: list[Run]) -> str:
   """The whole SVG."""
+  pitch = WIDTH + LEFT + 10
   columns, bottoms = [], []
   for i, run in enumerate(runs):
-    column, bottom = draw_run(run, x=60 + i * (WIDTH + 70))
+    column, bottom = draw_run(run, LEFT + i * pitch)
     columns.append(column)
     bottoms.append(bottom)
-  width, height = len(runs) * (WIDTH + 70), max(bottoms)
+  width, height = len(runs) * pitch, max(bottoms)
   head = (
     f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
     f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">'
@@ -109,7 +103,7 @@ def draw(runs: list[Run]) -> str:
 
 
 def main() -> int:
-  """Reads the runs and writes the picture; returns the exit status, 2 for a run that cannot be read."""
+  """Writes the picture. Returns the exit status: 0, or 2 for a run that cannot be read."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('runs', nargs='+', metavar='LABEL=DIRECTORY', help='runs to draw')
   parser.add_argument('--out', required=True, help='the SVG file to write')
