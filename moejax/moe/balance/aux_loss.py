@@ -36,7 +36,7 @@ def canonical(
   probs_BSE = routing.probs
   if scope.probability:
     probs_BSE = jax.nn.softmax(SCORE_FNS[scope.probability](routing.logits))
-  # What P sums, what f counts and the number of tokens side by side, so that one sum takes all three.
+  # P, what f counts and the number of tokens side by side, so that one sum takes all three.
   columns = (probs_BSE * weight_BS1, assigned(routing, mask_BS, scope), weight_BS1)
   sums = set_sums(jnp.concatenate(columns, axis=-1))  # [G, 2E + 1]
   probs_GE, counts_GE, tokens_G1 = jnp.split(sums, [num_experts, 2 * num_experts], axis=-1)
