@@ -48,7 +48,8 @@ TIGHT = [
 ]
 
 
-# Selections with room for other score functions than softmax; expert choice, whose copies are uneven, by each way.
+# Selections with room for other score functions than softmax; expert choice, whose copies are
+# uneven, by each dispatcher.
 SELECTED = [
   MoEConfig(
     RouterConfig(
@@ -175,7 +176,7 @@ def with_parameters(moe: MoE, change: Callable[[str, Array], Array]) -> MoE:
 def run(
   moe: MoE, x: Array, bias: Array, tokens: Tokens, dy: Array
 ) -> tuple[Array, MoEAux, tuple[MoE, Array, Array]]:
-  """y, aux, and the gradients of y · dy + Σ coefficient · loss to the layer, to x and to the bias."""
+  """y, aux, and the gradients of y · dy + Σ coefficient · loss to the layer, x and the bias."""
 
   def objective(moe: MoE, x: Array, bias: Array) -> tuple[Array, tuple[Array, MoEAux]]:
     y, aux = moe(x, bias, tokens, {})

@@ -25,7 +25,10 @@ class Wanted(NamedTuple):
 
 @functools.cache
 def draws(num_experts: int) -> tuple[np.ndarray, np.ndarray]:
-  """The jitter [B, S, D] and the noise [B, S, E] of the key: what is drawn is not in question, but what it does."""
+  """The jitter [B, S, D] and the noise [B, S, E] of the key.
+
+  What is drawn is not in question, but what it does.
+  """
   tokens = given(num_experts).tokens(key_of(NOISY))
   jitter = jax.vmap(lambda k: jax.random.uniform(k, (S, D), jnp.float32, 0.7, 1.3))(
     row_keys(tokens, JITTER)
@@ -53,7 +56,10 @@ FFNS = {
 def oracle_layer(
   cfg: MoEConfig, p: dict[str, np.ndarray], x: np.ndarray, like: Wanted | None = None
 ) -> Wanted:
-  """The layer in float64; who goes where and who is dropped as in `like`, where a slope is to be taken."""
+  """The layer in float64.
+
+  Where a slope is to be taken, who goes where and who is dropped is as in `like`.
+  """
   r, g, x = cfg.router, given_to(cfg), np.asarray(x, np.float64)
   jitter, noise = draws(r.num_experts) if r.noisy else (1.0, 0.0)
   clean = x * jitter @ p['router']

@@ -43,7 +43,10 @@ def push(
 def steps(
   state: BiasState, logits: jax.Array, mask: jax.Array, rate: jax.Array, cfg: RouterConfig
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array], dict[str, BiasState]]:
-  """For n batches: scores, expert_ids, what each rule sees, and the state that it makes of it. logits [n, B, S, E]."""
+  """For n batches, logits [n, B, S, E]: what is routed, seen and done.
+
+  Scores, expert_ids, what each rule sees, and the state that it makes of it.
+  """
   routing = jax.vmap(lambda z: route(z, state.bias, cfg))(logits)
   seen = {
     name: jax.vmap(rule.observe, (0, None, 0))(routing, state.bias, mask)
@@ -86,7 +89,10 @@ def test_update_is_the_oracles(rule: str, num_experts: int) -> None:
 
 @pytest.mark.parametrize('score_fn', sorted(SCORE_FNS))
 def test_what_is_observed_and_done_is_the_oracles(score_fn: str) -> None:
-  """From logits to the new state, every rule, on batches with masks, ties and extremes; all of it stays finite."""
+  """From logits to the new state, every rule, on batches with masks, ties and extremes.
+
+  All of it stays finite.
+  """
   state, rate = some_state(E), 0.01
   logits, masks = (np.stack(a) for a in zip(*batches().values(), strict=True))
   scores, expert_ids, _, got = steps(state, logits, masks, rate, RouterConfig(E, K, score_fn))
@@ -114,7 +120,10 @@ def test_nothing_to_do_holds_every_bit(rule: str) -> None:
 
 @pytest.mark.parametrize('num_experts', [3, 7, 12, 60, 160])
 def test_even_load_does_not_push(num_experts: int) -> None:
-  """To the bit, and also where E is no power of two: a mean off by a rounding is a whole step of the sign rules."""
+  """To the bit, and also where E is no power of two.
+
+  A mean that is off by a rounding is a whole step of the sign rules.
+  """
   state = some_state(num_experts)._replace(momentum=np.zeros(num_experts, np.float32))
   loads = np.outer([1, 7, 11, 4099], np.ones(num_experts)).astype(np.float32)
   for rule, new in push(state, loads, 1e-3).items():
@@ -130,12 +139,20 @@ def test_momentum_of_smebu_decays_and_still_moves() -> None:
 
 
 def test_under_a_steady_load_smebu_moves_by_the_rate() -> None:
-  """The weights of its average sum to 1: a crowd that stays the same moves the bias as fast as without momentum."""
+  """The weights of its average sum to 1.
+
+  A crowd that stays the same moves the bias as fast as without momentum.
+  """
   state = init_bias_state(E)
   for _ in range(30):
     before, state = state, BiasState(*(a[0] for a in push(state, LOAD[None], 0.01)['smebu']))
   push_of = np.tanh(2 * (1 - LOAD / LOAD.mean()))
   np.testing.assert_allclose(state.bias - before.bias, 0.01 * (push_of - push_of.mean()), rtol=1e-4)
+
+
+def test_a_state_is_two_arrays_that_can_be_donated() -> None:
+  state = init_bias_state(6)
+  assert state.bias.unsafe_buffer_pointer() != state.momentum.unsafe_buffer_pointer()
 
 
 def test_begins_at_zero_in_float32() -> None:

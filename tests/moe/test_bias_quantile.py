@@ -17,7 +17,10 @@ from tests.support.quick import QUICK
 # The quantile rule's histogram.
 @functools.cache
 def shards() -> np.ndarray:
-  """Scores [shards, T, E] of shards that each crowd other experts: what one shard alone would balance differs."""
+  """Scores [shards, T, E] of shards that each crowd other experts.
+
+  What one shard alone would balance differs.
+  """
   rng = np.random.default_rng(0)
   logits = rng.normal(size=(8, 256, E)) + rng.normal(size=E) + 2 * rng.normal(size=(8, 1, E))
   return (1 / (1 + np.exp(-logits))).astype(np.float32)
@@ -46,7 +49,10 @@ quantiles = jax.jit(jax.vmap(lambda seen: quantile(seen, K)), compiler_options=Q
 
 
 def test_pooled_histograms_balance_and_averaged_quantiles_do_not() -> None:
-  """Pooled: as even as exact quantiles of all tokens. Averaged, on shards that differ: hardly better than nothing."""
+  """Pooled: as even as exact quantiles of all tokens.
+
+  Averaged, on shards that differ: hardly better than nothing.
+  """
   pooled, averaged, exact = np.zeros(E, np.float32), np.zeros(E, np.float32), np.zeros(E)
   for _ in range(12):
     pooled = pooled - np.asarray(quantiles(histograms(pooled).sum(0, keepdims=True))[0])
@@ -61,7 +67,10 @@ def test_pooled_histograms_balance_and_averaged_quantiles_do_not() -> None:
 
 
 def test_the_line_is_the_next_largest() -> None:
-  """K+1-th of all where top-k chooses among all; with groups left out, above it are those that were taken."""
+  """It is the (K+1)-th of all where top-k chooses among all.
+
+  With groups left out, above it are those that were taken.
+  """
   scores, bias = batches()['plain'][0], some_state(E).bias
   for cfg in (
     RouterConfig(E, K, 'sigmoid'),
@@ -81,7 +90,10 @@ def test_the_line_is_the_next_largest() -> None:
 
 
 def test_within_a_bin_of_the_exact_quantile() -> None:
-  """One step is off by less than the bin that the quantile lies in, a quarter of it: the next step's are finer."""
+  """One step is off by less than the bin that the quantile lies in, a quarter of it.
+
+  The next step's bins are finer.
+  """
   for seed in range(3):
     bias = some_state(E, seed).bias
     choice = shards().reshape(-1, E) + bias
@@ -93,7 +105,10 @@ def test_within_a_bin_of_the_exact_quantile() -> None:
 
 
 def test_histograms_add_up_over_shards_to_the_bit() -> None:
-  """Whole numbers: micro-batches in any order, and eight devices, give the histogram of the whole batch."""
+  """Counts are whole numbers.
+
+  Micro-batches in any order, and eight devices, give the histogram of the whole batch.
+  """
   bias = some_state(E).bias
   choice = np.asarray(shards() + bias)
   mask = np.random.default_rng(0).random(choice.shape[:2]) < 0.7
@@ -145,7 +160,10 @@ def test_counts_are_whole_numbers_up_to_the_largest_batch() -> None:
 
 
 def test_the_middle_of_a_gap() -> None:
-  """Where any number between two tokens' would give the expert its share, neither end of the gap is preferred."""
+  """Any number between two tokens' would give the expert its share.
+
+  Neither end of the gap is preferred.
+  """
   seen = np.zeros((1, 4, BINS), np.int32)
   seen[0, :, [100, 150]] = 3
   np.testing.assert_allclose(

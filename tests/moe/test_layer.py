@@ -124,7 +124,7 @@ def test_every_selection_is_looked_at() -> None:
   ].expert_ids
   counts = (uneven < 4).sum(-1)[given(4).mask]
   assert {0, 1} < set(counts.tolist()), (
-    'expert choice gives some tokens nobody and some more than one'
+    'expert choice gives some tokens no expert and some more than one'
   )
 
 
@@ -135,7 +135,10 @@ def test_dispatchers_agree() -> None:
 
 
 def test_what_is_known_of_a_larger_set_comes_from_outside() -> None:
-  """f is that of the whole set, P that of the tokens at hand; what is seen here goes out to be added up."""
+  """f is that of the whole set, P that of the tokens at hand.
+
+  What is seen here goes out to be added up.
+  """
   cfg, g, counts = FIRST[0], given(8), np.arange(8, dtype=np.float32)
   wide = frozendict(
     {'global_batch': Scope(2 * B), 'importance': Scope(2 * B), 'micro_batch': Scope(1)}

@@ -6,33 +6,38 @@ import functools
 import jax
 import numpy as np
 import pytest
+from jax import Array
 
-from moejax.config import ConfigError, frozendict
+from moejax.config import ConfigError
 from moejax.moe.layer import MoE, MoEConfig
 from tests.moe.layer_cases import FIRST, GPT_OSS, NOISY, D, layer, parameters
 from tests.support.quick import QUICK
 
 
 def test_noise_begins_alike_for_all_experts() -> None:
-  made = jax.jit(lambda key: MoE(key, D, NOISY, frozendict(), '', 0.5), compiler_options=QUICK)(
-    jax.random.key(1)
-  )
+  make = jax.jit(lambda key: MoE(key, D, NOISY, std=0.5), compiler_options=QUICK)
+  made = make(jax.random.key(1))
   assert not made.noise[...].any() and made.noise[...].shape == (D, 4)
   assert 0.3 < np.std(made.router[...]) < 0.7 and not hasattr(layer(FIRST[0]), 'noise')
 
 
 def test_how_parameters_start_and_where_they_lie() -> None:
-  """What writes to the residual has its own width; biases start at 0, and like all vectors do not decay."""
+  """What writes to the residual has its own standard deviation.
+
+  Biases start at 0, and like all vectors do not decay.
+  """
   cfg = dataclasses.replace(GPT_OSS, num_shared=2, shared_gate=True, d_expert=64)
-  make = functools.partial(MoE, d_model=D, scopes=frozendict(), bias_rule='', std=0.5)
-  made, plain, narrow = jax.jit(
-    lambda key: (
-      make(key, cfg=cfg, out_std=0.1),
-      make(key, cfg=MoEConfig(cfg.router, d_expert=64, num_shared=2)),
-      make(key, cfg=cfg),
-    ),
-    compiler_options=QUICK,
-  )(jax.random.key(1))
+  fewer_switches = MoEConfig(cfg.router, d_expert=64, num_shared=2)
+
+  @functools.partial(jax.jit, compiler_options=QUICK)
+  def make(key: Array) -> tuple[MoE, MoE, MoE]:
+    return (
+      MoE(key, D, cfg, std=0.5, out_std=0.1),
+      MoE(key, D, fewer_switches, std=0.5),
+      MoE(key, D, cfg, std=0.5),
+    )
+
+  made, plain, narrow = make(jax.random.key(1))
   axes = {
     'router': ('embed', ''),
     'router_logit_bias': ('norm',),
@@ -53,7 +58,9 @@ def test_how_parameters_start_and_where_they_lie() -> None:
   for name, value in found.items():
     holder = functools.reduce(getattr, name.split('.'), made)
     assert holder.get_metadata('axes') == axes[name], name
-    std = 0.0 if 'bias' in name else 0.1 if 'down' in name else 0.5
+    std = 0.1 if 'down' in name else 0.5
+    if 'bias' in name:
+      std = 0.0
     np.testing.assert_allclose(
       value.std(), std, rtol=0.1 if value.size > 500 else 0.5, err_msg=name
     )

@@ -141,7 +141,7 @@ def test_gshards_second_expert_is_kept_as_often_as_its_weight_says(renormalise: 
   assert renormalise or (chance == 1).sum() > 1000
   deviation = np.sqrt((chance * (1 - chance)).sum())
   assert 0 < deviation and abs(kept[..., 1].sum() - chance.sum()) < 4 * deviation
-  # A record is used as it is: another key draws nobody out of it.
+  # A record is used as it is: another key draws no expert out of it.
   if not renormalise:
     return
   again = go(

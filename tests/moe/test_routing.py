@@ -1,7 +1,6 @@
-"""Routing against the oracle: scores, probabilities, choice and weights, and the gradients through them."""
+"""Routing against the oracle: scores, probabilities, choice, weights, and their gradients."""
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import pytest
 from jax import Array
 
 from moejax.moe.routing import SCORE_FNS, RouterConfig, Routing, route, router_logits
+from tests.moe.slopes import check_slopes
 from tests.support import oracle
 from tests.support.quick import QUICK
 
@@ -24,7 +24,10 @@ routed = jax.jit(route, static_argnames='cfg', compiler_options=QUICK)
 
 
 def cases(num_experts: int) -> np.ndarray:
-  """Two rows of logits a case: plain, steep, ties, equal, ±1e4, one far ahead, all very low. [16, 3, E]."""
+  """Two rows of logits a case, [16, 3, E].
+
+  Plain, steep, ties, equal, ±1e4, one far ahead, all very low.
+  """
   rng = np.random.default_rng(num_experts)
   shape = (2, 3, num_experts)
   plain = rng.normal(size=shape)
@@ -48,7 +51,7 @@ def cases(num_experts: int) -> np.ndarray:
 def route_and_gradients(
   logits: Array, bias: Array, to_weights: Array, to_probs: Array, cfg: RouterConfig
 ) -> tuple[Routing, Array, Array]:
-  """The routing, and the gradients of weights · to_weights and probs · to_probs to (logits, bias)."""
+  """The routing, and gradients of weights · to_weights and probs · to_probs to (logits, bias)."""
   routing, pull = jax.vjp(lambda z, b: route(z, b, cfg), logits, bias)
   nothing = jax.tree.map(
     lambda x: jnp.zeros_like(x) if x.dtype == jnp.float32 else np.zeros(x.shape, jax.dtypes.float0),
@@ -58,27 +61,13 @@ def route_and_gradients(
 
 
 def biases(num_experts: int) -> list[np.ndarray]:
-  """No bias; one that decides; one that is negative everywhere, where 0 outside the kept groups would win."""
+  """No bias; one that decides; one that is negative everywhere.
+
+  With the last, 0 outside the kept groups would win.
+  """
   rng = np.random.default_rng(7)
   some = rng.normal(size=num_experts).astype(np.float32)
   return [np.zeros(num_experts, np.float32), some, some - 5]
-
-
-def check_slopes(
-  gradient: Array, f: Callable[[np.ndarray], np.ndarray], logits: np.ndarray
-) -> None:
-  """Holds a gradient [..., E] against the slope of the oracle's f: [..., E] -> [..., n], token by token.
-
-  A token's outputs depend on its own logits alone, so two evaluations give the slope of every token at once.
-  """
-  direction = np.random.default_rng(2).normal(size=logits.shape)
-  above, below = (f(logits + h * direction).sum(-1) for h in (1e-5, -1e-5))
-  np.testing.assert_allclose(
-    (np.asarray(gradient, np.float64) * direction).sum(-1),
-    (above - below) / 2e-5,
-    rtol=2e-5,
-    atol=2e-6,
-  )
 
 
 @pytest.mark.parametrize(('num_experts', 'top_k', 'groups'), SHAPES)
@@ -111,7 +100,7 @@ def test_routing_and_gradients_are_the_oracles(
       got.probs, oracle.probabilities(logits, score_fn), rtol=3e-6, atol=1e-37
     )
     check_slopes(from_probs[0], lambda z: oracle.probabilities(z, score_fn) * to_probs, logits)
-    # Where all chosen scores underflow, weights are 0 / 0: whatever guards that must leave all finite.
+    # Where all chosen scores underflow, weights are 0 / 0: what guards that must leave all finite.
     known = np.take_along_axis(want.scores, want.expert_ids, -1).sum(-1) > 1e-12
     ids, to = want.expert_ids[known], to_weights[known]
     np.testing.assert_allclose(got.weights[known], want.weights[known], rtol=3e-6, atol=1e-37)
@@ -231,7 +220,10 @@ def test_a_group_is_worth_as_many_of_its_best_as_asked() -> None:
 
 
 def test_the_rest_at_minus_infinity_is_the_choice_of_deepseek_v2s_zeros() -> None:
-  """Softmax scores are above 0 and have no bias, so that 0 outside the groups loses to everything inside."""
+  """Softmax scores are above 0 and have no bias.
+
+  So 0 outside the groups loses to everything inside.
+  """
   groups, size, kept, top_k = 4, 3, 2, 6  # as many as there are inside
   logits, limited = (
     np.random.default_rng(4).normal(scale=3, size=(2, 50, groups * size)).astype(np.float32),

@@ -57,7 +57,9 @@ def check_ids(
       ranked = np.take_along_axis(
         np.pad(log_s[b], ((0, 0), (0, 1)), constant_values=-np.inf), got[b], -1
       )
-      assert (ranked[:, :-1] >= ranked[:, 1:] - near).all(), f'{case}: not best first, nobody last'
+      assert (ranked[:, :-1] >= ranked[:, 1:] - near).all(), (
+        f'{case}: not best first, unassigned last'
+      )
     elif mask[b].any():
       plan = oracle.sinkhorn_plan(rows)
       ones, others = (np.take_along_axis(plan, ids[b, mask[b]], -1) for ids in (got, want))
@@ -90,10 +92,10 @@ def test_selection_weights_and_gradients_are_the_oracles(name: str, score_fn: st
 
   np.testing.assert_allclose(got.weights, weights(logits), rtol=3e-6, atol=1e-37)
   check_slopes(from_weights[0], lambda z: weights(z) * to_weights(name), logits)
-  somebody = got.expert_ids < E
-  assert not got.weights[~somebody].any(), 'nobody weighs nothing'
+  assigned = got.expert_ids < E
+  assert not got.weights[~assigned].any(), 'unassigned weighs nothing'
   if cfg.renormalise:
-    np.testing.assert_allclose(got.weights.sum(-1), cfg.scale * somebody.any(-1), rtol=1e-6)
+    np.testing.assert_allclose(got.weights.sum(-1), cfg.scale * assigned.any(-1), rtol=1e-6)
   assert not np.any(from_weights[1]) and not np.any(from_probs[1]), (
     'the bias chooses; it has no gradient'
   )

@@ -1,4 +1,4 @@
-"""Router statistics: they are what their formulas say, of tokens that count alone, however the batch is cut."""
+"""Router statistics are what their formulas say, of tokens that count, however a batch is cut."""
 
 import functools
 import math
@@ -30,7 +30,7 @@ def observed(routing: Routing, unbiased_ids: np.ndarray, mask: np.ndarray) -> St
 
 
 def routed(logits: np.ndarray, bias: np.ndarray, top_k: int = K) -> tuple[Routing, np.ndarray]:
-  """A sigmoid router in NumPy, and M°; the second expert of every fifth token is nobody."""
+  """A sigmoid router in NumPy, and M°; the second expert of every fifth token is unassigned."""
   scores = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
   ids, unbiased = (
     np.argsort(-a, axis=-1, kind='stable')[..., :top_k] for a in (scores + bias, scores)

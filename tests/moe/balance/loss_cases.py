@@ -63,7 +63,8 @@ EVERY = tuple(
 )
 
 
-# Every pair of a loss with a switch, and of a switch with another: what is compiled where time is short.
+# Every pair of a loss with a switch, and of a switch with another: what is compiled where time is
+# short.
 PAIRS = tuple(
   Row(name, assignment, (i + j) % 2 * 2, PROBABILITIES[(i + j) % 3])
   for i, name in enumerate(SWITCHED)
@@ -181,7 +182,10 @@ def measured(
 
 
 def balanced() -> Case:
-  """Every document gives every expert the same count, also of first choices; probabilities far from even."""
+  """Every document gives every expert the same count, also of first choices.
+
+  Probabilities are far from even.
+  """
   logits = np.random.default_rng(0).normal(scale=0.3, size=(B, S, 8)).astype(np.float32)
   for t, k in itertools.product(range(S), range(2)):
     # Both choices in one group of experts, because only one group is kept.

@@ -14,7 +14,6 @@ from tests.moe.balance.loss_cases import EP_GROUPS, MICRO_BATCHES, PROBABILITIES
 from tests.support import oracle
 
 
-# The oracle, many tokens at a time, and many losses at one point: the same sums as moejax/certify/oracle_balance.py.
 def log_scores(z: np.ndarray, score_fn: str) -> np.ndarray:
   if score_fn == 'softmax':
     return z - np.logaddexp.reduce(z, -1, keepdims=True)

@@ -34,7 +34,10 @@ from tests.support.quick import QUICK
 
 
 def old_maxtext_loss(logits: Array, mask: Array, cfg: RouterConfig) -> Array:
-  """What a P of renormalised top-k weights, scattered into zeros, gives for one set. Wrong on purpose."""
+  """What a P of renormalised top-k weights, scattered into zeros, gives for one set.
+
+  It is wrong on purpose.
+  """
   routing = route(logits, jnp.zeros(cfg.num_experts), cfg)
   chosen = jax.nn.one_hot(routing.expert_ids, cfg.num_experts) * mask[..., None, None]
   f = chosen.sum((0, 1, 2)) * cfg.num_experts / (cfg.top_k * mask.sum())
@@ -43,7 +46,10 @@ def old_maxtext_loss(logits: Array, mask: Array, cfg: RouterConfig) -> Array:
 
 
 def test_founding_correction_maxtext_full_softmax_before_top_k() -> None:
-  """The loss sees the softmax over all experts; every expert's logit gets a gradient, chosen or not."""
+  """The loss sees the softmax over all experts.
+
+  Every expert's logit gets a gradient, chosen or not.
+  """
   cfg, no_bias = RouterConfig(8, 2, 'softmax'), jnp.zeros(8)
   logits, _, mask, segments = cases(8)['plain']
 
@@ -73,7 +79,7 @@ def test_founding_correction_maxtext_full_softmax_before_top_k() -> None:
 
 
 def test_founding_correction_megatron_normalised_sigmoid() -> None:
-  """For sigmoid scores the sequence-wise P is the sigmoid normalised over all experts, not a softmax."""
+  """For sigmoid scores P is the sigmoid normalised over all experts, not a softmax."""
   cfg, no_bias = RouterConfig(8, 2, 'sigmoid'), jnp.zeros(8)
   logits, _, mask, segments = cases(8)['packed']
 
@@ -97,7 +103,8 @@ def test_founding_correction_megatron_normalised_sigmoid() -> None:
   np.testing.assert_allclose(values, want, rtol=1e-6)
   assert abs(want[0] - want[1]) > 0.02
   assert np.linalg.norm(gradients[0] - gradients[1]) > 0.3 * np.linalg.norm(gradients[0])
-  # By hand: one token, scores 0.8 and 0.2 of which the first is chosen: f = (2, 0), P = 0.8 / (0.8 + 0.2).
+  # By hand: one token, scores 0.8 and 0.2 of which the first is chosen: f = (2, 0) and
+  # P = 0.8 / (0.8 + 0.2).
   by_hand = jax.jit(
     lambda z: BALANCE_LOSSES['sequence'].value(
       route(z, jnp.zeros(2), RouterConfig(2, 1, 'sigmoid')),
@@ -122,7 +129,10 @@ def test_one_at_perfect_balance_however_small_the_scores(cfg: RouterConfig) -> N
 
 @routers(MAIN)
 def test_all_tokens_to_k_experts_costs_the_most(cfg: RouterConfig) -> None:
-  """E/K, or E for first choices, where P follows; groups: M; what varies: all / mean - 1, squared, on average."""
+  """E/K, or E for first choices, where P follows; M for groups.
+
+  For what varies: all / mean - 1, squared, on average.
+  """
   logits = np.full((B, S, 8), -60, np.float32)
   logits[..., 0], logits[..., 1] = 60, 59
   values = np.asarray(measure(logits, *cases(8)['plain'][1:], cfg)[0])
@@ -176,12 +186,15 @@ def test_a_packed_row_is_the_mean_of_its_documents() -> None:
 
 
 def test_counts_of_nothing_are_an_even_f() -> None:
-  """Tokens that nobody took, and a lagged f at the first step: L is 1, whatever P is, and nothing pulls."""
+  """Tokens that are unassigned, and a lagged f at the first step.
+
+  L is 1, whatever P is, and nothing pulls.
+  """
   case, no_bias = cases(4)['plain'], jnp.zeros(4)
 
   @functools.partial(jax.jit, compiler_options=QUICK)
   def both(z: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    def nobody(z: Array) -> Array:
+    def unassigned(z: Array) -> Array:
       routing = route(z, no_bias, RouterConfig(4, 2))
       routing = routing._replace(expert_ids=jnp.full_like(routing.expert_ids, 4))
       return BALANCE_LOSSES['sequence'].value(
@@ -192,7 +205,7 @@ def test_counts_of_nothing_are_an_even_f() -> None:
       routing, scope = route(z, no_bias, RouterConfig(4, 2)), Scope(8, 2, whole=jnp.zeros(4))
       return BALANCE_LOSSES['global_batch'].value(routing, case.mask, case.segments, scope)
 
-    return jax.value_and_grad(nobody)(z), jax.value_and_grad(unknown)(z)
+    return jax.value_and_grad(unassigned)(z), jax.value_and_grad(unknown)(z)
 
   for value, gradient in both(case.logits):
     np.testing.assert_allclose(value, 1, rtol=1e-6)

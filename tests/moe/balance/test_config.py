@@ -34,7 +34,8 @@ def test_config_names_every_problem_at_once() -> None:
     "probability='tanh' is not one of ['sigmoid', ",
     "assignment='biased' is not one of [",
     f"accumulation='approximate' is not one of {sorted(ACCUMULATIONS)}",
-    "accumulation='approximate' is for losses that are linear in P, not losses.importance: use 'exact'",
+    "accumulation='approximate' is for losses that are linear in P, "
+    "not losses.importance: use 'exact'",
   )
   assert len(error.value.problems) == len(want)
   for problem, begin in zip(error.value.problems, want, strict=True):
@@ -73,19 +74,22 @@ MISFITS = {
     BalanceConfig(bias_rule='sign'),
     HASH,
     1,
-    "balance.bias_rule='sign' would move a bias that selection='hash' ignores: use selection='top_k'",
+    "balance.bias_rule='sign' would move a bias that selection='hash' ignores: "
+    "use selection='top_k'",
   ),
   'no expert left': (
     BalanceConfig(bias_rule='quantile'),
     RouterConfig(8, 8),
     1,
-    "balance.bias_rule='quantile' needs an expert that is not chosen: use top_k below num_experts=8",
+    "balance.bias_rule='quantile' needs an expert that is not chosen: "
+    'use top_k below num_experts=8',
   ),
   'no noise': (
     BalanceConfig(frozendict(load='0.1')),
     TOP_K,
     1,
-    'balance.losses.load is the load that noise may give: use router.noisy=True, or losses.importance',
+    'balance.losses.load is the load that noise may give: '
+    'use router.noisy=True, or losses.importance',
   ),
   'noise and bias': (
     BalanceConfig(frozendict(load='0.1'), 'sign'),
@@ -109,13 +113,15 @@ MISFITS = {
     BalanceConfig(SPREAD, accumulation='lagged'),
     TOP_K,
     1,
-    "balance.accumulation='lagged' is about several micro-batches: use micro_batches above 1, or 'exact'",
+    "balance.accumulation='lagged' is about several micro-batches: "
+    "use micro_batches above 1, or 'exact'",
   ),
   'buffer': (
     BalanceConfig(SPREAD, accumulation='buffer'),
     TOP_K,
     1,
-    "balance.accumulation='buffer' is about several micro-batches: use micro_batches above 1, or 'exact'",
+    "balance.accumulation='buffer' is about several micro-batches: "
+    "use micro_batches above 1, or 'exact'",
   ),
 }
 

@@ -182,7 +182,10 @@ def test_bias_is_in_no_probability(cfg: RouterConfig) -> None:
 
 # Coefficients of others.
 def layers_of_a_model(alike: bool) -> tuple[np.ndarray, np.ndarray]:
-  """Probabilities [L, B, S, E] and expert_ids [L, B, S, K] of three layers; alike in counts, or each its own."""
+  """Probabilities [L, B, S, E] and expert_ids [L, B, S, K] of three layers.
+
+  The layers are alike in counts, or each has its own.
+  """
   rng = np.random.default_rng(0)
   logits = rng.normal(size=(3, B, S, 8)) + 2 * rng.normal(size=(1 if alike else 3, 1, 1, 8))
   ids = np.argsort(-logits, axis=-1, kind='stable')[..., :2]
@@ -193,7 +196,7 @@ def layers_of_a_model(alike: bool) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize('codebase', sorted(CODEBASES))
 def test_a_converted_coefficient_is_the_same_pull(codebase: str) -> None:
-  """What each codebase adds to its loss, with its alpha, is what ours adds with the converted one."""
+  """What a codebase adds to its loss, with its alpha, is what ours adds with the converted one."""
   theirs, scope = oracle_codebases.CODEBASES[codebase]
   probs, ids = layers_of_a_model(
     alike=codebase == 'huggingface'
@@ -208,7 +211,10 @@ def test_a_converted_coefficient_is_the_same_pull(codebase: str) -> None:
 
 
 def test_hugging_face_pools_layers_and_so_cannot_be_converted_for_layers_that_differ() -> None:
-  """Two layers collapsed onto opposite experts are, pooled, a perfect balance: K. Ours sees both collapse: E/K."""
+  """Two layers collapsed onto opposite experts are, pooled, a perfect balance: K.
+
+  Ours sees both collapse: E/K.
+  """
   probs, ids = np.zeros((2, B, S, 4)), np.zeros((2, B, S, 2), int)
   probs[0, ..., :2] = probs[1, ..., 2:] = 0.5
   ids[0], ids[1] = [0, 1], [2, 3]

@@ -34,7 +34,8 @@ from tests.moe.balance.loss_oracle import chosen_by
 from tests.support import oracle
 from tests.support.quick import QUICK
 
-# Micro-batches. The rows of every loss that spans them, with switches, and SimBal, whose W is no micro-batch's own.
+# Rows of every loss that spans micro-batches, with switches, and of SimBal, whose W is no
+# micro-batch's own.
 PARTS = (
   Row('ep_group', 'dispatched'),
   Row('ep_group', 'unbiased', 2, 'softmax'),
@@ -69,7 +70,10 @@ def cut(a: Array, micro_batches: int) -> Array:
 
 @functools.partial(jax.jit, static_argnames='micro_batches', compiler_options=QUICK)
 def accumulate(case: Case, w: Array, micro_batches: int) -> Accumulated:
-  """The batch's losses and gradients from micro-batches that each see their own tokens and what `seen` added up."""
+  """The batch's losses and gradients, from micro-batches.
+
+  Each sees its own tokens, and what `seen` added up.
+  """
   mask, segments, rows = (
     cut(case.mask, micro_batches),
     cut(case.segments, micro_batches),
@@ -122,7 +126,10 @@ def accumulated(label: str, micro_batches: int) -> Accumulated:
 
 @pytest.mark.parametrize('micro_batches', [2, 4])
 def test_micro_batches_add_up_to_the_batch(micro_batches: int) -> None:
-  """Values and gradients, also of what is not linear in its tokens, and of micro-batches that hold none."""
+  """Values and gradients add up.
+
+  Also of what is not linear in its tokens, and of micro-batches that hold none.
+  """
   for label in cases(8):
     whole, parts = accumulated(label, 1), accumulated(label, micro_batches)
     for i, row in enumerate(PARTS):
