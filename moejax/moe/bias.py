@@ -70,6 +70,7 @@ def distances(routing: Routing, bias: Array, mask: Array) -> Array:
 
 def shortfall(load: Array) -> Array:
   """`(mean load - load) / mean load`, exactly 0 for all of an even load. [E] -> [E]."""
+  # Whole numbers until the division: a mean that rounds would push experts of an even load.
   return (load.sum() - load.size * load) / jnp.maximum(load.sum(), 1.0)
 
 

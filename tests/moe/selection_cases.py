@@ -84,11 +84,8 @@ def weighing_of(name: str, score_fn: str) -> str:
 
 
 def to_weights(name: str) -> np.ndarray:
-  return (
-    np.random.default_rng(1)
-    .normal(size=(B, S, E if name == 'expert_choice' else K))
-    .astype(np.float32)
-  )
+  places = E if name == 'expert_choice' else K
+  return np.random.default_rng(1).normal(size=(B, S, places)).astype(np.float32)
 
 
 TO_PROBS = np.random.default_rng(2).normal(size=(B, S, E)).astype(np.float32)

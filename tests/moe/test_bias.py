@@ -273,7 +273,5 @@ def test_closes_the_loop_with_the_router(rule: str, score_fn: str) -> None:
 def test_the_quantile_rule_is_there_in_ten_steps(score_fn: str) -> None:
   """And stays, at rates from 0.01 to almost 0: it has none."""
   assert max(oracle.max_vio(load) for load in closed_loop(score_fn)[1]['quantile'][10:]) < 0.05
-  assert (
-    min(oracle.max_vio(load) for name in COUNTING for load in [closed_loop(score_fn)[1][name][10]])
-    > 0.2
-  )
+  others = [closed_loop(score_fn)[1][name][10] for name in COUNTING]
+  assert min(oracle.max_vio(load) for load in others) > 0.2

@@ -136,11 +136,8 @@ def test_every_number_is_in_its_bin() -> None:
   ].astype(np.float32)
   bins = np.asarray(bin_of(x))
   np.testing.assert_array_equal(bins, np.clip(np.searchsorted(EDGES, x, 'right') - 1, 0, BINS - 1))
-  assert (
-    EDGES.shape == (BINS + 1,)
-    and (np.diff(EDGES) > 0).all()
-    and EDGES[BINS // 2] == -EDGES[BINS // 2 + 1]
-  )
+  assert EDGES.shape == (BINS + 1,) and (np.diff(EDGES) > 0).all()
+  assert EDGES[BINS // 2] == -EDGES[BINS // 2 + 1]
   for v in (0.0, 2.0**-26, -1e-7, 1e-3, -0.3, 5.0, 255.0, 300.0, -300.0):
     np.testing.assert_allclose(oracle.bin_around(v), EDGES[bin_of(np.float32(v)) :][:2], rtol=1e-6)
   assert 0 <= bin_of(np.float32(np.nan)) < BINS
@@ -150,9 +147,8 @@ def test_counts_are_whole_numbers_up_to_the_largest_batch() -> None:
   """A thousand million tokens, where float32 and E times the count would both go wrong."""
   n = 2**30 + 1
   seen = np.zeros((1, 4, BINS), np.int32)
-  for e, below in enumerate(
-    (n // 2, n // 2 + 1, n // 2 - 1, 0)
-  ):  # K = 2 of 4: need n/2, which is no whole number
+  # K = 2 of 4 needs n/2, which is no whole number.
+  for e, below in enumerate((n // 2, n // 2 + 1, n // 2 - 1, 0)):
     seen[0, e, 100], seen[0, e, 150] = below, n - below
   got = np.asarray(quantiles(seen)[0])
   np.testing.assert_array_equal(got > 0, [True, False, True, True])

@@ -119,9 +119,8 @@ def test_outputs_of_all_selections_and_dispatchers_are_the_oracles(cfg: MoEConfi
 
 def test_every_selection_is_looked_at() -> None:
   assert {cfg.router.selection for cfg in SELECTED} == set(SELECTIONS)
-  uneven = output(next(c for c in SELECTED if c.router.selection == 'expert_choice'), given(4))[
-    1
-  ].expert_ids
+  cfg = next(cfg for cfg in SELECTED if cfg.router.selection == 'expert_choice')
+  uneven = output(cfg, given(4))[1].expert_ids
   counts = (uneven < 4).sum(-1)[given(4).mask]
   assert {0, 1} < set(counts.tolist()), (
     'expert choice gives some tokens no expert and some more than one'

@@ -56,11 +56,9 @@ def test_balance_and_collapse_have_the_values_that_they_name() -> None:
       'std_of_share': 0,
     }
   )
-  assert (
-    even['max_vio'][one] == 7
-    and even['expert_usage'][one] == 1 / 8
-    and even['dead_experts'][one] == 7
-  )
+  assert even['max_vio'][one] == 7
+  assert even['expert_usage'][one] == 1 / 8
+  assert even['dead_experts'][one] == 7
   assert even['load_entropy'][one] == pytest.approx(0, abs=1e-12)
 
 
@@ -71,13 +69,10 @@ def test_no_copy_and_one_expert_are_finite(experts: int) -> None:
     layers = layer_statistics(load, 1)
     found = over_layers(layers)
   assert all(np.isfinite(v).all() for v in [*layers.values(), *found.values()])
-  assert layers['expert_usage'].tolist() == [0, 1] and layers['dead_experts'].tolist() == [
-    experts,
-    0,
-  ]
-  assert layers['load_entropy'].tolist() == pytest.approx([0, 1]) and layers[
-    'max_vio'
-  ].tolist() == [0, 0]
+  assert layers['expert_usage'].tolist() == [0, 1]
+  assert layers['dead_experts'].tolist() == [experts, 0]
+  assert layers['load_entropy'].tolist() == pytest.approx([0, 1])
+  assert layers['max_vio'].tolist() == [0, 0]
 
 
 def test_noise_floor_is_about_what_random_choices_give() -> None:
@@ -94,9 +89,8 @@ def test_noise_floor_is_about_what_random_choices_give() -> None:
 def test_over_layers_the_mean_and_the_worst() -> None:
   layers = layer_statistics(loads(), 2)
   found = over_layers(layers)
-  assert (
-    found['max_vio'] == pytest.approx(np.mean(layers['max_vio'])) and found['max_vio_worst'] == 15
-  )
+  assert found['max_vio'] == pytest.approx(np.mean(layers['max_vio']))
+  assert found['max_vio_worst'] == 15
   assert found['expert_usage_worst'] == 1 / 16 and found['dead_experts_worst'] == 15
   assert found['balance_score_worst'] == pytest.approx(layers['balance_score'].min())
   assert all(np.ndim(value) == 0 for value in found.values())
@@ -108,6 +102,5 @@ def test_bias_statistics_and_the_layer_farthest_from_zero() -> None:
   assert layers['bias_std'].tolist() == pytest.approx([0.1, 0.2, 0])
   assert layers['bias_max'].tolist() == pytest.approx([0.3, 0.5, 0])
   found = over_layers(layers)
-  assert found['bias_mean_worst'] == pytest.approx(-0.3) and found[
-    'bias_max_worst'
-  ] == pytest.approx(0.5)
+  assert found['bias_mean_worst'] == pytest.approx(-0.3)
+  assert found['bias_max_worst'] == pytest.approx(0.5)

@@ -81,9 +81,8 @@ def test_jitter_is_even_between_its_bounds_and_noise_is_normal() -> None:
   n = factor.size  # 768; bounds at four standard deviations
   assert abs(factor.mean() - 1) < 4 * 0.25 / np.sqrt(3 * n)
   assert abs(factor.var() / (0.25**2 / 3) - 1) < 4 * np.sqrt(0.8 / n)
-  assert abs(noise.mean()) < 4 / np.sqrt(noise.size) and abs(noise.var() - 1) < 4 * np.sqrt(
-    2 / noise.size
-  )
+  assert abs(noise.mean()) < 4 / np.sqrt(noise.size)
+  assert abs(noise.var() - 1) < 4 * np.sqrt(2 / noise.size)
 
 
 def test_jitter_keeps_the_dtype_and_off_is_off() -> None:
@@ -108,10 +107,8 @@ def test_expert_dropout_drops_as_many_as_it_says_in_the_whole_layer(
 
 def test_a_dropped_expert_is_chosen_by_nobody() -> None:
   rng = np.random.default_rng(8)
-  logits, tokens = (
-    rng.normal(size=(4, 64, 8)).astype(np.float32),
-    some_tokens(ROWS, 64, jax.random.key(1)),
-  )
+  logits = rng.normal(size=(4, 64, 8)).astype(np.float32)
+  tokens = some_tokens(ROWS, 64, jax.random.key(1))
   cfg = RouterConfig(8, 2, expert_dropout=0.25)
   go = jax.jit(functools.partial(route, cfg=cfg), compiler_options=QUICK)
   gone = set(np.flatnonzero(np.isneginf(drawn()['dropout'][0, 0])).tolist())
@@ -213,9 +210,8 @@ def test_likelihood_and_gradient_stay_finite_without_noise_and_at_extremes() -> 
   assert all(np.isfinite(x).all() for x in got)
   chance = np.asarray(got[1])
   assert (chance >= 0).all() and (chance <= 1).all()
-  np.testing.assert_array_equal(
-    chance[0, :8].sum(-1), 2
-  )  # without noise: the two best, for certain
+  # Without noise: the two best, for certain.
+  np.testing.assert_array_equal(chance[0, :8].sum(-1), 2)
 
 
 def test_noise_decides_and_weighs_in_training_and_not_in_evaluation() -> None:

@@ -13,11 +13,8 @@ from tests.moe.slopes import check_slopes
 from tests.support import oracle
 from tests.support.quick import QUICK
 
-SHAPES = [
-  (4, 1, (1, 1)),
-  (8, 2, (1, 1)),
-  (8, 2, (4, 2)),
-]  # experts, top-k, groups and how many of them
+# Experts, top-k, groups and how many of them.
+SHAPES = [(4, 1, (1, 1)), (8, 2, (1, 1)), (8, 2, (4, 2))]
 
 
 routed = jax.jit(route, static_argnames='cfg', compiler_options=QUICK)
@@ -201,10 +198,8 @@ def test_router_is_float32_whatever_the_activations_are() -> None:
 
 def test_a_group_is_worth_as_many_of_its_best_as_asked() -> None:
   rng = np.random.default_rng(9)
-  logits, bias = (
-    rng.normal(size=(4, 16, 12)).astype(np.float32),
-    rng.normal(size=12).astype(np.float32),
-  )
+  logits = rng.normal(size=(4, 16, 12)).astype(np.float32)
+  bias = rng.normal(size=12).astype(np.float32)
   counts = (1, 2, 3, 9)  # 9: more than a group has, all of it
   cfgs = [RouterConfig(12, 2, 'sigmoid', num_groups=3, top_groups=1, group_best=n) for n in counts]
   all_chosen = jax.jit(
@@ -225,10 +220,9 @@ def test_the_rest_at_minus_infinity_is_the_choice_of_deepseek_v2s_zeros() -> Non
   So 0 outside the groups loses to everything inside.
   """
   groups, size, kept, top_k = 4, 3, 2, 6  # as many as there are inside
-  logits, limited = (
-    np.random.default_rng(4).normal(scale=3, size=(2, 50, groups * size)).astype(np.float32),
-    0,
-  )
+  limited = 0
+  rng = np.random.default_rng(4)
+  logits = rng.normal(scale=3, size=(2, 50, groups * size)).astype(np.float32)
   cfg = RouterConfig(
     groups * size, top_k, 'softmax', groups, kept, renormalise=False, scale=16, group_best=1
   )

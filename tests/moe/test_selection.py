@@ -47,9 +47,8 @@ def check_ids(
     rows, near = log_s[b, mask[b]], 1e-6 * max(1.0, np.abs(log_s[b]).max())
     if name == 'expert_choice':
       assert (got[b][~mask[b]] == E).all()
-      ones, others = (
-        (ids[b][..., None] == np.arange(E)).any(1) for ids in (got, want)
-      )  # [S, E], who has whom
+      # [S, E], who has whom
+      ones, others = ((ids[b][..., None] == np.arange(E)).any(1) for ids in (got, want))
       np.testing.assert_array_equal(ones.sum(0), others.sum(0), case)
       np.testing.assert_allclose(
         (ones[mask[b]] * rows).sum(0), (others[mask[b]] * rows).sum(0), atol=S * near, err_msg=case

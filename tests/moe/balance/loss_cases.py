@@ -25,12 +25,8 @@ MICRO_BATCHES, EP_GROUPS = 2, 4
 PROBABILITIES = ('', 'sigmoid', 'softmax')
 
 
-SWITCHED = (
-  'ep_group',
-  'global_batch',
-  'micro_batch',
-  'sequence',
-)  # the losses that heed all switches
+# The losses that heed all switches.
+SWITCHED = ('ep_group', 'global_batch', 'micro_batch', 'sequence')
 
 
 VARYING = ('importance', 'load')
@@ -115,10 +111,9 @@ def cases(num_experts: int, stretch: int = 1) -> dict[str, Case]:
   plain = rng.normal(size=shape).astype(np.float32)
   ahead, avoided = plain.copy(), plain.copy()
   ahead[..., 1], avoided[..., 0] = 50, -20
-  holes = (mixed > 0) & (
-    rng.random(mixed.shape) < 0.8
-  )  # also tokens inside a document that do not count
-  holes[0, 3 * stretch : 7 * stretch] = False  # and a document of which no token does
+  # Also tokens inside a document that do not count, and a document of which no token does.
+  holes = (mixed > 0) & (rng.random(mixed.shape) < 0.8)
+  holes[0, 3 * stretch : 7 * stretch] = False
   single = np.zeros(mixed.shape, bool)
   single[1, 2] = True
   return {

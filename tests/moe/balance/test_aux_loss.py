@@ -177,12 +177,10 @@ def test_a_packed_row_is_the_mean_of_its_documents() -> None:
   moved[0, :3], moved[1, :4], moved[2, :1] = (
     case.logits[0, a:b] for a, b in ((0, 3), (3, 7), (7, 8))
   )
-  first = measure(case.logits, case.bias, (np.arange(B)[:, None] == 0) & (PACKED > 0), PACKED, cfg)[
-    0
-  ][rows]
-  np.testing.assert_allclose(
-    measure(moved, case.bias, unpacked > 0, unpacked, cfg)[0][rows], first, rtol=1e-6
-  )
+  first_row = (np.arange(B)[:, None] == 0) & (PACKED > 0)
+  first = measure(case.logits, case.bias, first_row, PACKED, cfg)[0][rows]
+  apart = measure(moved, case.bias, unpacked > 0, unpacked, cfg)[0][rows]
+  np.testing.assert_allclose(apart, first, rtol=1e-6)
 
 
 def test_counts_of_nothing_are_an_even_f() -> None:

@@ -189,18 +189,17 @@ def layers_of_a_model(alike: bool) -> tuple[np.ndarray, np.ndarray]:
   rng = np.random.default_rng(0)
   logits = rng.normal(size=(3, B, S, 8)) + 2 * rng.normal(size=(1 if alike else 3, 1, 1, 8))
   ids = np.argsort(-logits, axis=-1, kind='stable')[..., :2]
-  return normalised(log_scores(logits, 'softmax')), np.broadcast_to(
-    ids[:1], ids.shape
-  ) if alike else ids
+  if alike:
+    ids = np.broadcast_to(ids[:1], ids.shape)
+  return normalised(log_scores(logits, 'softmax')), ids
 
 
 @pytest.mark.parametrize('codebase', sorted(CODEBASES))
 def test_a_converted_coefficient_is_the_same_pull(codebase: str) -> None:
   """What a codebase adds to its loss, with its alpha, is what ours adds with the converted one."""
   theirs, scope = oracle_codebases.CODEBASES[codebase]
-  probs, ids = layers_of_a_model(
-    alike=codebase == 'huggingface'
-  )  # which pools layers: only then there is the same
+  # Hugging Face pools layers: only of layers that are alike is its loss the same.
+  probs, ids = layers_of_a_model(alike=codebase == 'huggingface')
   mask = np.ones((B, S), bool)
   sets = oracle_balance.sets_of(scope or 'global_batch', np.ones((B, S), np.int32))
   ours = np.mean([oracle_balance.probability_losses(p, i, mask, sets) for p, i in zip(probs, ids)])

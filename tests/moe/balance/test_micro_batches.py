@@ -74,11 +74,8 @@ def accumulate(case: Case, w: Array, micro_batches: int) -> Accumulated:
 
   Each sees its own tokens, and what `seen` added up.
   """
-  mask, segments, rows = (
-    cut(case.mask, micro_batches),
-    cut(case.segments, micro_batches),
-    B // micro_batches,
-  )
+  mask, segments = cut(case.mask, micro_batches), cut(case.segments, micro_batches)
+  rows = B // micro_batches
 
   def one(row: Row, routing: Routing) -> tuple[Array, Array, Array]:
     loss, scope = BALANCE_LOSSES[row.name], scope_of(row, micro_batches, ep_groups=2)
@@ -99,11 +96,9 @@ def accumulate(case: Case, w: Array, micro_batches: int) -> Accumulated:
         routing, mask, segments, wholes[which]
       )
 
-    return (
-      (part * value(scope, 'whole')).sum(),
-      value(so_far, 'so far') if loss.linear else part,
-      part,
-    )
+    whole = (part * value(scope, 'whole')).sum()
+    running = value(so_far, 'so far') if loss.linear else part
+    return whole, running, part
 
   def all_of(logits: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
     whole = likely_of(route(logits, case.bias, SIGMOID))
@@ -180,10 +175,8 @@ def test_a_buffer_holds_the_micro_batches_so_far(label: str) -> None:
   for row, running in zip(PARTS, found.running, strict=True):
     if row.name not in ('ep_group', 'global_batch'):
       continue
-    p, chosen = (
-      oracle.probabilities(case.logits, row.probability or 'sigmoid'),
-      chosen_by(row, case, SIGMOID, ids),
-    )
+    p = oracle.probabilities(case.logits, row.probability or 'sigmoid')
+    chosen = chosen_by(row, case, SIGMOID, ids)
     rows_of_set = 2 if row.name == 'ep_group' else 4
     for m in range(4):
       first = m // rows_of_set * rows_of_set
