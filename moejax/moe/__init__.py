@@ -1,4 +1,4 @@
-"""The Mixture-of-Experts layer: router, selection, dispatch, experts, balance losses and bias rules.
+"""The Mixture-of-Experts layer: router, selection, dispatch, experts, balance losses, bias rules.
 
 A model of your own can use the layer by itself:
 

@@ -1,6 +1,7 @@
 """The MoE layer: router -> dispatch (+ shared experts) -> (y, MoEAux).
 
-Letters: B batch, S sequence, D model, E experts, K experts per token.
+Names of arrays may end in their shape: `x_BSD` is [B, S, D].
+Letters: B batch, S sequence, D model, E experts, K experts per token, L layers.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from moejax.config import check, frozendict
+from moejax.config import at_least, check, frozendict, not_one_of, problem_if
 from moejax.moe.balance.losses import BALANCE_LOSSES
 from moejax.moe.bias import BIAS_RULES
 from moejax.moe.dispatch.dispatchers import DISPATCHERS, DispatchConfig
@@ -27,10 +28,14 @@ from moejax.sharding.params import constant_init, normal_init, param
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-  """`d_expert` is the hidden width of a routed expert; `num_shared` experts of that width see every token.
+  """The switches of an MoE layer besides those of its router and dispatcher.
 
-  shared_gate: what the shared experts give is multiplied by the sigmoid of a learnt projection (Qwen2-MoE).
-  activation, expert_bias: of the routed experts. `activation_limit` is where 'clamped_swiglu' (gpt-oss) clamps.
+  d_expert: hidden width of a routed expert.
+  num_shared: how many shared experts of that width see every token.
+  shared_gate: the shared experts' output is multiplied by the sigmoid of a learnt projection of x
+    (Qwen2-MoE).
+  activation, expert_bias: of the routed experts.
+  activation_limit: where 'clamped_swiglu' (gpt-oss) clamps.
   """
 
   router: RouterConfig = RouterConfig()
@@ -44,62 +49,66 @@ class MoEConfig:
 
   def __post_init__(self) -> None:
     check(
-      f'd_expert={self.d_expert}: use 1 or more' if self.d_expert < 1 else '',
-      f'num_shared={self.num_shared}: use 0 (no shared expert) or more'
-      if self.num_shared < 0
-      else '',
-      'shared_gate=True with num_shared=0: use 1 or more'
-      if self.shared_gate and not self.num_shared
-      else '',
-      f'activation={self.activation!r} is not one of {sorted(ACTIVATIONS)}'
-      if self.activation not in ACTIVATIONS
-      else '',
-      f'activation_limit={self.activation_limit}: use a number above 0'
-      if self.activation == 'clamped_swiglu' and not self.activation_limit > 0
-      else '',
-      f"dispatch.capacity_factor={self.dispatch.capacity_factor} limits experts that selection='expert_choice' has "
-      'already filled: use capacity_factor=0'
-      if self.dispatch.capacity_factor > 0 and self.router.selection == 'expert_choice'
-      else '',
+      *at_least(1, self, 'd_expert'),
+      *at_least(0, self, 'num_shared', meaning='no shared expert'),
+      problem_if(
+        self.shared_gate and not self.num_shared,
+        'shared_gate=True with num_shared=0: use 1 or more',
+      ),
+      not_one_of('activation', self.activation, ACTIVATIONS),
+      problem_if(
+        self.activation == 'clamped_swiglu' and not self.activation_limit > 0,
+        f'activation_limit={self.activation_limit}: use a number above 0',
+      ),
+      problem_if(
+        self.dispatch.capacity_factor > 0 and self.router.selection == 'expert_choice',
+        f'dispatch.capacity_factor={self.dispatch.capacity_factor} limits experts that '
+        "selection='expert_choice' has already filled: use capacity_factor=0",
+      ),
     )
 
 
 def causality(cfg: MoEConfig) -> list[str]:
-  """In words, where what a token gets depends on more than the tokens before it in its row; for most layers nothing."""
-  found = []
+  """Says where outputs depend on more than the tokens before them in a row; [] for most layers."""
+  reasons = []
   if not SELECTIONS[cfg.router.selection].causal:
-    found.append(
+    reasons.append(
       f'no: with selection={cfg.router.selection!r} a later token can change an earlier one'
     )
-  if cfg.dispatch.capacity_factor > 0:
-    found.append(
+  if cfg.dispatch.capacity_factor > 0 and cfg.dispatch.drop_by == 'probs':
+    reasons.append(
       'no: full experts drop copies by score, so a later token can change an earlier one'
-      if cfg.dispatch.drop_by == 'probs'
-      else 'yes within a row: full experts drop the last copies, so a row depends on the rows before it'
     )
-  return found
+  elif cfg.dispatch.capacity_factor > 0:
+    reasons.append(
+      'yes within a row: full experts drop the last copies, so a row depends on the rows before it'
+    )
+  return reasons
 
 
 class MoEAux(NamedTuple):
-  """What a layer learnt; scan stacks it over layers."""
+  """What a layer learnt besides its output; a scan over layers stacks it to [L, ...]."""
 
   load: Array  # [E] f32  copies dispatched, of tokens that count
-  seen: Array  # what the bias rule observes; without a rule the load
-  whole: dict[
-    str, Array
-  ]  # loss -> [E], what losses whose sets are larger than this micro-batch see of it
-  losses: dict[str, Array]  # name -> scalar, without coefficient
+  seen: Array  # what the bias rule observes, see `BiasRule`; without a rule the load
+  # loss -> [E] f32, what losses whose sets are larger than this micro-batch see of it: added up
+  # over the set, it comes back as the argument `whole` of a later pass
+  whole: dict[str, Array]
+  losses: dict[str, Array]  # name -> scalar f32, without coefficient
   dropped: Array  # scalar f32, fraction of the copies
-  stats: Stats  # sums for statistics
+  stats: Stats  # sums over the tokens that count, for statistics
   expert_ids: Array  # [B, S, K] i32
 
 
 class MoE(nnx.Module):
   """A router, E experts of which each token sees K, and shared ones that it always sees.
 
+  key: initialises the parameters.
+  d_model: D, the width of x and of y.
   scopes: balance loss -> Scope, the losses to compute; Scope() takes all rows at hand as one set.
   bias_rule: a row of BIAS_RULES, which then observes every batch; '' for none.
-  std, out_std: of the normal distribution that matrices start from, and of `down`'s; out_std=0: std.
+  std, out_std: standard deviation that matrices start with, and that `down` starts with, which
+    writes to the residual; out_std=0: std.
   """
 
   def __init__(
@@ -117,6 +126,8 @@ class MoE(nnx.Module):
     num_experts = cfg.router.num_experts
     router_key, experts_key, shared_key = jax.random.split(key, 3)
     self.router = param(router_key, (d_model, num_experts), ('embed', ''), normal_init(std))
+    # A switch must not change how other parameters start: what is optional takes no key from the
+    # split above, but one that is used already where it starts at 0, or one folded in.
     if cfg.router.noisy:
       # From zero: the noise begins at softplus(0) = 0.69 for every expert.
       self.noise = param(router_key, (d_model, num_experts), ('embed', ''), normal_init(0.0))
@@ -132,21 +143,25 @@ class MoE(nnx.Module):
       bias=cfg.expert_bias,
     )
     if cfg.num_shared:
+      # One SwiGLU as wide as all shared experts side by side gives the sum of their outputs.
       self.shared = SwiGLU(shared_key, d_model, cfg.num_shared * cfg.d_expert, std, out_std)
     if cfg.shared_gate:
       gate_key = jax.random.fold_in(key, 3)
       self.shared_gate = param(gate_key, (d_model, 1), ('embed', ''), normal_init(std))
 
-  def route(self, x: Array, bias: Array, tokens: Tokens) -> Routing:
-    """x [B, S, D] normalised, bias [E] f32 -> the routing of all tokens, padding included."""
-    cfg, w = self.cfg.router, self.router[...]
-    x = jittered(x, tokens, cfg.jitter)
-    noise_std = jax.nn.softplus(router_logits(x, self.noise[...])) if cfg.noisy else None
-    logits = router_logits(x, w)
+  def route(self, x_BSD: Array, bias_E: Array, tokens: Tokens) -> Routing:
+    """x normalised, bias f32 -> the routing of all tokens, padding included."""
+    cfg, w_DE = self.cfg.router, self.router[...]
+    x_BSD = jittered(x_BSD, tokens, cfg.jitter)
+    noise_std_BSE = None
+    if cfg.noisy:
+      noise_std_BSE = jax.nn.softplus(router_logits(x_BSD, self.noise[...]))
+    logits_BSE = router_logits(x_BSD, w_DE)
     if cfg.logit_bias:
-      logits = logits + self.router_logit_bias[...]
-    routing = route(logits, jax.lax.stop_gradient(bias), cfg, tokens, noise_std)
-    return routing._replace(router=w)
+      logits_BSE = logits_BSE + self.router_logit_bias[...]
+    # The rule moves the bias, and nothing else does: no gradient reaches it.
+    routing = route(logits_BSE, jax.lax.stop_gradient(bias_E), cfg, tokens, noise_std_BSE)
+    return routing._replace(router=w_DE)  # SimBal looks at the weights themselves
 
   def __call__(
     self,
@@ -157,10 +172,15 @@ class MoE(nnx.Module):
   ) -> tuple[Array, MoEAux]:
     """x [B, S, D] normalised -> y [B, S, D] and the aux. Padding gets 0 from the routed experts.
 
-    bias: [E] f32, added to the scores where experts are chosen; None: zeros.
-    tokens: which of them count, and of which document they are; None: all, a document a row.
-    whole: loss -> [E] f32, what `BalanceLoss.seen` sums over the whole set, for losses whose sets are
-      larger than x; None where nothing is trained: no losses.
+    Args:
+      x: of any dtype, which is also that of y; what the router does is float32.
+      bias: [E] f32, added to the scores where experts are chosen; None: zeros.
+      tokens: which of them count, and of which document they are; None: all, a document a row.
+      whole: loss -> [E] f32, what `BalanceLoss.seen` sums over the whole set, for losses whose sets
+        are larger than x; None where nothing is trained: no losses.
+
+    Raises:
+      ValueError: a loss has sets larger than x, and `whole` does not hold it.
     """
     num_experts = self.cfg.router.num_experts
     bias = jnp.zeros(num_experts) if bias is None else bias
@@ -182,35 +202,45 @@ class MoE(nnx.Module):
       expert_ids=routing.expert_ids,
     )
 
-  def mixture(self, x: Array, routing: Routing, tokens: Tokens) -> tuple[Array, Array]:
-    """What the experts make of the tokens, [B, S, D], and the fraction of copies that were dropped."""
+  def mixture(self, x_BSD: Array, routing: Routing, tokens: Tokens) -> tuple[Array, Array]:
+    """Returns the experts' output y [B, S, D], and the fraction of copies that were dropped."""
     cfg = self.cfg
-    # Padding is sent to no expert, whatever its routing says.
-    dispatch_ids = jnp.where(tokens.mask[..., None], routing.expert_ids, cfg.router.num_experts)
+    # Padding is sent to no expert, whatever its routing says: id E is unassigned.
+    unassigned = cfg.router.num_experts
+    sent_BSK = jnp.where(tokens.mask[..., None], routing.expert_ids, unassigned)
     dispatch = DISPATCHERS[cfg.dispatch.dispatcher]
     activation = ACTIVATIONS[cfg.activation](cfg.activation_limit)
-    weights = self.experts.weights(x.dtype)
-    y, dropped = dispatch(
-      x, routing._replace(expert_ids=dispatch_ids), weights, activation, cfg.dispatch
-    )
+    weights = self.experts.weights(x_BSD.dtype)
+    routing = routing._replace(expert_ids=sent_BSK)
+    y_BSD, dropped = dispatch(x_BSD, routing, weights, activation, cfg.dispatch)
     if cfg.shared_gate:
-      gate = jax.nn.sigmoid(router_logits(x, self.shared_gate[...]))
-      return y + gate.astype(x.dtype) * self.shared(x), dropped
+      gate_BS1 = jax.nn.sigmoid(router_logits(x_BSD, self.shared_gate[...]))
+      return y_BSD + gate_BS1.astype(x_BSD.dtype) * self.shared(x_BSD), dropped
     if cfg.num_shared:
-      return y + self.shared(x), dropped
-    return y, dropped
+      return y_BSD + self.shared(x_BSD), dropped
+    return y_BSD, dropped
 
   def balance(
     self, routing: Routing, tokens: Tokens, whole: Mapping[str, Array] | None
   ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The losses of `scopes`, without coefficients, and what those of larger sets see of this batch."""
+    """Returns the losses of `scopes`, and what those with larger sets see of this batch.
+
+    Losses are scalars without coefficient; what is seen is [E] f32.
+    """
     losses: dict[str, Array] = {}
     seen: dict[str, Array] = {}
     if whole is None:
       return losses, seen
+    rows = tokens.mask.shape[0]
     for name, scope in self.scopes.items():
       loss = BALANCE_LOSSES[name]
-      if scope.rows > tokens.mask.shape[0]:
+      if scope.rows > rows:
+        if name not in whole:
+          raise ValueError(
+            f'the balance loss {name!r} is of sets of {scope.rows} rows, and x has {rows}: use '
+            f'whole={{{name!r}: ...}}, what BALANCE_LOSSES[{name!r}].seen sums over the set, '
+            f'or Scope(rows=0), all rows of x, or whole=None, no losses'
+          )
         seen[name] = loss.seen(routing, tokens.mask, scope)
         scope = scope._replace(whole=whole[name])
       losses[name] = loss.value(routing, tokens.mask, tokens.segments, scope)

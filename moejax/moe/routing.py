@@ -1,8 +1,10 @@
 """Which experts a token goes to, and with what weight.
 
-  logits -> scores (over all experts) -> choice = scores + bias -> selection -> expert_ids -> weights, from the scores
+  logits -> scores (of all experts) -> choice = scores + bias -> selection -> expert_ids
+  expert_ids, scores -> weights
 
-Everything here is float32 whatever the compute dtype: a bias step of 1e-3 is below the spacing of bfloat16 around 0.5.
+Everything here is float32 whatever the compute dtype: a bias step of 1e-3 is below the spacing of
+bfloat16 around 0.5.
 
 Letters: B batch, S sequence, D model, E experts, K experts per token, M groups of experts.
 """
@@ -15,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moejax.config import check
+from moejax.config import at_least, check, not_one_of, problem_if
 from moejax.moe.selection import (
   SELECTIONS,
   Tokens,
@@ -33,8 +35,8 @@ class Routing(NamedTuple):
   logits: Array  # [B, S, E] f32  what the scores are made from, noise included
   scores: Array  # [B, S, E] f32  score_fn(logits), over all experts, before top-k
   probs: Array  # [B, S, E] f32  scores normalised over all experts: what a balance loss calls P
-  expert_ids: Array  # [B, S, K] i32  the experts chosen, top-k's best first; E: nobody
-  weights: Array  # [B, S, K] f32  what their outputs are multiplied by; 0 for nobody
+  expert_ids: Array  # [B, S, K] i32  the experts chosen, top-k's best first; E: unassigned
+  weights: Array  # [B, S, K] f32  what their outputs are multiplied by; 0 for unassigned
   best_ids: Array  # [B, S, K] i32  the top-K of the scores alone: no bias, no groups, no selection
   margin: Array  # [B, S]    f32  least choice taken minus best one not taken: how far from flipping
   likely: Array  # [B, S, E] f32  P(expert is chosen | noise); zeros without noise
@@ -43,15 +45,23 @@ class Routing(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
-  """How experts are scored, chosen and weighed. `logit_bias` adds a learnt bias to the logits (gpt-oss).
+  """How experts are scored, chosen and weighed.
 
+  score_fn: a row of SCORE_FNS.
+  num_groups: above 1 limits the choice to the experts of the `top_groups` best groups (DeepSeek-V3,
+    section 2.1.2), a group being worth the sum of its `group_best` best entries.
+  weigh: a row of WEIGHTS.
+  renormalise: divides the chosen scores by their sum.
+  scale: multiplies the weights last.
   selection: a row of SELECTIONS; all but 'top_k' ignore the router bias, and two are not causal.
-  `num_groups` > 1 limits the choice to the experts of the `top_groups` best groups (DeepSeek-V3, section 2.1.2), a
-    group being worth the sum of its `group_best` best entries.
-  weigh: a row of WEIGHTS. `renormalise` divides the chosen scores by their sum; `scale` multiplies the weights last.
-  jitter: epsilon of a factor U(1 - epsilon, 1 + epsilon) on the router's input.  noisy: learnt noise on the logits.
-  expert_dropout: part of the experts that a layer may not choose in a step.  random_second: GShard's second expert.
-    All four in training only.
+  logit_bias: adds a learnt bias to the logits (gpt-oss).
+
+  In training only:
+
+  jitter: epsilon of a factor U(1 - epsilon, 1 + epsilon) on the router's input.
+  noisy: learnt noise on the logits.
+  expert_dropout: part of the experts that a layer may not choose in a step.
+  random_second: GShard's second expert.
   """
 
   num_experts: int = 8
@@ -72,68 +82,68 @@ class RouterConfig:
 
   def __post_init__(self) -> None:
     experts, groups = self.num_experts, max(1, self.num_groups)
-    reachable, left = (
-      experts // groups * self.top_groups,
-      experts - round(self.expert_dropout * experts),
-    )
+    reachable = experts // groups * self.top_groups
+    remaining = experts - round(self.expert_dropout * experts)
     check(
-      f'num_experts={experts}: use 1 or more' if experts < 1 else '',
-      f'top_k={self.top_k}: use 1 to num_experts={experts}'
-      if not 1 <= self.top_k <= experts
-      else '',
-      *(
-        f'{name}={value!r} is not one of {sorted(rows)}'
-        for name, value, rows in (
-          ('score_fn', self.score_fn, SCORE_FNS),
-          ('selection', self.selection, SELECTIONS),
-          ('weigh', self.weigh, WEIGHTS),
-        )
-        if value not in rows
+      *at_least(1, self, 'num_experts'),
+      problem_if(
+        not 1 <= self.top_k <= experts, f'top_k={self.top_k}: use 1 to num_experts={experts}'
       ),
-      f'num_groups={self.num_groups} does not divide num_experts={experts}: use a divisor of it'
-      if self.num_groups < 1 or experts % groups
-      else '',
-      f'top_groups={self.top_groups}: use 1 to num_groups={self.num_groups}'
-      if not 1 <= self.top_groups <= groups
-      else '',
-      f'top_k={self.top_k} is more than the {reachable} experts of top_groups={self.top_groups} groups: '
-      'raise top_groups or lower top_k'
-      if self.top_k > reachable and self.top_k <= experts
-      else '',
-      f'group_best={self.group_best}: use 1 (a group is worth its best expert) or more'
-      if self.group_best < 1
-      else '',
-      "weigh='softmax' always adds up to 1: use renormalise=True"
-      if self.weigh == 'softmax' and not self.renormalise
-      else '',
-      f'scale={self.scale}: use a number above 0' if self.scale <= 0 else '',
-      f'jitter={self.jitter}: use 0 (off) or more, below 1' if not 0 <= self.jitter < 1 else '',
-      f'noisy=True needs an expert that is not chosen: use top_k below num_experts={experts}'
-      if self.noisy and self.top_k >= experts
-      else '',
-      f'expert_dropout={self.expert_dropout} leaves {left} of num_experts={experts}: use 0 (off), or what leaves '
-      f'top_k={self.top_k} to {experts - 1}'
-      if self.expert_dropout and not self.top_k <= left < experts
-      else '',
-      f'expert_dropout={self.expert_dropout} with num_groups={self.num_groups} can empty a group: use one of them'
-      if self.expert_dropout and self.num_groups > 1
-      else '',
-      f'random_second=True is for two experts per token, not top_k={self.top_k}: use top_k=2'
-      if self.random_second and self.top_k != 2
-      else '',
-      *(
-        f'{name}={value} is about a choice that selection={self.selection!r} does not make: use {name}={off}'
-        for name, value, off in (
-          ('num_groups', self.num_groups, 1),
-          ('expert_dropout', self.expert_dropout, 0.0),
-          ('noisy', self.noisy, False),
-          ('random_second', self.random_second, False),
-        )
-        if value > off
-        and self.selection in SELECTIONS
-        and not SELECTIONS[self.selection].takes_bias
+      not_one_of('score_fn', self.score_fn, SCORE_FNS),
+      not_one_of('selection', self.selection, SELECTIONS),
+      not_one_of('weigh', self.weigh, WEIGHTS),
+      problem_if(
+        self.num_groups < 1 or experts % groups,
+        f'num_groups={self.num_groups} does not divide num_experts={experts}: use a divisor of it',
       ),
+      problem_if(
+        not 1 <= self.top_groups <= groups,
+        f'top_groups={self.top_groups}: use 1 to num_groups={self.num_groups}',
+      ),
+      problem_if(
+        self.top_k > reachable and self.top_k <= experts,
+        f'top_k={self.top_k} is more than the {reachable} experts of '
+        f'top_groups={self.top_groups} groups: raise top_groups or lower top_k',
+      ),
+      *at_least(1, self, 'group_best', meaning='a group is worth its best expert'),
+      problem_if(
+        self.weigh == 'softmax' and not self.renormalise,
+        "weigh='softmax' always adds up to 1: use renormalise=True",
+      ),
+      problem_if(self.scale <= 0, f'scale={self.scale}: use a number above 0'),
+      problem_if(not 0 <= self.jitter < 1, f'jitter={self.jitter}: use 0 (off) or more, below 1'),
+      problem_if(
+        self.noisy and self.top_k >= experts,
+        f'noisy=True needs an expert that is not chosen: use top_k below num_experts={experts}',
+      ),
+      problem_if(
+        self.expert_dropout and not self.top_k <= remaining < experts,
+        f'expert_dropout={self.expert_dropout} leaves {remaining} of num_experts={experts}: '
+        f'use 0 (off), or what leaves top_k={self.top_k} to {experts - 1}',
+      ),
+      problem_if(
+        self.expert_dropout and self.num_groups > 1,
+        f'expert_dropout={self.expert_dropout} with num_groups={self.num_groups} '
+        'can empty a group: use one of them',
+      ),
+      problem_if(
+        self.random_second and self.top_k != 2,
+        f'random_second=True is for two experts per token, not top_k={self.top_k}: use top_k=2',
+      ),
+      *self._ignored(),
     )
+
+  def _ignored(self) -> list[str]:
+    """A problem for each switch of top-k's choice that the selection would ignore."""
+    if self.selection not in SELECTIONS or SELECTIONS[self.selection].takes_bias:
+      return []
+    off = {'num_groups': 1, 'expert_dropout': 0.0, 'noisy': False, 'random_second': False}
+    on = [name for name in off if getattr(self, name) > off[name]]
+    return [
+      f'{name}={getattr(self, name)} is about a choice that selection={self.selection!r} '
+      f'does not make: use {name}={off[name]}'
+      for name in on
+    ]
 
   @property
   def random(self) -> bool:
@@ -142,7 +152,9 @@ class RouterConfig:
 
 
 def router_logits(x: Array, w: Array) -> Array:
-  """`x w` in true float32: TPUs and GPUs would round the factors of a default-precision product to bfloat16.
+  """`x w` [B, S, E] in true float32.
+
+  TPUs and GPUs would round the factors of a default-precision product to bfloat16.
 
   Args:
     x: [B, S, D] of any dtype.
@@ -158,17 +170,20 @@ def route(
   tokens: Tokens | None = None,
   noise_std: Array | None = None,
 ) -> Routing:
-  """Scores all experts, chooses by score plus bias, weighs by score alone (2408.15664, section 3; DeepSeek-V3 eq. 16).
+  """Scores all experts, chooses by score plus bias, weighs by score alone.
+
+  2408.15664, section 3; DeepSeek-V3 eq. 16.
 
   Args:
     logits: [B, S, E] f32.
-    bias: [E] f32, zeros when there is no bias rule. No gradient passes: top-k has none, and weights never see it.
+    bias: [E] f32, zeros when there is no bias rule. No gradient passes: top-k has none, and weights
+      never see it.
     tokens: what selections other than top-k, and all randomness, look at.
     noise_std: [B, S, E] f32 for cfg.noisy.
 
-  Recorded expert_ids in `tokens.replayed` are used as they are, and weighed by the scores of now. A second expert that
-  GShard's draw left out is not in the record: the first one is then renormalised alone.
-  Ties go to the lowest expert index.
+  Recorded expert_ids in `tokens.replayed` are used as they are, and weighed by the scores of now. A
+  second expert that GShard's draw left out is not in the record: the first one is then renormalised
+  alone. Ties go to the lowest expert index.
   """
   num_experts, likely = logits.shape[-1], jnp.zeros_like(logits)
   if cfg.noisy:
@@ -190,30 +205,37 @@ def route(
   weights = weights_of(WEIGHTS[cfg.weigh](log_scores, logits), expert_ids, cfg.renormalise)
   if cfg.random_second and replayed is None:
     kept = keep_second(jax.lax.stop_gradient(weights), tokens)
-    expert_ids, weights = jnp.where(kept, expert_ids, num_experts), jnp.where(kept, weights, 0.0)
+    expert_ids = jnp.where(kept, expert_ids, num_experts)
+    weights = jnp.where(kept, weights, 0.0)
   best_ids = jax.lax.top_k(jax.lax.stop_gradient(scores), cfg.top_k)[1]
   return Routing(
-    logits,
-    scores,
-    jax.nn.softmax(log_scores, axis=-1),
-    expert_ids,
-    weights * cfg.scale,
-    best_ids,
-    margin(choice, expert_ids),
-    likely,
-    jnp.zeros((0, num_experts)),
+    logits=logits,
+    scores=scores,
+    probs=jax.nn.softmax(log_scores, axis=-1),
+    expert_ids=expert_ids,
+    weights=weights * cfg.scale,
+    best_ids=best_ids,
+    margin=margin(choice, expert_ids),
+    likely=likely,
+    router=jnp.zeros((0, num_experts)),
   )
 
 
 def weights_of(log_weights: Array, expert_ids: Array, renormalise: bool) -> Array:
-  """What the outputs of the chosen are multiplied by, from [B, S, E] logarithms of all. Nobody gets 0. [B, S, K]."""
-  somebody = expert_ids < log_weights.shape[-1]
-  chosen = jnp.where(
-    somebody, jnp.take_along_axis(log_weights, expert_ids, axis=-1, mode='clip'), -1e30
-  )
-  return jnp.where(
-    somebody, jax.nn.softmax(chosen, axis=-1) if renormalise else jnp.exp(chosen), 0.0
-  )
+  """What the outputs of the chosen experts are multiplied by. [B, S, K] f32.
+
+  Args:
+    log_weights: [B, S, E] f32, logarithms of the weights of all experts.
+    expert_ids: [B, S, K] i32; an id of E is unassigned, and weighs 0.
+    renormalise: a token's weights sum to 1.
+  """
+  assigned = expert_ids < log_weights.shape[-1]
+  log_chosen = jnp.take_along_axis(log_weights, expert_ids, axis=-1, mode='clip')
+  # Not -inf: a token without any expert would have a softmax of NaN, and a gradient of NaN behind
+  # the `where`.
+  log_chosen = jnp.where(assigned, log_chosen, -1e30)
+  weights = jax.nn.softmax(log_chosen, axis=-1) if renormalise else jnp.exp(log_chosen)
+  return jnp.where(assigned, weights, 0.0)
 
 
 def log_sqrt_softplus(logits: Array) -> Array:
@@ -222,17 +244,19 @@ def log_sqrt_softplus(logits: Array) -> Array:
   return 0.5 * jnp.where(low, logits, jnp.log(jax.nn.softplus(jnp.where(low, 0.0, logits))))
 
 
-# name -> logits [B, S, E] to the logarithm of the scores. Both normalisations, over all experts for a loss and over the
-# chosen ones for weights, are a softmax of it: rows sum to 1 however small the scores are. Dividing by a sum with a
-# tiny epsilon lets logits near -50 shrink a balance loss below its balanced value, and overflows in the gradient.
+# name -> logits [B, S, E] to the logarithm of the scores. Both normalisations, over all experts for
+# a loss and over the chosen ones for weights, are a softmax of it: rows sum to 1 however small the
+# scores are. Dividing by a sum with a tiny epsilon lets logits near -50 shrink a balance loss below
+# its balanced value, and overflows in the gradient.
 SCORE_FNS: dict[str, Callable[[Array], Array]] = {
   'sigmoid': jax.nn.log_sigmoid,
   'softmax': jax.nn.log_softmax,
   'sqrt_softplus': log_sqrt_softplus,
 }
 
-# name -> (log scores, logits) to what the chosen are weighed by, as a logarithm. 'softmax' is softmax after top-k, over
-# the chosen logits alone (gpt-oss); for softmax scores that is the same as renormalising them.
+# name -> (log scores, logits) to what the chosen are weighed by, as a logarithm. 'softmax' is
+# softmax after top-k, over the chosen logits alone (gpt-oss); for softmax scores that is the same
+# as renormalising them.
 WEIGHTS: dict[str, Callable[[Array, Array], Array]] = {
   'scores': lambda log_scores, logits: log_scores,
   'softmax': lambda log_scores, logits: logits,

@@ -1,9 +1,12 @@
-"""Which experts are chosen, when it is not simply the best: limits, noise, and selections that do not look at scores.
+"""Which experts are chosen, when it is not simply the best ones.
+
+Limits to groups, dropped experts, noise, and selections that do not look at scores.
 
   choice (scores + bias) -> limit to groups, drop experts -> a row of SELECTIONS -> expert_ids
 
-Randomness is a pure function of (seed, step, layer, row of the global batch, place in the row): it is the same however
-the batch is cut, sharded or padded, there is nothing to save, and evaluation, which has no key, has none.
+Randomness is a pure function of (seed, step, layer, row of the global batch, place in the row): it
+is the same however the batch is cut, sharded or padded, there is nothing to save, and evaluation,
+which has no key, has none.
 
 Letters: B batch, S sequence, D model, E experts, K experts per token, M groups of experts.
 """
@@ -16,7 +19,8 @@ import jax.numpy as jnp
 from jax import Array
 
 SINKHORN_ROUNDS = 8
-JITTER, NOISE, EXPERT_DROPOUT, SECOND = range(4)  # what a key is drawn for
+# What a key is drawn for: folded into it, so that no two uses of randomness draw the same.
+JITTER, NOISE, EXPERT_DROPOUT, SECOND = range(4)
 
 
 class Tokens(NamedTuple):
@@ -26,55 +30,73 @@ class Tokens(NamedTuple):
   mask: Array  # [B, S] bool, False for padding
   segments: Array  # [B, S] i32, document of each token in its row
   rows: Array  # [B] i32, each row's number in the global batch
-  key: Array | None = None  # of this layer in this step; None: nothing random
+  key: Array | None = None  # of this layer in this step; None: nothing is random
   replayed: Array | None = None  # [B, S, K] i32, recorded expert_ids to use again
 
 
 def whole_rows(rows: int, length: int) -> Tokens:
-  """Tokens of which nothing is known but that all of them count, each row one document. The ids are 0."""
+  """Returns tokens that all count, each row one document; their ids are 0.
+
+  For a layer that is used by itself: hash selection, which looks at ids, needs the real ones.
+  """
   ids = jnp.zeros((rows, length), jnp.int32)
-  return Tokens(ids, ids == 0, ids + 1, jnp.arange(rows))
+  everywhere = ids == 0
+  return Tokens(ids, mask=everywhere, segments=ids + 1, rows=jnp.arange(rows))
 
 
 def row_keys(tokens: Tokens, purpose: int) -> Array:
-  """A key for each row. [B]."""
+  """Returns a key for each row. [B].
+
+  By its number in the global batch, so that a row draws the same wherever it lies.
+  """
   key = jax.random.fold_in(tokens.key, purpose)
   return jax.vmap(lambda row: jax.random.fold_in(key, row))(tokens.rows)
 
 
 def jittered(x: Array, tokens: Tokens, epsilon: float) -> Array:
-  """`x` times U(1 - epsilon, 1 + epsilon), entry by entry (Switch Transformer's input jitter). [B, S, D]."""
+  """Returns `x` [B, S, D] times U(1 - epsilon, 1 + epsilon), entry by entry.
+
+  Switch Transformer's input jitter.
+  """
   if not epsilon or tokens.key is None:
     return x
-  factor = jax.vmap(
-    lambda key: jax.random.uniform(key, x.shape[1:], jnp.float32, 1 - epsilon, 1 + epsilon)
-  )
-  return x * factor(row_keys(tokens, JITTER)).astype(x.dtype)
+
+  def factor_of_row(key: Array) -> Array:
+    low, high = 1 - epsilon, 1 + epsilon
+    return jax.random.uniform(key, x.shape[1:], jnp.float32, low, high)
+
+  factor = jax.vmap(factor_of_row)(row_keys(tokens, JITTER))
+  return x * factor.astype(x.dtype)
 
 
 def noisy(logits: Array, std: Array, tokens: Tokens, top_k: int) -> tuple[Array, Array]:
-  """Logits with noise, and how likely each expert is to be chosen when its own noise is drawn anew.
+  """Returns logits with noise, and how likely each expert is chosen when its noise is drawn anew.
 
-  H = z + N(0, 1) std, and P(e) = Phi((z_e - k-th largest H of the others) / std_e): Shazeer et al. 2017 (1701.06538),
-  section on noisy top-k gating, derived here from what it says: e is chosen when its H is above that of all but K - 1
-  of the others; a bias that is in the choice is not in it. std is a learnt projection of the input. All [B, S, E].
+  H = z + N(0, 1) std, and P(e) = Phi((z_e - k-th largest H of the others) / std_e): Shazeer et al.
+  2017 (1701.06538), section on noisy top-k gating, derived here from what it says: e is chosen when
+  its H is above that of all but K - 1 of the others; a bias that is in the choice is not in it. std
+  is a learnt projection of the input. All [B, S, E] f32.
   """
   if tokens.key is None:
     return logits, jnp.zeros_like(logits)
   draw = jax.vmap(lambda key: jax.random.normal(key, logits.shape[1:]))(row_keys(tokens, NOISE))
   h = logits + draw * std
   # By min, not by slicing: of a slice XLA's CPU backend makes a whole sort.
-  kth, next_one = (jax.lax.top_k(h, k)[0].min(-1, keepdims=True) for k in (top_k, top_k + 1))
+  kth = jax.lax.top_k(h, top_k)[0].min(-1, keepdims=True)
+  next_one = jax.lax.top_k(h, top_k + 1)[0].min(-1, keepdims=True)
+  # The k-th largest of the others: for an expert among the best K it is the (K+1)-th of all.
   threshold = jnp.where(h >= kth, next_one, kth)
   return h, jax.scipy.stats.norm.cdf((logits - threshold) / jnp.maximum(std, 1e-6))
 
 
 def limit_to_groups(choice: Array, num_groups: int, top_groups: int, group_best: int) -> Array:
-  """`choice` with -inf outside the best `top_groups` groups of neighbouring experts. [B, S, E] -> [B, S, E].
+  """Returns `choice` [B, S, E] with -inf outside the best `top_groups` groups.
 
-  A group is worth the sum of its `group_best` best entries: 2 in DeepSeek-V3's code (its text says the best K/M, which
-  is the same for K/M = 2), 1, the largest, in DeepSeek-V2. Outside it is -inf, not 0: with a negative bias 0 would win.
-  DeepSeek-V2 has 0 there, and softmax scores without a bias: those are above 0, so its choice is the same.
+  Groups are of neighbouring experts.
+  A group is worth the sum of its `group_best` best entries: 2 in DeepSeek-V3's code (its text says
+  the best K/M, which is the same for K/M = 2), 1, the largest, in DeepSeek-V2. Outside it is -inf,
+  not 0: with a negative bias 0 would win. DeepSeek-V2 has 0 there, and softmax scores without a
+  bias: those are above 0, so its choice is the same.
   """
   grouped = choice.reshape(*choice.shape[:-1], num_groups, -1)  # [B, S, M, E/M]
   worth = jax.lax.top_k(grouped, min(group_best, grouped.shape[-1]))[0].sum(-1)  # [B, S, M]
@@ -84,7 +106,10 @@ def limit_to_groups(choice: Array, num_groups: int, top_groups: int, group_best:
 
 
 def without_some(choice: Array, tokens: Tokens, fraction: float) -> Array:
-  """Expert dropout: `choice` with -inf for round(fraction * E) experts, drawn for the layer and step."""
+  """Expert dropout: `choice` with -inf for round(fraction * E) experts. [B, S, E].
+
+  They are drawn for the layer and step, the same for all rows.
+  """
   dropped = round(fraction * choice.shape[-1])
   if not dropped or tokens.key is None:
     return choice
@@ -93,7 +118,10 @@ def without_some(choice: Array, tokens: Tokens, fraction: float) -> Array:
 
 
 def keep_second(weights: Array, tokens: Tokens) -> Array:
-  """GShard (2006.16668): a second expert of weight g2 is used with probability min(1, 2 g2). [B, S, 2] -> bool."""
+  """Returns which of two experts a token uses, [B, S, 2] bool; the first is always used.
+
+  GShard (2006.16668): a second expert of weight g2 is used with probability min(1, 2 g2).
+  """
   everything = jnp.ones(weights.shape, jnp.bool_)
   if tokens.key is None:
     return everything
@@ -102,83 +130,93 @@ def keep_second(weights: Array, tokens: Tokens) -> Array:
 
 
 def top_k_experts(log_scores: Array, choice: Array, tokens: Tokens | None, top_k: int) -> Array:
-  """The K largest entries of `choice`; ties go to the lowest index."""
+  """The K largest entries of `choice`; ties go to the lowest index. [B, S, K] i32."""
   del log_scores, tokens
   return jax.lax.top_k(choice, top_k)[1]
 
 
 def expert_choice(log_scores: Array, choice: Array, tokens: Tokens, top_k: int) -> Array:
-  """Each expert takes its best tokens, ceil(n K / E) of each row's n (Zhou et al., 2202.09368). **Not causal.**
+  """Each expert takes its best tokens, ceil(n K / E) of each row's n. **Not causal.**
 
-  The paper takes them from the whole batch; here a row is the set, so that the routing of a row does not depend on
-  how the batch is cut. A token has 0 to E experts, so there are E places. Whether a token is taken depends on the
-  tokens after it: such a model cannot be sampled from as it was trained.
+  Zhou et al., 2202.09368. The paper takes them from the whole batch; here a row is the set, so that
+  the routing of a row does not depend on how the batch is cut. A token has 0 to E experts, so there
+  are E places, and those that are left over are unassigned. Whether a token is taken depends on the
+  tokens after it: such a model cannot be sampled from as it was trained. [B, S, E] i32.
   """
   num_experts = choice.shape[-1]
-  ranked = jnp.where(tokens.mask[..., None], -log_scores, jnp.inf)
-  rank = jnp.argsort(jnp.argsort(ranked, axis=1, stable=True), axis=1)  # [B, S, E]
-  quota = -(-tokens.mask.sum(1) * top_k // num_experts)
-  taken = (rank < quota[:, None, None]) & tokens.mask[..., None]
-  order = jax.lax.top_k(jnp.where(taken, log_scores, -jnp.inf), num_experts)[
-    1
-  ]  # a token's best expert first
+  # Ascending: the best token first, and padding last.
+  cost = jnp.where(tokens.mask[..., None], -log_scores, jnp.inf)  # [B, S, E]
+  # The argsort of an argsort is the place of each token in an expert's order.
+  rank = jnp.argsort(jnp.argsort(cost, axis=1, stable=True), axis=1)  # [B, S, E]
+  quota = -(-tokens.mask.sum(1) * top_k // num_experts)  # [B], rounded up
+  taken = (rank < quota[:, None, None]) & tokens.mask[..., None]  # [B, S, E]
+  # A token's best expert first, and behind them those that did not take it.
+  order = jax.lax.top_k(jnp.where(taken, log_scores, -jnp.inf), num_experts)[1]
   return jnp.where(jnp.take_along_axis(taken, order, axis=-1), order, num_experts)
 
 
 def sinkhorn(log_scores: Array, choice: Array, tokens: Tokens, top_k: int) -> Array:
   """Top-K of the scores after Sinkhorn's normalisation of each row's [S, E] matrix. **Not causal.**
 
-  Tokens are scaled to sum to 1 and experts to sum to n / E, in turns, SINKHORN_ROUNDS times, in log space: the
-  transport that S-BASE routers take greedily from. A token's scale depends on all tokens of its row.
+  Tokens are scaled to sum to 1 and experts to sum to n / E, in turns, SINKHORN_ROUNDS times, in log
+  space: the transport that S-BASE routers take greedily from. A token's scale depends on all tokens
+  of its row. [B, S, K] i32.
   """
-  counts = tokens.mask[..., None]
-  log_share = jnp.log(jnp.maximum(counts.sum(1, keepdims=True), 1) / choice.shape[-1])
+  counts = tokens.mask[..., None]  # [B, S, 1]
+  log_share = jnp.log(jnp.maximum(counts.sum(1, keepdims=True), 1) / choice.shape[-1])  # n / E
   # The floor keeps what counts above the -1e9 of what does not.
   plan = jnp.maximum(log_scores, -1e6)
   for _ in range(SINKHORN_ROUNDS):
-    plan = plan - jax.nn.logsumexp(jnp.where(counts, plan, -1e9), axis=1, keepdims=True) + log_share
+    per_expert = jax.nn.logsumexp(jnp.where(counts, plan, -1e9), axis=1, keepdims=True)
+    plan = plan - per_expert + log_share
     plan = plan - jax.nn.logsumexp(plan, axis=2, keepdims=True)
   return jax.lax.top_k(plan, top_k)[1]
 
 
 def hashed(log_scores: Array, choice: Array, tokens: Tokens, top_k: int) -> Array:
-  """K experts fixed for each token of the vocabulary (Roller et al. 2021, hash layers, in their random form).
+  """K experts fixed for each token of the vocabulary. [B, S, K] i32.
 
-  The K largest of E pseudo-random numbers made from (token id, expert): murmur3's finaliser, whose avalanche is good
-  enough to spread neighbouring ids.
+  Roller et al. 2021, hash layers, in their random form. The K largest of E pseudo-random numbers
+  made from (token id, expert): murmur3's finaliser, whose avalanche is good enough to spread
+  neighbouring ids.
   """
   del log_scores
   num_experts = choice.shape[-1]
-  h = tokens.ids[..., None].astype(jnp.uint32) * jnp.uint32(num_experts) + jnp.arange(
-    num_experts, dtype=jnp.uint32
-  )
+  ids = tokens.ids[..., None].astype(jnp.uint32)
+  h = ids * jnp.uint32(num_experts) + jnp.arange(num_experts, dtype=jnp.uint32)  # [B, S, E]
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
     h = (h ^ (h >> shift)) * jnp.uint32(factor)
-  return jax.lax.top_k(((h ^ (h >> 16)) >> 1).astype(jnp.int32), top_k)[1]
+  h = h ^ (h >> 16)
+  # Halved, so that it fits a signed integer: the order of what is left is all that is asked for.
+  return jax.lax.top_k((h >> 1).astype(jnp.int32), top_k)[1]
 
 
 def uniform(log_scores: Array, choice: Array, tokens: Tokens, top_k: int) -> Array:
-  """Experts in turn, whatever the token: a row's load is even to one copy, to measure speed with."""
+  """Experts in turn, whatever the token. [B, S, K] i32.
+
+  A row's load is even to one copy, to measure speed with.
+  """
   del log_scores
   place = jnp.arange(tokens.mask.shape[1])[:, None] * top_k + jnp.arange(top_k)
   return jnp.broadcast_to(place % choice.shape[-1], (*tokens.mask.shape, top_k)).astype(jnp.int32)
 
 
 def margin(choice: Array, expert_ids: Array) -> Array:
-  """Least choice taken minus the best one not taken, [B, S]; inf where there is nothing to compare."""
-  taken = jax.nn.one_hot(expert_ids, choice.shape[-1], dtype=jnp.bool_).any(-2)
+  """Returns the least choice taken minus the best one not taken, [B, S].
+
+  It is inf where there is nothing to compare.
+  """
+  taken = jax.nn.one_hot(expert_ids, choice.shape[-1], dtype=jnp.bool_).any(-2)  # [B, S, E]
   return jnp.where(taken, choice, jnp.inf).min(-1) - jnp.where(taken, -jnp.inf, choice).max(-1)
 
 
 class Selection(NamedTuple):
-  """`choose(log_scores [B, S, E], choice [B, S, E], tokens, top_k) -> expert_ids [B, S, K]`, id E for nobody.
+  """A way to choose experts, and what it promises."""
 
-  causal: tokens after t change nothing at t.  takes_bias: the router bias has a say.
-  """
-
+  # (log_scores [B, S, E], choice [B, S, E], tokens, top_k) -> expert_ids [B, S, K]; E: unassigned.
   choose: Callable[[Array, Array, Tokens, int], Array]
-  causal: bool
-  takes_bias: bool
+  causal: bool  # tokens after t change nothing at t
+  takes_bias: bool  # the router bias has a say
 
 
 SELECTIONS: dict[str, Selection] = {

@@ -1,9 +1,11 @@
-"""What a layer's routing looked like: sums over the tokens that count, and the statistics made of them.
+"""What a layer's routing looked like: sums over tokens that count, and statistics made of them.
 
-  routing, mask -> observe -> Stats, sums -> add over micro-batches -> token_statistics -> over_layers: mean and worst
+  routing, mask -> observe -> Stats, sums -> add over micro-batches -> token_statistics
+  -> over_layers: mean and worst
 
-Sums are added and divided once, so a statistic does not depend on how a batch is cut; no gradient passes. STATISTICS
-says of each which layer is the worst. All but `observe` also take NumPy arrays, and then compile nothing.
+Sums are added and divided once, so a statistic does not depend on how a batch is cut; no gradient
+passes. STATISTICS says of each which layer is the worst. All but `observe` also take NumPy arrays,
+and then compile nothing.
 
 Letters: B batch, S sequence, E experts, K experts per token, L MoE layers, T tokens that count.
 """
@@ -19,12 +21,16 @@ from jax import Array
 from moejax.moe.routing import Routing
 from moejax.moe.token_sets import assignment_matrix
 
-# Below it a choice may be another one on another mesh: sums that differ in their order differ by about this much.
+# Below it a choice may be another one on another mesh: sums that differ in their order differ by
+# about this much.
 NEAR_TIE = 1e-3
 
 
 class Stats(NamedTuple):
-  """Sums over one layer's tokens that count, all f32. s are scores, M the experts chosen, M° the top-K of s alone."""
+  """Sums over one layer's tokens that count, all f32.
+
+  s are scores, M the experts chosen, M° the top-K of s alone.
+  """
 
   tokens: Array  # scalar, T
   copies: Array  # scalar, sum of M: T * K where every token takes K experts
@@ -36,85 +42,99 @@ class Stats(NamedTuple):
   logsumexp: Array  # scalar, ln sum_e exp z_e
   margin: Array  # scalar, the least choice taken less the best one left, see `Routing`
   near_ties: Array  # scalar, tokens with a margin nearer than NEAR_TIE to 0
-  overrides: Array  # scalar, copies in M that are not in M°: the bias, or a limit to groups, sent them elsewhere
+  # scalar, copies in M that are not in M°: the bias, or a limit to groups, sent them elsewhere
+  overrides: Array
   kept: Array  # scalar, sum_e s_e M_e
   best: Array  # scalar, sum_e s_e M°_e
 
 
 def observe(routing: Routing, unbiased_ids: Array, mask: Array) -> Stats:
-  """What one layer saw of one micro-batch.
+  """Returns the sums of one layer over one micro-batch.
 
-  Everything is O(T K (E + K)) but `pairs`, one product of 2 T E^2 FLOPs, of zeros and ones: exact at any precision.
-  Training experts of width F takes 18 K D F a token, so `pairs` is E^2 / (9 K D F) of it: 0.1% for E=64, K=8, D=F=256,
-  and for E=256 below 1% from D=F=302 on.
+  Everything is O(T K (E + K)) but `pairs`, one product of 2 T E^2 FLOPs, of zeros and ones: exact
+  at any precision. Training experts of width F takes 18 K D F a token, so `pairs` is
+  E^2 / (9 K D F) of it: 0.1% for E=64, K=8, D=F=256, and for E=256 below 1% from D=F=302 on.
 
   Args:
-    routing: of all tokens; an id of E is nobody's.
+    routing: of all tokens; an id of E is unassigned.
     unbiased_ids: [B, S, K] i32, M°.
     mask: [B, S] bool, the tokens that count. What the others hold goes nowhere, be it NaN.
   """
   routing = jax.lax.stop_gradient(routing)
   experts = routing.logits.shape[-1]
-  each = mask[..., None]
-  ids = jnp.where(each, routing.expert_ids, experts)  # [B, S, K]
-  chosen = assignment_matrix(routing.expert_ids, mask, experts).reshape(-1, experts)  # M [B S, E]
-  z, p = jnp.where(each, routing.logits, 0), jnp.where(each, routing.probs, 0)  # [B, S, E]
-  elsewhere = ~(ids[..., None] == unbiased_ids[..., None, :]).any(-1) & (ids < experts)
+  # By `where`, never by a product with the mask: 0 * NaN is NaN.
+  mask_BS1 = mask[..., None]
+  ids_BSK = jnp.where(mask_BS1, routing.expert_ids, experts)
+  chosen_TE = assignment_matrix(routing.expert_ids, mask, experts).reshape(-1, experts)  # M
+  z_BSE = jnp.where(mask_BS1, routing.logits, 0)
+  p_BSE = jnp.where(mask_BS1, routing.probs, 0)
+  unbiased_BSK = (ids_BSK[..., None] == unbiased_ids[..., None, :]).any(-1)
+  elsewhere_BSK = ~unbiased_BSK & (ids_BSK < experts)
 
-  def total(values: Array) -> Array:
-    return jnp.where(mask, values, 0).astype(jnp.float32).sum()
+  def total(values_BS: Array) -> Array:
+    return jnp.where(mask, values_BS, 0).astype(jnp.float32).sum()
 
-  def score(of: Array) -> Array:  # [B, S, K] ids -> sum of their scores
-    return total(jnp.take_along_axis(routing.scores, of, -1, mode='fill', fill_value=0).sum(-1))
+  def total_score(chosen_BSK: Array) -> Array:
+    # An unassigned id is out of range, and fills in a score of 0.
+    scores_BSK = jnp.take_along_axis(routing.scores, chosen_BSK, -1, mode='fill', fill_value=0)
+    return total(scores_BSK.sum(-1))
 
   return Stats(
     tokens=total(mask),
-    copies=total((ids < experts).sum(-1)),
-    pairs=chosen.T @ chosen,
-    probs=p.sum((0, 1)),
-    entropy=-(p * jnp.log(jnp.where(p > 0, p, 1))).sum(),
-    squares=jnp.square(z).sum(),
-    peak=jnp.abs(z).max(initial=0),
-    logsumexp=total(jax.nn.logsumexp(z, axis=-1)),
+    copies=total((ids_BSK < experts).sum(-1)),
+    pairs=chosen_TE.T @ chosen_TE,
+    probs=p_BSE.sum((0, 1)),
+    entropy=-(p_BSE * jnp.log(jnp.where(p_BSE > 0, p_BSE, 1))).sum(),
+    squares=jnp.square(z_BSE).sum(),
+    peak=jnp.abs(z_BSE).max(initial=0),
+    logsumexp=total(jax.nn.logsumexp(z_BSE, axis=-1)),
     margin=total(routing.margin),
     near_ties=total(jnp.abs(routing.margin) < NEAR_TIE),
-    overrides=elsewhere.sum().astype(jnp.float32),
-    kept=score(ids),
-    best=score(unbiased_ids),
+    overrides=elsewhere_BSK.sum().astype(jnp.float32),
+    kept=total_score(ids_BSK),
+    best=total_score(unbiased_ids),
   )
 
 
 def add(a: Stats, b: Stats) -> Stats:
-  """Of two micro-batches, or batches, together. Leaves may be stacked: [L, ...]."""
+  """Returns the sums of two micro-batches, or batches, together. They may be stacked: [L, ...]."""
   sums = Stats(*(x + y for x, y in zip(a, b, strict=True)))
   return sums._replace(peak=a.peak.__array_namespace__().maximum(a.peak, b.peak))
 
 
 def token_statistics(stats: Stats) -> dict[str, Array]:
-  """What the router thinks, and what balance costs it. Stats stacked [L, ...] -> name -> [L].
+  """Returns what the router thinks, and what balance costs it: name -> [L], of Stats [L, ...].
 
-  router_entropy: mean over tokens of H(p) = -sum_e p_e ln p_e, nats; ln E where it prefers nobody.
-  mutual_information: I(expert; token) = H(mean p) - mean H(p), nats; 0 where all tokens get the same p.
+  router_entropy: mean over tokens of H(p) = -sum_e p_e ln p_e, nats; ln E where it prefers no
+    expert.
+  mutual_information: I(expert; token) = H(mean p) - mean H(p), nats; 0 where all tokens get the
+    same p.
   logit_rms, logit_max: sqrt(mean z^2) and max |z|.  logsumexp: its mean, what a z-loss pulls to 0.
-  margin: mean of the least choice taken less the best one left; below 0 where the choice is not by score.
+  margin: mean of the least choice taken less the best one left; below 0 where the choice is not by
+    score.
   near_ties: share of tokens with a margin nearer than NEAR_TIE to 0.
   override_rate: share of copies in M and not in M°.
   price_of_balance: 1 - sum s M / sum s M°, the score given up; 0 where nothing is overridden.
-  coactivation: sum_e max_e' pairs_ee' / sum_e c_e: share of copies whose token also went to the most frequent partner
-    of their expert. About (K-1)/(E-1) without a preference, 1 where experts come in fixed company. This one is ours.
+  coactivation: sum_e max_e' pairs_ee' / sum_e c_e: share of copies whose token also went to the
+    most frequent partner of their expert. About (K-1)/(E-1) without a preference, 1 where experts
+    come in fixed company. This one is ours.
   Without a token all are 0.
   """
-  xp, experts = stats.tokens.__array_namespace__(), stats.probs.shape[-1]
+  xp = stats.tokens.__array_namespace__()  # jax.numpy or NumPy, whichever made the sums
+  experts = stats.probs.shape[-1]
 
   def ratio(part: Array, whole: Array) -> Array:
     return xp.where(whole > 0, part / xp.where(whole > 0, whole, 1), 0)
 
-  mean = ratio(stats.probs, stats.tokens[:, None])  # [L, E]
+  mean_LE = ratio(stats.probs, stats.tokens[:, None])
   entropy = ratio(stats.entropy, stats.tokens)
-  partner = (stats.pairs * (1 - xp.eye(experts, dtype=stats.pairs.dtype))).max(axis=-1)  # [L, E]
+  entropy_of_mean = -(mean_LE * xp.log(xp.where(mean_LE > 0, mean_LE, 1))).sum(axis=-1)
+  # The diagonal is an expert with itself, its load.
+  others = 1 - xp.eye(experts, dtype=stats.pairs.dtype)
+  partner_LE = (stats.pairs * others).max(axis=-1)
   return {
     'router_entropy': entropy,
-    'mutual_information': -(mean * xp.log(xp.where(mean > 0, mean, 1))).sum(axis=-1) - entropy,
+    'mutual_information': entropy_of_mean - entropy,
     'logit_rms': xp.sqrt(ratio(stats.squares, stats.tokens * experts)),
     'logit_max': stats.peak,
     'logsumexp': ratio(stats.logsumexp, stats.tokens),
@@ -122,32 +142,39 @@ def token_statistics(stats: Stats) -> dict[str, Array]:
     'near_ties': ratio(stats.near_ties, stats.tokens),
     'override_rate': ratio(stats.overrides, stats.copies),
     'price_of_balance': ratio(stats.best - stats.kept, stats.best),
-    'coactivation': ratio(partner.sum(axis=-1), stats.copies),
+    'coactivation': ratio(partner_LE.sum(axis=-1), stats.copies),
   }
 
 
 def layer_statistics(load: Array, top_k: int) -> dict[str, Array]:
-  """How even each layer's load c [L, E] (counts) is. name -> [L].
+  """Returns how even each layer's load c [L, E] (counts) is: name -> [L].
 
-  max_vio: max_e c_e / mean(c) - 1 (arXiv 2408.15664 eq. 4). expert_usage: share of experts with a token.
-  dead_experts: how many have below a tenth of the mean. load_entropy: of the shares c / sum(c), over ln E.
-  balance_score: 1 - std(c) / mean(c). noise_floor: sqrt(2 ln E (1 - K/E) / mean(c)), about the max_vio of
-  choices without a preference: the largest of E Gaussians.
-  std_of_share: of c / sum(c), so (1 - balance_score) / E. openPangu's measure, and it cannot train: it is made of
-  counts, which stay when logits change a little, so its gradient is 0. Losses multiply counts by probabilities.
-  A layer without a token scores 0 in all but dead_experts: never NaN.
+  max_vio: max_e c_e / mean(c) - 1 (arXiv 2408.15664 eq. 4). expert_usage: share of experts with a
+    token.
+  dead_experts: how many have below a tenth of the mean. load_entropy: of the shares c / sum(c),
+    over ln E.
+  balance_score: 1 - std(c) / mean(c). noise_floor: sqrt(2 ln E (1 - K/E) / mean(c)), about the
+    max_vio of choices without a preference: the largest of E Gaussians.
+  std_of_share: of c / sum(c), so (1 - balance_score) / E. openPangu's measure, and it cannot train:
+    it is made of counts, which stay when logits change a little, so its gradient is 0. Losses
+    multiply counts by probabilities. A layer without a token scores 0 in all but dead_experts:
+    never NaN.
   """
   xp, experts = load.__array_namespace__(), load.shape[-1]
   mean = load.mean(axis=-1)
   relative = load / xp.where(mean > 0, mean, 1)[:, None]  # 1 is balance
   share = relative / experts
   entropy = -(share * xp.log(xp.where(share > 0, share, 1))).sum(axis=-1)
+  if experts > 1:
+    load_entropy = entropy / math.log(experts)
+  else:  # ln 1 = 0: one expert is even with itself
+    load_entropy = xp.where(mean > 0, 1.0, 0.0)
   floor = math.sqrt(2 * math.log(experts) * (1 - top_k / experts))
   return {
     'max_vio': xp.maximum(relative.max(axis=-1) - 1, 0),
     'expert_usage': (load > 0).mean(axis=-1),
     'dead_experts': (relative < 0.1).sum(axis=-1),
-    'load_entropy': entropy / math.log(experts) if experts > 1 else xp.where(mean > 0, 1.0, 0.0),
+    'load_entropy': load_entropy,
     'balance_score': xp.where(mean > 0, 1 - relative.std(axis=-1), 0.0),
     'std_of_share': share.std(axis=-1),
     'noise_floor': floor * xp.where(mean > 0, mean, math.inf) ** -0.5,
@@ -155,7 +182,10 @@ def layer_statistics(load: Array, top_k: int) -> dict[str, Array]:
 
 
 def bias_statistics(bias: Array) -> dict[str, Array]:
-  """Of each layer's selection bias [L, E]: bias_mean, bias_std over experts, bias_max = max |b|. name -> [L]."""
+  """Returns statistics over experts of each layer's selection bias [L, E]: name -> [L].
+
+  bias_mean and bias_std, and bias_max = max |b|.
+  """
   return {
     'bias_mean': bias.mean(axis=-1),
     'bias_std': bias.std(axis=-1),
@@ -164,19 +194,19 @@ def bias_statistics(bias: Array) -> dict[str, Array]:
 
 
 def over_layers(layers: Mapping[str, Array]) -> dict[str, Array]:
-  """name -> [L] to scalars: the mean over layers by its name, and the worst layer as NAME_worst."""
+  """Returns scalars of name -> [L]: the mean over layers as NAME, the worst layer as NAME_worst."""
   worst = {f'{name}_worst': WORST[STATISTICS[name]](values) for name, values in layers.items()}
   return {name: values.mean() for name, values in layers.items()} | worst
 
 
-# which layer is the worst: the value of it among the layers' [L]
+# Which layer is the worst -> its value, of the layers' [L].
 WORST: dict[str, Callable[[Array], Array]] = {
   'farthest': lambda values: values[abs(values).argmax()],  # from 0, on either side
   'largest': lambda values: values.max(),
   'smallest': lambda values: values.min(),
 }
 
-# name of a statistic -> a row of WORST
+# Name of a statistic -> a row of WORST.
 STATISTICS: dict[str, str] = {
   'balance_score': 'smallest',
   'bias_max': 'largest',

@@ -1,9 +1,11 @@
-"""Sets of tokens: counting in them, adding up over them, and what part of the whole batch's sets a micro-batch holds.
+"""Sets of tokens: sums over them, and which part of the whole batch's sets a micro-batch holds.
 
-A balance loss is a mean over sets. A set is a document, or the rows of a micro-batch, of an expert-parallel group, of
-the whole batch; it may be larger than the micro-batch at hand.
+A balance loss is a mean over sets. A set is a document, or the rows of a micro-batch, of an
+expert-parallel group, of the whole batch; it may be larger than the micro-batch at hand.
 
-Letters: B batch, S sequence, E experts, K experts per token, G sets, A micro-batches of one step.
+Names of arrays end in their shape: `mask_BS` is [B, S]. Letters: B rows of the batch, or of one
+micro-batch; S sequence, E experts, K experts per token, G sets, A micro-batches of one step, N any
+last axis.
 """
 
 from typing import NamedTuple
@@ -18,11 +20,14 @@ class Scope(NamedTuple):
 
   rows: rows of the global batch in one set; 0: all rows at hand.
   partition: what is balanced: 0: experts; M: M groups of neighbouring experts (devices, nodes).
-  assignment: what f counts: 'unbiased', the top-K of the scores alone (DeepSeek-V3 eq. 18), 'dispatched', or 'first',
-    each token's best expert (GShard).
-  probability: '': P is the router's own scores, normalised; else a row of SCORE_FNS that makes P from the logits.
-  running: `whole` lacks the micro-batch at hand, which is added to it (the buffer of 2501.11873, Algorithm 1).
-  whole: [E] f32, what `BalanceLoss.seen` sums over the whole set, when part of it lies in other micro-batches.
+  assignment: what f counts: 'unbiased', the top-K of the scores alone (DeepSeek-V3 eq. 18),
+    'dispatched', or 'first', each token's best expert (GShard).
+  probability: '': P is the router's own scores, normalised; else a row of SCORE_FNS that makes P
+    from the logits.
+  running: `whole` lacks the micro-batch at hand, which is added to it (the buffer of 2501.11873,
+    Algorithm 1).
+  whole: [E] f32, what `BalanceLoss.seen` sums over the whole set, when part of it lies in other
+    micro-batches.
   """
 
   rows: int = 0
@@ -33,63 +38,99 @@ class Scope(NamedTuple):
   whole: Array | None = None
 
 
-def assignment_matrix(expert_ids: Array, mask: Array, num_experts: int) -> Array:
-  """M_te, 1 where token t is given to expert e, 0 for tokens that do not count; id E is nobody's. [B, S, E] f32."""
-  chosen = jax.nn.one_hot(expert_ids, num_experts, dtype=jnp.float32).sum(2)
-  return chosen * mask[..., None]
+def assignment_matrix(expert_ids_BSK: Array, mask_BS: Array, num_experts: int) -> Array:
+  """Returns M_te [B, S, E] f32: 1 where token t is given to expert e, else 0.
+
+  Tokens that are masked out are given to no expert; neither is a copy of id E, which is unassigned.
+  """
+  # One-hot of an id that is out of range is all zeros, which is what an unassigned copy should be.
+  chosen_BSE = jax.nn.one_hot(expert_ids_BSK, num_experts, dtype=jnp.float32).sum(2)
+  return chosen_BSE * mask_BS[..., None]
 
 
-def expert_load(expert_ids: Array, mask: Array, num_experts: int) -> Array:
-  """Copies that go to each expert, of tokens that count. [B, S, K], [B, S] -> [E] f32."""
-  return assignment_matrix(expert_ids, mask, num_experts).sum((0, 1))
+def expert_load(expert_ids_BSK: Array, mask_BS: Array, num_experts: int) -> Array:
+  """Returns how many copies go to each expert, [E] f32, of the tokens that are not masked out."""
+  return assignment_matrix(expert_ids_BSK, mask_BS, num_experts).sum((0, 1))
 
 
-def document_sums(values: Array, segments: Array) -> Array:
-  """Sums over each (row, segment). [B, S, n] -> [B * (S + 1), n]; documents that are not there sum to 0."""
-  num_segments = segments.shape[1] + 1
-  sums = jax.vmap(lambda v, ids: jax.ops.segment_sum(v, ids, num_segments))(values, segments)
-  return sums.reshape(-1, values.shape[-1])
+def document_sums(values_BSN: Array, segments_BS: Array) -> Array:
+  """Sums over each document, which is a (row, segment): [B * (S + 1), N].
+
+  Every row has room for S + 1 documents; those that do not exist sum to 0.
+  """
+  # Segment 0 is padding and a row holds at most S documents. A shape under jit cannot be the number
+  # of documents that there are, so it is the number that there can be.
+  num_segments = segments_BS.shape[1] + 1
+
+  def sums_of_row(values_SN: Array, segments_S: Array) -> Array:
+    return jax.ops.segment_sum(values_SN, segments_S, num_segments)
+
+  sums = jax.vmap(sums_of_row)(values_BSN, segments_BS)  # [B, S + 1, N]
+  return sums.reshape(-1, values_BSN.shape[-1])
 
 
-def row_sums(values: Array, rows: int) -> Array:
-  """Sums over each run of `rows` rows; 0, or more than there are: one set. [B, S, n] -> [G, n]."""
-  sets = max(1, values.shape[0] // rows) if rows else 1
-  return values.reshape(sets, -1, values.shape[-1]).sum(1)
+def row_sums(values_BSN: Array, rows: int) -> Array:
+  """Sums over each run of `rows` rows, [G, N]; 0, or more rows than there are: one set."""
+  sets = max(1, values_BSN.shape[0] // rows) if rows else 1
+  return values_BSN.reshape(sets, -1, values_BSN.shape[-1]).sum(1)
 
 
 def parts_of_set(rows: int, micro_rows: int) -> int:
-  """How many micro-batches of `micro_rows` rows one set of `rows` rows is spread over."""
+  """Returns over how many micro-batches of `micro_rows` rows a set of `rows` rows is spread."""
   return max(1, rows // micro_rows)
 
 
-def token_parts(tokens: Array, segments: Array, scope: Scope) -> Array:
-  """A mean over tokens: each micro-batch by its tokens. [A, b, S, 1] -> [A]."""
-  del segments, scope
-  return tokens.sum((1, 2, 3))
+# What follows gives the weight of each micro-batch [A] in a loss of the whole batch, before
+# division by their sum. `tokens_ABS1` is 1 for tokens that count, in f32; arguments are those of
+# `BalanceLoss.parts`.
 
 
-def document_parts(tokens: Array, segments: Array, scope: Scope) -> Array:
-  """A mean over documents: each micro-batch by its documents."""
+def token_parts(tokens_ABS1: Array, segments_ABS: Array, scope: Scope) -> Array:
+  """Weighs micro-batches for a mean over tokens: each by its number of tokens. [A] f32."""
+  del segments_ABS, scope
+  return tokens_ABS1.sum((1, 2, 3))
+
+
+def document_parts(tokens_ABS1: Array, segments_ABS: Array, scope: Scope) -> Array:
+  """Weighs micro-batches for a mean over documents: each by its number of documents. [A] f32.
+
+  Only documents with a token that counts are counted.
+  """
   del scope
-  return jax.vmap(lambda t, s: (document_sums(t, s) > 0).sum())(tokens, segments).astype(
-    jnp.float32
-  )
+
+  def documents(tokens_BS1: Array, segments_BS: Array) -> Array:
+    return (document_sums(tokens_BS1, segments_BS) > 0).sum()
+
+  return jax.vmap(documents)(tokens_ABS1, segments_ABS).astype(jnp.float32)
 
 
-def row_parts(tokens: Array, segments: Array, scope: Scope) -> Array:
-  """A mean over sets of rows: each micro-batch by its sets, or by its tokens in the set that it is a part of."""
-  del segments
-  parts = parts_of_set(scope.rows, tokens.shape[1])
+def row_parts(tokens_ABS1: Array, segments_ABS: Array, scope: Scope) -> Array:
+  """Weighs micro-batches for a mean over sets of rows. [A] f32.
+
+  Each weighs as many sets as it holds; where it is a part of one set, its share of the set's
+  tokens.
+  """
+  del segments_ABS
+  parts = parts_of_set(scope.rows, tokens_ABS1.shape[1])
+
+  def sets(tokens_BS1: Array) -> Array:
+    return (row_sums(tokens_BS1, scope.rows) > 0).sum()
+
   if parts == 1:
-    return jax.vmap(lambda t: (row_sums(t, scope.rows) > 0).sum())(tokens).astype(jnp.float32)
-  per_set = tokens.sum((1, 2, 3)).reshape(-1, parts)  # [sets, micro-batches of a set]
+    return jax.vmap(sets)(tokens_ABS1).astype(jnp.float32)
+  per_set = tokens_ABS1.sum((1, 2, 3)).reshape(-1, parts)  # [sets, micro-batches of a set]
   return (per_set / jnp.maximum(per_set.sum(1, keepdims=True), 1.0)).reshape(-1)
 
 
-def even_parts(tokens: Array, segments: Array, scope: Scope) -> Array:
-  """As `row_parts`, but the micro-batches of one set share it evenly: for a loss that is not linear in its tokens."""
-  parts = parts_of_set(scope.rows, tokens.shape[1])
+def even_parts(tokens_ABS1: Array, segments_ABS: Array, scope: Scope) -> Array:
+  """As `row_parts`, but the micro-batches of one set share it evenly. [A] f32.
+
+  For a loss that is not linear in its tokens; why the shares are even is told by
+  `moe.balance.importance.of_sets`.
+  """
+  parts = parts_of_set(scope.rows, tokens_ABS1.shape[1])
   if parts == 1:
-    return row_parts(tokens, segments, scope)
-  per_set = tokens.sum((1, 2, 3)).reshape(-1, parts).sum(1) > 0
+    return row_parts(tokens_ABS1, segments_ABS, scope)
+  # A set without any token weighs nothing: it is not in the mean over sets.
+  per_set = tokens_ABS1.sum((1, 2, 3)).reshape(-1, parts).sum(1) > 0
   return jnp.repeat(per_set / parts, parts)

@@ -1,4 +1,4 @@
-"""The balance loss that nearly all papers write: sum_e f_e P_e over a set of tokens, and its mean over sets.
+"""The balance loss that nearly all papers write: mean over sets of tokens of sum_e f_e P_e.
 
 Letters: B batch, S sequence, E experts, K experts per token, M groups of experts, G sets of tokens.
 """
@@ -14,70 +14,89 @@ from moejax.moe.token_sets import Scope, assignment_matrix, document_sums, row_s
 
 
 def canonical(
-  routing: Routing, mask: Array, set_sums: Callable[[Array], Array], scope: Scope
+  routing: Routing, mask_BS: Array, set_sums: Callable[[Array], Array], scope: Scope
 ) -> Array:
-  """Mean over the sets that hold a token of `sum_e f_e P_e` (DeepSeek-V3 eq. 17-20; 2501.11873 eq. 2-6).
+  """Mean over the sets that hold a token of `sum_e f_e P_e`, a scalar.
 
-  f_e = E c_e / sum(c), c a count without gradient: E/(K n) c_e where each of the n tokens has K experts. P_e = the mean
-  over the n tokens of p_te, through which the gradient goes to the logits of *every* expert. For M groups (DeepSeekMoE,
-  2401.06066): f the mean over a group's experts, P their sum.
+  DeepSeek-V3 eq. 17-20; 2501.11873 eq. 2-6.
+
+  f_e = E c_e / sum(c), c a count without gradient: E/(K n) c_e where each of the n tokens has K
+  experts. P_e = the mean over the n tokens of p_te, through which the gradient goes to the logits
+  of *every* expert. For M groups (DeepSeekMoE, 2401.06066): f the mean over a group's experts, P
+  their sum.
+
+  Args:
+    routing: of all tokens, masked ones included.
+    mask_BS: bool, the tokens that count.
+    set_sums: sums [B, S, n] over each set of tokens -> [G, n].
+    scope: the switches; its `rows` have already made `set_sums`.
   """
   num_experts = routing.probs.shape[-1]
-  weight = mask.astype(jnp.float32)[..., None]
-  probs = (
-    jax.nn.softmax(SCORE_FNS[scope.probability](routing.logits))
-    if scope.probability
-    else routing.probs
-  )
-  sums = set_sums(
-    jnp.concatenate([probs * weight, assigned(routing, mask, scope), weight], axis=-1)
-  )  # [G, 2E + 1]
-  probs, counts, tokens = jnp.split(sums, [num_experts, 2 * num_experts], axis=-1)
+  weight_BS1 = mask_BS.astype(jnp.float32)[..., None]
+  probs_BSE = routing.probs
+  if scope.probability:
+    probs_BSE = jax.nn.softmax(SCORE_FNS[scope.probability](routing.logits))
+  # P, what f counts and the number of tokens side by side, so that one sum takes all three.
+  columns = (probs_BSE * weight_BS1, assigned(routing, mask_BS, scope), weight_BS1)
+  sums = set_sums(jnp.concatenate(columns, axis=-1))  # [G, 2E + 1]
+  probs_GE, counts_GE, tokens_G1 = jnp.split(sums, [num_experts, 2 * num_experts], axis=-1)
   if scope.whole is not None:
-    counts = scope.whole + (counts if scope.running else 0.0)
-  groups = scope.partition or num_experts
-  probs, counts = (a.reshape(*a.shape[:-1], groups, -1).sum(-1) for a in (probs, counts))
-  total = counts.sum(-1, keepdims=True)
-  f = jnp.where(total > 0, groups * counts / jnp.maximum(total, 1.0), 1.0)
-  per_set = (jax.lax.stop_gradient(f) * probs / jnp.maximum(tokens, 1.0)).sum(-1)
-  return per_set.sum() / jnp.maximum((tokens > 0).sum(), 1)
+    counts_GE = scope.whole + (counts_GE if scope.running else 0.0)
+  groups = scope.partition or num_experts  # M = E: every expert is a group of its own
+  probs_GM = probs_GE.reshape(*probs_GE.shape[:-1], groups, -1).sum(-1)
+  counts_GM = counts_GE.reshape(*counts_GE.shape[:-1], groups, -1).sum(-1)
+  total_G1 = counts_GM.sum(-1, keepdims=True)
+  # Without a count f is 1, as at balance: nothing is known to be uneven, and so nothing pulls.
+  f_GM = jnp.where(total_G1 > 0, groups * counts_GM / jnp.maximum(total_G1, 1.0), 1.0)
+  loss_G = (jax.lax.stop_gradient(f_GM) * probs_GM / jnp.maximum(tokens_G1, 1.0)).sum(-1)
+  return loss_G.sum() / jnp.maximum((tokens_G1 > 0).sum(), 1)
 
 
-def assigned(routing: Routing, mask: Array, scope: Scope) -> Array:
-  """What f counts, token by token. [B, S, E] f32."""
-  return assignment_matrix(ASSIGNMENTS[scope.assignment](routing), mask, routing.probs.shape[-1])
+def assigned(routing: Routing, mask_BS: Array, scope: Scope) -> Array:
+  """Returns what f counts, token by token. [B, S, E] f32."""
+  expert_ids = ASSIGNMENTS[scope.assignment](routing)
+  return assignment_matrix(expert_ids, mask_BS, routing.probs.shape[-1])
 
 
-def assignment_counts(routing: Routing, mask: Array, scope: Scope) -> Array:
-  """What f counts, of all tokens at hand. [E] f32."""
-  return assigned(routing, mask, scope).sum((0, 1))
+def assignment_counts(routing: Routing, mask_BS: Array, scope: Scope) -> Array:
+  """Returns what f counts, summed over all tokens at hand. [E] f32."""
+  return assigned(routing, mask_BS, scope).sum((0, 1))
 
 
-def sequence_loss(routing: Routing, mask: Array, segments: Array, scope: Scope = Scope()) -> Array:
-  """Balance within each document, DeepSeek-V3 eq. 17-20: a packed row is as many sequences as it has documents.
+def sequence_loss(
+  routing: Routing, mask_BS: Array, segments_BS: Array, scope: Scope = Scope()
+) -> Array:
+  """Balance within each document, DeepSeek-V3 eq. 17-20, as a scalar.
 
-  For sigmoid scores P is the sigmoid normalised over all experts (eq. 19), not a softmax.
+  A packed row is as many sequences as it has documents. For sigmoid scores P is the sigmoid
+  normalised over all experts (eq. 19), not a softmax.
   """
-  return canonical(routing, mask, lambda values: document_sums(values, segments), scope)
+  return canonical(routing, mask_BS, lambda values: document_sums(values, segments_BS), scope)
 
 
-def row_sets_loss(routing: Routing, mask: Array, segments: Array, scope: Scope = Scope()) -> Array:
-  """Balance within each run of `scope.rows` rows, wherever documents begin and end.
+def row_sets_loss(
+  routing: Routing, mask_BS: Array, segments_BS: Array, scope: Scope = Scope()
+) -> Array:
+  """Balance within each run of `scope.rows` rows, wherever documents begin and end, as a scalar.
 
-  `micro_batch`: its value depends on how the batch is cut, by definition (Switch Transformer's auxiliary loss taken on
-  each micro-batch). `ep_group`: the union of the rows of one expert-parallel group; Pangu Ultra MoE (2505.04519) says
-  so in words, and its equation was not at hand. `global_batch`: all rows, 2501.11873 eq. 2-6.
+  `micro_batch`: its value depends on how the batch is cut, by definition (Switch Transformer's
+  auxiliary loss taken on each micro-batch). `ep_group`: the union of the rows of one
+  expert-parallel group; Pangu Ultra MoE (2505.04519) says so in words, and its equation was not at
+  hand. `global_batch`: all rows, 2501.11873 eq. 2-6.
   """
-  del segments
-  return canonical(routing, mask, lambda values: row_sums(values, scope.rows), scope)
+  del segments_BS
+  return canonical(routing, mask_BS, lambda values: row_sums(values, scope.rows), scope)
 
 
-def gshard_loss(routing: Routing, mask: Array, segments: Array, scope: Scope = Scope()) -> Array:
-  """GShard (2006.16668), Algorithm 1 from memory: f counts first choices alone; a micro-batch is its group.
+def gshard_loss(
+  routing: Routing, mask_BS: Array, segments_BS: Array, scope: Scope = Scope()
+) -> Array:
+  """GShard (2006.16668), Algorithm 1 from memory: f counts first choices alone, as a scalar.
 
-  Its 1/E sum_e (c_e / S) m_e is ours over E^2, so that ours, too, is 1 at balance.
+  A micro-batch is its group. Its 1/E sum_e (c_e / S) m_e is ours over E^2, so that ours, too, is 1
+  at balance.
   """
-  return row_sets_loss(routing, mask, segments, scope._replace(assignment='first'))
+  return row_sets_loss(routing, mask_BS, segments_BS, scope._replace(assignment='first'))
 
 
 # name -> routing to the expert_ids that f counts.

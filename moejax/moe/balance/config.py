@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moejax.config import check, frozendict
+from moejax.config import at_least, check, frozendict, not_one_of, problem_if
 from moejax.config.schedule import schedule_problem
 from moejax.moe.balance.aux_loss import ASSIGNMENTS
 from moejax.moe.balance.losses import BALANCE_LOSSES
@@ -18,12 +18,15 @@ ACCUMULATIONS = ('exact', 'lagged', 'buffer')
 class BalanceConfig:
   """Which losses and which bias rule keep the experts even.
 
-  losses: name -> coefficient: a number, or a schedule such as '0.1, 0.01@10%, 0.001@70%' (openPangu's recipe). 0: off.
-  bias_rule: a row of BIAS_RULES; '' for none.  bias_rate: its step, a number or a schedule.
+  losses: name -> coefficient: a number, or a schedule such as '0.1, 0.01@10%, 0.001@70%'
+    (openPangu's recipe). 0: off.
+  bias_rule: a row of BIAS_RULES; '' for none.
+  bias_rate: the step of the bias rule, a number or a schedule.
   ep_groups: into how many expert-parallel groups of rows `ep_group` cuts the global batch.
   partition, assignment, probability: switches of the losses that are f times P; see `Scope`.
-  accumulation: where f comes from when a set is spread over micro-batches: 'exact', a forward pass that only counts;
-    'lagged', the step before; 'buffer', the micro-batches so far. The last two save that pass and are not the paper's.
+  accumulation: where f comes from when a set is spread over micro-batches: 'exact', a forward pass
+    that only counts; 'lagged', the step before; 'buffer', the micro-batches so far. The last two
+    save that pass and are not the paper's.
   """
 
   losses: frozendict = frozendict()
@@ -37,112 +40,134 @@ class BalanceConfig:
 
   def __post_init__(self) -> None:
     # Every row is there, as text, so that a flag can switch any of them on.
-    every = {name: '0' for name in BALANCE_LOSSES} | {
-      name: str(value) for name, value in self.losses.items()
-    }
-    object.__setattr__(self, 'losses', frozendict(every))
-    inexact = [
-      name for name in self.active() if name in BALANCE_LOSSES and not BALANCE_LOSSES[name].linear
-    ]
+    losses = dict.fromkeys(BALANCE_LOSSES, '0')
+    losses |= {name: str(value) for name, value in self.losses.items()}
+    # The dataclass is frozen, and this is its constructor.
+    object.__setattr__(self, 'losses', frozendict(losses))
+    schedules = [schedule_problem(f'losses.{name}', value) for name, value in self.losses.items()]
     check(
-      *(
-        f'losses.{name} is not a balance loss: use one of {sorted(BALANCE_LOSSES)}'
-        + (
-          '; made of counts, it has no gradient, and is logged as it is'
-          if name == 'std_of_share'
-          else ''
-        )
-        for name in self.losses
-        if name not in BALANCE_LOSSES
+      *(unknown_loss(name) for name in self.losses),
+      *schedules,
+      problem_if(
+        self.bias_rule and self.bias_rule not in BIAS_RULES,
+        f'bias_rule={self.bias_rule!r} is not one of {sorted(BIAS_RULES)}: use one of them, '
+        "or '' for none",
       ),
-      *(schedule_problem(f'losses.{name}', value) for name, value in self.losses.items()),
-      f"bias_rule={self.bias_rule!r} is not one of {sorted(BIAS_RULES)}: use one of them, or '' for none"
-      if self.bias_rule and self.bias_rule not in BIAS_RULES
-      else '',
       schedule_problem('bias_rate', self.bias_rate),
-      f'ep_groups={self.ep_groups}: use 1 or more' if self.ep_groups < 1 else '',
-      f'partition={self.partition}: use 0 (single experts), or 2 groups or more: one group is always even'
-      if self.partition < 0 or self.partition == 1
-      else '',
-      f"probability={self.probability!r} is not one of {sorted(SCORE_FNS)}: use one of them, or '' for the router's"
-      if self.probability and self.probability not in SCORE_FNS
-      else '',
-      *(
-        f'{name}={value!r} is not one of {sorted(rows)}'
-        for name, value, rows in (
-          ('assignment', self.assignment, ASSIGNMENTS),
-          ('accumulation', self.accumulation, ACCUMULATIONS),
-        )
-        if value not in rows
+      *at_least(1, self, 'ep_groups'),
+      problem_if(
+        self.partition < 0 or self.partition == 1,
+        f'partition={self.partition}: use 0 (single experts), or 2 groups or more: '
+        'one group is always even',
       ),
-      f"accumulation={self.accumulation!r} is for losses that are linear in P, not losses.{inexact[0]}: use 'exact'"
-      if inexact and self.accumulation != 'exact'
-      else '',
+      problem_if(
+        self.probability and self.probability not in SCORE_FNS,
+        f'probability={self.probability!r} is not one of {sorted(SCORE_FNS)}: use one of them, '
+        "or '' for the router's",
+      ),
+      not_one_of('assignment', self.assignment, ASSIGNMENTS),
+      not_one_of('accumulation', self.accumulation, ACCUMULATIONS),
+      self._accumulation_problem(),
     )
+
+  def _accumulation_problem(self) -> str:
+    """What is wrong with `accumulation` for the active losses, '' if nothing."""
+    if self.accumulation == 'exact':
+      return ''
+    for name in self.active():
+      if name in BALANCE_LOSSES and not BALANCE_LOSSES[name].linear:
+        return (
+          f'accumulation={self.accumulation!r} is for losses that are linear in P, '
+          f"not losses.{name}: use 'exact'"
+        )
+    return ''
 
   def active(self) -> tuple[str, ...]:
-    """The losses that are not switched off, sorted."""
-    return tuple(
-      sorted(name for name, value in self.losses.items() if str(value) not in ('0', '0.0'))
-    )
+    """Returns the names of the losses that are not switched off, sorted."""
+    names = [name for name, value in self.losses.items() if str(value) not in ('0', '0.0')]
+    return tuple(sorted(names))
 
   def scopes(self, batch_size: int, micro_batches: int) -> frozendict:
-    """Active loss -> its Scope in a step of `batch_size` rows."""
-    sizes = {
-      name: BALANCE_LOSSES[name].rows(batch_size, micro_batches, self.ep_groups)
-      for name in self.active()
-    }
-    return frozendict(
-      {
-        name: Scope(
-          rows, self.partition, self.assignment, self.probability, self.accumulation == 'buffer'
-        )
-        for name, rows in sizes.items()
-      }
-    )
+    """Returns the Scope of each active loss in a step of `batch_size` rows."""
+    scopes = {}
+    for name in self.active():
+      scopes[name] = Scope(
+        rows=BALANCE_LOSSES[name].rows(batch_size, micro_batches, self.ep_groups),
+        partition=self.partition,
+        assignment=self.assignment,
+        probability=self.probability,
+        running=self.accumulation == 'buffer',
+      )
+    return frozendict(scopes)
 
   def groups_problem(self, batch_size: int, micro_batches: int) -> str:
     """What is wrong with `ep_groups` for a step of that size, '' if nothing."""
     groups, parts = self.ep_groups, max(1, micro_batches)
     if 'ep_group' not in self.active() or groups < 1:
       return ''
+    # A group is several whole micro-batches or a part of one: it never begins in the middle of one
+    # and ends in another.
     if batch_size % groups or (groups % parts and parts % groups):
       return (
-        f'balance.ep_groups={groups}: use a divisor of batch_size={batch_size} that divides, or is a '
-        f'multiple of, micro_batches={micro_batches}'
+        f'balance.ep_groups={groups}: use a divisor of batch_size={batch_size} that divides, or is '
+        f'a multiple of, micro_batches={micro_batches}'
       )
     return ''
+
+
+def unknown_loss(name: str) -> str:
+  """What is wrong with the name of a balance loss, '' if nothing."""
+  if name in BALANCE_LOSSES:
+    return ''
+  problem = f'losses.{name} is not a balance loss: use one of {sorted(BALANCE_LOSSES)}'
+  # openPangu's measure of imbalance, which looks like a loss.
+  if name == 'std_of_share':
+    problem += '; made of counts, it has no gradient, and is logged as it is'
+  return problem
 
 
 def router_problems(
   balance: BalanceConfig, router: RouterConfig, micro_batches: int
 ) -> tuple[str, ...]:
   """What of a balance config a router cannot serve, '' for each thing that it can."""
-  rule, selection = balance.bias_rule, router.selection
-  experts, takes_bias = router.num_experts, SELECTIONS[selection].takes_bias
+  rule, partition, accumulation = balance.bias_rule, balance.partition, balance.accumulation
+  selection, experts = router.selection, router.num_experts
+  takes_bias = SELECTIONS[selection].takes_bias
+  importance, load = ('importance' in balance.active()), ('load' in balance.active())
+  # The one weight of a token, divided by itself.
+  always_one = takes_bias and router.renormalise and router.top_k == 1
   return (
-    f"balance.bias_rule={rule!r} would move a bias that selection={selection!r} ignores: use selection='top_k', or "
-    "bias_rule=''"
-    if rule and not takes_bias
-    else '',
-    f"balance.bias_rule='quantile' needs an expert that is not chosen: use top_k below num_experts={experts}"
-    if rule == 'quantile' and router.top_k >= experts
-    else '',
-    'balance.losses.load is the load that noise may give: use router.noisy=True, or losses.importance'
-    if 'load' in balance.active() and not router.noisy
-    else '',
-    f"balance.losses.load does not know of a bias: use bias_rule='' instead of {rule!r}"
-    if 'load' in balance.active() and rule
-    else '',
-    'balance.losses.importance of weights that are always 1 has no gradient: use router.renormalise=False, or more '
-    'than top_k=1'
-    if 'importance' in balance.active() and takes_bias and router.renormalise and router.top_k == 1
-    else '',
-    f'balance.partition={balance.partition} does not divide num_experts={experts}: use a divisor of it'
-    if balance.partition and experts % balance.partition
-    else '',
-    f'balance.accumulation={balance.accumulation!r} is about several micro-batches: use micro_batches above 1, or '
-    "'exact'"
-    if balance.accumulation != 'exact' and micro_batches == 1
-    else '',
+    problem_if(
+      rule and not takes_bias,
+      f'balance.bias_rule={rule!r} would move a bias that selection={selection!r} ignores: '
+      "use selection='top_k', or bias_rule=''",
+    ),
+    problem_if(
+      rule == 'quantile' and router.top_k >= experts,
+      "balance.bias_rule='quantile' needs an expert that is not chosen: "
+      f'use top_k below num_experts={experts}',
+    ),
+    problem_if(
+      load and not router.noisy,
+      'balance.losses.load is the load that noise may give: use router.noisy=True, '
+      'or losses.importance',
+    ),
+    problem_if(
+      load and rule,
+      f"balance.losses.load does not know of a bias: use bias_rule='' instead of {rule!r}",
+    ),
+    problem_if(
+      importance and always_one,
+      'balance.losses.importance of weights that are always 1 has no gradient: '
+      'use router.renormalise=False, or more than top_k=1',
+    ),
+    problem_if(
+      partition and experts % partition,
+      f'balance.partition={partition} does not divide num_experts={experts}: use a divisor of it',
+    ),
+    problem_if(
+      accumulation != 'exact' and micro_batches == 1,
+      f'balance.accumulation={accumulation!r} is about several micro-batches: '
+      "use micro_batches above 1, or 'exact'",
+    ),
   )

@@ -1,6 +1,6 @@
-"""Losses on a router that are not f times P: how sums over a set vary, how large logits are, how alike experts are.
+"""Losses of how much a sum over a set varies between experts: importance and smooth load.
 
-Letters: B batch, S sequence, D model, E experts, K experts per token, G sets of tokens.
+Letters: B batch, S sequence, E experts, K experts per token, G sets of tokens.
 """
 
 import jax
@@ -10,68 +10,81 @@ from jax import Array
 from moejax.moe.routing import Routing
 from moejax.moe.token_sets import Scope, parts_of_set, row_sums
 
+# A mean below it is taken for nothing: it is near the smallest normal float32, 1.2e-38.
+NOTHING = 1e-37
 
-def variation(sums: Array) -> Array:
-  """Squared coefficient of variation over experts, (std / mean)^2 with the population's std. [G, E] -> [G].
 
-  0 when all are equal, E - 1 when one has everything; 0 also where there is nothing. It does not depend on the scale,
-  so sums are brought near 1 first: the gradient of sums / mean is over mean^2, which underflows for sums of 1e-20.
+def variation(sums_GE: Array) -> Array:
+  """Squared coefficient of variation over experts, (std / mean)^2 with the population's std. [G].
+
+  0 when all are equal, E - 1 when one has everything; 0 also where there is nothing.
   """
-  mean = sums.mean(-1, keepdims=True)
-  something = mean > 1e-37
-  sums = sums / jax.lax.stop_gradient(jnp.where(something, mean, 1.0))
-  away = jnp.where(
-    something, sums / jnp.where(something, sums.mean(-1, keepdims=True), 1.0) - 1.0, 0.0
-  )
-  return jnp.square(away).mean(-1)  # of what is away, not E[x^2] - 1: that cancels
+  mean_G1 = sums_GE.mean(-1, keepdims=True)
+  something_G1 = mean_G1 > NOTHING
+  # It does not depend on the scale, so sums are brought near 1 first: the gradient of sums / mean
+  # is over mean^2, which underflows for sums of 1e-20.
+  sums_GE = sums_GE / jax.lax.stop_gradient(jnp.where(something_G1, mean_G1, 1.0))
+  # Both branches of a `where` are differentiated: the inner one keeps a division by 0, whose
+  # gradient is NaN, out of the branch that is not taken.
+  divisor_G1 = jnp.where(something_G1, sums_GE.mean(-1, keepdims=True), 1.0)
+  away_GE = jnp.where(something_G1, sums_GE / divisor_G1 - 1.0, 0.0)
+  return jnp.square(away_GE).mean(-1)  # of what is away, not E[x^2] - 1: that cancels
 
 
-def of_sets(values: Array, mask: Array, scope: Scope) -> Array:
-  """Mean over the sets that hold a token of the variation of their sums. values [B, S, E] -> scalar.
+def of_sets(values_BSE: Array, mask_BS: Array, scope: Scope) -> Array:
+  """Mean over the sets that hold a token of the variation of their sums, a scalar.
 
-  Where a set is spread over m micro-batches, its variation is that of the whole, and the gradient of this part is m
-  times that of its own tokens: each part counts 1/m (`even_parts`), and they add up to the gradient of the whole.
+  Where a set is spread over m micro-batches, its variation is that of the whole, and the gradient
+  of this part is m times that of its own tokens: each part counts 1/m (`even_parts`), and they add
+  up to the gradient of the whole.
   """
-  sums = row_sums(values * mask[..., None], scope.rows)
+  sums_GE = row_sums(values_BSE * mask_BS[..., None], scope.rows)
   if scope.whole is None:
-    tokens = row_sums(mask[..., None].astype(jnp.float32), scope.rows)[:, 0]
-    return variation(sums).sum() / jnp.maximum((tokens > 0).sum(), 1)
-  parts = parts_of_set(scope.rows, mask.shape[0])
-  return variation(scope.whole + parts * (sums - jax.lax.stop_gradient(sums)))[0]
+    tokens_G = row_sums(mask_BS[..., None].astype(jnp.float32), scope.rows)[:, 0]
+    return variation(sums_GE).sum() / jnp.maximum((tokens_G > 0).sum(), 1)
+  parts = parts_of_set(scope.rows, mask_BS.shape[0])
+  # The difference is exactly 0: the value is that of `whole`, the gradient that of these sums.
+  own_GE = sums_GE - jax.lax.stop_gradient(sums_GE)
+  return variation(scope.whole + parts * own_GE)[0]
 
 
 def gates(routing: Routing) -> Array:
-  """G_te: the weight of expert e for token t, 0 where it was not chosen. [B, S, E]."""
-  return jnp.einsum(
-    'bske,bsk->bse', jax.nn.one_hot(routing.expert_ids, routing.probs.shape[-1]), routing.weights
-  )
+  """Returns G_te, the weight of expert e for token t, 0 where it was not chosen. [B, S, E] f32."""
+  chosen_BSKE = jax.nn.one_hot(routing.expert_ids, routing.probs.shape[-1])
+  return jnp.einsum('bske,bsk->bse', chosen_BSKE, routing.weights)
 
 
-def importance(routing: Routing, mask: Array, segments: Array, scope: Scope = Scope()) -> Array:
-  """CV^2 over experts of the gates' sums: Shazeer et al. 2017 (1701.06538), L_importance; their weight is 0.1.
+def importance(
+  routing: Routing, mask_BS: Array, segments_BS: Array, scope: Scope = Scope()
+) -> Array:
+  """CV^2 over experts of the gates' sums, a scalar: Shazeer et al. 2017 (1701.06538), L_importance.
 
-  Its square, as in their text, and as derived here from the words: no equation number was at hand. 0 at balance.
+  Their weight is 0.1. Its square, as in their text, and as derived here from the words: no equation
+  number was at hand. 0 at balance.
   """
-  del segments
-  return of_sets(gates(routing), mask, scope)
+  del segments_BS
+  return of_sets(gates(routing), mask_BS, scope)
 
 
-def smooth_load(routing: Routing, mask: Array, segments: Array, scope: Scope = Scope()) -> Array:
-  """CV^2 over experts of how many tokens each may expect: Shazeer et al. 2017, L_load. Needs noisy top-k.
+def smooth_load(
+  routing: Routing, mask_BS: Array, segments_BS: Array, scope: Scope = Scope()
+) -> Array:
+  """CV^2 over experts of how many tokens each may expect: Shazeer et al. 2017, L_load. A scalar.
 
-  P(e is chosen | the others' noise) is smooth in the logits, so that a load, unlike a count, has a gradient.
+  Needs noisy top-k: P(e is chosen | the others' noise) is smooth in the logits, so that a load,
+  unlike a count, has a gradient.
   """
-  del segments
-  return of_sets(routing.likely, mask, scope)
+  del segments_BS
+  return of_sets(routing.likely, mask_BS, scope)
 
 
-def importance_seen(routing: Routing, mask: Array, scope: Scope) -> Array:
-  """The gates' sums of a micro-batch, [E]."""
+def importance_seen(routing: Routing, mask_BS: Array, scope: Scope) -> Array:
+  """Returns the sums of the gates over a micro-batch's tokens that count. [E] f32."""
   del scope
-  return row_sums(gates(routing) * mask[..., None], 0)[0]
+  return row_sums(gates(routing) * mask_BS[..., None], 0)[0]
 
 
-def load_seen(routing: Routing, mask: Array, scope: Scope) -> Array:
-  """The expected load of a micro-batch, [E]."""
+def load_seen(routing: Routing, mask_BS: Array, scope: Scope) -> Array:
+  """Returns the load that each expert may expect of a micro-batch's tokens that count. [E] f32."""
   del scope
-  return row_sums(routing.likely * mask[..., None], 0)[0]
+  return row_sums(routing.likely * mask_BS[..., None], 0)[0]

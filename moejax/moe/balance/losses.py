@@ -1,21 +1,23 @@
-"""How unevenly experts are used: the losses that push against it, and the config that switches them on.
+"""How unevenly experts are used: the table of losses that push against it.
 
   routing, mask, segments -> sums over each set of tokens -> L_g = sum_e f_ge P_ge -> mean over sets
 
-One loss with four switches: the *set* of tokens that f and P are taken over, the *partition* that is balanced, the
-*assignment* that f counts, the *probability* that P is. It is 1 at perfect balance whatever E, K and the score are.
-Values are without coefficient; layers are averaged.
+One loss with four switches: the *set* of tokens that f and P are taken over, the *partition* that
+is balanced, the *assignment* that f counts, the *probability* that P is. It is 1 at perfect balance
+whatever E, K and the score are. Values are without coefficient; layers are averaged.
 
-The same coefficient alpha elsewhere, and what `convert_coefficient` makes of it for K experts per token, L MoE layers:
+The same coefficient alpha elsewhere, and what `convert_coefficient` makes of it for K experts per
+token, L MoE layers:
 
-  codebase       its loss at perfect balance                                        ours
-  megatron       1, summed over layers                                              alpha L
-  olmo_core      1, each layer adds its own                                         alpha L
-  maxtext        K, mean over layers                                                alpha K
-  huggingface    K, f and P each averaged over all layers before the product        alpha K, another function of layers
-  levanter       1/K, summed over layers (its Mixtral)                              alpha L / K
+  codebase     its loss at perfect balance                       ours
+  megatron     1, summed over layers                             alpha L
+  olmo_core    1, each layer adds its own                        alpha L
+  maxtext      K, mean over layers                               alpha K
+  huggingface  K, f and P averaged over layers, then multiplied  alpha K, another function of layers
+  levanter     1/K, summed over layers (its Mixtral)             alpha L / K
 
-Letters: B batch, S sequence, E experts, K experts per token, M groups of experts, G sets of tokens, A micro-batches.
+Letters: B batch, S sequence, E experts, K experts per token, M groups of experts, G sets of tokens,
+A micro-batches.
 """
 
 from collections.abc import Callable
@@ -24,7 +26,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from moejax.config import check, frozendict
+from moejax.config import check, frozendict, not_one_of
 from moejax.moe.balance.aux_loss import assignment_counts, gshard_loss, row_sets_loss, sequence_loss
 from moejax.moe.balance.importance import importance, importance_seen, load_seen, smooth_load
 from moejax.moe.balance.regularisers import router_z, simbal
@@ -38,60 +40,80 @@ def convert_coefficient(codebase: str, alpha: float, *, top_k: int, num_moe_laye
   Raises:
     ConfigError: the codebase is not in the table.
   """
-  check('' if codebase in CODEBASES else f'codebase={codebase!r} is not one of {sorted(CODEBASES)}')
+  check(not_one_of('codebase', codebase, CODEBASES))
   return alpha * CODEBASES[codebase](top_k, num_moe_layers)
 
 
-def micro_batch_shares(loss: str, mask: Array, segments: Array, scope: Scope) -> Array:
-  """What part of the batch's loss each micro-batch's is: weights that sum to 1. [A, b, S] each -> [A] f32.
+def micro_batch_shares(loss: str, mask_ABS: Array, segments_ABS: Array, scope: Scope) -> Array:
+  """What part of the batch's loss each micro-batch's is: weights [A] f32 that sum to 1.
 
-  A mean over sets is the micro-batches' means weighed by how many sets each holds; where a set spans micro-batches,
-  by its tokens. It depends on masks alone, so it is known before the first micro-batch is differentiated.
+  A mean over sets is the micro-batches' means weighed by how many sets each holds; where a set
+  spans micro-batches, by its tokens. It depends on masks alone, so it is known before the first
+  micro-batch is differentiated.
   """
-  parts = BALANCE_LOSSES[loss].parts(mask.astype(jnp.float32)[..., None], segments, scope)
-  total = parts.sum()
-  return parts / jnp.where(total > 0, total, 1.0)
+  tokens_ABS1 = mask_ABS.astype(jnp.float32)[..., None]
+  parts_A = BALANCE_LOSSES[loss].parts(tokens_ABS1, segments_ABS, scope)
+  total = parts_A.sum()
+  return parts_A / jnp.where(total > 0, total, 1.0)  # a batch without a token: all 0
 
 
 def spans_micro_batches(scopes: frozendict, micro_rows: int) -> tuple[str, ...]:
-  """The losses with sets larger than a micro-batch: they must know of the whole set before any gradient."""
+  """Returns the losses with sets larger than a micro-batch.
+
+  They must know of the whole set before any gradient.
+  """
   return tuple(name for name, scope in scopes.items() if scope.rows > micro_rows)
 
 
 class BalanceLoss(NamedTuple):
-  """`value(routing, mask, segments[, scope]) -> scalar`, and how it is put together from micro-batches.
+  """A loss, and how the micro-batches of a step add up to it."""
 
-  parts: see `shares`.  rows: of one set, 0 if its sets are not rows.  seen(routing, mask, scope) -> [E]: what must be
-  known of the whole set.  linear: in P, f being given.
-  """
-
+  # (routing, mask [B, S], segments [B, S][, scope]) -> scalar, without coefficient.
   value: Callable[..., Array]
+  # (tokens [A, B, S, 1], segments [A, B, S], scope) -> the weight of each micro-batch [A], before
+  # `micro_batch_shares` makes them sum to 1.
   parts: Callable[[Array, Array, Scope], Array]
-  rows: Callable[[int, int, int], int]  # of (batch_size, micro_batches, ep_groups)
+  # (batch_size, micro_batches, ep_groups) -> rows of one set; 0 if its sets are not rows.
+  rows: Callable[[int, int, int], int]
+  # (routing, mask [B, S], scope) -> [E] f32, what must be known of the whole set; it adds up.
   seen: Callable[[Routing, Array, Scope], Array] = assignment_counts
+  # In P, f being given: then f may also come from another step, or from a part of the set.
   linear: bool = True
 
 
+# Rows of one set, by (batch_size, micro_batches, ep_groups).
+
+
+def all_rows(batch_size: int, micro_batches: int, ep_groups: int) -> int:
+  """The whole batch is one set."""
+  return batch_size
+
+
+def rows_of_micro_batch(batch_size: int, micro_batches: int, ep_groups: int) -> int:
+  """Every micro-batch is a set."""
+  return batch_size // micro_batches
+
+
+def rows_of_ep_group(batch_size: int, micro_batches: int, ep_groups: int) -> int:
+  """The rows of every expert-parallel group are a set."""
+  return batch_size // ep_groups
+
+
+def no_rows(batch_size: int, micro_batches: int, ep_groups: int) -> int:
+  """Sets are not made of rows: documents, or single tokens."""
+  return 0
+
+
 BALANCE_LOSSES: dict[str, BalanceLoss] = {
-  'ep_group': BalanceLoss(
-    row_sets_loss, row_parts, lambda batch, micro_batches, groups: batch // groups
-  ),
-  'global_batch': BalanceLoss(row_sets_loss, row_parts, lambda batch, micro_batches, groups: batch),
-  'gshard': BalanceLoss(
-    gshard_loss, row_parts, lambda batch, micro_batches, groups: batch // micro_batches
-  ),
-  'importance': BalanceLoss(
-    importance, even_parts, lambda batch, micro_batches, groups: batch, importance_seen, False
-  ),
-  'load': BalanceLoss(
-    smooth_load, even_parts, lambda batch, micro_batches, groups: batch, load_seen, False
-  ),
-  'micro_batch': BalanceLoss(
-    row_sets_loss, row_parts, lambda batch, micro_batches, groups: batch // micro_batches
-  ),
-  'router_z': BalanceLoss(router_z, token_parts, lambda batch, micro_batches, groups: 0),
-  'sequence': BalanceLoss(sequence_loss, document_parts, lambda batch, micro_batches, groups: 0),
-  'simbal': BalanceLoss(simbal, token_parts, lambda batch, micro_batches, groups: 0),
+  'ep_group': BalanceLoss(row_sets_loss, row_parts, rows_of_ep_group),
+  'global_batch': BalanceLoss(row_sets_loss, row_parts, all_rows),
+  'gshard': BalanceLoss(gshard_loss, row_parts, rows_of_micro_batch),
+  'importance': BalanceLoss(importance, even_parts, all_rows, importance_seen, linear=False),
+  'load': BalanceLoss(smooth_load, even_parts, all_rows, load_seen, linear=False),
+  'micro_batch': BalanceLoss(row_sets_loss, row_parts, rows_of_micro_batch),
+  'router_z': BalanceLoss(router_z, token_parts, no_rows),
+  'sequence': BalanceLoss(sequence_loss, document_parts, no_rows),
+  'simbal': BalanceLoss(simbal, token_parts, no_rows),
 }
 
 # codebase -> (K, L) to what its coefficient is multiplied by.

@@ -11,19 +11,24 @@ from moejax.moe.routing import Routing
 from moejax.moe.token_sets import Scope
 
 
-def router_z(routing: Routing, mask: Array, segments: Array, scope: Scope = Scope()) -> Array:
-  """Mean over tokens of logsumexp(logits)^2 (ST-MoE, 2202.08906): keeps logits small; says nothing about balance."""
-  del segments, scope
-  z = jnp.square(jax.nn.logsumexp(routing.logits, axis=-1))
-  return (z * mask).sum() / jnp.maximum(mask.sum(), 1)
+def router_z(routing: Routing, mask_BS: Array, segments_BS: Array, scope: Scope = Scope()) -> Array:
+  """Mean over tokens of logsumexp(logits)^2 (ST-MoE, 2202.08906), a scalar.
 
-
-def simbal(routing: Routing, mask: Array, segments: Array, scope: Scope = Scope()) -> Array:
-  """|W^T W - I| summed over all entries, W [D, E] the router's weights (SimBal, 2506.14038): experts' rows orthonormal.
-
-  It does not look at a token: a batch without any does not change it.
+  It keeps logits small, and says nothing about balance.
   """
-  del mask, segments, scope
-  w = routing.router
-  gram = jnp.einsum('de,df->ef', w, w, precision=jax.lax.Precision.HIGHEST)
-  return jnp.abs(gram - jnp.eye(w.shape[1])).sum()
+  del segments_BS, scope
+  z_BS = jnp.square(jax.nn.logsumexp(routing.logits, axis=-1))
+  return (z_BS * mask_BS).sum() / jnp.maximum(mask_BS.sum(), 1)
+
+
+def simbal(routing: Routing, mask_BS: Array, segments_BS: Array, scope: Scope = Scope()) -> Array:
+  """|W^T W - I| summed over all entries, W [D, E] the router's weights (SimBal, 2506.14038).
+
+  It pulls the experts' columns to be orthonormal. It does not look at a token: a batch without any
+  does not change it.
+  """
+  del mask_BS, segments_BS, scope
+  w_DE = routing.router
+  # In true float32, as `router_logits` is: the distance from I is what this measures.
+  gram_EE = jnp.einsum('de,df->ef', w_DE, w_DE, precision=jax.lax.Precision.HIGHEST)
+  return jnp.abs(gram_EE - jnp.eye(w_DE.shape[1])).sum()

@@ -1,0 +1,93 @@
+"""The package from outside: its example, its names, and a layer with nothing but defaults."""
+
+import doctest
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+
+import moejax.moe
+from moejax.moe import (
+  BALANCE_LOSSES,
+  BIAS_RULES,
+  DISPATCHERS,
+  MoE,
+  MoEAux,
+  MoEConfig,
+  RouterConfig,
+  Scope,
+  Tokens,
+  route,
+)
+
+ROWS, LENGTH, WIDTH = 2, 5, 16
+
+
+def some_x() -> Array:
+  return jax.random.normal(jax.random.key(1), (ROWS, LENGTH, WIDTH))
+
+
+def test_the_example_in_the_docstring_runs_as_it_stands() -> None:
+  examples = doctest.testmod(moejax.moe)
+  assert examples.failed == 0
+  assert examples.attempted >= 8
+
+
+def test_every_name_that_the_package_offers_is_there() -> None:
+  missing = [name for name in moejax.moe.__all__ if not hasattr(moejax.moe, name)]
+  assert not missing
+  assert {'sequence', 'global_batch'} <= set(BALANCE_LOSSES)
+  assert 'sign' in BIAS_RULES and 'dense_matmul' in DISPATCHERS
+  routing = route(jnp.zeros((1, 2, 8)), jnp.zeros(8), RouterConfig())
+  assert routing.expert_ids.shape == (1, 2, 2)
+
+
+def test_a_layer_of_defaults_works_and_all_of_it_gets_a_gradient() -> None:
+  layer, x = MoE(jax.random.key(0), WIDTH), some_x()
+  assert layer.cfg == MoEConfig() and not layer.scopes and not layer.bias_rule
+
+  def objective(layer: MoE, x: Array) -> tuple[Array, tuple[Array, MoEAux]]:
+    y, aux = layer(x)
+    return jnp.square(y).sum(), (y, aux)
+
+  gradients, (y, aux) = jax.grad(objective, argnums=(0, 1), has_aux=True)(layer, x)
+  assert y.shape == x.shape and y.dtype == x.dtype
+  assert aux.load.sum() == ROWS * LENGTH * layer.cfg.router.top_k
+  np.testing.assert_array_equal(aux.seen, aux.load, err_msg='without a rule the load is seen')
+  assert not aux.losses and not aux.whole and aux.dropped == 0
+  leaves = jax.tree.leaves(gradients)
+  assert len(leaves) == len(jax.tree.leaves(layer)) + 1
+  for leaf in leaves:
+    assert np.isfinite(leaf).all() and np.any(leaf)
+
+
+def test_none_is_a_bias_of_zeros_and_a_document_a_row_bit_for_bit() -> None:
+  scopes = {name: Scope() for name in BALANCE_LOSSES}
+  layer = MoE(jax.random.key(0), WIDTH, scopes=scopes, bias_rule='quantile')
+  x, whole_row = some_x(), jnp.ones((ROWS, LENGTH), jnp.int32)
+  tokens = Tokens(ids=0 * whole_row, mask=whole_row > 0, segments=whole_row, rows=jnp.arange(ROWS))
+  bias = jnp.zeros(layer.cfg.router.num_experts)
+  given = layer(x, bias, tokens)
+  for defaulted in (layer(x), layer(x, bias), layer(x, tokens=tokens)):
+    assert jax.tree.structure(defaulted) == jax.tree.structure(given)
+    for one, other in zip(jax.tree.leaves(defaulted), jax.tree.leaves(given), strict=True):
+      assert one.dtype == other.dtype
+      np.testing.assert_array_equal(one, other)
+
+
+def test_a_set_larger_than_x_must_be_given_and_the_error_says_how() -> None:
+  scopes = {'global_batch': Scope(rows=4 * ROWS), 'sequence': Scope()}
+  layer, x = MoE(jax.random.key(0), WIDTH, scopes=scopes), some_x()
+  with pytest.raises(ValueError) as error:
+    layer(x)
+  told = str(error.value)
+  assert "the balance loss 'global_batch' is of sets of 8 rows, and x has 2" in told
+  assert "use whole={'global_batch': ...}" in told and 'whole=None' in told
+  # Each remedy is one.
+  assert not layer(x, whole=None)[1].losses
+  counts = jnp.arange(8, dtype=jnp.float32)
+  assert set(layer(x, whole={'global_batch': counts})[1].losses) == set(scopes)
+  small = MoE(jax.random.key(0), WIDTH, scopes={'global_batch': Scope(rows=0)})
+  assert set(small(x)[1].losses) == {'global_batch'}

@@ -1,0 +1,65 @@
+"""Sets of tokens: sums over them, and what part of the whole batch a micro-batch holds."""
+
+import numpy as np
+
+from moejax.certify.cases import B, S
+from moejax.certify.oracle import balance as oracle_balance
+from moejax.moe.routing import RouterConfig
+from moejax.moe.token_sets import (
+  Scope,
+  document_parts,
+  document_sums,
+  even_parts,
+  expert_load,
+  parts_of_set,
+  row_parts,
+  row_sums,
+  token_parts,
+)
+from tests.moe.balance.loss_cases import MAIN, cases, measured, routers
+
+
+@routers(MAIN)
+def test_load_counts_every_copy_of_every_token_that_counts(cfg: RouterConfig) -> None:
+  for label, case in cases(cfg.num_experts).items():
+    ids = measured(cfg, label)[3].expert_ids
+    got = np.asarray(expert_load(ids, case.mask, cfg.num_experts))
+    np.testing.assert_array_equal(got, oracle_balance.load(ids, case.mask, cfg.num_experts))
+    assert got.sum() == case.mask.sum() * cfg.top_k and got.dtype == np.float32
+  unassigned = np.where(np.arange(2) == 1, 8, ids)
+  assert expert_load(unassigned, np.ones((B, S), bool), 8).sum() == B * S, (
+    'an id of E is unassigned'
+  )
+
+
+# Two rows of four tokens; values are single bits, so that a sum names what is in it.
+VALUES = 2.0 ** np.arange(8, dtype=np.float32).reshape(2, 4, 1)
+SEGMENTS = np.array([[1, 1, 2, 0], [1, 2, 2, 3]], np.int32)
+
+
+def test_sums_over_documents_are_of_each_segment_of_each_row() -> None:
+  sums = np.asarray(document_sums(VALUES, SEGMENTS))
+  assert sums.shape == (2 * 5, 1)
+  np.testing.assert_array_equal(sums[:5, 0], [8, 1 + 2, 4, 0, 0])
+  np.testing.assert_array_equal(sums[5:, 0], [0, 16, 32 + 64, 128, 0])
+
+
+def test_sums_over_rows_are_of_as_many_rows_as_there_are_at_most() -> None:
+  np.testing.assert_array_equal(row_sums(VALUES, 1)[:, 0], [15, 240])
+  for rows in (0, 2, 8):
+    np.testing.assert_array_equal(row_sums(VALUES, rows), [[255]])
+
+
+def test_micro_batches_weigh_what_they_hold_of_each_kind_of_set() -> None:
+  """Four micro-batches of one row; a token counts where its segment is above 0."""
+  segments = np.array([[[1, 1, 2, 2]], [[1, 0, 0, 0]], [[0, 0, 0, 0]], [[1, 1, 1, 0]]], np.int32)
+  tokens = (segments > 0)[..., None].astype(np.float32)
+  half = Scope(rows=2)  # two micro-batches a set
+  assert [parts_of_set(rows, 1) for rows in (0, 1, 2, 4)] == [1, 1, 2, 4]
+  np.testing.assert_array_equal(token_parts(tokens, segments, half), [4, 1, 0, 3])
+  np.testing.assert_array_equal(document_parts(tokens, segments, half), [2, 1, 0, 1])
+  np.testing.assert_allclose(row_parts(tokens, segments, half), [0.8, 0.2, 0, 1], rtol=1e-6)
+  np.testing.assert_array_equal(even_parts(tokens, segments, half), [0.5, 0.5, 0.5, 0.5])
+  single = Scope(rows=1)
+  for parts in (row_parts, even_parts):
+    np.testing.assert_array_equal(parts(tokens, segments, single), [1, 1, 0, 1])
