@@ -14,7 +14,8 @@ from jax import Array
 
 from moejax.config import at_least, check, problem_if
 from moejax.data.tokenizer import Tokenizer
-from moejax.inference.decode import MAX_DRAFTS, SamplingParams, prefill, step
+from moejax.inference.decode import MAX_DRAFTS, prefill, step
+from moejax.inference.draw import SamplingParams
 from moejax.model.config import ModelConfig
 from moejax.model.transformer import Transformer, empty_caches
 from moejax.moe.layer import causality
