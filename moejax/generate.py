@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
     cfg = SampleConfig(**args | {'stop': tuple(args['stop'])})
     _, tokenizer, step, model, router = open_run(workdir)
     drafts_per_step(model.cfg, cfg)  # raises before anything is printed
+    # Without a tokenizer there is no text, only ids.
     check(
       problem_if(
         not (tokenizer or ids),
@@ -46,10 +47,11 @@ def main(argv: Sequence[str]) -> int:
       ends = parse_token_ids(','.join(cfg.stop), '--stop', model.cfg)
     else:
       prompts, ends = encode_prompt(tokenizer, prompt, cfg.stop)
+  # Errors of what was asked for are one message; any other is a bug, and keeps its traceback.
   except (ConfigError, NoLoadableCheckpoint) as error:
     print(f'moejax.generate: {error}', file=sys.stderr)
     return 2 if isinstance(error, ConfigError) else 3
-  # All but the text goes to stderr, so that stdout can be piped.
+  # All but the text goes to stderr, so that stdout is the text alone.
   print(f'step {step} of {workdir}', file=sys.stderr)
   steps = TimedSteps(decode(model, router, prompts, cfg, ends))
   pieces = format_ids(steps, ends) if ids else detokenize(steps, tokenizer, cfg.stop)

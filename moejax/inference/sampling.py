@@ -121,6 +121,7 @@ def decode(
   while True:
     new_ids = []
     for row in range(rows):
+      # A step may give more tokens than are left, or go on after an end.
       count = min(counts[row], left[row])
       ids = up_to_end(following[row, :count].tolist(), ends)
       new_ids.append(ids)
@@ -129,6 +130,7 @@ def decode(
     yield new_ids
     if not left.any():
       return
+    # Rows with nothing left are padding in the batch, so that all steps are one program.
     state, following, counts = step(model, router, state, left > 0, params)
     following, counts = np.asarray(following), np.asarray(counts)
 
@@ -175,7 +177,7 @@ def detokenize(
   text, shown = '', 0
   for (new_ids,) in steps:
     ids += new_ids
-    # All of it anew: a token may be a part of a character that others began.
+    # All tokens again: the new ones may end a character that others began.
     text = tokenizer.decode(ids)
     stops = [text.index(s) for s in stop if s in text]
     if stops:

@@ -80,8 +80,10 @@ def attend(
     [B, S, H, v] in the dtype of v.
   """
   b, s, h, d = q_BSHd.shape
+  # The query heads of a key head are one more axis, so that keys are not repeated for each.
   q_BSJGd = q_BSHd.reshape(b, s, k_BTJd.shape[2], -1, d)
   scores_BJGST = jnp.einsum('bsjgd,btjd->bjgst', q_BSJGd, k_BTJd).astype(jnp.float32) * scale
+  # Minus infinity and no large number: scores may be steeper than any number.
   scores_BJGST = jnp.where(mask_B1ST[:, :, None], scores_BJGST, -jnp.inf)
   if sinks is None:
     probs_BJGST = jax.nn.softmax(scores_BJGST, axis=-1)
@@ -189,12 +191,14 @@ def splash_or_xla(
   return attend_by(q_BSHd, k_BSJd, v_BSJv, segments_BS, window=window, scale=scale, sinks=sinks)
 
 
+# name -> core: what AttentionConfig.implementation may be
 ATTENTIONS: dict[str, Core] = {
   'chunked': chunked,
   'cudnn': functools.partial(library, 'cudnn'),
   'splash': splash_or_xla,
   'xla': functools.partial(library, 'xla'),
 }
+# platform -> its row, for implementation 'auto'
 BEST_CORES = {'cpu': 'chunked', 'gpu': 'cudnn', 'tpu': 'splash'}
 
 

@@ -49,6 +49,7 @@ class DenseBlock(nnx.Module):
   def __call__(
     self, x: Array, batch: Batch, window: int, cache: KVCache | None
   ) -> tuple[Array, KVCache | None]:
+    """Returns the residual [B, S, D] with both branches in it, and the cache with these tokens."""
     x, cache = add_attention(self, x, batch, window, cache)
     return add_branch(x, self.ffn(self.ffn_norm(x)), self.ffn_post_norm), cache
 
@@ -70,6 +71,7 @@ class MoEBlock(nnx.Module):
   def __call__(
     self, x: Array, batch: Batch, window: int, cache: KVCache | None, route: Route
   ) -> tuple[Array, KVCache | None, MoEAux]:
+    """Returns what a dense block does, and what the layer learnt."""
     x, cache = add_attention(self, x, batch, window, cache)
     y, aux = self.moe(self.moe_norm(x), route.bias, route.tokens, route.whole)
     return add_branch(x, y, self.moe_post_norm), cache, aux
@@ -98,7 +100,10 @@ def add_attention(
 
 def add_branch(x: Array, y: Array, norm: RMSNorm | None) -> Array:
   """Adds a branch's output, after its norm if there is one, to the residual. [B, S, D]."""
-  return constrain(x + (y if norm is None else norm(y)), 'batch', 'sequence', '')
+  if norm is not None:
+    y = norm(y)
+  # The residual lies by rows after every branch, whatever layout the branch computed in.
+  return constrain(x + y, 'batch', 'sequence', '')
 
 
 class MTP(nnx.Module):
@@ -133,6 +138,7 @@ class MTP(nnx.Module):
       hidden: [B, S, D], the state of each token.
       ahead: [B, S, D], the embedding of the next token that the state has not seen.
     """
+    # The token before the state: so published weights have the rows of the projection.
     both = jnp.concatenate([self.token_norm(ahead), self.hidden_norm(hidden)], axis=-1)
     x = constrain(self.projection(both), 'batch', 'sequence', '')
     x, cache, aux = self.block(x, batch, window, cache, route)

@@ -153,6 +153,7 @@ class AttentionConfig:
 
   def grouped_problems(self) -> list[str]:
     """Says what only grouped-query attention cannot do."""
+    # As `rotate` counts them: they are rotated in pairs.
     width = int(self.d_head * self.rope.fraction)
     return [
       problem_if(
@@ -164,6 +165,7 @@ class AttentionConfig:
 
   def latent_problems(self) -> list[str]:
     """Says what only latent attention cannot do."""
+    # Fields that its equations have no place for, with the value that is off.
     unused = {'qk_norm': '', 'clip_qkv': 0.0, 'sinks': False}
     values = {name: getattr(self, name) for name in unused}
     return [
@@ -189,6 +191,8 @@ COMPUTE_DTYPES = ('bfloat16', 'float32')
 # name -> what a block keeps of its forward pass for its backward pass
 REMAT_POLICIES: dict[str, Callable[..., bool]] = {
   'none': jax.checkpoint_policies.everything_saveable,
+  # Products of activations and weights are kept; scores of attention, which have batch dimensions,
+  # are made again.
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   'full': jax.checkpoint_policies.nothing_saveable,
 }
@@ -225,6 +229,7 @@ class ModelConfig:
   unroll: int = 1
 
   def __post_init__(self) -> None:
+    # Without sandwich norm nothing reads these gains.
     gains = {'attention_gain': self.init.attention_gain, 'ffn_gain': self.init.ffn_gain}
     check(
       problem_if(

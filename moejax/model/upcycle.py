@@ -179,6 +179,7 @@ def shared_leaves(model: Transformer) -> dict[str, Array]:
   """
   stacks = []
   for stack in stack_sizes(model.cfg):
+    # The norms of the second branch have one name before a dense FFN, another before experts.
     leaves = flatten(getattr(model, stack)).items()
     stacks.append(
       {
@@ -193,7 +194,7 @@ def shared_leaves(model: Transformer) -> dict[str, Array]:
   return layers | {'embed/table': model.embed.table[...], 'norm/scale': model.norm.scale[...]}
 
 
-def dense_ffn(model: Transformer) -> dict[str, Array]:
+def ffn_weights(model: Transformer) -> dict[str, Array]:
   """Returns gate and up, [L, D, F], and down, [L, F, D], of all layers of a dense model.
 
   The weight of the one expert is multiplied into down.
@@ -215,12 +216,12 @@ def upcycle(source: Transformer, fresh: Transformer, cfg: UpcycleConfig, key: Ar
   equal columns within a copy, and so do blocks of multi-token prediction.
   """
   first, moe = fresh.cfg.num_dense_layers, fresh.cfg.moe  # first: layer with experts
-  leaves, ffn = shared_leaves(source), dense_ffn(source)
+  leaves, ffn = shared_leaves(source), ffn_weights(source)
   g = granularity(source.cfg, fresh.cfg)
   made = {
     'embed/table': leaves.pop('embed/table'),
     'norm/scale': leaves.pop('norm/scale'),
-    # Of a tied source the transposed embedding; a tied target has no such leaf.
+    # Of a tied source the transposed embedding.
     'head/w': source.head_weights(),
   }
   layers = leaves | {f'ffn/{name}': leaf for name, leaf in ffn.items()}
@@ -234,6 +235,7 @@ def upcycle(source: Transformer, fresh: Transformer, cfg: UpcycleConfig, key: Ar
   if moe.shared_gate:
     # A factor of sigmoid(0) = 1/2, which `moe_layers` makes up for.
     made['blocks/moe/shared_gate'] = jnp.zeros_like(fresh.blocks.moe.shared_gate[...])
+  # Not all that is made is asked for: a target may have no dense blocks, or tied embeddings.
   new_leaves = [made[path] if path in made else leaf for path, leaf in flatten(fresh).items()]
   return jax.tree.unflatten(jax.tree.structure(fresh), new_leaves)
 
