@@ -1,4 +1,4 @@
-"""Text from a model: decode prompts step by step, and spell the tokens in whole characters up to where to stop.
+"""Text from a model: decodes prompts step by step, and spells the tokens in whole characters.
 
 Letters: B batch, P prompt.
 """
@@ -12,26 +12,32 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moejax.config import check
+from moejax.config import at_least, check, problem_if
 from moejax.data.tokenizer import Tokenizer
-from moejax.inference.decode import MOST_GUESSES, Drawing, prefill, step
+from moejax.inference.decode import MAX_DRAFTS, prefill, step
+from moejax.inference.draw import SamplingParams
 from moejax.model.config import ModelConfig
 from moejax.model.transformer import Transformer, empty_caches
 from moejax.moe.layer import causality
 from moejax.sharding.logical_axes import row_shards
 
-# Prompts and caches are rounded up to this many tokens, so that nearby lengths share a compiled program.
+# Prompts and caches are rounded up to this many tokens: nearby lengths share a compiled program.
 ROUND = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-  """How a text goes on, and where it ends: at max_tokens, or before a `stop`, or where the model ends the document.
+  """How a text goes on, and where it ends.
 
-  temperature: 0 takes the likeliest token.  top_k: only so many of the likeliest; 0: all.
-  top_p: of these the fewest that have that probability.  seed: with the row and the place in it decides every draw.
+  It ends after max_tokens, or before a `stop`, or where the model ends the document.
+
+  temperature: 0 takes the likeliest token.
+  top_k: only so many of the likeliest; 0: all.
+  top_p: of these the fewest that have that probability.
+  seed: with the row and the place in it decides every draw.
   stop: texts; or names of special tokens; or, where there is no tokenizer, ids.
-  draft: guess tokens by multi-token prediction and check them all at once: the same text, in fewer steps.
+  draft: tokens are drafted by multi-token prediction and verified all at once: the same text, in
+    fewer steps.
   """
 
   max_tokens: int = 64
@@ -44,19 +50,17 @@ class SampleConfig:
 
   def __post_init__(self) -> None:
     check(
-      f'max_tokens={self.max_tokens}: use 1 or more' if self.max_tokens < 1 else '',
-      f'temperature={self.temperature}: use 0 (the likeliest token) or more'
-      if not self.temperature >= 0
-      else '',
-      f'top_k={self.top_k}: use 0 (all tokens) or more' if self.top_k < 0 else '',
-      f'top_p={self.top_p}: use a number above 0, at most 1' if not 0 < self.top_p <= 1 else '',
-      f'seed={self.seed}: use 0 or more' if self.seed < 0 else '',
-      "stop='': use a text" if '' in self.stop else '',
+      *at_least(1, self, 'max_tokens'),
+      *at_least(0, self, 'temperature', meaning='the likeliest token'),
+      *at_least(0, self, 'top_k', meaning='all tokens'),
+      problem_if(not 0 < self.top_p <= 1, f'top_p={self.top_p}: use a number above 0, at most 1'),
+      *at_least(0, self, 'seed'),
+      problem_if('' in self.stop, "stop='': use a text"),
     )
 
 
-def guesses(model: ModelConfig, cfg: SampleConfig) -> int:
-  """Tokens to guess in each step.
+def drafts_per_step(model: ModelConfig, cfg: SampleConfig) -> int:
+  """Returns how many tokens to draft in each step.
 
   Raises:
     ConfigError: `draft` is asked of a model that cannot.
@@ -64,15 +68,17 @@ def guesses(model: ModelConfig, cfg: SampleConfig) -> int:
   if not cfg.draft:
     return 0
   check(
-    'draft=True is for a model that predicts several tokens, and this one has mtp_depth=0: use draft=False'
-    if not model.mtp_depth
-    else '',
+    problem_if(
+      not model.mtp_depth,
+      'draft=True is for a model that predicts several tokens, and this one has mtp_depth=0: '
+      'use draft=False',
+    ),
     *(
       f'draft=True would change the text, since it is not causal: {why}'
       for why in causality(model.moe)
     ),
   )
-  return min(model.mtp_depth, MOST_GUESSES)
+  return min(model.mtp_depth, MAX_DRAFTS)
 
 
 def decode(
@@ -82,98 +88,127 @@ def decode(
   cfg: SampleConfig,
   ends: Sequence[int] = (),
 ) -> Iterator[list[list[int]]]:
-  """Yields what each step adds to each row: one token, with `cfg.draft` one or more, and nothing once it has ended.
+  """Yields what each step adds to each row: one token, or with `cfg.draft` one or more.
 
-  A row ends with one of `ends`, which is yielded, or after max_tokens; it is padding from then on. `cfg.stop` is for
-  texts, and not looked at. What a row says does not depend on the others, but for the order of sums.
+  A row ends with one of `ends`, which is yielded, or after max_tokens; from then on it is padding
+  and gets nothing. `cfg.stop` is for texts, and not looked at. The tokens of a row do not depend on
+  the others, but for the order of sums.
+
+  Args:
+    router: the bias of each MoE layer, as of `Transformer.__call__`.
+    prompts: token ids of each row, one or more.
   """
-  rows, count = len(prompts), guesses(model.cfg, cfg)
-  prompts = [
-    *prompts,
-    *[prompts[0]] * (-rows % row_shards()),
-  ]  # a mesh wants rows for all of its devices
-  longest = rounded(max(map(len, prompts)))
+  rows, drafts = len(prompts), drafts_per_step(model.cfg, cfg)
+  # A mesh wants rows for all of its devices: the first prompt fills them, and is not yielded again.
+  filling = [prompts[0]] * (-rows % row_shards())
+  prompts = [*prompts, *filling]
+  longest = round_up(max(map(len, prompts)))
+  # Padded on the left, so that all rows write their next token to the same slot.
   tokens = np.array([[0] * (longest - len(p)) + list(p) for p in prompts], np.int32)
   starts = np.array([longest - len(p) for p in prompts], np.int32)
-  caches = empty_caches(
-    len(prompts), longest + rounded(cfg.max_tokens + 2 * count), model.cfg, count
+  # The last step may begin before max_tokens, and its last depth writes twice the drafts at once.
+  room = longest + round_up(cfg.max_tokens + 2 * drafts)
+  caches = empty_caches(len(prompts), room, model.cfg, drafts)
+  params = SamplingParams(
+    key=jax.random.key(cfg.seed),
+    temperature=jnp.asarray(cfg.temperature),
+    top_k=jnp.asarray(cfg.top_k),
+    top_p=jnp.asarray(cfg.top_p),
   )
-  drawing = Drawing(
-    jax.random.key(cfg.seed), *map(jnp.asarray, (cfg.temperature, cfg.top_k, cfg.top_p))
-  )
-  state, first = prefill(model, router, tokens, caches, starts, drawing)
+  state, first = prefill(model, router, tokens, caches, starts, params=params)
   following, counts = np.asarray(first)[:, None], np.ones(len(prompts), int)
   left = np.where(np.arange(len(prompts)) < rows, cfg.max_tokens, 0)
   while True:
-    given = [
-      cut(following[row, : min(counts[row], left[row])].tolist(), ends) for row in range(rows)
-    ]
-    yield given
-    left[:rows] = [
-      0 if new and new[-1] in ends else left[row] - len(new) for row, new in enumerate(given)
-    ]
+    new_ids = []
+    for row in range(rows):
+      # A step may give more tokens than are left, or go on after an end.
+      count = min(counts[row], left[row])
+      ids = up_to_end(following[row, :count].tolist(), ends)
+      new_ids.append(ids)
+      ended = ids and ids[-1] in ends
+      left[row] = 0 if ended else left[row] - len(ids)
+    yield new_ids
     if not left.any():
       return
-    state, following, counts = step(model, router, state, left > 0, drawing)
+    # Rows with nothing left are padding in the batch, so that all steps are one program.
+    state, following, counts = step(model, router, state, left > 0, params)
     following, counts = np.asarray(following), np.asarray(counts)
 
 
-def rounded(tokens: int) -> int:
-  """Up to the next multiple of ROUND."""
+def round_up(tokens: int) -> int:
+  """Returns the next multiple of ROUND."""
   return -(-tokens // ROUND) * ROUND
 
 
-def cut(tokens: list[int], ends: Sequence[int]) -> list[int]:
-  """Up to and with the first that is an end."""
-  return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))]
+def up_to_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
+  """Returns the tokens up to and with the first that is an end, or all of them."""
+  for i, token in enumerate(tokens):
+    if token in ends:
+      return tokens[: i + 1]
+  return tokens
 
 
 def sample(
   model: Transformer, router: Array, tokenizer: Tokenizer, prompt: str, cfg: SampleConfig
 ) -> Iterator[str]:
-  """The continuation of a prompt, piece by piece as it is decoded."""
+  """Yields the continuation of a prompt, piece by piece as it is decoded."""
   prompts, ends = encode_prompt(tokenizer, prompt, cfg.stop)
-  return text(decode(model, router, prompts, cfg, ends), tokenizer, cfg.stop)
+  return detokenize(decode(model, router, prompts, cfg, ends), tokenizer, cfg.stop)
 
 
 def encode_prompt(
   tokenizer: Tokenizer, prompt: str, stop: Sequence[str]
 ) -> tuple[list[list[int]], list[int]]:
-  """The prompt as the beginning of a document, and the ids that end it: the document's, special tokens of `stop`."""
-  ends = [
-    tokenizer.eod_id,
-    *(tokenizer.specials[name] for name in stop if name in tokenizer.specials),
-  ]
-  return [[tokenizer.eod_id, *tokenizer.encode(prompt)]], ends
+  """Encodes a prompt as the beginning of a document.
+
+  Returns:
+    The one prompt, and the ids that end its text: the document's end, special tokens of `stop`.
+  """
+  special_stops = [tokenizer.specials[name] for name in stop if name in tokenizer.specials]
+  # The end of one document is what the next begins after.
+  return [[tokenizer.eod_id, *tokenizer.encode(prompt)]], [tokenizer.eod_id, *special_stops]
 
 
-def text(
+def detokenize(
   steps: Iterable[list[list[int]]], tokenizer: Tokenizer, stop: Sequence[str]
 ) -> Iterator[str]:
-  """What the tokens of one row spell, in whole characters, up to the first of the `stop` texts."""
+  """Yields the text of one row's tokens, in whole characters, up to the first `stop` text."""
   ids: list[int] = []
-  whole, shown = '', 0
-  for (new,) in steps:
-    ids += new
-    whole = tokenizer.decode(ids)
-    found = [at for at in map(whole.find, stop) if at >= 0]
-    if found:
-      whole = whole[: min(found)]
+  text, shown = '', 0
+  for (new_ids,) in steps:
+    ids += new_ids
+    # All tokens again: the new ones may end a character that others began.
+    text = tokenizer.decode(ids)
+    stops = [text.index(s) for s in stop if s in text]
+    if stops:
+      text = text[: min(stops)]
       break
     # Half of a character, or what may become a stop: wait for the rest.
-    sure = len(whole.rstrip('\ufffd'))
-    sure = min(
-      (at for at in range(shown, sure) if any(s.startswith(whole[at:]) for s in stop)), default=sure
-    )
+    sure = first_possible_stop(text, shown, len(text.rstrip('\ufffd')), stop)
     if sure > shown:
-      yield whole[shown:sure]
+      yield text[shown:sure]
       shown = sure
-  if len(whole) > shown:
-    yield whole[shown:]
+  if len(text) > shown:
+    yield text[shown:]
 
 
-class Timed:
-  """Steps as they pass, and how fast: the clock starts after the second, since the first two wait for the compiler."""
+def first_possible_stop(text: str, first: int, end: int, stop: Sequence[str]) -> int:
+  """Returns the first place from which the rest of the text is the beginning of a `stop` text.
+
+  Only places from `first` on and before `end` are looked at; `end` if there is none.
+  """
+  for place in range(first, end):
+    rest = text[place:]
+    if any(s.startswith(rest) for s in stop):
+      return place
+  return end
+
+
+class TimedSteps:
+  """Passes steps on, and measures how fast they come.
+
+  The clock starts after the second step, since the first two wait for the compiler.
+  """
 
   def __init__(self, steps: Iterable[list[list[int]]]) -> None:
     self._steps = steps
@@ -181,16 +216,18 @@ class Timed:
     self._times: list[float] = []
 
   def __iter__(self) -> Iterator[list[list[int]]]:
-    for new in self._steps:
-      self.tokens.append(sum(map(len, new)))
+    for new_ids in self._steps:
+      self.tokens.append(sum(map(len, new_ids)))
       self._times.append(time.perf_counter())
-      yield new
+      yield new_ids
 
   def report(self, draft: bool) -> str:
-    """In words."""
-    said = f'{sum(self.tokens)} tokens'
+    """Says in words how many tokens came and how fast; with `draft` also how many a step."""
+    parts = [f'{sum(self.tokens)} tokens']
     if len(self.tokens) > 2:
-      said += f', {sum(self.tokens[2:]) / (self._times[-1] - self._times[1]):.1f} tokens/s'
+      seconds = self._times[-1] - self._times[1]
+      parts.append(f'{sum(self.tokens[2:]) / seconds:.1f} tokens/s')
     if draft and len(self.tokens) > 1:
-      said += f', {sum(self.tokens[1:]) / (len(self.tokens) - 1):.2f} tokens a step'
-    return said
+      # The first step is the prompt's, which gives one token whatever is drafted.
+      parts.append(f'{sum(self.tokens[1:]) / (len(self.tokens) - 1):.2f} tokens a step')
+    return ', '.join(parts)

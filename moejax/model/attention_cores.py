@@ -1,10 +1,13 @@
-"""Softmax attention within documents, from q, k and v on: who sees whom, and an implementation for each platform.
+"""Softmax attention within documents, from q, k and v on: its mask, and one core per platform.
 
-Letters: B batch, S queries, T keys, H heads, J key-value heads, d width of q and k, v of a value.
+An array is named with the letters of its shape: q_BSHd is [B, S, H, d].
+
+Letters: B batch, S queries, T keys, H heads, J key-value heads, G query heads of a key-value head,
+d width of q and k, v of a value.
 """
 
 import functools
-from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +22,16 @@ CHUNKS, WINDOW_CHUNKS = 4, 16  # of queries: without a window, and at most with 
 def visible(
   query_segments: Array, key_segments: Array, query_slots: Array, key_slots: Array, window: int
 ) -> Array:
-  """Which keys a query sees: of its own document, not later than itself, and less than `window` (0: any) before it.
+  """Says which keys a query sees: of its own document, not later than itself, and within `window`.
 
-  A padding query (segment 0) sees the padding before it, so that its softmax is defined; nobody reads the result.
+  A padding query (segment 0) sees the padding before it, so that its softmax is defined; nobody
+  reads the result.
 
   Args:
-    query_segments, key_segments: [B, S] and [B, T] i32.
-    query_slots, key_slots: the order of tokens in a row, [S] and [T], or for each row its own, [B, S] and [B, T].
+    query_segments, key_segments: [B, S] and [B, T] i32, the document of each token.
+    query_slots, key_slots: the order of tokens in a row, [S] and [T], or for each row its own,
+      [B, S] and [B, T].
+    window: a query sees itself and window - 1 tokens before it; 0: any.
 
   Returns:
     [B, 1, S, T] bool.
@@ -34,103 +40,170 @@ def visible(
   seen = query >= key
   if window:
     seen &= query - key < window
-  return (seen & (query_segments[:, :, None] == key_segments[:, None, :]))[:, None]
+  same_document_BST = query_segments[:, :, None] == key_segments[:, None, :]
+  return (seen & same_document_BST)[:, None]
 
 
-def softmax_with_sinks(scores: Array, sinks: Array) -> Array:
-  """Softmax of [scores, sink] without the sink's column, which is never made: scores [B, J, G, S, T], sinks [J * G]."""
-  sinks = sinks.reshape(*scores.shape[1:3], 1, 1)
-  largest = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), sinks))
-  weights = jnp.exp(scores - largest)
-  return weights / (weights.sum(-1, keepdims=True) + jnp.exp(sinks - largest))
+def softmax_with_sinks(scores_BJGST: Array, sinks_H: Array) -> Array:
+  """Returns the softmax of [scores, sink] over keys without the sink's column, which is never made.
+
+  sinks_H: one logit for each query head, H = J G.
+  """
+  sinks_JG11 = sinks_H.reshape(*scores_BJGST.shape[1:3], 1, 1)
+  # The largest logit, the sink among them, is subtracted: no exp can then overflow. It cancels, and
+  # so does its gradient.
+  largest = jnp.maximum(scores_BJGST.max(-1, keepdims=True), sinks_JG11)
+  largest_BJGS1 = jax.lax.stop_gradient(largest)
+  weights_BJGST = jnp.exp(scores_BJGST - largest_BJGS1)
+  total_BJGS1 = weights_BJGST.sum(-1, keepdims=True) + jnp.exp(sinks_JG11 - largest_BJGS1)
+  return weights_BJGST / total_BJGS1
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array, scale: float, sinks: Array | None) -> Array:
-  """Softmax attention, the softmax in float32.
+def attend(
+  q_BSHd: Array,
+  k_BTJd: Array,
+  v_BTJv: Array,
+  mask_B1ST: Array,
+  scale: float,
+  sinks: Array | None,
+) -> Array:
+  """Computes softmax attention, the softmax in float32.
 
   Args:
-    q, k, v: [B, S, H, d], [B, T, J, d], [B, T, J, v]; query head h reads key head h // (H / J).
-    mask: [B, 1, S, T]; every query must see something.
-    sinks: [H] f32, logits of one more key, which everybody sees and which has no value; None: without.
+    q_BSHd, k_BTJd, v_BTJv: query head h reads key head h // (H / J).
+    mask_B1ST: bool; every query must see something.
+    scale: of the products of q and k.
+    sinks: [H] f32, logits of one more key, which everybody sees and which has no value; None:
+      without.
 
   Returns:
-    [B, S, H, v].
+    [B, S, H, v] in the dtype of v.
   """
-  b, s, h, d = q.shape
-  q = q.reshape(b, s, k.shape[2], -1, d)
-  scores = jnp.einsum('bsjgd,btjd->bjgst', q, k).astype(jnp.float32) * scale
-  scores = jnp.where(mask[:, :, None], scores, -jnp.inf)
-  probs = jax.nn.softmax(scores, axis=-1) if sinks is None else softmax_with_sinks(scores, sinks)
-  return jnp.einsum('bjgst,btjd->bsjgd', probs.astype(v.dtype), v).reshape(b, s, h, v.shape[-1])
+  b, s, h, d = q_BSHd.shape
+  # The query heads of a key head are one more axis, so that keys are not repeated for each.
+  q_BSJGd = q_BSHd.reshape(b, s, k_BTJd.shape[2], -1, d)
+  scores_BJGST = jnp.einsum('bsjgd,btjd->bjgst', q_BSJGd, k_BTJd).astype(jnp.float32) * scale
+  # Minus infinity and no large number: scores may be steeper than any number.
+  scores_BJGST = jnp.where(mask_B1ST[:, :, None], scores_BJGST, -jnp.inf)
+  if sinks is None:
+    probs_BJGST = jax.nn.softmax(scores_BJGST, axis=-1)
+  else:
+    probs_BJGST = softmax_with_sinks(scores_BJGST, sinks)
+  y_BSJGv = jnp.einsum('bjgst,btjd->bsjgd', probs_BJGST.astype(v_BTJv.dtype), v_BTJv)
+  return y_BSJGv.reshape(b, s, h, v_BTJv.shape[-1])
+
+
+class Core(Protocol):
+  """An implementation of softmax attention: a row of ATTENTIONS."""
+
+  def __call__(
+    self,
+    q_BSHd: Array,
+    k_BSJd: Array,
+    v_BSJv: Array,
+    segments_BS: Array,
+    window: int,
+    scale: float,
+    sinks: Array | None,
+  ) -> Array:
+    """Returns [B, S, H, v]: see `attend` for q, k, v, scale and sinks, `visible` for the others."""
 
 
 def chunked(
-  q: Array, k: Array, v: Array, segments: Array, window: int, scale: float, sinks: Array | None
-) -> Array:
-  """Each chunk of queries against the keys that it can see. For CPU: 4 chunks do 5/8 of the square's work."""
-  length = q.shape[1]
-  chunks = min(WINDOW_CHUNKS, max(CHUNKS, 2 * length // window)) if window else CHUNKS
-  edges = sorted({length * i // chunks for i in range(chunks + 1)})
-  slots = jnp.arange(length)
-
-  def chunk(first: int, end: int) -> Array:
-    queries, keys = slice(first, end), slice(max(0, first - window + 1) if window else 0, end)
-    mask = visible(segments[:, queries], segments[:, keys], slots[queries], slots[keys], window)
-    return attend(q[:, queries], k[:, keys], v[:, keys], mask, scale, sinks)
-
-  return jnp.concatenate([chunk(a, b) for a, b in zip(edges, edges[1:])], axis=1)
-
-
-def library(
-  implementation: str,
-  q: Array,
-  k: Array,
-  v: Array,
-  segments: Array,
+  q_BSHd: Array,
+  k_BSJd: Array,
+  v_BSJv: Array,
+  segments_BS: Array,
   window: int,
   scale: float,
   sinks: Array | None,
 ) -> Array:
-  """`jax.nn.dot_product_attention`: 'xla' runs everywhere, 'cudnn' is a fused kernel.
+  """Attends with each chunk of queries to the keys that it can see; a row of ATTENTIONS.
 
-  It knows no sinks: `chunked` does these. It wants one width for q, k and v, cuDNN a multiple of 8: the rest is filled
-  with zeros. cuDNN also wants half precision, an even length, and before Hopper heads of 128 at most.
+  For CPU: 4 chunks do 5/8 of the square's work.
+  """
+  length = q_BSHd.shape[1]
+  chunks = CHUNKS
+  if window:
+    # Chunks of half a window, if so many may be: each then reads one window and a half of keys.
+    chunks = min(WINDOW_CHUNKS, max(CHUNKS, 2 * length // window))
+  # A set: where there are fewer tokens than chunks, some edges are the same.
+  edges = sorted({length * i // chunks for i in range(chunks + 1)})
+  slots_S = jnp.arange(length)
+
+  def chunk(first: int, end: int) -> Array:
+    oldest = max(0, first - window + 1) if window else 0  # that the first query sees
+    queries, keys = slice(first, end), slice(oldest, end)
+    mask = visible(
+      segments_BS[:, queries], segments_BS[:, keys], slots_S[queries], slots_S[keys], window
+    )
+    return attend(q_BSHd[:, queries], k_BSJd[:, keys], v_BSJv[:, keys], mask, scale, sinks=sinks)
+
+  return jnp.concatenate([chunk(first, end) for first, end in zip(edges, edges[1:])], axis=1)
+
+
+def library(
+  implementation: str,
+  q_BSHd: Array,
+  k_BSJd: Array,
+  v_BSJv: Array,
+  segments_BS: Array,
+  window: int,
+  scale: float,
+  sinks: Array | None,
+) -> Array:
+  """Calls `jax.nn.dot_product_attention`: 'xla' runs everywhere, 'cudnn' is a fused kernel.
+
+  It knows no sinks: `chunked` does these. It wants one width for q, k and v, cuDNN a multiple of 8:
+  the rest is filled with zeros. cuDNN also wants half precision, an even length, and before Hopper
+  heads of 128 at most.
   """
   if sinks is not None:
-    return chunked(q, k, v, segments, window, scale, sinks)
-  if q.dtype == jnp.float32 or q.shape[1] % 2:
+    return chunked(q_BSHd, k_BSJd, v_BSJv, segments_BS, window, scale=scale, sinks=sinks)
+  if q_BSHd.dtype == jnp.float32 or q_BSHd.shape[1] % 2:
     implementation = 'xla'
-  width = max(q.shape[-1], v.shape[-1])
+  width = max(q_BSHd.shape[-1], v_BSJv.shape[-1])
   if implementation == 'cudnn':
     width += -width % 8
-  q, k, wide_v = (jnp.pad(a, (*((0, 0),) * 3, (0, width - a.shape[-1]))) for a in (q, k, v))
-  slots = jnp.arange(q.shape[1])
-  mask = visible(segments, segments, slots, slots, window)
-  y = jax.nn.dot_product_attention(
-    q, k, wide_v, mask=mask, scale=scale, implementation=implementation
-  )
-  return y[..., : v.shape[-1]]
+
+  def widened(a: Array) -> Array:
+    # Channels of zeros add nothing to a product of q and k, and are cut from the result below.
+    return jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, width - a.shape[-1])))
+
+  slots_S = jnp.arange(q_BSHd.shape[1])
+  q, k, v = widened(q_BSHd), widened(k_BSJd), widened(v_BSJv)
+  mask = visible(segments_BS, segments_BS, slots_S, slots_S, window)
+  y = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation=implementation)
+  return y[..., : v_BSJv.shape[-1]]
 
 
 def splash_or_xla(
-  q: Array, k: Array, v: Array, segments: Array, window: int, scale: float, sinks: Array | None
+  q_BSHd: Array,
+  k_BSJd: Array,
+  v_BSJv: Array,
+  segments_BS: Array,
+  window: int,
+  scale: float,
+  sinks: Array | None,
 ) -> Array:
-  """JAX's kernel for TPUs; 'xla' of what does not divide into its blocks, or over the mesh."""
-  return (splash if supports(q, k) else ATTENTIONS['xla'])(q, k, v, segments, window, scale, sinks)
+  """Calls JAX's kernel for TPUs, or 'xla' where lengths or the mesh do not divide as it wants."""
+  attend_by = splash if supports(q_BSHd, k_BSJd) else ATTENTIONS['xla']
+  return attend_by(q_BSHd, k_BSJd, v_BSJv, segments_BS, window=window, scale=scale, sinks=sinks)
 
 
-Core = Callable[[Array, Array, Array, Array, int, float, Array | None], Array]
-
-# name -> (q [B, S, H, d], k [B, S, J, d], v [B, S, J, v], segments [B, S], window, scale, sinks) -> [B, S, H, v]
+# name -> core: what AttentionConfig.implementation may be
 ATTENTIONS: dict[str, Core] = {
   'chunked': chunked,
   'cudnn': functools.partial(library, 'cudnn'),
   'splash': splash_or_xla,
   'xla': functools.partial(library, 'xla'),
 }
+# platform -> its row, for implementation 'auto'
 BEST_CORES = {'cpu': 'chunked', 'gpu': 'cudnn', 'tpu': 'splash'}
 
 
 def core(implementation: str) -> Core:
-  """The row of ATTENTIONS; of 'auto' the best of the platform."""
-  return ATTENTIONS[BEST_CORES[platform()] if implementation == 'auto' else implementation]
+  """Returns the row of ATTENTIONS; of 'auto' the best of the platform."""
+  if implementation == 'auto':
+    implementation = BEST_CORES[platform()]
+  return ATTENTIONS[implementation]

@@ -1,9 +1,10 @@
 """The language-model loss: cross entropy without ever holding the logits of all tokens.
 
-  hidden [B, S, D] -> for each chunk of the sequence: logits, loss, and at once their gradient -> sums
+  hidden [B, S, D] -> of each chunk of the sequence: logits, loss and at once their gradient -> sums
 
-Chunks are cut from the sequence: a chunk's logits [B, S / chunks, V] then know their own logsumexp. Chunks of the
-vocabulary would have to make the same logits a second time once all of it is known: a third more work (LOG.md).
+Chunks are cut from the sequence: a chunk's logits [B, S / chunks, V] then know their own logsumexp.
+Chunks of the vocabulary would have to make the same logits a second time once all of it is known: a
+third more work (LOG.md).
 
 Letters: B batch, S sequence, D model, V vocab.
 """
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moejax.config import check, frozendict
+from moejax.config import at_least, check, frozendict
 from moejax.config.schedule import schedule_problem
 
 Tree = TypeVar('Tree')
@@ -24,10 +25,12 @@ Tree = TypeVar('Tree')
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-  """What the language-model loss is made of. Coefficients are numbers or schedules ('1e-4, 0@50%'); 0: off.
+  """What the language-model loss is made of.
 
-  z_coef: of the squared logsumexp of the logits (PaLM uses 1e-4).  mtp_coef: lambda of multi-token prediction.
-  task_weights: task of a mixture -> weight of its tokens, 1 where not named.  chunks: cut the sequence, for memory.
+  z_coef, mtp_coef: coefficients of the squared logsumexp of the logits (PaLM uses 1e-4), and of
+    multi-token prediction (its lambda). Each is a number or a schedule ('1e-4, 0@50%'); 0: off.
+  task_weights: task of a mixture -> weight of its tokens, 1 where not named.
+  chunks: pieces of the sequence whose logits are made one after another, for memory.
   """
 
   z_coef: str = '0'
@@ -37,18 +40,19 @@ class LossConfig:
 
   def __post_init__(self) -> None:
     check(
-      *(schedule_problem(name, getattr(self, name)) for name in ('z_coef', 'mtp_coef')),
+      schedule_problem('z_coef', self.z_coef),
+      schedule_problem('mtp_coef', self.mtp_coef),
       *(
         f'task_weights.{task}={weight}: use a number of 0 or more'
         for task, weight in self.task_weights.items()
         if not 0 <= weight < float('inf')
       ),
-      f'chunks={self.chunks}: use 1 or more' if self.chunks < 1 else '',
+      *at_least(1, self, 'chunks'),
     )
 
 
 class PerToken(NamedTuple):
-  """What the loss is made of, before weights; for the log, without gradient."""
+  """What the loss is made of, before weights; only for logging, since no gradient flows through."""
 
   nll: Array  # [B, S] f32  negative log likelihood of the target, nats
   log_z: Array  # [B, S] f32  logsumexp of the logits
@@ -57,17 +61,22 @@ class PerToken(NamedTuple):
 def chunk_loss(
   h: Array, head: Array, targets: Array, weights: Array, z_coef: Array
 ) -> tuple[Array, PerToken]:
-  """`sum weight * (nll + z_coef * log_z^2)` of one chunk. h [B, s, D], head [D, V], targets and weights [B, s]."""
-  # A flat list of tokens: see layers.matmul, of which this is the float32-out form.
-  logits = jnp.einsum(
-    'td,dv->tv',
-    h.reshape(-1, h.shape[-1]),
-    head.astype(h.dtype),
-    preferred_element_type=jnp.float32,
-  ).reshape(*h.shape[:-1], -1)
+  """Computes `sum weight * (nll + z_coef * log_z^2)` of one chunk of s tokens a row.
+
+  Args:
+    h, head: [B, s, D] and [D, V].
+    targets, weights: [B, s].
+  """
+  # A flat list of tokens: see moe.experts.ffn.matmul, of which this is the float32-out form.
+  tokens = h.reshape(-1, h.shape[-1])
+  flat_logits = jnp.einsum(
+    'td,dv->tv', tokens, head.astype(h.dtype), preferred_element_type=jnp.float32
+  )
+  logits = flat_logits.reshape(*h.shape[:-1], -1)
   log_z = jax.nn.logsumexp(logits, axis=-1)
   # A comparison instead of a gather: its transpose is a `where`, not a scatter into [B, s, V].
-  nll = log_z - jnp.where(jnp.arange(head.shape[1]) == targets[..., None], logits, 0.0).sum(-1)
+  is_target = jnp.arange(head.shape[1]) == targets[..., None]
+  nll = log_z - jnp.where(is_target, logits, 0.0).sum(-1)
   return (weights * (nll + z_coef * jnp.square(log_z))).sum(), PerToken(nll, log_z)
 
 
@@ -75,15 +84,18 @@ def chunk_loss(
 def cross_entropy(
   h: Array, head: Array, targets: Array, weights: Array, z_coef: Array, chunks: int
 ) -> tuple[Array, PerToken]:
-  """`sum weight * (nll + z_coef * log_z^2)` over all tokens, and its parts, which carry no gradient.
+  """Computes `sum weight * (nll + z_coef * log_z^2)` over all tokens, and its parts.
 
-  Differentiated, it makes the gradient of each chunk along with the loss, so that logits are made once and dropped.
+  Differentiated, it makes the gradient of each chunk along with the loss, so that logits are made
+  once and dropped. The parts carry no gradient.
 
   Args:
     h: [B, S, D] in the compute dtype, after the final norm.
     head: [D, V] f32, cast to the dtype of h for the product; logits and all after them are float32.
     targets: [B, S] i32. Where nothing is to be predicted (-100) the weight must be 0.
-    weights: [B, S] f32, no gradient, nor has z_coef. Divide by the tokens of the whole batch, and micro-batches add up.
+    weights: [B, S] f32. Divide by the tokens of the whole batch, and micro-batches add up.
+    z_coef: of log_z^2. Neither it nor the weights are differentiated.
+    chunks: how many pieces the sequence is cut into; more where they do not divide it.
   """
 
   def chunk(total: Array, xs: tuple[Array, Array, Array]) -> tuple[Array, PerToken]:
@@ -97,7 +109,10 @@ def cross_entropy(
 def cross_entropy_fwd(
   h: Array, head: Array, targets: Array, weights: Array, z_coef: Array, chunks: int
 ) -> tuple[tuple[Array, PerToken], tuple[Array, Array]]:
-  """The loss with its gradient already in hand: dh [B, S, D] and dhead [D, V] for a cotangent of 1."""
+  """Computes the loss, and as residuals its gradient: dh [B, S, D] and dhead [D, V].
+
+  They are for a cotangent of 1; `cross_entropy_bwd` scales them.
+  """
   gradient = jax.value_and_grad(chunk_loss, argnums=(0, 1), has_aux=True)
 
   def chunk(carry: tuple[Array, Array], xs: tuple[Array, Array, Array]) -> tuple[tuple, tuple]:
@@ -105,16 +120,18 @@ def cross_entropy_fwd(
     (loss, parts), (dh, d_head_chunk) = gradient(xs[0], head, *xs[1:], z_coef)
     return (total + loss, d_head + d_head_chunk), (parts, dh)
 
-  (total, d_head), (parts, dh) = jax.lax.scan(
-    chunk, (jnp.zeros(()), jnp.zeros_like(head)), split_chunks((h, targets, weights), chunks)
-  )
+  # The head's gradient is summed over chunks in place, in float32 as the head is; that of h is
+  # each chunk's own.
+  start = jnp.zeros(()), jnp.zeros_like(head)
+  pieces = split_chunks((h, targets, weights), chunks)
+  (total, d_head), (parts, dh) = jax.lax.scan(chunk, start, pieces)
   return (total, join_chunks(parts)), (join_chunks(dh), d_head)
 
 
 def cross_entropy_bwd(
   chunks: int, residuals: tuple[Array, Array], cotangent: tuple[Array, PerToken]
 ) -> tuple[Array, Array, None, None, None]:
-  """Scales the gradient by the cotangent of the total; the parts have none."""
+  """Scales the gradient by the cotangent of the total; that of the parts is dropped."""
   del chunks
   (dh, d_head), scale = residuals, cotangent[0]
   return dh * scale.astype(dh.dtype), d_head * scale, None, None, None
@@ -124,14 +141,23 @@ cross_entropy.defvjp(cross_entropy_fwd, cross_entropy_bwd)
 
 
 def split_chunks(tree: Tree, chunks: int) -> Tree:
-  """[B, S, ...] -> [chunks, B, S / chunks, ...]; where they do not divide S, with the next number that does."""
+  """Cuts [B, S, ...] into [chunks, B, S / chunks, ...].
+
+  Where the number of chunks does not divide S, the next larger one that does is taken.
+  """
   length = jax.tree.leaves(tree)[0].shape[1]
   chunks = next(n for n in range(min(chunks, length), length + 1) if length % n == 0)
-  return jax.tree.map(
-    lambda a: jnp.moveaxis(a.reshape(a.shape[0], chunks, -1, *a.shape[2:]), 1, 0), tree
-  )
+
+  def split(a: Array) -> Array:
+    return jnp.moveaxis(a.reshape(a.shape[0], chunks, -1, *a.shape[2:]), 1, 0)
+
+  return jax.tree.map(split, tree)
 
 
 def join_chunks(tree: Tree) -> Tree:
-  """The inverse of `split`."""
-  return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:]), tree)
+  """Joins [chunks, B, S / chunks, ...] to [B, S, ...]: the inverse of `split_chunks`."""
+
+  def join(a: Array) -> Array:
+    return jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])
+
+  return jax.tree.map(join, tree)

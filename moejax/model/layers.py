@@ -1,9 +1,10 @@
-"""The Flax that most files need: a parameter with logical axes, and the four plainest layers.
+"""The plainest layers: a matrix, a norm, and the embedding of tokens.
 
-Parameters are float32 always; each layer computes in the dtype of the `x` it is given, except where it says otherwise.
-The last axis of a vector (a norm's scale, a bias, a sink) is `norm`: on every device, and not decayed.
+Parameters are float32 always; each layer computes in the dtype of the `x` it is given, except where
+it says otherwise. The last axis of a vector (a norm's scale, a bias, a sink) is `norm`: on every
+device, and not decayed.
 
-Letters: B batch, S sequence, D model, F FFN hidden, V vocab.
+Letters: B batch, S sequence, D model, V vocab.
 """
 
 import jax
@@ -17,7 +18,11 @@ from moejax.sharding.params import constant_init, normal_init, param
 
 
 class Linear(nnx.Module):
-  """`x @ w`, or `x @ w + b`."""
+  """`x @ w`, or `x @ w + b`.
+
+  shape: of w, inputs first; `axes` are its logical axes.
+  std: standard deviation of w at the start; b starts at 0.
+  """
 
   def __init__(
     self, key: Array, shape: tuple[int, int], axes: tuple[str, str], std: float, bias: bool = False
@@ -32,6 +37,7 @@ class Linear(nnx.Module):
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
   """`scale * x / rms(x)` over the last axis, in float32 inside, in the dtype of `x` outside."""
+  # In bfloat16 a mean of squares would be off by 2^-9.
   x32 = x.astype(jnp.float32)
   inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
   return scale.astype(x.dtype) * (x32 * inverse).astype(x.dtype)
@@ -55,5 +61,6 @@ class Embed(nnx.Module):
     self.table = param(key, (vocab_size, d_model), ('vocab', 'embed'), normal_init(std))
 
   def __call__(self, tokens: Array, dtype: jnp.dtype) -> Array:  # [B, S] i32 -> [B, S, D]
-    # Gathered whole over `embed` first: rows looked up from a split table would come back split, and be moved again.
+    # Gathered whole over `embed` first: rows looked up from a split table would come back split,
+    # and be moved again.
     return constrain(self.table[...].astype(dtype), 'vocab', '')[tokens]

@@ -1,6 +1,9 @@
-"""Softmax attention by the kernel that JAX has for TPUs: scores are made a block at a time, and never lie in memory.
+"""Softmax attention by the kernel that JAX has for TPUs: a block of scores at a time.
 
-A kernel is not divided over a mesh by the compiler: each device calls it on its own rows and heads.
+The scores of all tokens never lie in memory. A kernel is not divided over a mesh by the compiler:
+each device calls it on its own rows and heads.
+
+An array is named with the letters of its shape: q_BSHd is [B, S, H, d].
 
 Letters: B batch, S sequence, H heads, J key-value heads, d width of q and k, v of a value.
 """
@@ -20,53 +23,71 @@ from moejax.sharding.logical_axes import RULES, platform, row_shards, spec
 BLOCKS = (512, 256, 128)  # queries, and keys, at a time
 
 
-def supports(q: Array, k: Array) -> bool:
+def supports(q_BSHd: Array, k_BSJd: Array) -> bool:
   """Whether the kernel can do these: whole blocks, and rows and heads that divide over the mesh."""
   sizes = jax.sharding.get_abstract_mesh().shape
   head_shards = math.prod(sizes[axis] for axis in RULES['heads'] if axis in sizes)
-  return not (q.shape[1] % BLOCKS[-1] or q.shape[0] % row_shards() or k.shape[2] % head_shards)
+  rows, length = q_BSHd.shape[:2]
+  # H is a multiple of J, so key-value heads are the ones to ask for.
+  return not (length % BLOCKS[-1] or rows % row_shards() or k_BSJd.shape[2] % head_shards)
 
 
 def splash(
-  q: Array, k: Array, v: Array, segments: Array, window: int, scale: float, sinks: Array | None
+  q_BSHd: Array,
+  k_BSJd: Array,
+  v_BSJv: Array,
+  segments_BS: Array,
+  window: int,
+  scale: float,
+  sinks: Array | None,
 ) -> Array:
-  """A row of ATTENTIONS. The scale goes into q, which rounds it where q is in half precision."""
-  own = functools.partial(on_one_device, window=window)
-  q = q * jnp.asarray(scale, q.dtype)
+  """Attends by the kernel, each device for its own rows and heads; `supports` must have said yes.
+
+  The scale goes into q, which rounds it where q is in half precision.
+  """
+  on_own = functools.partial(on_one_device, window=window)
+  q_BSHd = q_BSHd * jnp.asarray(scale, q_BSHd.dtype)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
-    return own(q, k, v, segments, sinks)
-  heads = spec('batch', '', 'heads', '')
+    return on_own(q_BSHd, k_BSJd, v_BSJv, segments_BS, sinks)
+  heads, sinks_spec = spec('batch', '', 'heads', ''), PartitionSpec(spec('heads')[0])
   # Kernels do not say over which axes their results vary, so it cannot be checked.
   return jax.shard_map(
-    own,
-    in_specs=(heads, heads, heads, spec('batch', ''), PartitionSpec(spec('heads')[0])),
+    on_own,
+    in_specs=(heads, heads, heads, spec('batch', ''), sinks_spec),
     out_specs=heads,
     check_vma=False,
-  )(q, k, v, segments, sinks)
+  )(q_BSHd, k_BSJd, v_BSJv, segments_BS, sinks)
 
 
 def on_one_device(
-  q: Array, k: Array, v: Array, segments: Array, sinks: Array | None, window: int
+  q_BSHd: Array,
+  k_BSJd: Array,
+  v_BSJv: Array,
+  segments_BS: Array,
+  sinks: Array | None,
+  window: int,
 ) -> Array:
-  """q [B, S, H, d], k [B, S, J, d], v [B, S, J, v] -> [B, S, H, v]."""
-  length = q.shape[1]
+  """Calls the kernel on the rows and heads of one device. [B, S, H, v]."""
+  length, heads = q_BSHd.shape[1:3]
   block = next(size for size in BLOCKS if length % size == 0)
-  mask = (
-    masks.LocalMask((length, length), (window - 1, 0), 0)
-    if window
-    else masks.CausalMask((length, length))
-  )
+  if window:
+    mask = masks.LocalMask((length, length), (window - 1, 0), 0)
+  else:
+    mask = masks.CausalMask((length, length))
   kernel = kernels.make_splash_mha(
-    masks.MultiHeadMask([mask] * q.shape[2]),
+    masks.MultiHeadMask([mask] * heads),
+    # One size for all eight: queries, keys and keys in memory, of the forward and backward kernels.
     block_sizes=kernels.BlockSizes(*[block] * 8),
     head_shards=1,
     q_seq_shards=1,
     interpret=platform() != 'tpu',
   )
 
-  def row(q: Array, k: Array, v: Array, segments: Array) -> Array:
-    return kernel(q, k, v, kernels.SegmentIds(segments, segments), sinks)
+  def attend_row(q_HSd: Array, k_JSd: Array, v_JSv: Array, segments_S: Array) -> Array:
+    return kernel(q_HSd, k_JSd, v_JSv, kernels.SegmentIds(segments_S, segments_S), sinks)
 
-  y = jax.vmap(row)(*(a.swapaxes(1, 2) for a in (q, k, v)), segments)  # [B, H, S, v]
-  return y.swapaxes(1, 2)
+  # The kernel wants heads before tokens, and one row.
+  q_BHSd, k_BJSd, v_BJSv = (a.swapaxes(1, 2) for a in (q_BSHd, k_BSJd, v_BSJv))
+  y_BHSv = jax.vmap(attend_row)(q_BHSd, k_BJSd, v_BJSv, segments_BS)
+  return y_BHSv.swapaxes(1, 2)

@@ -1,4 +1,4 @@
-"""Each implementation of softmax attention against the oracle: values, gradients, and exactly who sees whom."""
+"""Each implementation of softmax attention against the oracle: values, gradients, and the mask."""
 
 import functools
 import itertools
@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.model import attention_cores as attend
+from moejax.model import attention_cores
 from moejax.model.attention_cores import ATTENTIONS
 from tests.support import oracle
 from tests.support.quick import QUICK
 
-# cuDNN is not here, and with float32 its row is the xla row. So is splash where blocks do not fit: see test_splash.py.
+# cuDNN is not here, and with float32 its row is the xla row. So is splash where blocks do not fit:
+# see test_splash_attention.py.
 ROWS = sorted(set(ATTENTIONS) - {'cudnn', 'splash'})
 B, S, H, J, D = 2, 11, 4, 2, 4
-# Row 0: two documents and padding behind; row 1: padding in front, three documents, one a token long.
+# Row 0: two documents and padding behind; row 1: padding in front, three documents, one of a token.
 SEGMENTS = np.array(
   [[1, 1, 1, 2, 2, 2, 2, 2, 2, 0, 0], [0, 0, 1, 1, 1, 1, 2, 3, 3, 3, 3]], np.int32
 )
@@ -120,7 +121,10 @@ def test_values_and_gradients_are_the_oracles(name: str, variant: str, length: i
 def test_a_token_sees_its_own_document_up_to_itself_and_nothing_else(
   name: str, variant: str
 ) -> None:
-  """To the bit: a key or value elsewhere changes nothing and has no gradient; one that is seen does both."""
+  """To the bit: a key or value elsewhere changes nothing and has no gradient.
+
+  One that is seen does both.
+  """
   this = VARIANTS[variant]
   q, *kv = this.arrays()
 
@@ -133,9 +137,8 @@ def test_a_token_sees_its_own_document_up_to_itself_and_nothing_else(
     k, v, *sinks = (a.copy() for a in kv)
     k[:, key] += 3
     v[:, key] -= 5
-    moved = (
-      np.asarray(run(name, this, (q, k, v, *sinks), SEGMENTS, this.dy())[0]) != np.asarray(y)
-    ).any((-1, -2))
+    other, _ = run(name, this, (q, k, v, *sinks), SEGMENTS, this.dy())
+    moved = (np.asarray(other) != np.asarray(y)).any((-1, -2))
     want = [[sees(b, query, key) for query in range(S)] for b in range(B)]
     np.testing.assert_array_equal(moved[REAL], np.array(want)[REAL], err_msg=f'{key=}')
   for query in range(S):
@@ -172,7 +175,10 @@ def test_padding_is_finite_and_reaches_nobody(name: str, variant: str) -> None:
 @pytest.mark.parametrize('variant', ['plain', 'sinks'])
 @pytest.mark.parametrize('name', ROWS)
 def test_steep_scores_stay_finite_and_masked(name: str, variant: str) -> None:
-  """Scores down to -1e10, below what might stand for minus infinity; and up to there, where exp has no room."""
+  """Scores down to -1e10, below what might stand for minus infinity; and up to 1e10.
+
+  There exp would overflow.
+  """
   this = VARIANTS[variant]
   q, k, *rest = this.arrays()
   steep = 1e5 * q, 1e5 * k, *rest
@@ -182,15 +188,10 @@ def test_steep_scores_stay_finite_and_masked(name: str, variant: str) -> None:
 
 
 def test_a_sink_takes_what_is_its_due() -> None:
-  """Of weight: all of it if it is large, none of it if it is small, whatever the head's share of the key heads."""
+  """A large sink takes all weight, a small one none, whichever key head the head shares."""
   y, _ = run('chunked', PLAIN, PLAIN.arrays(), SEGMENTS, DY)
-  some, _ = run(
-    'chunked',
-    VARIANTS['sinks'],
-    (Q, K, V, np.array([-1e9, 1e9, 0, -1e9], np.float32)),
-    SEGMENTS,
-    DY,
-  )
+  sinks = np.array([-1e9, 1e9, 0, -1e9], np.float32)
+  some, _ = run('chunked', VARIANTS['sinks'], (Q, K, V, sinks), SEGMENTS, DY)
   y, some = np.asarray(y)[REAL], np.asarray(some)[REAL]
   np.testing.assert_allclose(some[:, [0, 3]], y[:, [0, 3]], rtol=1e-6)
   assert not some[:, 1].any() and (np.abs(some[:, 2]) < np.abs(y[:, 2])).all()
@@ -198,7 +199,12 @@ def test_a_sink_takes_what_is_its_due() -> None:
 
 def test_chunks_multiply_no_key_that_none_of_them_sees(monkeypatch: pytest.MonkeyPatch) -> None:
   done: list[tuple[int, int]] = []
-  monkeypatch.setattr(attend, 'attend', lambda q, k, *_: done.append((q.shape[1], k.shape[1])) or q)
+
+  def spy(q: jax.Array, k: jax.Array, *rest: object, **named: object) -> jax.Array:
+    done.append((q.shape[1], k.shape[1]))
+    return q
+
+  monkeypatch.setattr(attention_cores, 'attend', spy)
   long = np.ones((1, 64), np.int32)
   q, k = np.zeros((1, 64, H, D)), np.zeros((1, 64, J, D))
   for window, want in (
@@ -213,7 +219,7 @@ def test_chunks_multiply_no_key_that_none_of_them_sees(monkeypatch: pytest.Monke
 
 
 def test_rows_that_are_the_xla_row_here() -> None:
-  assert ROWS == ['chunked', 'xla'] and set(attend.BEST_CORES.values()) <= set(ATTENTIONS)
+  assert ROWS == ['chunked', 'xla'] and set(attention_cores.BEST_CORES.values()) <= set(ATTENTIONS)
   for variant in (PLAIN, VARIANTS['everything']):
     xla, *others = (
       run(name, variant, variant.arrays(), SEGMENTS, variant.dy())[0]
@@ -224,7 +230,10 @@ def test_rows_that_are_the_xla_row_here() -> None:
 
 
 def test_cudnn_gets_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
-  """Half precision, an even length, one width that 8 divides; anything else goes to XLA, and sinks to our own."""
+  """It gets half precision, an even length, one width that 8 divides.
+
+  Anything else goes to XLA, and sinks to our own.
+  """
   asked, real = [], jax.nn.dot_product_attention
 
   def fake(
@@ -248,7 +257,8 @@ def test_cudnn_gets_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert asked == want and y.dtype == dtype
     want_y = this.oracle(segments, *this.arrays(length))
-    np.testing.assert_allclose(y[segments > 0].astype(jnp.float32), want_y[segments > 0], atol=0.03)
+    got_y = y.astype(jnp.float32)
+    np.testing.assert_allclose(got_y[segments > 0], want_y[segments > 0], atol=0.03)
 
 
 def test_bfloat16_rounds_no_softmax() -> None:

@@ -1,4 +1,4 @@
-"""Cross entropy against the oracle, however it is cut into chunks, and that it never holds all the logits."""
+"""Cross entropy against the oracle, however it is cut, and that it never holds all the logits."""
 
 import functools
 import math
@@ -42,7 +42,10 @@ def run(
   z_coef: jax.Array,
   chunks: int,
 ) -> tuple[jax.Array, PerToken, tuple[jax.Array, jax.Array]]:
-  """The loss, its parts, and its gradients to h and head. The coefficient is traced, as that of a schedule is."""
+  """The loss, its parts, and its gradients to h and head.
+
+  The coefficient is traced, as that of a schedule is.
+  """
 
   def loss(h: jax.Array, head: jax.Array) -> tuple[jax.Array, PerToken]:
     return cross_entropy(h, head, targets, weights, z_coef, chunks)
@@ -115,17 +118,14 @@ def test_bfloat16_rounds_the_factors_of_the_product_only() -> None:
   """Logits and all after them are float32: the loss is the oracle's, of the rounded h and head."""
   h, head = (a.astype(jnp.bfloat16) for a in (H, HEAD))
   total, parts, (dh, d_head) = run(h, HEAD, TARGETS, WEIGHTS, Z, 4)
-  assert dh.dtype == jnp.bfloat16 and {a.dtype for a in (total, d_head, *parts)} == {
-    jnp.dtype('float32')
-  }
-  np.testing.assert_allclose(
-    total, want(h.astype(np.float64), head.astype(np.float64), Z), rtol=1e-6
-  )
+  assert dh.dtype == jnp.bfloat16
+  assert {a.dtype for a in (total, d_head, *parts)} == {jnp.dtype('float32')}
+  h64, head64 = h.astype(np.float64), head.astype(np.float64)
+  np.testing.assert_allclose(total, want(h64, head64, Z), rtol=1e-6)
   _, _, (dh32, d_head32) = run(H, HEAD, TARGETS, WEIGHTS, Z, 4)
   for rounded, full in ((dh, dh32), (d_head, d_head32)):
-    np.testing.assert_allclose(
-      rounded.astype(jnp.float32), full, atol=0.03 * float(jnp.abs(full).max())
-    )
+    near = 0.03 * float(jnp.abs(full).max())
+    np.testing.assert_allclose(rounded.astype(jnp.float32), full, atol=near)
 
 
 def test_large_logits_and_a_batch_without_targets() -> None:
@@ -139,27 +139,23 @@ def test_large_logits_and_a_batch_without_targets() -> None:
 def biggest_array(h: tuple[int, ...], vocab: int, chunks: int, dtype: str) -> int:
   """Numbers in the biggest array of the compiled program that makes the loss and its gradients."""
   shapes = (
-    jax.ShapeDtypeStruct(shape, kind)
-    for shape, kind in (
-      (h, dtype),
-      ((h[-1], vocab), 'float32'),
-      (h[:2], 'int32'),
-      (h[:2], 'float32'),
-    )
+    jax.ShapeDtypeStruct(h, dtype),
+    jax.ShapeDtypeStruct((h[-1], vocab), 'float32'),
+    jax.ShapeDtypeStruct(h[:2], 'int32'),
+    jax.ShapeDtypeStruct(h[:2], 'float32'),
   )
   program = run.lower(*shapes, jnp.float32(Z), chunks).compile().as_text()
-  found = re.findall(r'\b(?:f|bf|s|u|pred)\d*\[([\d,]+)\]', program)
-  assert len(found) > 20, program
-  return max(math.prod(map(int, dims.split(','))) for dims in found)
+  arrays = re.findall(r'\b(?:f|bf|s|u|pred)\d*\[([\d,]+)\]', program)
+  assert len(arrays) > 20, program
+  return max(math.prod(map(int, dims.split(','))) for dims in arrays)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_no_array_of_the_program_holds_the_logits_of_all_tokens(dtype: str) -> None:
   shape, vocab = (2, 16, 8), 256
   logits = shape[0] * shape[1] * vocab
-  assert biggest_array(shape, vocab, 1, dtype) == logits, (
-    'in one chunk they are there, and can be seen'
-  )
+  # In one chunk they are there, and can be seen.
+  assert biggest_array(shape, vocab, 1, dtype) == logits
   assert biggest_array(shape, vocab, 4, dtype) <= max(logits // 4, shape[2] * vocab)
 
 
@@ -169,9 +165,8 @@ def test_split_and_join() -> None:
   np.testing.assert_array_equal(parts[0][1], H[:, 3:6])
   for a, b in zip(join_chunks(parts), (H, TARGETS)):
     np.testing.assert_array_equal(a, b)
-  assert [split_chunks(H, n).shape[0] for n in CUTS] == [1, 4, 12, 6, 12], (
-    'more where they do not divide'
-  )
+  # More where they do not divide.
+  assert [split_chunks(H, n).shape[0] for n in CUTS] == [1, 4, 12, 6, 12]
 
 
 def test_weights_of_tasks_weigh_value_and_gradient_token_by_token() -> None:
@@ -187,9 +182,8 @@ def test_weights_of_tasks_weigh_value_and_gradient_token_by_token() -> None:
 
 def test_a_config_that_cannot_be_is_one_clear_error() -> None:
   with pytest.raises(ConfigError) as error:
-    LossConfig(
-      '-1', 'much', frozendict(code=-1.0, prose=float('nan'), poems=float('inf'), all=0.0), chunks=0
-    )
+    weights = frozendict(code=-1.0, prose=float('nan'), poems=float('inf'), all=0.0)
+    LossConfig('-1', 'much', weights, chunks=0)
   assert [problem.split(':')[0] for problem in error.value.problems] == [
     "z_coef='-1' is not a schedule",
     "mtp_coef='much' is not a schedule",

@@ -1,4 +1,4 @@
-"""The plain layers against the oracle: values, the gradient of every input, and how parameters are made."""
+"""The plain layers against the oracle: values, gradients of every input, how parameters start."""
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ def test_values_and_gradients_are_the_oracles(name: str) -> None:
 
 
 def test_rms_norm_thinks_in_float32() -> None:
-  """In bfloat16 a mean of squares would be off by 2^-9; here only input and output are rounded to it."""
+  """In bfloat16 a mean of squares would be off by 2^-9; only input and output are rounded to it."""
   x = RNG.normal(size=(4, 256)).astype(jnp.bfloat16)
   y = rms_norm(jnp.asarray(x), jnp.ones(256), 1e-6)
   assert y.dtype == jnp.bfloat16
@@ -99,9 +99,8 @@ def test_embed_looks_up_rows_and_adds_up_their_gradients() -> None:
   look_up = jax.jit(lambda embed, dtype: embed(TOKENS, dtype), static_argnums=1)
   for dtype in (jnp.float32, jnp.bfloat16):
     np.testing.assert_array_equal(look_up(embed, dtype), table[TOKENS].astype(dtype))
-  gradient = jax.jit(jax.grad(lambda embed: (embed(TOKENS, jnp.float32) * DY).sum()))(embed).table[
-    ...
-  ]
+  differentiate = jax.jit(jax.grad(lambda embed: (embed(TOKENS, jnp.float32) * DY).sum()))
+  gradient = differentiate(embed).table[...]
   want = np.zeros((V, D))
   for t in np.ndindex(TOKENS.shape):
     want[TOKENS[t]] += DY[t]
@@ -127,9 +126,8 @@ def test_parameters_are_float32_and_know_their_axes(name: str) -> None:
   found = {key: value for key, value in vars(layer).items() if isinstance(value, nnx.Param)}
   assert {key: value.get_metadata('axes') for key, value in found.items()} == AXES[name]
   assert all(value[...].dtype == jnp.float32 for value in found.values())
-  assert layer(jnp.asarray(X, jnp.bfloat16)).dtype == jnp.bfloat16, (
-    'computes in the dtype it is given'
-  )
+  y = layer(jnp.asarray(X, jnp.bfloat16))
+  assert y.dtype == jnp.bfloat16, 'computes in the dtype it is given'
 
 
 def test_param_wants_an_axis_for_each_dimension() -> None:

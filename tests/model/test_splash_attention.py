@@ -1,4 +1,4 @@
-"""The kernel for TPUs, interpreted: the chunked attention's values and gradients, on one device and on a mesh."""
+"""The kernel for TPUs, interpreted: values and gradients are the chunked attention's."""
 
 import functools
 
@@ -28,10 +28,8 @@ def both(
   name: str, window: int, sinks: np.ndarray | None
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   """y, and the gradients to q, k, v and sinks."""
-  segments, arrays = (
-    jnp.asarray(SEGMENTS),
-    (Q, K, VALUES) if sinks is None else (Q, K, VALUES, sinks),
-  )
+  segments = jnp.asarray(SEGMENTS)
+  arrays = (Q, K, VALUES) if sinks is None else (Q, K, VALUES, sinks)
 
   def attend(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None = None) -> jax.Array:
     return ATTENTIONS[name](q, k, v, segments, window, D**-0.5, sinks)
