@@ -1,4 +1,7 @@
-"""Log files that only grow, by whole pieces. Where there is no room, lines are lost and the run goes on."""
+"""Log files that only grow, by whole pieces.
+
+Where there is no room for a piece it is lost, and the run goes on.
+"""
 
 import contextlib
 import logging

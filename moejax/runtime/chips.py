@@ -2,16 +2,16 @@
 
 Sources. TPU: cloud.google.com/tpu/docs (system architecture, one page a generation) for arithmetic,
 bandwidth of memory and of the interconnect; memory is what XLA says a program has of it. GPU: the
-makers' data sheets of A100, H100, H200 and B200 (dense bfloat16, without sparsity); networks as sold
-beside them: 200 Gb/s a GPU (A100), 400 Gb/s (the others).
+makers' data sheets of A100, H100, H200 and B200 (dense bfloat16, without sparsity); networks as
+sold beside them: 200 Gb/s a GPU (A100), 400 Gb/s (the others).
 """
 
 from typing import NamedTuple
 
 GIB = 2**30
 
-# Dense bfloat16 FLOP/s of a JAX device by what its device_kind holds (makers' data sheets). The first
-# row that fits counts: a name stands before those that it begins with, as 'TPU v5e' before 'TPU v5'.
+# Dense bfloat16 FLOP/s of a JAX device by what its device_kind holds (makers' data sheets). The
+# first row that fits counts: 'TPU v5e' and 'H100 PCIe' stand before 'TPU v5' and 'H100'.
 PEAK_FLOPS = {
   'TPU v2': 22.5e12,
   'TPU v3': 61.5e12,

@@ -1,4 +1,4 @@
-"""Files and directories that are whole under their names, or not there; and files that are not trusted.
+"""Files and directories that are whole under their names or not there; files that are not trusted.
 
 Whatever is written for another process to read is made under a temporary name, synchronised to the
 disk and then renamed. A process that is killed while it writes leaves no half of a file under the
@@ -54,7 +54,7 @@ def whole_file(path: Path) -> Iterator[io.BufferedWriter]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-  """Writes a file of this content, text as UTF-8; whatever happens, no part of it. See `whole_path`."""
+  """Writes a file of this content, text as UTF-8, or leaves what was there; see `whole_path`."""
   with whole_file(path) as file:
     file.write(content.encode() if isinstance(content, str) else content)
 
@@ -149,8 +149,8 @@ def parse_json_object(path: Path, raw: bytes) -> dict[str, object]:
   """Returns the JSON object in the bytes of the file at `path`, which is named in errors only.
 
   Raises:
-    ConfigError: it is no JSON object; or an object in it has a name twice, of which the parser would
-      silently take the last, or a name that would garble a terminal or a log.
+    ConfigError: it is no JSON object; or an object in it has a name twice, of which the parser
+      would silently take the last, or a name that would garble a terminal or a log.
   """
 
   def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
