@@ -70,10 +70,10 @@ def constrain(x: Array, *axes: str) -> Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return x
-  divided = (
-    axis if axis and n % math.prod(mesh.shape[name] for name in RULES[axis]) == 0 else ''
-    for axis, n in zip(axes, x.shape, strict=True)
-  )
+  divided = []
+  for axis, n in zip(axes, x.shape, strict=True):
+    shards = math.prod(mesh.shape[name] for name in RULES[axis]) if axis else 1
+    divided.append(axis if n % shards == 0 else '')
   return jax.lax.with_sharding_constraint(x, spec(*divided))
 
 

@@ -16,7 +16,8 @@ from moejax.config import ConfigError, flags, from_config_dict, frozendict, to_c
 from moejax.data import mixture, sources, token_stream
 from moejax.data.batch import Batch
 from moejax.data.holdout import digest_of, survey_of
-from moejax.data.pipeline import Data, Rows, open_data
+from moejax.data.pipeline import Data, open_data
+from moejax.data.rows import Rows
 from moejax.data.sources import DataConfig
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -596,7 +597,7 @@ def test_a_warm_start_neither_reads_nor_trains(
 ) -> None:
   monkeypatch.setattr(token_stream, 'RACY', 0)
   before = _open(folder, tokenizer='bpe:300')
-  monkeypatch.setattr(sources, '_read', None)
+  monkeypatch.setattr(sources, '_read_file', None)
   monkeypatch.setattr(token_stream, 'load_tokenizer', None)
   after = _open(folder, tokenizer='bpe:300')
   assert after.fingerprint == before.fingerprint and _equal(after.batch(3), before.batch(3))

@@ -20,7 +20,8 @@ from moejax.data import pipeline as data_module
 from moejax.data import sources, token_stream
 from moejax.data import tokenizer as tokenizer_module
 from moejax.data.batch import IGNORE, Batch
-from moejax.data.pipeline import Data, Rows, open_data
+from moejax.data.pipeline import Data, open_data
+from moejax.data.rows import Rows
 from moejax.data.sources import SOURCES, DataConfig
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -331,7 +332,7 @@ def test_a_warm_start_neither_reads_nor_trains(
 ) -> None:
   monkeypatch.setattr(token_stream, 'RACY', 0)
   before = _open(folder, tokenizer='bpe:300')
-  monkeypatch.setattr(sources, '_read', None)
+  monkeypatch.setattr(sources, '_read_file', None)
   monkeypatch.setattr(token_stream, 'load_tokenizer', None)
   after = _open(folder, tokenizer='bpe:300')
   assert after.fingerprint == before.fingerprint and after.tokenizer.decode(
