@@ -1,8 +1,8 @@
 """The save in flight: leaves are written while training goes on, and get their name at the end.
 
-It uses Orbax's AsyncCheckpointer and not its CheckpointManager. That one believes any directory with
-an integer name, lets a NaN be the best, and deletes in place: when it is killed there, half a step
-stays.
+It uses Orbax's AsyncCheckpointer and not its CheckpointManager. That one believes any directory
+with an integer name, lets a NaN be the best, and deletes in place: when it is killed there, half a
+step stays.
 """
 
 import contextlib
@@ -125,10 +125,9 @@ class Writer:
           raise
     except Exception as error:
       self._steps.clean()
-      reason = isinstance(error, OSError) and error.strerror
-      if (
-        not reason
-      ):  # TensorStore's: 'Error writing ...: No space left on device [os_error_code=...'
+      reason = error.strerror if isinstance(error, OSError) else ''
+      if not reason:
+        # TensorStore's text: what it did, the reason after a colon, and details in brackets.
         reason = f'{error}'.partition(' [os_error_code')[0].rpartition(': ')[2]
       raise SaveFailed(f'{self._steps.path(self._step)}: {reason}', self._step) from error
 
