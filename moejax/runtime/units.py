@@ -11,7 +11,7 @@ def human(number: float, base: int = 1000) -> str:
 
   Args:
     number: of any sign.
-    base: what a prefix stands for; 1024 gives the binary prefixes of IEC 80000-13, '11.8 Mi'.
+    base: what the step from one prefix to the next is; 1024 gives binary ones, '11.8 Mi'.
   """
   for prefix in PREFIXES:
     if abs(number) < base or prefix == PREFIXES[-1]:

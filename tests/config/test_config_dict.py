@@ -235,8 +235,8 @@ IMPOSSIBLE = {
       'micro_batches': 3,
       'balance': {'losses': {'ep_group': '0.1'}, 'ep_groups': 2},
     },
-    'config: balance.ep_groups=2: use a divisor of batch_size=12 that divides, or is a multiple of, '
-    'micro_batches=3',
+    'config: balance.ep_groups=2: use a divisor of batch_size=12 that divides, or is a multiple '
+    'of, micro_batches=3',
   ),
   'a loss that cannot train': (
     {'balance': {'losses': {'std_of_share': '0.1'}}},

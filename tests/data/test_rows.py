@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from moejax.data.batch import IGNORE
-from moejax.data.rows import Rows
+from moejax.data.rows import Rows, batch_from_rows, spaced_batches
 from tests.data.plain_texts import open_text
 
 
@@ -39,3 +39,27 @@ def test_segments_positions_and_targets_against_a_plain_loop(folder: Path) -> No
       assert not segments[n:].any() and not positions[n:].any() and (targets[n:] == IGNORE).all()
       starts[n > 0 and tokens[0] == 256, n > 0 and segments[n - 1] > 1] += 1
   assert len(starts) == 4, 'the text is to have rows of each kind'
+
+
+def test_rows_past_the_end_of_a_stream_are_padding() -> None:
+  rows = np.array([[7, 1, 9, 2, -1], [-1, -1, -1, -1, -1]], np.int32)
+  batch = batch_from_rows(rows, np.array([1, 0], np.int32), eod_id=9)
+  assert batch.tokens.tolist() == [[7, 1, 9, 9], [9, 9, 9, 9]]
+  assert batch.targets.tolist() == [[1, 9, 2, IGNORE], [IGNORE] * 4]
+  assert batch.segment_ids.tolist() == [[1, 1, 2, 0], [0, 0, 0, 0]]
+  assert batch.positions.tolist() == [[0, 1, 0, 0], [0, 0, 0, 0]]
+  assert batch.mask.tolist() == [[True, True, True, False], [False] * 4]
+  assert batch.task_ids.tolist() == [1, 0]
+
+
+def test_batches_that_are_wanted_are_spread_and_the_first_ones_are_among_them() -> None:
+  assert [*spaced_batches(10, 0, 0)] == [*spaced_batches(10, 99, 0)] == [*range(10)]
+  assert [*spaced_batches(10, 5, 0)] == [0, 2, 4, 6, 8]
+  assert [*spaced_batches(10, 4, 2)] == [0, 1, 2, 6]
+  for total in range(1, 12):
+    for wanted in range(total + 3):
+      for last_opening in range(total):
+        batches = [*spaced_batches(total, wanted, last_opening)]
+        assert len(batches) == (min(wanted, total) or total)
+        assert batches == sorted({*batches}) and batches[-1] < total
+        assert batches[: last_opening + 1] == [*range(min(last_opening + 1, len(batches)))]
