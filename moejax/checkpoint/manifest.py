@@ -1,4 +1,4 @@
-"""What a checkpoint says of its arrays, sealed: names (ours, not Flax's), kinds, digests of the bits."""
+"""What a checkpoint says of its arrays, sealed: names (ours, not Flax's), kinds, digests."""
 
 import functools
 import hashlib
@@ -18,33 +18,40 @@ class Meta(NamedTuple):
 
   metric: float  # lower is better; inf: not measured, or not finite
   fingerprint: dict[str, str]  # of data and model, see fingerprint.py
-  versions: dict[str, str]
+  versions: dict[str, str]  # of the packages that wrote it
   kinds: dict[str, str]  # path -> 'float32[4, 8]'
-  digests: dict[str, str]
+  digests: dict[str, str]  # path -> digest of the bits, see `digests`
 
 
 def digests(tree: object) -> dict[str, str]:
-  """path -> digest of the leaf's bits (its kind is not in it), the same on every mesh."""
-  # One program at a time: dozens of them, each with a collective, fill XLA's queue, and virtual devices wait forever.
+  """Returns path -> digest of the leaf's bits (its kind is not in it), the same on every mesh."""
+  # One program at a time: dozens of them, each with a collective, fill XLA's queue, and virtual
+  # devices wait forever.
   sums = {path: jax.device_get(_sums(leaf)) for path, leaf in flatten(tree).items()}
-  return {path: ''.join(f'{int(word):08x}' for word in pair) for path, pair in sums.items()}
+  return {path: f'{int(plain):08x}{int(weighted):08x}' for path, (plain, weighted) in sums.items()}
 
 
 def digest(tree: object) -> str:
-  """One digest of names, kinds and bits: equal for two runs that ended in the same state."""
+  """Returns one digest of names, kinds and bits: equal for two runs that end in the same state."""
   return _sha256([kinds(tree), digests(tree)])
 
 
 def seal(meta: Meta) -> dict[str, object]:
-  """JSON with a digest of itself: damaged in a dtype or the fingerprint, it would pass for another config."""
-  body = meta._asdict() | {
-    'metric': meta.metric if math.isfinite(meta.metric) else None
-  }  # JSON has no inf
+  """Returns a JSON object of the record with a digest of itself.
+
+  Without one, damage in a dtype or in the fingerprint would pass for another config.
+  """
+  metric = meta.metric if math.isfinite(meta.metric) else None  # JSON has no inf
+  body = meta._asdict() | {'metric': metric}
   return {'sha256': _sha256(body), 'meta': body}
 
 
 def unseal(text: str) -> Meta:
-  """Raises ValueError where the text is damaged."""
+  """Returns the record of the text of a sealed JSON object.
+
+  Raises:
+    ValueError: the text is damaged.
+  """
   try:
     sealed = json.loads(text)
     body, sha256 = sealed['meta'], sealed['sha256']
@@ -52,7 +59,8 @@ def unseal(text: str) -> Meta:
     raise ValueError(f'meta/metadata is not JSON of ours ({type(error).__name__})') from None
   if _sha256(body) != sha256:
     raise ValueError('meta/metadata does not match its digest')
-  return Meta(**body | {'metric': math.inf if body['metric'] is None else body['metric']})
+  metric = math.inf if body['metric'] is None else body['metric']
+  return Meta(**body | {'metric': metric})
 
 
 def _sha256(value: object) -> str:
@@ -61,23 +69,21 @@ def _sha256(value: object) -> str:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _sums(x: jax.Array, stacked: bool = True) -> jax.Array:  # [2] u32
-  """Plain and position-weighted sum of the bits mod 2^32: no mesh, no order of summation shows in integers.
+  """Plain and position-weighted sum of the bits mod 2^32.
 
-  The plain sum sees any flipped bit; the weighted one what moved: a swapped block, a repeated one.
+  In integers no mesh and no order of summation shows. The plain sum sees any flipped bit; the
+  weighted one what moved: a swapped block, a repeated one.
   """
   if stacked and x.ndim > 2:  # a layer at a time: XLA's CPU backend copies all that it sums
     plain, weighted = jax.lax.map(lambda layer: _sums(layer, False), x).T
-    before = np.arange(len(x), dtype=np.uint32) * np.uint32(
-      x[0].size * max(1, x.dtype.itemsize // 4) % 2**32
-    )
-    return jnp.stack(
-      [plain.sum(dtype=jnp.uint32), (weighted + before * plain).sum(dtype=jnp.uint32)]
-    )
+    words_of_layer = x[0].size * max(1, x.dtype.itemsize // 4)
+    before = np.arange(len(x), dtype=np.uint32) * np.uint32(words_of_layer % 2**32)
+    weighted = weighted + before * plain  # a layer counts its positions from 1, the array goes on
+    return jnp.stack([plain.sum(dtype=jnp.uint32), weighted.sum(dtype=jnp.uint32)])
   if x.dtype.name in ('bool', 'int4', 'uint4', 'int2', 'uint2'):
     x = x.astype(jnp.int8)
-  words = jnp.dtype(
-    f'uint{min(8 * x.dtype.itemsize, 32)}'
-  )  # 64 bits become two words in a last axis
+  # 64 bits become two words in a last axis.
+  words = jnp.dtype(f'uint{min(8 * x.dtype.itemsize, 32)}')
   bits = jax.lax.bitcast_convert_type(x, words).astype(jnp.uint32)
   position, stride = jnp.ones(bits.shape, jnp.uint32), 1
   for axis in reversed(range(bits.ndim)):  # an arange reshaped would gather a sharded array

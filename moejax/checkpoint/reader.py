@@ -1,7 +1,7 @@
-"""The leaves of a checkpoint, read one by one; one that cannot be read is told by its name and its file.
+"""The leaves of a checkpoint, read one by one; errors name the leaf and the file.
 
-Orbax keeps leaves in an OCDBT database: a manifest, nodes of a tree, files of chunks. Its errors name the database,
-or the leaf, or nothing; a person wants to know which file to fetch again.
+Orbax keeps leaves in an OCDBT database: a manifest, nodes of a tree, files of chunks. Its errors
+name the database, or the leaf, or nothing; a person wants to know which file to fetch again.
 """
 
 import json
@@ -17,11 +17,10 @@ import jax.numpy as jnp
 from moejax.checkpoint.manifest import Meta, digests, unseal
 from moejax.runtime.multiprocess import fail_together
 
-TABLE, MANIFEST = (
-  '_METADATA',
-  'manifest.ocdbt',
-)  # of Orbax: which leaves there are, where the tree begins
-NOT_DAMAGE = MemoryError, jax.errors.JaxRuntimeError
+# Files of Orbax: which leaves there are, and where the tree begins.
+TABLE = '_METADATA'
+MANIFEST = 'manifest.ocdbt'
+NOT_DAMAGE = (MemoryError, jax.errors.JaxRuntimeError)  # errors of the machine that reads
 SHOWN = 3  # files and leaves in a message
 
 
@@ -32,53 +31,68 @@ class Damaged(ValueError):
 def read_leaves(
   directory: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], sums: Mapping[str, str]
 ) -> list[jax.Array]:
-  """The wanted leaves of Orbax's `directory`, on their shardings, compared with their digests. All processes call it.
+  """Returns the wanted leaves on their shardings, in order; all processes call it.
+
+  Args:
+    directory: Orbax's, that is, the part `state` of a step.
+    wanted: path -> shape, dtype and sharding; None for a sharding: on the first device.
+    sums: path -> digest that the leaf had when it was saved.
 
   Raises:
     Damaged: names what is not as it was saved, and its file; or another process found something.
   """
   import orbax.checkpoint  # here: it is a quarter of the time that importing moejax may take
 
-  home = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  wanted = {
-    p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or home)
-    for p, x in wanted.items()
+  first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  targets = {
+    path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or first_device)
+    for path, leaf in wanted.items()
   }
-  handler, how = (
-    orbax.checkpoint.PyTreeCheckpointHandler(),
-    orbax.checkpoint.checkpoint_utils.construct_restore_args,
-  )
+  handler = orbax.checkpoint.PyTreeCheckpointHandler()
 
   def load(path: str) -> jax.Array | Damaged:
-    only = {path: wanted[path]}
+    target = targets[path]
+    if not target.size:  # Orbax refuses to save empty arrays
+      return jnp.zeros(target.shape, target.dtype, device=target.sharding)
     try:
-      if not wanted[path].size:
-        return jnp.zeros(wanted[path].shape, wanted[path].dtype, device=wanted[path].sharding)
-      args = orbax.checkpoint.args.PyTreeRestore(only, how(only), partial_restore=True)
+      tree = {path: target}
+      how = orbax.checkpoint.checkpoint_utils.construct_restore_args(tree)
+      args = orbax.checkpoint.args.PyTreeRestore(tree, how, partial_restore=True)
       return handler.restore(directory, args=args)[path]
     except NOT_DAMAGE:
       raise
     except Exception as error:
-      return _told(directory, [path], error)
+      return _damaged(directory, [path], error)
 
   with fail_together(Damaged):
     _expect_tables(directory)
-    with ThreadPoolExecutor() as pool:  # Orbax is loud of the others when one fails
-      loaded = dict(zip(wanted, pool.map(load, wanted)))
-    if bad := [leaf for leaf in loaded.values() if isinstance(leaf, Damaged)]:
-      raise Damaged(f'{bad[0]}' + (f' (and {len(bad) - 1} more)' if bad[1:] else ''))
-  if wrong := [path for path, value in digests(loaded).items() if value != sums[path]]:
-    raise _told(directory, wrong, ValueError('does not match its digest'))
+    # One leaf a call: of a call for all, Orbax would print an error for each when one fails.
+    with ThreadPoolExecutor() as pool:
+      loaded = dict(zip(targets, pool.map(load, targets)))
+    bad = [leaf for leaf in loaded.values() if isinstance(leaf, Damaged)]
+    if bad:
+      more = f' (and {len(bad) - 1} more)' if len(bad) > 1 else ''
+      raise Damaged(f'{bad[0]}{more}')
+  # Outside of fail_together: digests are computed by all processes at once, and alike in all.
+  wrong = [path for path, digest in digests(loaded).items() if digest != sums[path]]
+  if wrong:
+    raise _damaged(directory, wrong, ValueError('does not match its digest'))
   return [*loaded.values()]
 
 
 def meta_in(path: Path) -> Meta:
-  """What is known of the step in a directory without its arrays; some exception or other where that is damaged."""
+  """Returns all of the step in a directory but its arrays.
+
+  Where that is damaged, raises some exception or other.
+  """
   return unseal((path / 'meta' / 'metadata').read_text())
 
 
 def meta_everywhere(path: Path) -> Meta:
-  """The same where every process can read it, and nothing in the directory is a link. All processes call it."""
+  """Returns the same, where all processes can read it and nothing in the directory is a link.
+
+  All processes call it. Where one of them fails, all raise.
+  """
   with fail_together(Exception):
     expect_plain(path)
     meta = meta_in(path)
@@ -86,17 +100,23 @@ def meta_everywhere(path: Path) -> Meta:
 
 
 def expect_plain(directory: Path) -> None:
-  """Damaged where anything below is a link: its target could be any file, and another one tomorrow."""
+  """Raises Damaged where anything below is a link.
+
+  Its target could be any file, and another one tomorrow.
+  """
   for folder, folders, files in os.walk(directory):
-    for path in (Path(folder, name) for name in (*folders, *files)):
+    for name in (*folders, *files):
+      path = Path(folder, name)
       if path.is_symlink():
-        raise Damaged(
-          f'{path.relative_to(directory)} is a link, and links are not followed: put a copy in its place'
-        )
+        link = path.relative_to(directory)
+        raise Damaged(f'{link} is a link, and links are not followed: put a copy in its place')
 
 
 def _expect_tables(directory: Path) -> None:
-  """Damaged for what Orbax tells without a file's name, and with more errors from threads that it leaves behind."""
+  """Raises Damaged where a table of the database is missing or torn.
+
+  Orbax would not name the file, and leave threads behind that print more errors.
+  """
   for name in (MANIFEST, TABLE):
     if not (directory / name).exists():
       raise Damaged(f'file {directory.name}/{name}: missing, and every leaf with it')
@@ -109,53 +129,69 @@ def _expect_tables(directory: Path) -> None:
       ) from error
 
 
-def _told(directory: Path, leaves: Sequence[str], error: Exception) -> Damaged:
-  """The error with leaf and file named, and without what only a maintainer of Orbax would read."""
+def _damaged(directory: Path, leaves: Sequence[str], error: Exception) -> Damaged:
+  """Returns an error that names the leaves and their file, in one line.
+
+  What only a maintainer of Orbax would read is left out of it.
+
+  Args:
+    directory: Orbax's.
+    leaves: paths of the leaves that are damaged.
+    error: what reading them raised.
+  """
   text = ' '.join(str(error.__cause__ or error).split()).partition(' [tensorstore_spec')[0]
-  named = re.findall(r'local file "([^"]*[^"/])"', text)[-1:]
+  files = _files_to_blame(directory, leaves, text)
+  is_missing = any(not (directory / name).exists() for name in files)
+  reason = 'missing' if is_missing else text.rpartition('": ')[2][-160:]
+  names = _first_few([f'{directory.name}/{name}' for name in files or [TABLE]])
+  return Damaged(f'leaf {_first_few(leaves)}, file {names}: {reason}')
+
+
+def _files_to_blame(directory: Path, leaves: Sequence[str], text: str) -> list[str]:
+  """Returns the files, relative to the directory, that the text of an error is about.
+
+  The last file that it names, or else those that the leaves are in.
+  """
+  named = re.findall(r'local file "([^"]*[^"/])"', text)
   try:
-    files = [str(Path(name).relative_to(directory)) for name in named] or sorted(
-      files_of(directory, leaves)
-    )
-  except (
-    Exception
-  ) as other:  # the tree that leads to the files is damaged itself: its error has the name
-    files = re.findall(rf'local file "{re.escape(str(directory))}/([^"]*[^"/])"', str(other))[-1:]
-  what = f'leaf {_some(leaves)}, file ' + _some(
-    [f'{directory.name}/{name}' for name in files or [TABLE]]
-  )
-  is_there = all((directory / name).exists() for name in files)
-  reason = text.rpartition('": ')[2][-160:] if is_there else 'missing'
-  return Damaged(f'{what}: {reason}')
+    if named:
+      return [str(Path(named[-1]).relative_to(directory))]
+    return sorted(files_of(directory, leaves))
+  except Exception as error:
+    # The tree that leads to the files is damaged itself, and its own error names its file.
+    return re.findall(rf'local file "{re.escape(str(directory))}/([^"]*[^"/])"', str(error))[-1:]
 
 
 def files_of(directory: Path, leaves: Sequence[str]) -> set[str]:
-  """The files with chunks of the leaves; if some of those are missing or too short, only these."""
+  """Returns the files with chunks of the leaves; if some are missing or too short, only these.
+
+  The names are relative to the directory, which is Orbax's.
+  """
   import tensorstore
 
   base = tensorstore.KvStore.open(f'file://{directory}/').result()
-
-  found: dict[str, int] = {}  # file -> bytes that it must have
-  nodes = [(tensorstore.ocdbt.dump(base).result()['versions'][-1]['root']['location'], b'')]
+  needed: dict[str, int] = {}  # file -> bytes that it must have
+  newest = tensorstore.ocdbt.dump(base).result()['versions'][-1]
+  nodes = [(newest['root']['location'], b'')]
   while nodes:
     location, prefix = nodes.pop()
     for entry in tensorstore.ocdbt.dump(base, location).result()['entries']:
+      # The keys of a node lack what all keys below it share. A key is LEAF/CHUNK.
       leaf = (prefix + entry['key']).decode().rpartition('/')[0]
       if 'location' in entry:
         nodes.append((entry['location'], prefix + entry['subtree_common_prefix']))
       elif 'indirect_value' in entry and leaf in leaves:  # value:FOLDER:NAME:START:BYTES
         _, folder, name, start, size = entry['indirect_value'].split(':')
-        found[folder + name] = max(
-          int(start) + int(size), *(found[n] for n in (folder + name,) if n in found), 0
-        )
+        file, end = folder + name, int(start) + int(size)
+        needed[file] = max(needed[file], end) if file in needed else end
   sizes = {
     path.relative_to(directory).as_posix(): path.stat().st_size for path in directory.rglob('*')
   }
-  return {name for name in found if name not in sizes or sizes[name] < found[name]} or {*found}
+  damaged = {name for name in needed if name not in sizes or sizes[name] < needed[name]}
+  return damaged or set(needed)
 
 
-def _some(names: Sequence[str]) -> str:
-  """The first few, and how many more."""
-  return ', '.join(names[:SHOWN]) + (
-    f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
-  )
+def _first_few(names: Sequence[str]) -> str:
+  """Returns the first few names, and how many more there are."""
+  more = f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
+  return ', '.join(names[:SHOWN]) + more

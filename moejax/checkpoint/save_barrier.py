@@ -1,39 +1,61 @@
-"""Where the processes of a run meet while they save in the background. One that cannot come says so: nobody waits."""
+"""Where the processes of a run meet while they save in the background.
+
+A process that cannot come says so, and the others do not wait for it.
+"""
 
 import itertools
 
 import jax
 from jax._src import distributed
 
-PATIENCE = 600_000  # milliseconds; others still write
-_count = itertools.count(1)
+PATIENCE = 600_000  # milliseconds that a process which failed waits for others, which still write
+_count = itertools.count(1)  # of saves; alike in all processes, because they save alike
 
 
 class Barrier:
-  """Orbax meets twice in a save: when all is written, and when all has its name. Alone, nobody is met."""
+  """The two meetings of a save: when all is written, and when all has its name.
+
+  A process alone meets nobody.
+  """
 
   def __init__(self) -> None:
-    self._name, self._left, self._client = '', 0, distributed.global_state.client
+    self._name = ''  # of the save in flight
+    self._meetings_left = 0  # of the save in flight; 0: there is none, or it is called off
+    self._client = distributed.global_state.client  # None where the process is alone
 
   def begin(self) -> None:
-    """A save begins, in every process."""
-    self._name, self._left = f'moejax/save/{next(_count)}', 2
+    """Begins a save; every process calls it."""
+    self._name = f'moejax/save/{next(_count)}'
+    self._meetings_left = 2
 
   def meet(self, key: str, timeout_ms: int) -> None:
-    """Waits for the others, as Orbax asks, in its thread. Raises RuntimeError where one of them has failed."""
-    del key  # Orbax's own, which only those know who come
+    """Waits for the other processes; Orbax calls it in a thread of its own.
+
+    Args:
+      key: Orbax's name of the meeting, which a process that fails before it does not know.
+      timeout_ms: how long to wait.
+
+    Raises:
+      RuntimeError: another process has failed.
+    """
+    del key  # ours are numbered instead
     self._arrive(timeout_ms)
     if self._client.key_value_dir_get(f'{self._name}/failed/'):
-      self._left = 0
+      self._meetings_left = 0
       raise RuntimeError('another process failed')
 
   def call_off(self) -> None:
-    """This process has failed: whoever waits for it hears so. Not while Orbax's thread runs."""
-    if self._left and self._client:
+    """Tells the processes that wait for this one that it has failed.
+
+    Not to be called while Orbax's thread runs.
+    """
+    if self._meetings_left and self._client:
+      # Before it arrives: whoever is let through must see it.
       self._client.key_value_set(f'{self._name}/failed/{jax.process_index()}', '')
       self._arrive(PATIENCE)
-    self._left = 0
+    self._meetings_left = 0
 
   def _arrive(self, timeout_ms: int) -> None:
-    self._left -= 1
-    self._client.wait_at_barrier(f'{self._name}/{self._left}', timeout_ms)
+    """Waits at the next meeting until all processes have come."""
+    self._meetings_left -= 1
+    self._client.wait_at_barrier(f'{self._name}/{self._meetings_left}', timeout_ms)

@@ -1,7 +1,8 @@
-"""The save in flight: leaves go to the disk while training goes on, and get their name when all of them are there.
+"""The save in flight: leaves are written while training goes on, and get their name at the end.
 
-On Orbax's AsyncCheckpointer, not its CheckpointManager: that one believes any directory with an integer name, lets a
-NaN be the best, and deletes in place: half a step stays when it is killed there.
+It uses Orbax's AsyncCheckpointer and not its CheckpointManager. That one believes any directory
+with an integer name, lets a NaN be the best, and deletes in place: when it is killed there, half a
+step stays.
 """
 
 import contextlib
@@ -18,9 +19,18 @@ from moejax.runtime.multiprocess import fail_together
 
 
 class SaveFailed(RuntimeError):
-  """The save of `step` did not reach the disk; what it left is removed, and the next one may go well."""
+  """The save of `step` did not reach the disk.
+
+  What it left is removed, and the next save may go well.
+  """
 
   def __init__(self, reason: str, step: int = 0) -> None:
+    """Makes the error.
+
+    Args:
+      reason: the message.
+      step: that was not saved; 0 where that is not known.
+    """
     super().__init__(reason)
     self.step = step
 
@@ -29,11 +39,16 @@ class Writer:
   """Writes steps, one at a time. Every process calls it alike."""
 
   def __init__(self, steps: Steps) -> None:
-    import orbax.checkpoint as ocp  # here: it is a quarter of the time that importing moejax may take
+    """Removes what earlier processes left in the directory, and starts Orbax's threads."""
+    # Not at the top: it is a quarter of the time that importing moejax may take.
+    import orbax.checkpoint as ocp
 
-    self._orbax, self._steps, self._step, self._alone = ocp, steps, 0, jax.process_count() == 1
+    self._orbax = ocp
+    self._steps = steps
+    self._step = 0  # the last that was begun
+    self._alone = jax.process_count() == 1
     self._barrier = Barrier()
-    self._failures: list[Exception] = []
+    self._failures: list[Exception] = []  # that `check` has seen and not yet raised
     logging.getLogger('absl').addFilter(_is_news)
     options = ocp.AsyncOptions(
       post_finalization_callback=lambda: fault_point('commit'), barrier_sync_fn=self._barrier.meet
@@ -42,60 +57,81 @@ class Writer:
     steps.clean()
 
   def start(self, step: int, leaves: Mapping[str, jax.Array], meta: Meta) -> None:
-    """Returns when the arrays may be donated; not while another save is in flight. Raises SaveFailed."""
-    self._steps.clean()  # what a failed one still wrote after it was told
-    self._step, args = step, self._orbax.args
+    """Starts a save, and returns when the arrays may be donated.
+
+    Not to be called while another save is in flight.
+
+    Args:
+      step: of the run.
+      leaves: path -> array.
+      meta: all else of the checkpoint.
+
+    Raises:
+      SaveFailed: it could not be started.
+    """
+    self._steps.clean()  # what a failed save still wrote after it was reported
+    self._step = step
+    args = self._orbax.args
     full = {path: leaf for path, leaf in leaves.items() if leaf.size}  # Orbax refuses empty arrays
-    pieces = dict.fromkeys(
-      full, self._orbax.SaveArgs(chunk_byte_size=1 << 26)
-    )  # or Orbax encodes large leaves whole
+    # 64 MiB: without a size Orbax encodes large leaves whole.
+    save_args = dict.fromkeys(full, self._orbax.SaveArgs(chunk_byte_size=1 << 26))
+    state = args.PyTreeSave(full, save_args, ocdbt_target_data_file_size=1 << 27)
+    content = args.Composite(state=state, meta=args.JsonSave(seal(meta)))
     self._barrier.begin()
-    with self._errors():
-      self._saver.save(
-        self._steps.path(step),
-        args=args.Composite(
-          state=args.PyTreeSave(full, pieces, ocdbt_target_data_file_size=1 << 27),
-          meta=args.JsonSave(seal(meta)),
-        ),
-      )
+    with self._save_errors():
+      self._saver.save(self._steps.path(step), args=content)
       fault_point('save')
 
   def check(self, wait: bool) -> None:
-    """Raises SaveFailed, once, if the last save failed; of many processes in all, when all wait."""
+    """Raises SaveFailed, once, if the last save failed.
+
+    Of several processes it raises in all of them alike, and so only when all wait.
+
+    Args:
+      wait: whether to wait for the save in flight.
+    """
     if wait or self._alone:
-      with self._errors():
+      with self._save_errors():
         if self._failures:
           raise self._failures.pop()
-        (self._saver.wait_until_finished if wait else self._saver.check_for_errors)()
+        if wait:
+          self._saver.wait_until_finished()
+        else:
+          self._saver.check_for_errors()
     else:
       try:
         self._saver.check_for_errors()
       except Exception as error:
+        # Kept for the next call that waits; the others are told now, or they would wait in vain.
         self._failures.append(error)
         self._barrier.call_off()
 
   def close(self) -> None:
-    """Nothing is left to be written."""
+    """Ends Orbax's threads; nothing is left to be written."""
     self._saver.close()
 
   @contextlib.contextmanager
-  def _errors(self) -> Iterator[None]:
+  def _save_errors(self) -> Iterator[None]:
+    """Turns any error in the block, in any process, into a SaveFailed in all of them."""
     try:
       with fail_together(Exception):
         try:
           yield
         except Exception:
+          # Orbax's thread must have ended before the barrier is called off.
           with contextlib.suppress(Exception):
             self._saver.wait_until_finished()
           self._barrier.call_off()
           raise
     except Exception as error:
       self._steps.clean()
-      told = isinstance(error, OSError) and error.strerror
-      reason = told or f'{error}'.partition(' [os_error_code')[0].rpartition(': ')[2]
+      reason = error.strerror if isinstance(error, OSError) else ''
+      if not reason:
+        # TensorStore's text: what it did, the reason after a colon, and details in brackets.
+        reason = f'{error}'.partition(' [os_error_code')[0].rpartition(': ')[2]
       raise SaveFailed(f'{self._steps.path(self._step)}: {reason}', self._step) from error
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-  """Not the errors of Orbax's threads: they come out of `check`, in one line."""
+  """Tells whether to log a record; errors of Orbax's threads come out of `check`, in one line."""
   return not (record.exc_info and 'orbax' in record.pathname)

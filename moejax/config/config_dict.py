@@ -1,4 +1,7 @@
-"""Config dataclasses to ml_collections' ConfigDict and back, every problem told at once; knows no model."""
+"""Config dataclasses to ml_collections' ConfigDict and back. Knows no model.
+
+All problems of a tree are reported in one error, each by its full path.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,20 +15,28 @@ T = TypeVar('T')
 
 
 def to_config_dict(cfg: object) -> ConfigDict:
-  """The dataclass as a locked ConfigDict, whose tables alone stay open to new names and other types."""
-  fields = vars(cfg)
-  tables = {
-    k: ConfigDict(dict(v), type_safe=False) for k, v in fields.items() if isinstance(v, frozendict)
-  }
-  nested = {k: to_config_dict(v) for k, v in fields.items() if dataclasses.is_dataclass(v)}
-  config = ConfigDict(fields | tables | nested).lock()
+  """Returns the dataclass as a locked ConfigDict; its tables stay open to new names and types."""
+  contents = dict(vars(cfg))
+  tables = [name for name, value in contents.items() if isinstance(value, frozendict)]
+  for name, value in vars(cfg).items():
+    if name in tables:
+      contents[name] = ConfigDict(dict(value), type_safe=False)
+    elif dataclasses.is_dataclass(value):
+      contents[name] = to_config_dict(value)
+  config = ConfigDict(contents).lock()
+  # lock() goes down into all that the dict holds, hence the tables are opened afterwards.
   for name in tables:
     config[name].unlock()
   return config
 
 
 def from_config_dict(cls: type[T], d: Mapping | ConfigDict) -> T:
-  """The checked dataclass, or a ConfigError of all its problems; what `d` leaves out has its default."""
+  """Returns the checked dataclass; a field that `d` leaves out has its default.
+
+  Raises:
+    ConfigError: all problems of the tree: unknown names, wrong types, and what the checks of each
+      section say.
+  """
   problems: list[str] = []
   config = _build(cls, d, 'config', problems)
   check(*problems)
@@ -33,43 +44,63 @@ def from_config_dict(cls: type[T], d: Mapping | ConfigDict) -> T:
 
 
 def _build(cls: type[T], d: Mapping | ConfigDict, path: str, problems: list[str]) -> T:
-  hints, config = (
-    get_type_hints(cls),
-    object.__new__(cls),
-  )  # __init__ would stop at the first failing check
+  """Returns one section, and adds what is wrong with it to `problems`."""
+  hints = get_type_hints(cls)
   problems += [unknown(f'{path}.{name}', hints) for name in d.keys() if name not in hints]
-  for name, value in vars(cls()).items():
-    value = _typed(hints[name], d[name], value, f'{path}.{name}', problems) if name in d else value
+  # Not cls(...): __init__ would stop at the first check that fails, and the rest would go unseen.
+  config = object.__new__(cls)
+  for name, default in vars(cls()).items():
+    value = default
+    if name in d:
+      value = _typed(hints[name], d[name], default, f'{path}.{name}', problems)
     object.__setattr__(config, name, value)
   try:
     config.__post_init__()
   except ConfigError as error:
-    problems += [f'{path}: {p}' for p in error.problems]
+    problems += [f'{path}: {problem}' for problem in error.problems]
   return config
 
 
 def _typed(hint: type, value: object, default: object, path: str, problems: list[str]) -> object:
-  kind, args, is_table = (
-    get_origin(hint) or hint,
-    get_args(hint),
-    isinstance(value, (Mapping, ConfigDict)),
-  )
-  if dataclasses.is_dataclass(kind) and is_table:
+  """Returns the value as the type that the hint asks for.
+
+  Where it has another type, adds that to `problems` and returns the default, so that the checks of
+  the section can still run.
+  """
+  kind, args = get_origin(hint) or hint, get_args(hint)
+  is_mapping = isinstance(value, (Mapping, ConfigDict))
+  if dataclasses.is_dataclass(kind) and is_mapping:
     return _build(kind, value, path, problems)
-  if kind is frozendict and is_table:
-    hints = {k: str if type(v) is str else float for k, v in value.items()}
-    return frozendict(
-      {k: _typed(hints[k], v, v, f'{path}.{k}', problems) for k, v in value.items()}
-    )
+  if kind is frozendict and is_mapping:
+    return _typed_table(value, path, problems)
   if kind is tuple and isinstance(value, (tuple, list)):
-    hints = args[:1] * len(value) if args[1:] == (...,) else args or [type(v) for v in value]
-    if len(hints) == len(value):
+    item_hints = _item_hints(args, value)
+    if len(item_hints) == len(value):
       return tuple(
-        _typed(h, v, v, f'{path}[{i}]', problems) for i, (h, v) in enumerate(zip(hints, value))
+        _typed(item_hint, item, item, f'{path}[{i}]', problems)
+        for i, (item_hint, item) in enumerate(zip(item_hints, value))
       )
+  # type() and not isinstance: True is an int, and no number of layers. JSON writes 1.0 as 1.
   elif type(value) is kind or (kind is float and type(value) is int):
     return kind(value)
-  problems.append(
-    f'{path}={value!r} is {type(value).__name__}; give {hint if args else kind.__name__}'
-  )
+  wanted = hint if args else kind.__name__
+  problems.append(f'{path}={value!r} is {type(value).__name__}; give {wanted}')
   return default
+
+
+def _typed_table(
+  table: Mapping[str, object] | ConfigDict, path: str, problems: list[str]
+) -> frozendict:
+  """Returns a table, each of whose entries may be text or a number."""
+  entries = {}
+  for name, value in table.items():
+    hint = str if type(value) is str else float
+    entries[name] = _typed(hint, value, value, f'{path}.{name}', problems)
+  return frozendict(entries)
+
+
+def _item_hints(args: tuple[type, ...], value: tuple | list) -> list[type]:
+  """Returns the type of each item of a tuple whose hint is `tuple[*args]`."""
+  if args[1:] == (...,):  # tuple[int, ...]: as many as there are, all of one type
+    return [args[0]] * len(value)
+  return list(args) or [type(item) for item in value]  # plain `tuple`: whatever they are

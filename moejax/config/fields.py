@@ -1,6 +1,6 @@
 """The fields of a nested config, one after another, each by its dotted path.
 
-Whoever compares, prints or records configs walks them here.
+All code that compares, prints or records configs walks them here.
 """
 
 import dataclasses
@@ -13,12 +13,18 @@ from ml_collections import ConfigDict
 class Field(NamedTuple):
   """A field that holds a value, and not a section of further fields."""
 
-  path: str  # 'model.moe.router.top_k'
-  value: object
+  path: str  # from the root of the config, as in 'model.moe.router.top_k'
+  value: object  # a table (frozendict) is one value
 
 
 def walk_fields(config: object, prefix: str = '') -> Iterator[Field]:
-  """Every field of a config, which is a dataclass or a ConfigDict, in order; `prefix` is put before each path."""
+  """Yields every field of a config in the order of definition, depth first.
+
+  Args:
+    config: a dataclass or a ConfigDict. The tables of a dataclass are values; a ConfigDict cannot
+      tell a table from a section, so that each entry of a table is a field of its own.
+    prefix: text before each path.
+  """
   items = config.items() if isinstance(config, ConfigDict) else vars(config).items()
   for name, value in items:
     if isinstance(value, ConfigDict) or dataclasses.is_dataclass(value):
@@ -28,5 +34,8 @@ def walk_fields(config: object, prefix: str = '') -> Iterator[Field]:
 
 
 def is_under(path: str, sections: Collection[str]) -> bool:
-  """Whether a field's path is one of these, or lies in one of these sections."""
+  """Tells whether a field's path is one of these, or lies in one of these sections.
+
+  Only whole parts of a path count: 'data.path' is not under 'dat'.
+  """
   return any(path == section or path.startswith(f'{section}.') for section in sections)

@@ -1,13 +1,16 @@
-"""The command line to one checked config: a config file, overrides by ml_collections, all problems at once.
+"""The command line to one checked config: a config file, then overrides by ml_collections' flags.
 
-argv -> get_config() of the file -> each override in turn -> from_config_dict. No model is known here.
+argv -> get_config() of the file -> each override in turn -> from_config_dict
+
+All problems of a command line are reported at once. Knows no model.
 """
 
 import difflib
 import inspect
 import runpy
 import traceback
-from typing import TypeVar, get_args
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar, get_args
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -19,19 +22,27 @@ T = TypeVar('T')
 
 
 def parse_flags(argv: list[str], cls: type[T], default: str) -> T:
-  """The config that `argv` (without the program's name) asks for; `default` is the file when it names none.
+  """Returns the config that a command line asks for.
 
-  Raises ConfigError with all that is wrong: what is bad is left out, and the rest is checked without it.
+  Args:
+    argv: the arguments, without the program's name.
+    cls: the dataclass of the config, which has a field `workdir`.
+    default: the config file, where `argv` names none.
+
+  Raises:
+    ConfigError: all that is wrong; what is bad is left out, and the rest is checked without it.
   """
   problems: list[str] = []
-  path, workdir, rest = _split(argv, default, problems)
-  config = _load(path, cls, problems)
-  names = [name for name, _ in walk_fields(config)]
-  for arg in rest:
-    is_override = arg.startswith(('--config.', '--noconfig.'))
-    problems += _override(config, arg, names) if is_override else [_stray(arg, names)]
-  if workdir:
-    config.workdir = workdir
+  split = _split_flags(argv, default, problems)
+  config = _load_config_file(split.config_file, cls, problems)
+  names = [field.path for field in walk_fields(config)]
+  for arg in split.rest:
+    if arg.startswith(('--config.', '--noconfig.')):
+      problems += _override(config, arg, names)
+    else:
+      problems.append(_unknown_flag(arg, names))
+  if split.workdir:
+    config.workdir = split.workdir
   try:
     built = from_config_dict(cls, config)
   except ConfigError as error:
@@ -41,66 +52,92 @@ def parse_flags(argv: list[str], cls: type[T], default: str) -> T:
 
 
 def describe(argv: list[str], cls: type, default: str) -> str:
-  """Every field of the config file that `argv` names, as the flag that would set it to what it is."""
-  config = _load(_split(argv, default, [])[0], cls, [])
+  """Returns a line for each field of the config file that `argv` names.
+
+  A line is the flag that would set the field to the value that it has. Problems of the command line
+  are passed over.
+  """
+  config = _load_config_file(_split_flags(argv, default, []).config_file, cls, [])
   return '\n'.join(f'  --config.{name}={value!r}' for name, value in walk_fields(config))
 
 
-def _split(argv: list[str], default: str, problems: list[str]) -> tuple[str, str, list[str]]:
-  """(--config, --workdir, all other arguments)."""
+class SplitFlags(NamedTuple):
+  """A command line, taken apart."""
+
+  config_file: str  # FILE or FILE:VARIANT of --config
+  workdir: str  # of --workdir; '' where it is not given
+  rest: list[str]  # all other arguments, in order
+
+
+def _split_flags(argv: list[str], default: str, problems: list[str]) -> SplitFlags:
+  """Takes --config and --workdir out of the arguments."""
   values = flags.FlagValues()
   flags.DEFINE_string('config', default, 'path of a config file', flag_values=values)
   flags.DEFINE_string('workdir', '', 'folder of the run', flag_values=values)
   try:
     rest = values(['', *argv], known_only=True)[1:]
-  except flags.Error as error:  # only the last one can lack its value
+  except flags.Error as error:
+    # Both flags take a value, and only the last argument can lack one: try again without it.
     problems.append(f'{argv[-1]}: {error}')
-    return _split(argv[:-1], default, problems)
-  return values['config'].value, values['workdir'].value, rest
+    return _split_flags(argv[:-1], default, problems)
+  return SplitFlags(values['config'].value, values['workdir'].value, rest)
 
 
-def _load(path: str, cls: type, problems: list[str]) -> ConfigDict:
-  """What get_config() of FILE, or get_config(NAME) for FILE:NAME, gives; where that fails, `cls()` and a problem."""
-  path, _, variant = path.partition(':')
+def _load_config_file(file: str, cls: type, problems: list[str]) -> ConfigDict:
+  """Returns what get_config() of FILE gives, or get_config(VARIANT) for FILE:VARIANT.
+
+  Where that fails, adds to `problems` and returns the default config, which the overrides can still
+  be checked on.
+  """
+  path, _, variant = file.partition(':')
   try:
     get_config = runpy.run_path(path)['get_config']
-    takes = [
-      get_args(p.annotation)
-      for p in inspect.signature(get_config, eval_str=True).parameters.values()
-    ]
-    known = (
-      takes[0] if takes else ('',)
-    )  # its parameter's Literal; () where that is text: the file decides
-    there = ' or '.join(f'{path}:{name}'.rstrip(':') for name in known)
-    check(f'it has no variant {variant!r}; use {there}' if known and variant not in known else '')
+    _check_variant(get_config, path, variant)
     config = get_config(variant) if variant else get_config()
     if isinstance(config, ConfigDict):
       return config
-    problems.append(
-      f'--config={path}: get_config() gives {type(config).__name__}; give a ConfigDict'
-    )
-  except Exception as error:  # the file is the user's program: anything may come out of it
-    lines = [
-      frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path
-    ]
+    kind = type(config).__name__
+    problems.append(f'--config={path}: get_config() gives {kind}; give a ConfigDict')
+  except Exception as error:  # the file is the user's program: it may raise anything
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
     where = f'{path}, line {lines[-1]}' if lines else path
     problems.append(f'--config={where}: {type(error).__name__}: {error}')
   return to_config_dict(cls())
 
 
+def _check_variant(get_config: Callable[..., object], path: str, variant: str) -> None:
+  """ConfigError where the Literal of get_config's parameter does not list the variant.
+
+  Where the parameter is any text, get_config itself decides.
+  """
+  parameters = [*inspect.signature(get_config, eval_str=True).parameters.values()]
+  # No parameter: no variant but ''. get_args of an annotation that is not a Literal is ().
+  variants = get_args(parameters[0].annotation) if parameters else ('',)
+  if variants and variant not in variants:
+    files = ' or '.join(f'{path}:{name}'.rstrip(':') for name in variants)
+    raise ConfigError(f'it has no variant {variant!r}; use {files}')
+
+
 def _override(config: ConfigDict, arg: str, names: list[str]) -> list[str]:
-  """Sets one field through ml_collections' flag for its type, which dies at an error: hence one at a time."""
+  """Sets one field through ml_collections' flag for its type, and returns what is wrong with it.
+
+  One argument at a time: the parser of several would end at the first error.
+  """
   name = arg.partition('=')[0].partition('.')[2]
   *path, field = name.split('.')
-  holder: object = config
+  section: object = config
   for part in path:
-    holder = holder[part] if isinstance(holder, ConfigDict) and part in holder else None
-  is_table = isinstance(holder, ConfigDict) and not holder.is_locked
-  if not is_table and (holder is None or field not in holder):
+    is_known = isinstance(section, ConfigDict) and part in section
+    section = section[part] if is_known else None
+  # to_config_dict leaves tables, and nothing else, unlocked.
+  is_table = isinstance(section, ConfigDict) and not section.is_locked
+  if not is_table and (section is None or field not in section):
     return [f'--config.{name}: no such field; {_nearest(name, names)}']
-  old = holder[field] if field in holder else 0.0
-  if is_table and field in holder:
-    del holder[field]  # a new entry may have another type, such as a schedule for a number
+  old = section[field] if field in section else 0.0
+  if is_table and field in section:
+    # The flag would insist on the old entry's type, and a schedule may replace a number.
+    del section[field]
   values = flags.FlagValues()
   try:
     config_flags.DEFINE_config_dict(
@@ -117,14 +154,20 @@ def _override(config: ConfigDict, arg: str, names: list[str]) -> list[str]:
   return []
 
 
-def _stray(arg: str, names: list[str]) -> str:
+def _unknown_flag(arg: str, names: list[str]) -> str:
+  """Returns the problem of an argument that is no flag of ours."""
   name, _, value = arg.lstrip('-').partition('=')
   return f'{arg}: no such flag; {_nearest(name, names, value)}'
 
 
 def _nearest(name: str, names: list[str], value: str = '') -> str:
-  """The remedy for a name that is not there: nearest by its last part, then by the whole path."""
-  tails = {n: n.rpartition('.')[2] for n in names}
-  tail = difflib.get_close_matches(name.rpartition('.')[2], tails.values(), 1)
-  near = difflib.get_close_matches(name, [n for n in names if tails[n] in tail], 1, 0)
+  """Returns the remedy for a name that does not exist.
+
+  The last part of the name decides, and the whole path among the fields that share it: whoever
+  leaves the sections out is still understood.
+  """
+  last_parts = {path: path.rpartition('.')[2] for path in names}
+  near_parts = difflib.get_close_matches(name.rpartition('.')[2], last_parts.values(), n=1)
+  candidates = [path for path in names if last_parts[path] in near_parts]
+  near = difflib.get_close_matches(name, candidates, n=1, cutoff=0)
   return f'did you mean --config.{near[0]}={value}?' if near else '--help lists all'

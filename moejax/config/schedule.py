@@ -1,9 +1,11 @@
 """Numbers that change over a run, written as text: coefficients, the bias rate, the learning rate.
 
 '0.1, 0.01@10%, 0.001@70%'    0.1, from a tenth of the run on 0.01, from 70% on 0.001
-'1, cosine 0.1@60%, 0.03@90%' 1; from 60% on by half a cosine to 0.1, which it reaches at 90%; from there on 0.03
+'1, cosine 0.1@60%, 0.03@90%' 1; from 60% on by half a cosine to 0.1, which it reaches at 90%; from
+                              there on 0.03
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,74 +16,78 @@ Schedule = Callable[[Array], Array]
 
 # How a piece goes from the value before it to its own, by the part of the piece that has passed.
 SHAPES: dict[str, Callable[[Array], Array]] = {
-  '': jnp.ones_like,
+  '': jnp.ones_like,  # at once
   'cosine': lambda passed: (1 - jnp.cos(jnp.pi * passed)) / 2,
   'linear': lambda passed: passed,
 }
 
 
 class Piece(NamedTuple):
-  """From which fraction of the run, what value, and how it is reached: a row of SHAPES."""
+  """A part of a schedule, up to where the next one starts, or to the end of the run."""
 
-  start: float
-  value: float
-  shape: str = ''
+  start: float  # fraction of the run, 0 to 1
+  value: float  # with a shape, the value at the end of the piece; without one, of all of it
+  shape: str = ''  # how the value is reached: a row of SHAPES
 
 
 def pieces(spec: str | float) -> list[Piece]:
-  """'1, cosine 0.1@60%' -> [(0, 1, ''), (0.6, 0.1, 'cosine')].
+  """Returns the pieces of a schedule: '1, cosine 0.1@60%' -> [(0, 1, ''), (0.6, 0.1, 'cosine')].
 
   Raises:
-    ValueError: it is not of that form.
+    ValueError: it is not of that form, the starts are not in order, or a number is out of range.
   """
-  found = []
-  for i, piece in enumerate(str(spec).split(',')):
-    words, at, start = piece.strip().partition('@')
-    *shape, value = words.split()  # ValueError where there is none
-    shape = ' '.join(shape)
-    # The first piece has nothing before it that it could start from.
-    if (
-      bool(at) != bool(i)
-      or (at and not start.endswith('%'))
-      or shape not in SHAPES
-      or (shape and not i)
-    ):
+  first, *others = str(spec).split(',')
+  # The first piece is a bare number: it has no value before it that it could leave from.
+  parsed = [Piece(0.0, float(first))]
+  for text in others:
+    words, _, start = text.strip().partition('@')
+    *shape_words, value = words.split()  # ValueError where there is no word
+    shape = ' '.join(shape_words)
+    if not start.endswith('%') or shape not in SHAPES:
       raise ValueError(spec)
-    found.append(Piece(float(start[:-1]) / 100 if at else 0.0, float(value), shape))
-  starts = [piece.start for piece in found]
-  usable = all(
-    0 <= start <= 1 and 0 <= value < float('inf') for start, value, _ in found
-  )  # False for nan, too
-  if not usable or starts != sorted(starts):
+    parsed.append(Piece(float(start[:-1]) / 100, float(value), shape))
+  starts = [piece.start for piece in parsed]
+  # Comparisons with NaN are false: a start or a value that is NaN is out of range as well.
+  in_range = all(0 <= piece.start <= 1 and 0 <= piece.value < math.inf for piece in parsed)
+  if not in_range or starts != sorted(starts):
     raise ValueError(spec)
-  return found
+  return parsed
 
 
 def schedule_problem(field: str, spec: str | float) -> str:
-  """What is wrong with a schedule, '' if nothing."""
+  """Returns what is wrong with the schedule in a config's field, '' if nothing is."""
   try:
     pieces(spec)
   except ValueError:
     return (
-      f'{field}={spec!r} is not a schedule: use a number of 0 or more, or values with the part of the run '
-      "from which each holds, such as '0.1, 0.01@10%, 0.001@70%', or with a slope that ends where the next one "
-      "begins, such as '1, cosine 0.1@60%, 0.1@90%'"
+      f'{field}={spec!r} is not a schedule: use a number of 0 or more, or values with the part of '
+      "the run from which each holds, such as '0.1, 0.01@10%, 0.001@70%', or with a slope that "
+      "ends where the next one begins, such as '1, cosine 0.1@60%, 0.1@90%'"
     )
   return ''
 
 
 def piecewise(spec: str | float, steps: int) -> Schedule:
-  """step -> value, f32. A piece without a shape is its value from its first step on."""
-  starts, values, shapes = zip(*pieces(spec))
-  edges = jnp.array([round(start * steps) for start in starts] + [steps], jnp.int32)
-  values = jnp.array(values, jnp.float32)
+  """Returns the function from a step of the run to the schedule's value, f32, both scalars.
 
-  def at(step: Array) -> Array:
-    piece = (step >= edges[1:-1]).sum()
-    length = jnp.maximum(edges[piece + 1] - edges[piece], 1)
-    passed = jnp.clip((step - edges[piece]) / length, 0, 1)
-    part = jnp.stack([SHAPES[shape](passed) for shape in shapes])[piece]
+  It can be traced: the step may be an array inside jit. A piece without a shape has its value from
+  its first step on.
+
+  Args:
+    spec: the schedule.
+    steps: length of the run, of which the schedule's percentages are parts.
+  """
+  parsed = pieces(spec)
+  values = jnp.array([piece.value for piece in parsed], jnp.float32)
+  first_steps = [round(piece.start * steps) for piece in parsed]
+  edges = jnp.array([*first_steps, steps], jnp.int32)  # piece i is from edges[i] to edges[i + 1]
+
+  def value_at(step: Array) -> Array:
+    index = (step >= edges[1:-1]).sum()
+    length = jnp.maximum(edges[index + 1] - edges[index], 1)  # a piece of no step: no 0 / 0
+    passed = jnp.clip((step - edges[index]) / length, 0, 1)
+    part = jnp.stack([SHAPES[piece.shape](passed) for piece in parsed])[index]
     # Not before + part * (value - before): that is not exactly the value where part is 1.
-    return (1 - part) * values[jnp.maximum(piece - 1, 0)] + part * values[piece]
+    return (1 - part) * values[jnp.maximum(index - 1, 0)] + part * values[index]
 
-  return at
+  return value_at

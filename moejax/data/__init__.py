@@ -1,6 +1,6 @@
 """Text to Batch: sources, mixture, tokenizer, token cache, pipeline.
 
-Only Batch is handed on here: models read it, and they must load neither Grain nor a tokenizer.
+Only Batch is exported here: models read it, and they must load neither Grain nor a tokenizer.
 """
 
 from moejax.data.batch import IGNORE, Batch

@@ -1,4 +1,4 @@
-"""A batch of token rows: the one record that the data pipeline makes and that models and losses read.
+"""A batch of token rows: the record that the data pipeline makes and that models and losses read.
 
 Letters: B batch, S sequence.
 """
@@ -15,14 +15,17 @@ IGNORE = -100  # the target of a position that has nothing to predict
 
 
 class Batch(NamedTuple):
-  """[B, S] arrays: NumPy as they leave the pipeline, JAX inside a step."""
+  """Rows of tokens with all that a model and its losses must know of them.
 
-  tokens: Array  # i32
-  targets: Array  # i32, IGNORE where there is nothing to predict
-  mask: Array  # bool: targets != IGNORE, what the LM loss counts
-  segment_ids: Array  # i32, 1.. = documents of the row in order, 0 = padding
-  positions: Array  # i32, from 0 in each document and in a row that starts inside one
-  task_ids: Array  # [B] i32: the row is of Data.tasks[i]
+  NumPy arrays as they leave the pipeline, JAX arrays inside a step.
+  """
+
+  tokens: Array  # [B, S] i32, those of padding included
+  targets: Array  # [B, S] i32, what follows each token; IGNORE where there is nothing to predict
+  mask: Array  # [B, S] bool, targets != IGNORE: what the language-model loss counts
+  segment_ids: Array  # [B, S] i32, 1.. = documents of the row in order, 0 = padding
+  positions: Array  # [B, S] i32, from 0 in each document, also where a row starts inside one
+  task_ids: Array  # [B] i32, the row is of Data.tasks[i]
 
 
 def make_batch(
@@ -32,15 +35,17 @@ def make_batch(
   positions: Array | None = None,
   task_ids: Array | None = None,
 ) -> Batch:
-  """A Batch of token ids [B, S], of NumPy arrays or of JAX arrays as the ids are.
+  """Returns a Batch of token ids, with NumPy arrays or with JAX arrays, as the ids are.
 
   Args:
-    tokens: ids, those of padding included.
-    targets: what follows each token, IGNORE where nothing is to be predicted; None: nowhere.
-    segment_ids: document of each token, 0 for padding; None: each row is one document.
-    positions: of each token in its document; None: counted from 0 in each, 0 for padding.
+    tokens: [B, S] ids, those of padding included.
+    targets: [B, S], what follows each token, IGNORE where nothing is to be predicted; None: IGNORE
+      everywhere.
+    segment_ids: [B, S], the document of each token, 0 for padding; None: each row is one document.
+    positions: [B, S], of each token in its document; None: counted from 0 in each, 0 for padding.
     task_ids: [B]; None: all rows are of the first task.
   """
+  # A NumPy batch must not touch a device: the pipeline runs beside the steps.
   xp = jnp if isinstance(tokens, jax.Array) else np
   if targets is None:
     targets = xp.full(tokens.shape, IGNORE)
@@ -61,14 +66,21 @@ def make_batch(
 
 
 def positions_in(segment_ids: Array) -> Array:
-  """The place of each token in its document, from 0; 0 for padding. [B, S] -> [B, S] i32."""
+  """Returns the place of each token in its document, from 0; 0 for padding.
+
+  Args:
+    segment_ids: [B, S], the document of each token, 0 for padding.
+
+  Returns:
+    [B, S] i32.
+  """
   xp = jnp if isinstance(segment_ids, jax.Array) else np
-  index = xp.arange(segment_ids.shape[1], dtype=np.int32)
-  before = xp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=0)
-  # The place in the row where the token's document opens: the last opening so far.
-  opened_at = xp.where(segment_ids != before, index, 0)
+  columns = xp.arange(segment_ids.shape[1], dtype=np.int32)  # [S]
+  previous = xp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=0)
+  # The column where the token's document starts is the last start so far: a running maximum.
+  starts = xp.where(segment_ids != previous, columns, 0)
   if xp is jnp:
-    opened_at = jax.lax.cummax(opened_at, axis=1)
+    starts = jax.lax.cummax(starts, axis=1)
   else:
-    opened_at = np.maximum.accumulate(opened_at, axis=1)
-  return xp.where(segment_ids > 0, index - opened_at, 0)
+    starts = np.maximum.accumulate(starts, axis=1)
+  return xp.where(segment_ids > 0, columns - starts, 0)

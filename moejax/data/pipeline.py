@@ -1,15 +1,18 @@
 """Text to batches, each a pure function of (seed, step).
 
-source -> documents -> split -> tokenizer -> token cache -> rows -> Grain shuffle, repeat, mix, batch -> Batch
-A split is one stream: eod document eod document ... The end-of-document token opens a document, so a
-document's first token is predicted from eod alone, its last one predicts eod, and every token of the text
-is predicted once. Rows are cut from the stream without padding. A mixture has a pair of streams for each task, all
-cut by one tokenizer; a row is of one task, a batch of several.   B batch  S sequence  T tasks
+source -> documents -> split -> tokenizer -> token cache -> rows -> Grain shuffle, repeat, mix
+  -> Batch
+
+A split is one stream: eod document eod document ... The end-of-document token opens a document, so
+a document's first token is predicted from eod alone, its last one predicts eod, and every token of
+the text is predicted once. Rows are cut from the stream without padding. A mixture has a pair of
+streams for each task, all cut by one tokenizer; a row is of one task, a batch of several.
+
+Letters: B batch, S sequence, T tasks, N rows of all held-out streams.
 """
 
-import logging
+import functools
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,28 +21,21 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from moejax.config import check
-from moejax.data.batch import IGNORE, Batch, make_batch
+from moejax.config import check, problem_if
+from moejax.data.batch import Batch
 from moejax.data.holdout import digest_of, documents_of_split
+from moejax.data.rows import PAST_END, Rows, batch_from_rows, spaced_batches
 from moejax.data.sources import DataConfig
-from moejax.data.token_stream import _digest, _naming, _stream, _texts, _tokenizer
+from moejax.data.token_cache import cache_directory
+from moejax.data.token_stream import (
+  Text,
+  digest_of_texts,
+  name_task_in_errors,
+  open_stream,
+  open_tokenizer,
+  survey_texts,
+)
 from moejax.data.tokenizer import Tokenizer
-
-logger = logging.getLogger('moejax')
-
-
-@dataclass(frozen=True)
-class Rows:
-  """A stream cut into rows of S inputs and one target more, for Grain to shuffle; a shorter tail is left."""
-
-  stream: np.ndarray
-  seq_len: int
-
-  def __len__(self) -> int:
-    return max(len(self.stream) - 1, 0) // self.seq_len
-
-  def __getitem__(self, i: int) -> np.ndarray:  # [S + 1] i32
-    return self.stream[i * self.seq_len : (i + 1) * self.seq_len + 1].astype(np.int32)
 
 
 class Size(NamedTuple):
@@ -52,163 +48,251 @@ class Size(NamedTuple):
   bytes_per_token: float  # of the training text
 
 
+class Streams(NamedTuple):
+  """Both sides of a task's text as token ids."""
+
+  train: Rows
+  validation: Rows
+
+
 @dataclass(frozen=True)
 class Data:
-  """An opened source, or mixture. Counts are of all tasks together; `sizes` has those of each."""
+  """An opened source, or mixture: training batches by step, and the validation in order."""
 
   tokenizer: Tokenizer
   tasks: tuple[str, ...]  # as DataConfig.tasks
   sizes: tuple[Size, ...]  # of each task
-  train_tokens: int  # in one epoch of each
-  train_bytes: int
-  validation_tokens: int
-  validation_bytes: int
-  bytes_per_token: float  # of the training text, as it is mixed
-  fingerprint: dict[str, str]
-  _rows: grain.MapDataset
-  _validation: tuple[np.ndarray, ...]
-  _shape: tuple[int, int]
-  _text: Callable[[bool], bytes]
+  totals: Size  # of all tasks together; bytes_per_token of the training text as it is mixed
+  fingerprint: dict[str, str]  # of all that shapes the batches; see checkpoint/fingerprint.py
+  batch_size: int
+  train_rows: grain.MapDataset  # [i] -> ([S + 1] ids, task), shuffled, mixed, without end
+  validation_rows: tuple[Rows, ...]  # of each task
+  read_split: Callable[[bool], bytes]  # whether held out -> the text of that side, read anew
 
   @property
   def vocab_size(self) -> int:
+    """The number of ids, eod included."""
     return self.tokenizer.vocab_size
 
+  @property
+  def train_tokens(self) -> int:
+    """Training tokens of all tasks, in one epoch of each."""
+    return self.totals.train_tokens
+
+  @property
+  def train_bytes(self) -> int:
+    """Bytes of the training text of all tasks."""
+    return self.totals.train_bytes
+
+  @property
+  def validation_tokens(self) -> int:
+    """Held-out tokens of all tasks."""
+    return self.totals.validation_tokens
+
+  @property
+  def validation_bytes(self) -> int:
+    """Bytes of the held-out text of all tasks."""
+    return self.totals.validation_bytes
+
+  @property
+  def bytes_per_token(self) -> float:
+    """Bytes behind a token of the training text, as it is mixed."""
+    return self.totals.bytes_per_token
+
   def batch(self, step: int, rows: Sequence[int] = ()) -> Batch:
-    """Training batch number `step`, or rows of it, the same whatever was asked before; epochs follow without a seam."""
-    B = self._shape[0]
-    return batch_from_rows(
-      *map(np.stack, zip(*(self._rows[step * B + row] for row in rows or range(B)))),
-      self.tokenizer.eod_id,
-    )
+    """Returns training batch number `step`, the same whatever was asked for before.
+
+    Epochs follow each other without a seam: a batch may hold the end of one and the start of the
+    next.
+
+    Args:
+      step: from 0, without end.
+      rows: which rows of the batch; (): all.
+    """
+    B = self.batch_size
+    picked = [self.train_rows[step * B + row] for row in rows or range(B)]
+    ids, tasks = zip(*picked)
+    return batch_from_rows(np.stack(ids), np.stack(tasks), self.tokenizer.eod_id)
 
   def validation(self, max_batches: int = 0, rows: Sequence[int] = ()) -> Iterator[Batch]:
-    """The held-out streams, each in order, the last row of each and the last batch padded; or `max_batches` of it,
-    evenly spaced. The streams are interleaved to end together. The batches in which they open are always among those
-    asked for, so that every task is seen, if only as many rows are asked for as there are tasks. `rows` as `batch`."""
-    B, S = self._shape
-    counts = np.array([-(-size.validation_tokens // S) for size in self.sizes])  # [T] rows
-    tasks, places = (
-      np.repeat(np.arange(len(counts)), counts),
-      np.concatenate([np.arange(n) for n in counts]),
-    )
-    order = np.lexsort((tasks, places / counts[tasks]))
-    count, opening = -(-len(order) // B), (len(counts) - 1) // B
-    wanted = min(max_batches, count) or count
-    for i in range(wanted):
-      at = i if i < opening else opening + (i - opening) * (count - opening) // (wanted - opening)
-      mine = [at * B + row for row in rows or range(B)]
-      ids, task_ids = np.full((len(mine), S + 1), -1, np.int32), np.zeros(len(mine), np.int32)
-      for row, chosen in enumerate(order[[place for place in mine if place < len(order)]]):
-        task_ids[row], n = tasks[chosen], places[chosen]
-        chunk = self._validation[tasks[chosen]][n * S : (n + 1) * S + 1]
-        ids[row, : len(chunk)] = chunk
+    """Yields the held-out streams, each in order, the last row of each and the last batch padded.
+
+    The streams of a mixture are interleaved such that they end together.
+
+    Args:
+      max_batches: yields so many batches, evenly spaced; 0: all. The batches in which the streams
+        start are always among them: every task is seen, if as many rows are asked for as there are
+        tasks.
+      rows: which rows of each batch; (): all.
+    """
+    B, S = self.batch_size, self.validation_rows[0].seq_len
+    # Unlike Rows, the validation has the tail of a stream too.
+    counts = np.array([math.ceil(size.validation_tokens / S) for size in self.sizes])  # [T] rows
+    tasks_N = np.repeat(np.arange(len(counts)), counts)
+    places_N = np.concatenate([np.arange(count) for count in counts])  # in the row's own stream
+    # By the part of its stream that lies before a row; the streams' first rows are in front.
+    order_N = np.lexsort((tasks_N, places_N / counts[tasks_N]))
+    num_batches = math.ceil(len(order_N) / B)
+    last_opening = (len(counts) - 1) // B  # the batch in which the last stream starts
+    for index in spaced_batches(num_batches, max_batches, last_opening):
+      numbers = [index * B + row for row in rows or range(B)]
+      in_range = [number for number in numbers if number < len(order_N)]
+      ids = np.full((len(numbers), S + 1), PAST_END, np.int32)
+      task_ids = np.zeros(len(numbers), np.int32)
+      for row, chosen in enumerate(order_N[in_range]):
+        task = tasks_N[chosen]
+        row_ids = self.validation_rows[task][places_N[chosen]]
+        ids[row, : len(row_ids)] = row_ids
+        task_ids[row] = task
       yield batch_from_rows(ids, task_ids, self.tokenizer.eod_id)
 
   def train_text(self) -> bytes:
-    """The training text, read anew (a compressor's dictionary); ConfigError when it is another by now."""
-    return self._text(False)
+    """Returns the training text, read anew, as for a compressor's dictionary.
+
+    Raises:
+      ConfigError: the text has changed since it was opened.
+    """
+    return self.read_split(False)
 
   def validation_text(self) -> bytes:
-    return self._text(True)
+    """Returns the held-out text; otherwise as `train_text`."""
+    return self.read_split(True)
 
 
 def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> Data:
   """Prepares what the cache lacks, seconds the first time, and opens the streams.
 
-  Safe to call from several processes at once. ConfigError for text that is absent, unreadable or too short.
+  Several processes may call it at once.
+
+  Args:
+    cfg: which text, and which tokenizer.
+    batch_size: rows of a batch, B.
+    seq_len: tokens of a row, S.
+    seed: of the order of rows.
+
+  Raises:
+    ConfigError: text is absent, unreadable or too short.
   """
-  default = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'moejax'
-  cache = (Path(cfg.cache_dir) if cfg.cache_dir else default).expanduser()
-  texts = _texts(cfg, cache)
-  tokenizer = _tokenizer(cfg.tokenizer, texts, cache)
-  streams, datasets, sizes = [], [], []
-  for task, text in enumerate(texts):
-    with _naming(cfg, text.component):
-      train, validation = (_stream(text, tokenizer, cache, held_out) for held_out in (False, True))
-      rows, survey = Rows(train, seq_len), text.survey
-      _check_lengths(rows, Rows(validation, seq_len), batch_size, text.component.weight)
-    order = ('order', seed) if task == 0 else ('order', seed, task)
-    order = int(
-      digest_of(*order)[:8], 16
-    )  # not the seed: Grain adds the epoch, 0 and 1 would overlap
-    datasets.append(grain.MapDataset.source(rows).shuffle(seed=order).repeat().map(_labelled(task)))
-    streams.append((train, validation))
-    sizes.append(
-      Size(
-        len(rows) * seq_len,
-        survey.train_bytes,
-        len(validation) - 1,
-        survey.validation_bytes,
-        survey.train_bytes / (len(train) - 1),
-      )
-    )
-  weights = [component.weight for component, _, _ in texts]
-  mixed = grain.MapDataset.mix(datasets, weights)  # cuts weights to 1% of the least
-  fingerprint = {  # its first batch: Grain's order, should it ever change
+  cache = cache_directory(cfg.cache_dir)
+  texts = survey_texts(cfg, cache)
+  tokenizer = open_tokenizer(cfg.tokenizer, texts, cache)
+  streams = []
+  for text in texts:
+    with name_task_in_errors(cfg, text.component):
+      of_text = _open_streams(text, tokenizer, cache, seq_len)
+      _check_lengths(of_text, batch_size, text.component.weight)
+    streams.append(of_text)
+  weights = [text.component.weight for text in texts]
+  datasets = [_shuffled(of_text.train, task, seed) for task, of_text in enumerate(streams)]
+  mixed = grain.MapDataset.mix(datasets, weights)  # rounds weights to 1% of the least
+
+  train_ids = sum(len(of_text.train.stream) for of_text in streams)
+  validation_ids = sum(len(of_text.validation.stream) for of_text in streams)
+  first_rows = [mixed[i][0] for i in range(batch_size)]
+  fingerprint = {
     'source': cfg.source,
-    'source_digest': _digest(texts),
+    'source_digest': digest_of_texts(texts),
     'tokenizer': Path(cfg.tokenizer).name,
     'seed': str(seed),
     'tokenizer_digest': tokenizer.digest,
-    'train_tokens': str(sum(len(train) for train, _ in streams)),
-    'validation_tokens': str(sum(len(validation) for _, validation in streams)),
+    'train_tokens': str(train_ids),
+    'validation_tokens': str(validation_ids),
     'batch_size': str(batch_size),
     'seq_len': str(seq_len),
-    'first_batch': digest_of(b''.join(mixed[i][0] for i in range(batch_size))),
+    # Tells of another order of rows, should Grain's ever change.
+    'first_batch': digest_of(b''.join(first_rows)),
   }
   if cfg.mixture:
-    fingerprint['mixture'] = ' '.join(
-      f'{component.task}={component.weight}' for component, _, _ in texts
-    )
+    shares = [f'{text.component.task}={text.component.weight}' for text in texts]
+    fingerprint['mixture'] = ' '.join(shares)
+
+  sizes = tuple(_size(text, of_text) for text, of_text in zip(texts, streams))
   return Data(
-    tokenizer,
-    cfg.tasks,
-    tuple(sizes),
-    *(sum(counts) for counts in list(zip(*sizes))[:4]),
-    sum(weight * size.bytes_per_token for weight, size in zip(weights, sizes)),
-    fingerprint,
-    mixed,
-    tuple(validation for _, validation in streams),
-    (batch_size, seq_len),
-    lambda held_out: b''.join(
-      text.encode() for _, *of in texts for text in documents_of_split(*of, held_out)
+    tokenizer=tokenizer,
+    tasks=cfg.tasks,
+    sizes=sizes,
+    totals=_total(sizes, weights),
+    fingerprint=fingerprint,
+    batch_size=batch_size,
+    train_rows=mixed,
+    validation_rows=tuple(of_text.validation for of_text in streams),
+    read_split=functools.partial(_read_split, texts),
+  )
+
+
+def _open_streams(text: Text, tokenizer: Tokenizer, cache: Path, seq_len: int) -> Streams:
+  """Returns both sides of a text, tokenised where the cache does not have them."""
+  return Streams(
+    train=Rows(open_stream(text, tokenizer, cache, held_out=False), seq_len),
+    validation=Rows(open_stream(text, tokenizer, cache, held_out=True), seq_len),
+  )
+
+
+def _check_lengths(streams: Streams, batch_size: int, weight: float) -> None:
+  """Raises ConfigError where a batch would draw a row twice, or there is nothing to validate on."""
+  train, validation = streams
+  seq_len = train.seq_len
+  drawn = math.ceil(batch_size * weight)
+  share = f' draws {drawn} of them' if drawn < batch_size else ''
+  check(
+    problem_if(
+      len(train) < drawn,
+      f'the training text has {len(train.stream)} tokens, {len(train)} rows of seq_len={seq_len}, '
+      f'but batch_size={batch_size}{share}; give more text or lower seq_len or batch_size',
+    ),
+    problem_if(
+      len(validation) == 0,
+      f'the held-out text has {len(validation.stream)} tokens, less than one row of '
+      f'seq_len={seq_len}; give more text or lower seq_len',
     ),
   )
 
 
-def _check_lengths(train: Rows, held: Rows, batch_size: int, weight: float) -> None:
-  """A batch does not draw a row twice, and there is something to validate on."""
-  drawn, seq_len = math.ceil(batch_size * weight), train.seq_len
-  share = f' draws {drawn} of them' if drawn < batch_size else ''
-  check(
-    ''
-    if len(train) >= drawn
-    else f'the training text has {len(train.stream)} tokens, {len(train)} rows of seq_len={seq_len}, but '
-    f'batch_size={batch_size}{share}; give more text or lower seq_len or batch_size',
-    ''
-    if len(held)
-    else f'the held-out text has {len(held.stream)} tokens, less than one row of seq_len={seq_len}; '
-    f'give more text or lower seq_len',
+def _size(text: Text, streams: Streams) -> Size:
+  """Returns how much text a task has."""
+  train, validation = streams
+  return Size(
+    train_tokens=len(train) * train.seq_len,
+    train_bytes=text.survey.train_bytes,
+    # Of a stream every token but the first is predicted.
+    validation_tokens=len(validation.stream) - 1,
+    validation_bytes=text.survey.validation_bytes,
+    bytes_per_token=text.survey.train_bytes / (len(train.stream) - 1),
   )
 
 
-def _labelled(task: int) -> Callable[[np.ndarray], tuple[np.ndarray, np.int32]]:
+def _total(sizes: Sequence[Size], weights: Sequence[float]) -> Size:
+  """Returns the size of all tasks together; bytes per token are those of the rows as mixed."""
+  weighted = [weight * size.bytes_per_token for weight, size in zip(weights, sizes)]
+  return Size(
+    train_tokens=_sum_of('train_tokens', sizes),
+    train_bytes=_sum_of('train_bytes', sizes),
+    validation_tokens=_sum_of('validation_tokens', sizes),
+    validation_bytes=_sum_of('validation_bytes', sizes),
+    bytes_per_token=sum(weighted),
+  )
+
+
+def _sum_of(count: str, sizes: Sequence[Size]) -> int:
+  return sum(getattr(size, count) for size in sizes)
+
+
+def _shuffled(rows: Rows, task: int, seed: int) -> grain.MapDataset:
+  """Returns [i] -> (row, task) of a task, in another order in each epoch, without end."""
+  # The first task has no number in its seed: a source alone has the order of a mixture of one.
+  parts = ('order', seed) if task == 0 else ('order', seed, task)
+  # Not the seed itself: Grain adds the epoch to it, and the epochs of seeds 0 and 1 would overlap.
+  order = int(digest_of(*parts)[:8], 16)
+  return grain.MapDataset.source(rows).shuffle(seed=order).repeat().map(_pair_with(task))
+
+
+def _pair_with(task: int) -> Callable[[np.ndarray], tuple[np.ndarray, np.int32]]:
   return lambda row: (row, np.int32(task))
 
 
-def batch_from_rows(rows: np.ndarray, task_ids: np.ndarray, eod_id: int) -> Batch:
-  """[B, S + 1] ids of streams, -1 past the end of one, and [B] tasks -> Batch.
-
-  An end-of-document token opens a document; a row may start inside one.
-  """
-  tokens, targets = rows[:, :-1], rows[:, 1:]
-  is_real = targets >= 0
-  opens = (tokens == eod_id) & is_real
-  segments = np.cumsum(opens, axis=1, dtype=np.int32) + ~opens[:, :1]  # the row's first one is 1
-  return make_batch(
-    tokens=np.where(is_real, tokens, eod_id),
-    targets=np.where(is_real, targets, IGNORE),
-    segment_ids=np.where(is_real, segments, 0),
-    task_ids=task_ids,
-  )
+def _read_split(texts: Sequence[Text], held_out: bool) -> bytes:
+  """Returns one side of all texts, one after another."""
+  documents: list[bytes] = []
+  for _, source, survey in texts:
+    documents += [text.encode() for text in documents_of_split(source, survey, held_out)]
+  return b''.join(documents)

@@ -1,8 +1,12 @@
-"""Files that are whole or not there, whoever writes them at the same time and whoever is killed doing so."""
+"""Cache files that are whole or not there.
+
+Several processes may build one file at the same time, and any of them may be killed doing so.
+"""
 
 import contextlib
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,18 +18,39 @@ from moejax.runtime.files import whole_file
 
 logger = logging.getLogger('moejax')
 
+SEAL_BYTES = 32
+STALE_SECONDS = 3600  # the age of a temporary file at which its writer counts as dead
+
+
+def cache_directory(cache_dir: str) -> Path:
+  """Returns the folder of the cache, which may not exist yet.
+
+  cache_dir: as in DataConfig; '': where the system keeps caches.
+  """
+  if cache_dir:
+    return Path(cache_dir).expanduser()
+  return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'moejax'
+
 
 def cached(path: Path, build: Callable[[], Iterable[bytes]]) -> np.ndarray:
-  """The bytes of a cache file, memory-mapped, [n] u8; built where missing, torn or changed by a bit.
+  """Returns the bytes of a cache file, memory-mapped, [n] u8.
 
-  The file ends in a digest of its name and bytes. It gets its name when it is whole, so a reader never sees
-  half of it, two builders do each other no harm, and a file that is mapped is never written to.
+  The file is built where it is missing, torn or changed by a bit: it ends in a digest of its name
+  and its bytes, the seal. It gets its name when it is whole, so that a reader never sees half of
+  it, two builders do each other no harm, and a file that is mapped is never written to.
+
+  Args:
+    path: of the file; its name tells what is in it.
+    build: yields the bytes.
+
+  Raises:
+    ConfigError: it cannot be written or read.
   """
   try:
     if not _is_whole(path):
       path.parent.mkdir(parents=True, exist_ok=True)
       _write(path, build())
-    return np.memmap(path, np.uint8, 'r')[:-32]
+    return np.memmap(path, np.uint8, 'r')[:-SEAL_BYTES]
   except OSError as error:
     raise ConfigError(
       f'{error}; set data.cache_dir to a folder with room that can be written to'
@@ -33,27 +58,32 @@ def cached(path: Path, build: Callable[[], Iterable[bytes]]) -> np.ndarray:
 
 
 def _is_whole(path: Path) -> bool:
-  if (
-    not path.is_file() or path.is_symlink()
-  ):  # a link is replaced by a file, and its target is not touched
+  """Tells whether there is such a file, and it is what was written under its name."""
+  # A link counts as missing: it is then replaced by a file, and its target is not touched.
+  if not path.is_file() or path.is_symlink():
     return False
+  # An empty file cannot be mapped.
   data = np.memmap(path, np.uint8, 'r') if path.stat().st_size else np.zeros(0, np.uint8)
-  whole = data[-32:].tobytes() == _seal(path, data[:-32]).digest()
-  if not whole:
+  content, seal = data[:-SEAL_BYTES], data[-SEAL_BYTES:]
+  is_whole = seal.tobytes() == _seal_of(path, content).digest()
+  if not is_whole:
     logger.warning('%s is damaged: building it anew', path)
-  return whole
+  return is_whole
 
 
-def _seal(path: Path, data: np.ndarray | bytes) -> 'hashlib.blake2b':
-  return hashlib.blake2b(data, digest_size=32, key=path.name[-64:].encode())
+def _seal_of(path: Path, content: np.ndarray | bytes) -> 'hashlib.blake2b':
+  """Returns a hash to which more content may be added."""
+  # With the name as its key: a whole file under another file's name does not pass.
+  return hashlib.blake2b(content, digest_size=SEAL_BYTES, key=path.name[-64:].encode())
 
 
 def _write(path: Path, chunks: Iterable[bytes]) -> None:
-  for stale in path.parent.glob(f'{path.name}.*.tmp'):  # of a process killed in the act
-    with contextlib.suppress(FileNotFoundError):
-      if time.time() - stale.stat().st_mtime > 3600:
-        stale.unlink()
-  seal = _seal(path, b'')
+  """Writes the content and its seal, and removes what builders left that were killed long ago."""
+  for temporary in path.parent.glob(f'{path.name}.*.tmp'):
+    with contextlib.suppress(FileNotFoundError):  # another builder may have removed it
+      if time.time() - temporary.stat().st_mtime > STALE_SECONDS:
+        temporary.unlink()
+  seal = _seal_of(path, b'')
   with whole_file(path) as file:
     for chunk in chunks:
       file.write(chunk)

@@ -1,4 +1,7 @@
-"""Files of a log: they only grow, by whole pieces. Where they cannot, lines are lost, and the run goes on."""
+"""Log files that only grow, by whole pieces.
+
+Where there is no room for a piece it is lost, and the run goes on.
+"""
 
 import contextlib
 import logging
@@ -9,12 +12,16 @@ from collections.abc import Iterator
 from moejax.runtime.faults import fault_point
 
 log = logging.getLogger(__name__)
-_failing: set[pathlib.Path] = set()
+_failing: set[pathlib.Path] = set()  # logs that could not be written the last time
 
 
 @contextlib.contextmanager
 def warn_once(path: pathlib.Path) -> Iterator[None]:
-  """Around what writes a log: an OSError is no more than a warning, one for all logs until each is written again."""
+  """Turns an OSError in the block, which writes the log at `path`, into a warning.
+
+  A full disk fails all logs at each step: there is one warning for all of them until every one of
+  them has been written again, and then one more.
+  """
   try:
     yield
   except OSError as error:
@@ -31,25 +38,30 @@ def warn_once(path: pathlib.Path) -> Iterator[None]:
 
 
 class AppendLog:
-  """A file to which pieces are added. A piece is in it whole or not at all."""
+  """A file to which pieces are appended. A piece is in it whole or not at all."""
 
   def __init__(self, path: str | os.PathLike) -> None:
-    self._path, self._file = pathlib.Path(path), open(path, 'ab', buffering=0)
+    self._path = pathlib.Path(path)
+    self._file = open(path, 'ab', buffering=0)  # each write is a system call of its own
 
   def write(self, piece: bytes) -> bool:
-    """When it returns the piece has left the process: no kill takes it back. Returns whether there was room for it."""
-    size, left = self._file.seek(0, os.SEEK_END), piece
+    """Appends a piece, and tells whether there was room for it.
+
+    When it returns True the piece has left the process: killing the process does not undo it.
+    """
+    size = self._file.seek(0, os.SEEK_END)
+    left = piece
     with warn_once(self._path):
       try:
         fault_point('log')
-        while left:
+        while left:  # a raw write may take a part only
           left = left[self._file.write(left) :]
       except OSError:
         with contextlib.suppress(OSError):
-          self._file.truncate(size)  # needs no room
+          self._file.truncate(size)  # takes the part of a piece back; it needs no room
         raise
     return not left
 
   def close(self) -> None:
-    """Nothing is left to be written."""
+    """Closes the file; nothing is left to be written."""
     self._file.close()

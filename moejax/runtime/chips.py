@@ -1,13 +1,17 @@
 """What accelerators can do, one row a chip: memory, arithmetic, and links. Knows nothing of JAX.
 
-Sources. TPU: cloud.google.com/tpu/docs (system architecture, one page a generation) for arithmetic, bandwidth of memory
-and of the interconnect; memory is what XLA says a program has of it. GPU: the makers' data sheets of A100, H100, H200
-and B200 (dense bfloat16, without sparsity); networks as sold beside them: 200 Gb/s a GPU (A100), 400 Gb/s (the others).
+Sources. TPU: cloud.google.com/tpu/docs (system architecture, one page a generation) for arithmetic,
+bandwidth of memory and of the interconnect; memory is what XLA says a program has of it. GPU: the
+makers' data sheets of A100, H100, H200 and B200 (dense bfloat16, without sparsity); networks as
+sold beside them: 200 Gb/s a GPU (A100), 400 Gb/s (the others).
 """
 
 from typing import NamedTuple
 
-# Dense bfloat16 FLOP/s of a JAX device by what its device_kind holds, first that fits (makers' data sheets).
+GIB = 2**30
+
+# Dense bfloat16 FLOP/s of a JAX device by what its device_kind holds (makers' data sheets). The
+# first row that fits counts: 'TPU v5e' and 'H100 PCIe' stand before 'TPU v5' and 'H100'.
 PEAK_FLOPS = {
   'TPU v2': 22.5e12,
   'TPU v3': 61.5e12,
@@ -29,31 +33,36 @@ PEAK_FLOPS = {
 
 
 class Chip(NamedTuple):
-  """One JAX device: a TPU chip (of the 7x half a chip) or a GPU. Bandwidths in bytes/s, of links in one direction."""
+  """One JAX device: a TPU chip (of the 7x half a chip) or a GPU.
+
+  Bandwidths are in bytes/s, those of links in one direction.
+  """
 
   kind: str  # what device_kind holds
   memory: float  # bytes that a program can have
   hbm: float  # bandwidth of the memory
-  link: float  # TPU: one link of the torus; GPU: all its NVLinks together
+  link: float  # bandwidth; TPU: of one link of the torus, GPU: of all its NVLinks together
   torus: int = 0  # axes of the torus; 0: a GPU
   wraps: int = 0  # an axis of so many chips, or more, is closed to a ring: both directions carry
   node: int = 0  # GPUs that NVLink joins
-  network: float = 0.0  # of a GPU to other nodes
+  network: float = 0.0  # bandwidth of a GPU to other nodes
   per_chip: int = 1  # JAX devices in a chip
 
   @property
   def flops(self) -> float:
-    """Dense bfloat16 FLOP/s."""
+    """Dense bfloat16 FLOP/s of this device."""
     return peak_flops(self.kind)
 
 
 def peak_flops(device_kind: str) -> float:
-  """Dense bfloat16 FLOP/s of a JAX device; 0 where that is not known, as on CPU."""
-  return next((flops for name, flops in PEAK_FLOPS.items() if name in device_kind), 0.0)
+  """Returns dense bfloat16 FLOP/s of a JAX device; 0 where that is not known, as on CPU."""
+  for name, flops in PEAK_FLOPS.items():
+    if name in device_kind:
+      return flops
+  return 0.0
 
 
-GIB = 2**30
-# name in --topology -> chip
+# Name in --topology -> chip.
 CHIPS: dict[str, Chip] = {
   'v4': Chip('TPU v4', 30.75 * GIB, 1.23e12, 45e9, torus=3, wraps=4),
   'v5e': Chip('TPU v5 lite', 15.75 * GIB, 0.82e12, 45e9, torus=2, wraps=16),

@@ -1,7 +1,8 @@
-"""Files and directories that are whole under their names, or not there; and files that are not trusted.
+"""Files and directories that are whole under their names or not there; files that are not trusted.
 
-Whatever is written for somebody else to read is made under a temporary name, synchronised to the disk and renamed:
-whoever is killed in the act leaves no half of it.
+Whatever is written for another process to read is made under a temporary name, synchronised to the
+disk and then renamed. A process that is killed while it writes leaves no half of a file under the
+name that others read.
 """
 
 import contextlib
@@ -23,10 +24,13 @@ FETCH_AGAIN = 'fetch or export the directory again'
 
 @contextlib.contextmanager
 def whole_path(path: Path) -> Iterator[Path]:
-  """A temporary path beside `path`, whose file takes its place when the block ends well and vanishes if not.
+  """Yields a temporary path beside `path`, at which the block makes a file.
 
-  A link at `path` is replaced and not followed. Readers see what was there before, or all of what is new.
+  When the block ends well the file takes the place of `path`; when it raises, the file is removed.
+  Readers see what was there before, or all of what is new. A link at `path` is replaced and not
+  followed.
   """
+  # A name of its own, so that two processes that write the same path do each other no harm.
   temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')
   try:
     yield temporary
@@ -40,20 +44,23 @@ def whole_path(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[io.BufferedWriter]:
-  """A new file to write to, which takes the place of `path` when the block ends well; see `whole_path`."""
+  """Yields a new binary file, which takes the place of `path` when the block ends well.
+
+  See `whole_path`.
+  """
   with whole_path(path) as temporary, open(temporary, 'xb') as file:
     yield file
-    file.flush()
+    file.flush()  # into the kernel, from where whole_path syncs it
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-  """A file with this content, or what was there before."""
+  """Writes a file of this content, text as UTF-8, or leaves what was there; see `whole_path`."""
   with whole_file(path) as file:
     file.write(content.encode() if isinstance(content, str) else content)
 
 
 def expect_room(target: Path) -> None:
-  """ConfigError where something is already: worth asking before long work."""
+  """Raises ConfigError where the directory holds something; to be called before long work."""
   is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
   if not is_free:
     raise ConfigError(f'{target} is there and not empty; name another directory, or move it away')
@@ -61,7 +68,9 @@ def expect_room(target: Path) -> None:
 
 @contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
-  """An empty directory beside the target, which becomes the target when the block ends well, and vanishes if not.
+  """Yields an empty directory beside the target, for the block to fill.
+
+  When the block ends well the directory becomes the target; when it raises, it is removed.
 
   Raises:
     ConfigError: the target holds something, or another process is making it.
@@ -69,7 +78,7 @@ def staged(target: Path) -> Iterator[Path]:
   expect_room(target)
   partial = target.with_name(f'{target.name}.moejax-partial')
   partial.mkdir(parents=True, exist_ok=True)
-  # The lock goes with the process, however that dies.
+  # The kernel releases the lock when the process ends, however it dies.
   lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
   try:
     try:
@@ -82,18 +91,19 @@ def staged(target: Path) -> Iterator[Path]:
       yield partial
       os.fsync(lock)
       partial.rename(target)
-    except BaseException:
+    except BaseException:  # also a KeyboardInterrupt
       shutil.rmtree(partial, ignore_errors=True)
       raise
   finally:
     os.close(lock)
+  # The rename is an entry of the parent directory, which reaches the disk by a sync of its own.
   parent = os.open(target.parent, os.O_RDONLY)
   os.fsync(parent)
   os.close(parent)
 
 
 def _clear(directory: Path) -> None:
-  """Removes what a process that was killed left in the directory."""
+  """Removes what a process that was killed left in the directory; links are not followed."""
   for stale in directory.iterdir():
     if stale.is_dir() and not stale.is_symlink():
       shutil.rmtree(stale)
@@ -102,41 +112,45 @@ def _clear(directory: Path) -> None:
 
 
 def inside(directory: Path, name: str) -> Path:
-  """The path of a file in the directory.
+  """Returns the path of a file in the directory; `name` may be untrusted, as one read from a file.
 
   Raises:
     ConfigError: it leads out of the directory, and not to the blobs of a cache of snapshots.
   """
   root = directory.resolve()
-  homes = [root]
+  allowed_roots = [root]
+  # The files of a snapshot in a Hugging Face cache are links to blobs/ two levels up.
   if root.parent.name == 'snapshots':
-    homes.append(root.parents[1] / 'blobs')
+    allowed_roots.append(root.parents[1] / 'blobs')
   try:
     target = (root / name).resolve()
   except RuntimeError as error:  # links in a circle
-    found = f'{name!r:.200} ({error})'
-    raise bad_file(directory, 'the name of a file in it', found, FETCH_AGAIN) from error
-  if not any(target.is_relative_to(home) for home in homes):
-    found = f'{name!r:.200}, which is {target}'
-    raise bad_file(directory, 'files inside it only', found, 'copy the file there')
+    problem = f'{name!r:.200} ({error})'
+    raise bad_file(directory, 'the name of a file in it', problem, FETCH_AGAIN) from error
+  if not any(target.is_relative_to(allowed) for allowed in allowed_roots):
+    problem = f'{name!r:.200}, which is {target}'
+    raise bad_file(directory, 'files inside it only', problem, 'copy the file there')
   return directory / name
 
 
 def read_json(directory: Path, name: str) -> dict[str, object]:
-  """The JSON object in a file of the directory; {} without the file.
+  """Returns the JSON object in a file of the directory, {} where there is no such file.
 
   Raises:
     ConfigError: the file holds another thing, or is not inside the directory.
   """
   path = inside(directory, name)
-  return parse_json_object(path, path.read_bytes()) if path.is_file() else {}
+  if not path.is_file():
+    return {}
+  return parse_json_object(path, path.read_bytes())
 
 
 def parse_json_object(path: Path, raw: bytes) -> dict[str, object]:
-  """The JSON object in the bytes of the file at `path`.
+  """Returns the JSON object in the bytes of the file at `path`, which is named in errors only.
 
   Raises:
-    ConfigError: it is none, says one thing twice, or has a name that would garble a terminal or a log.
+    ConfigError: it is no JSON object; or an object in it has a name twice, of which the parser
+      would silently take the last, or a name that would garble a terminal or a log.
   """
 
   def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -150,16 +164,23 @@ def parse_json_object(path: Path, raw: bytes) -> dict[str, object]:
     return dict(pairs)
 
   try:
-    found = json.loads(raw.decode(), object_pairs_hook=unique)
-  except ConfigError:
+    content = json.loads(raw.decode(), object_pairs_hook=unique)
+  except ConfigError:  # from `unique`; it is a ValueError too
     raise
   except (ValueError, RecursionError) as error:
     raise bad_file(path, 'JSON', f'{type(error).__name__}: {error}') from error
-  if not isinstance(found, dict):
-    raise bad_file(path, 'a JSON object', type(found).__name__)
-  return found
+  if not isinstance(content, dict):
+    raise bad_file(path, 'a JSON object', type(content).__name__)
+  return content
 
 
 def bad_file(path: Path, expected: object, found: object, remedy: str = DAMAGED) -> ConfigError:
-  """The error for a file that cannot be read as it is."""
+  """Returns the error for a file that cannot be read as it is.
+
+  Args:
+    path: the file, or the directory that it is in.
+    expected: what should be in it.
+    found: what is in it.
+    remedy: what a person can do.
+  """
   return ConfigError(f'{path}: expected {expected}, found {found}; {remedy}')

@@ -1,4 +1,4 @@
-"""What a process sets up around a run: where compiled programs are kept, where the log goes, what signals mean."""
+"""What a process sets up around a run: the cache of compiled programs, the log, the signals."""
 
 import contextlib
 import logging
@@ -16,7 +16,10 @@ from moejax.runtime.multiprocess import is_first_process
 
 
 def keep_compiled_programs() -> None:
-  """JAX's persistent cache, also for what compiles fast: a warm start then costs a second. A user's own wins."""
+  """Turns JAX's persistent compilation cache on, also for programs that compile fast.
+
+  A warm start then costs a second. Where the user has set a cache, nothing is changed.
+  """
   if not jax.config.jax_compilation_cache_dir:
     cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
     jax.config.update('jax_compilation_cache_dir', str(cache / 'moejax' / 'xla'))
@@ -26,24 +29,26 @@ def keep_compiled_programs() -> None:
 
 @contextlib.contextmanager
 def configure_logging() -> Iterator[None]:
-  """What moejax's own modules log, tokenising or a damaged checkpoint, is for the person at the terminal; of other
-  processes than the first, errors only."""
+  """In the block, sends what moejax's own modules log, such as a damaged checkpoint, to stderr.
+
+  Of other processes than the first, errors only. What other libraries log is left as it is, but for
+  errors of background tasks that have been reported otherwise.
+  """
   logger, handler = logging.getLogger('moejax'), logging.StreamHandler()
   before = logger.level, logger.propagate
   logger.addHandler(handler)
   logger.setLevel(logging.INFO if is_first_process() else logging.ERROR)
   logger.propagate = False
-  # Tasks of Orbax that also failed, where one save did: SaveFailed has said it. Some are told at exit only.
+  # Where a save fails, further tasks of Orbax fail with it, some at exit only: SaveFailed is all.
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)
   hook = sys.unraisablehook
 
-  def tell(unraisable: object) -> None:
-    if (
-      f'{unraisable.exc_value}' != 'Event loop is closed'
-    ):  # of TensorStore's threads, after Orbax has gone on
+  def pass_on(unraisable: object) -> None:
+    # Threads of TensorStore raise this one after Orbax has gone on.
+    if f'{unraisable.exc_value}' != 'Event loop is closed':
       hook(unraisable)
 
-  sys.unraisablehook = tell
+  sys.unraisablehook = pass_on
   try:
     yield
   finally:
@@ -54,13 +59,16 @@ def configure_logging() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-  """SIGTERM and SIGINT are written down, for the loop to save and leave; a second one leaves at once."""
+  """Yields a list to which SIGTERM and SIGINT are added, for the loop to save and then leave.
+
+  A second signal ends the process at once.
+  """
   received: list[int] = []
 
   def handle(number: int, frame: FrameType | None) -> None:
     del frame
     if received:
-      os._exit(128 + number)
+      os._exit(128 + number)  # the status that a shell gives to a process that a signal ended
     received.append(number)
 
   before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -72,13 +80,16 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def end_at_once() -> None:
-  """To be called with an error that nobody foresaw. Alone it does nothing; of several processes it ends this one here:
-  a Python that exits would first wait for the others, while they wait for it."""
+  """Ends this process where it is one of several; alone, it does nothing.
+
+  To be called while an unforeseen error is handled. Python's own exit would first wait for the
+  other processes, while they wait for this one.
+  """
   if jax.process_count() > 1:
     traceback.print_exc()
     print(
-      'This process ends, and with it all others; another one may have been the first. The same command, given to '
-      'all again, goes on from the last checkpoint.',
+      'This process ends, and with it all others; another one may have been the first. The same '
+      'command, given to all again, goes on from the last checkpoint.',
       file=sys.stderr,
       flush=True,
     )

@@ -1,6 +1,7 @@
-"""Many processes as one: who is the first, and what all of them must decide alike.
+"""Many processes as one: which is the first, and what all of them must decide alike.
 
-Every function that asks the other processes is to be called by all of them, in the same order.
+Every function that asks the other processes is to be called by all of them, in the same order: each
+waits for the rest. A process alone asks nobody.
 """
 
 import contextlib
@@ -15,82 +16,116 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moejax.config import check
+from moejax.config import ConfigError
 
 Tree = TypeVar('Tree')
 log = logging.getLogger(__name__)
 
+SUCCESS = 0  # the code of a process whose block of fail_together ended well
+
 
 def is_first_process() -> bool:
-  """Whether this process is the one that writes logs; alone, it is."""
+  """Tells whether this process is the one that writes files and logs; alone, it is."""
   return jax.process_index() == 0
 
 
 def broadcast_from_first(number: int) -> int:
-  """The first process's number, in all of them."""
+  """Returns the number that the first process gives, in all of them. It must fit in an i32."""
   if jax.process_count() == 1:
     return number
   return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def gather_ints(number: int) -> list[int]:
-  """Each process's number, in all of them."""
-  return (
-    np.ravel(multihost_utils.process_allgather(np.int32(number))).tolist()
-    if jax.process_count() > 1
-    else [number]
-  )
-
-
-def true_everywhere(here: bool) -> bool:
-  """Whether it holds in all processes: what one of them alone could not read or write, none takes for good."""
-  return all(gather_ints(int(here)))
+  """Returns the numbers of all processes, in the order of processes. They must fit in an i32."""
+  if jax.process_count() == 1:
+    return [number]
+  return np.ravel(multihost_utils.process_allgather(np.int32(number))).tolist()
 
 
 def check_alike(what: str, text: str) -> None:
-  """ConfigError in all processes where one has another text than the first."""
+  """Raises ConfigError in all processes where one of them has another text than the first.
+
+  Args:
+    what: what the text is, for the message.
+    text: of this process.
+  """
+  # 28 bits of the digest, which fit in the i32 that is gathered.
   digests = gather_ints(int(hashlib.sha256(text.encode()).hexdigest()[:7], 16))
-  others = [i for i, digest in enumerate(digests) if digest != digests[0]]
-  check(
-    f'{what} of process {others[0]} is not that of process 0: give all the same' if others else ''
-  )
+  others = [process for process, digest in enumerate(digests) if digest != digests[0]]
+  if others:
+    raise ConfigError(f'{what} of process {others[0]} is not that of process 0: give all the same')
 
 
 @contextlib.contextmanager
 def fail_together(*kinds: type[Exception]) -> Iterator[None]:
-  """What one process cannot do, none does: an error of these kinds in one of them is raised in all, at the end of the
-  block, in which nobody may ask the others."""
+  """Raises an error of these kinds in all processes, where the block raised it in one of them.
+
+  What one process cannot do, none does. At the end of the block all processes are asked; within it
+  nobody may ask the others: a process that has failed would not answer.
+
+  Args:
+    *kinds: kinds of errors. Each can be made of a message alone.
+  """
   error = None
   try:
     yield
   except kinds as caught:
     error = caught
-  numbers = gather_ints(next((i for i, kind in enumerate(kinds, 1) if isinstance(error, kind)), 0))
-  if error and not numbers[0]:
-    log.error(
-      'process %d: %s', jax.process_index(), error
-    )  # the first, which speaks for all, does not know it
-  if error:
+  # An exception cannot be sent, a number can.
+  codes = gather_ints(_failure_code(error, kinds))
+  if error is not None:
+    if codes[0] == SUCCESS:
+      # Only the first process prints what it raises, and it does not have this error's text.
+      log.error('process %d: %s', jax.process_index(), error)
     raise error
-  if number := max(numbers):
-    raise kinds[number - 1](f'in process {numbers.index(number)}, which says why')
+  code = max(codes)
+  if code != SUCCESS:
+    kind = kinds[code - 1]
+    raise kind(f'process {codes.index(code)} failed with {kind.__name__}; see its log')
+
+
+def _failure_code(error: Exception | None, kinds: Sequence[type[Exception]]) -> int:
+  """Returns SUCCESS, or the place of the first kind that the error is of, counted from 1."""
+  for code, kind in enumerate(kinds, 1):
+    if isinstance(error, kind):
+      return code
+  return SUCCESS
 
 
 class Vote:
-  """The signal at which to stop, in all processes before the same step. They do not wait for each other to tell: what
-  each has received is compared on the devices, beside the step, and read a step later."""
+  """The signal at which to stop, the same in all processes before the same step.
+
+  The processes do not wait for each other to tell. What each has received is compared on the
+  devices, beside the step, and the result is read a step later, when it is there.
+  """
 
   def __init__(self, received: Sequence[int], mesh: Mesh) -> None:
-    self._received, self._alone = received, jax.process_count() == 1
-    self._where = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    self._most = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    self._asked: list[jax.Array] = []
+    """Prepares the comparison.
+
+    Args:
+      received: the signals that this process has received, which may grow.
+      mesh: of the run, on whose devices the processes are compared.
+    """
+    self._received = received
+    self._alone = jax.process_count() == 1
+    # A vote for each device, which is that of its process.
+    self._one_each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    self._max = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    self._pending: list[jax.Array] = []  # results that are not read yet, at most two
 
   def cast(self) -> int:
-    """The signal as of the call before this one, 0: none. Alone: as of now."""
+    """Casts this process's vote, and returns the signal as of the call before this one; 0: none.
+
+    A process alone gets its signal as of now.
+    """
     mine = self._received[0] if self._received else 0
     if self._alone:
       return mine
-    votes = np.full(len(self._where.addressable_devices), mine, np.int32)
-    self._asked.append(self._most(jax.make_array_from_process_local_data(self._where, votes)))
-    return int(self._asked.pop(0)) if len(self._asked) > 1 else 0
+    votes = np.full(len(self._one_each.addressable_devices), mine, np.int32)
+    all_votes = jax.make_array_from_process_local_data(self._one_each, votes)
+    self._pending.append(self._max(all_votes))
+    if len(self._pending) < 2:
+      return 0
+    # Reading the newest result would wait for the step that the devices are at.
+    return int(self._pending.pop(0))

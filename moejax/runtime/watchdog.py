@@ -1,4 +1,4 @@
-"""A watch that ends a process which hangs: the stacks of all threads, then exit status 6.
+"""A watchdog that ends a process which hangs: the stacks of all threads, then exit status 6.
 
 watch(seconds, file) -> beat() at each progress -> too long without one -> stacks -> os._exit
 """
@@ -11,64 +11,86 @@ import sys
 import threading
 from collections.abc import Iterator
 
-HANG = 6
-TICKS = 20  # looks in the time allowed
+HANG = 6  # the exit status
+CHECKS = 20  # of the heartbeat, in the time allowed
+REPORT_SECONDS = 5  # for the report, before the process ends without it
 
 
-class _Pulse:
-  """Of this process: beaten since the last look, at work that compiles first, and the names of such work so far."""
+class _Heartbeat:
+  """Heartbeat state of this process: `beat` writes it, and the thread of `watch` checks it."""
 
-  beaten, waiting, heard = False, True, frozenset()
+  beaten = False  # since the last check
+  compiling = True  # a phase has begun that was not seen before: nothing is too long
+  seen_phases: frozenset[str] = frozenset()
 
 
-def beat(new: str = '') -> None:
-  """Progress. With a name not heard before, what begins now compiles first: it may take as long as it likes, up to the
-  next beat. Before the first beat nothing is too long."""
-  _Pulse.beaten, _Pulse.waiting = True, bool(new) and new not in _Pulse.heard
-  _Pulse.heard |= {new}
+def beat(phase: str = '') -> None:
+  """Reports progress.
+
+  Before the first beat nothing is too long: the process starts and compiles.
+
+  Args:
+    phase: name of what begins now. The first time that a name is given, what begins is compiled
+      first, and it may take as long as it needs until the next beat. '': nothing compiles.
+  """
+  _Heartbeat.beaten = True
+  _Heartbeat.compiling = bool(phase) and phase not in _Heartbeat.seen_phases
+  _Heartbeat.seen_phases |= {phase}
 
 
 @contextlib.contextmanager
 def watch(seconds: float, file: pathlib.Path) -> Iterator[None]:
-  """Ends the process if, within the block, `seconds` go by without a `beat`; 0: never. Stacks also go to the file.
+  """Ends the process if, within the block, `seconds` go by without a `beat`.
 
-  Counts its own looks, not the clock: a process that was stopped and goes on later has not hung.
+  It counts its own checks and does not read the clock: a process that was stopped (SIGSTOP, a
+  suspended machine) and goes on later has not hung.
+
+  Args:
+    seconds: the time allowed between two beats; 0: forever.
+    file: where the stacks of all threads are written, besides the terminal.
   """
   over = threading.Event()
 
-  def look() -> None:
-    quiet = 0
-    while not over.wait(seconds / TICKS):
-      quiet = 0 if _Pulse.beaten or _Pulse.waiting else quiet + 1
-      _Pulse.beaten = False
-      if quiet >= TICKS:
-        end(seconds, file)
+  def check_until_over() -> None:
+    quiet_checks = 0
+    while not over.wait(seconds / CHECKS):
+      is_alive = _Heartbeat.beaten or _Heartbeat.compiling
+      quiet_checks = 0 if is_alive else quiet_checks + 1
+      _Heartbeat.beaten = False
+      if quiet_checks >= CHECKS:
+        end_hung_process(seconds, file)
 
-  _Pulse.beaten, _Pulse.waiting, _Pulse.heard = False, True, frozenset()
-  looker = threading.Thread(target=look, name='watch', daemon=True)
+  # A block before this one, as a test has, may have left its state.
+  _Heartbeat.beaten, _Heartbeat.compiling, _Heartbeat.seen_phases = False, True, frozenset()
+  checker = threading.Thread(target=check_until_over, name='watch', daemon=True)
   if seconds:
-    looker.start()
+    checker.start()
   try:
     yield
   finally:
     over.set()
 
 
-def end(seconds: float, file: pathlib.Path) -> None:
-  """Tells and exits. A disk or a terminal may be what hangs: the telling gets five seconds."""
+def end_hung_process(seconds: float, file: pathlib.Path) -> None:
+  """Reports the hang with the stacks of all threads, and exits with HANG.
 
-  def tell() -> None:
+  A disk or a terminal may be what hangs: the report is written by a thread that is not waited for
+  longer than REPORT_SECONDS.
+  """
+
+  def report() -> None:
+    # sys.__stderr__ and not sys.stderr, which a progress bar or a test may have replaced.
     print(
-      f'Hang: no step, no batch of a validation and no save for {seconds:g} s (hang_after). The stacks of all '
-      f'threads, also in {file}. The same command goes on from the last checkpoint.',
+      f'Hang: no step, no batch of a validation and no save for {seconds:g} s (hang_after). The '
+      f'stacks of all threads, also in {file}. The same command goes on from the last checkpoint.',
       file=sys.__stderr__,
     )
     sys.__stderr__.flush()
     faulthandler.dump_traceback(sys.__stderr__)
-    with open(file, 'w') as to:
-      faulthandler.dump_traceback(to)
+    with open(file, 'w') as stacks:
+      faulthandler.dump_traceback(stacks)
 
-  teller = threading.Thread(target=tell, daemon=True)
-  teller.start()
-  teller.join(5)
-  os._exit(HANG)
+  reporter = threading.Thread(target=report, daemon=True)
+  reporter.start()
+  reporter.join(REPORT_SECONDS)
+  os._exit(HANG)  # sys.exit would end this thread only, and wait for the one that hangs

@@ -1,7 +1,8 @@
 """The device mesh, and the one table that says which mesh axis each logical axis is split over.
 
-Mathematics elsewhere names logical axes only: `constrain(x, 'batch', 'sequence', 'embed')`. Outside a mesh (a unit
-test, a notebook cell) constraints do nothing, so every function also runs on plain arrays.
+Mathematics elsewhere names logical axes only: `constrain(x, 'batch', 'sequence', 'embed')`. Outside
+a mesh (a unit test, a notebook cell) constraints do nothing, so every function also runs on plain
+arrays.
 """
 
 import math
@@ -14,8 +15,8 @@ from jax.sharding import PartitionSpec
 
 Tree = TypeVar('Tree')
 
-# Tokens are split over `expert` too: expert parallelism divides the same tokens that data parallelism would, and
-# exchanges them only inside a dispatcher.
+# Tokens are split over `expert` too: expert parallelism divides the same tokens that data
+# parallelism would, and exchanges them only inside a dispatcher.
 RULES: dict[str, tuple[str, ...]] = {
   'batch': ('data', 'fsdp', 'expert'),
   'sequence': (),
@@ -30,38 +31,55 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def platform() -> str:
-  """'cpu', 'gpu' or 'tpu': what the program being traced will run on, also when it is compiled for absent chips."""
+  """Returns 'cpu', 'gpu' or 'tpu': what the program that is being traced will run on.
+
+  Also where it is compiled ahead of time, for chips that this machine does not have.
+  """
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device is not None else jax.default_backend()
 
 
 def row_shards() -> int:
-  """Into how many pieces the mesh at hand cuts the rows of a batch; 1 without a mesh."""
+  """Returns into how many pieces the current mesh cuts the rows of a batch; 1 without a mesh."""
   sizes = jax.sharding.get_abstract_mesh().shape
   return math.prod(sizes[axis] for axis in RULES['batch'] if axis in sizes)
 
 
 def spec(*axes: str) -> PartitionSpec:
-  """The mesh axes of these logical axes; '' leaves a dimension whole."""
-  return PartitionSpec(*(RULES[axis] or None if axis else None for axis in axes))
+  """Returns the mesh axes of these logical axes, one a dimension; '' leaves a dimension whole."""
+  return PartitionSpec(*(_mesh_axes(axis) for axis in axes))
+
+
+def _mesh_axes(axis: str) -> tuple[str, ...] | None:
+  """Returns the mesh axes that a logical axis is split over, None for none of them."""
+  return RULES[axis] or None if axis else None
 
 
 def constrain(x: Array, *axes: str) -> Array:
-  """`x` with its dimensions laid out as RULES says; `x` itself where there is no mesh or only one device.
+  """Returns `x` with its dimensions laid out as RULES says.
 
-  A dimension that its mesh axes do not divide stays whole, as key-value heads do where there are fewer than devices:
-  XLA would pad it, and then find no other way than to gather everything.
+  Without a mesh, or with only one device, that is `x` itself.
+
+  A dimension that its mesh axes do not divide stays whole, as key-value heads do where there are
+  fewer than devices: XLA would pad it, and then find no other way than to gather everything.
+
+  Args:
+    x: of any shape.
+    *axes: the logical axis of each dimension, '' for none.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return x
-  divided = (
-    axis if axis and n % math.prod(mesh.shape[name] for name in RULES[axis]) == 0 else ''
-    for axis, n in zip(axes, x.shape, strict=True)
-  )
+  divided = []
+  for axis, n in zip(axes, x.shape, strict=True):
+    shards = math.prod(mesh.shape[name] for name in RULES[axis]) if axis else 1
+    divided.append(axis if n % shards == 0 else '')
   return jax.lax.with_sharding_constraint(x, spec(*divided))
 
 
 def replicated(tree: Tree) -> Tree:
-  """In a compiled program: the numbers of a tree whole on every device, for every process to read."""
+  """Returns a tree whose arrays are whole on every device, for every process to read.
+
+  To be called in a compiled program; the leaves may also be Python numbers.
+  """
   return jax.tree.map(lambda x: constrain(jnp.asarray(x), *('',) * jnp.ndim(x)), tree)

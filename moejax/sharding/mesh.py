@@ -1,4 +1,4 @@
-"""The device mesh: the sizes that a config asks for, checked against the devices that are there."""
+"""The device mesh: the sizes that a config asks for, checked against the devices that exist."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from moejax.config import check
+from moejax.config import at_least, check
 
 MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
 
@@ -17,39 +17,47 @@ MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
 class MeshConfig:
   """Devices along each mesh axis; `data = 0` takes whatever the other three leave."""
 
-  data: int = 0
-  fsdp: int = 1
-  expert: int = 1
-  tensor: int = 1
+  data: int = 0  # copies of the parameters, each for other tokens
+  fsdp: int = 1  # parts of the parameters' embed axis, gathered for use; other tokens each
+  expert: int = 1  # parts of the experts; other tokens each
+  tensor: int = 1  # parts of heads, hidden units and vocabulary, for the same tokens
 
   def __post_init__(self) -> None:
     check(
-      f'data={self.data}: use 0 (the devices that are left) or more' if self.data < 0 else '',
-      *(
-        f'{name}={size}: use 1 or more'
-        for name, size in (('fsdp', self.fsdp), ('expert', self.expert), ('tensor', self.tensor))
-        if size < 1
-      ),
+      *at_least(0, self, 'data', meaning='the devices that are left'),
+      *at_least(1, self, 'fsdp', 'expert', 'tensor'),
     )
 
 
 def resolve_mesh(cfg: MeshConfig, devices: int) -> MeshConfig:
-  """With a number for `data`, also where the config leaves it to the devices."""
-  return dataclasses.replace(
-    cfg, data=cfg.data or max(1, devices // (cfg.fsdp * cfg.expert * cfg.tensor))
-  )
+  """Returns the config with a number for `data`, also where it is left to the number of devices.
+
+  Whether the sizes then multiply to the number of devices is not checked; see `product_problem`.
+  """
+  if cfg.data:
+    return cfg
+  others = cfg.fsdp * cfg.expert * cfg.tensor
+  return dataclasses.replace(cfg, data=max(1, devices // others))
 
 
 def of_one_process(devices: Sequence[jax.Device]) -> bool:
-  """Whether some of the devices will do: where there are more processes, each must have a part in every program."""
+  """Tells whether one process has all the devices, so that a mesh may leave some of them out.
+
+  Where there are more processes, each must have a part in every program.
+  """
   return len({device.process_index for device in devices}) == 1
 
 
 def product_problem(cfg: MeshConfig, devices: Sequence[jax.Device]) -> str:
-  """What is wrong with the product of a mesh's sizes, '' if nothing. With `data` given, one process may leave some."""
-  full, count = resolve_mesh(cfg, len(devices)), len(devices)
+  """Returns what is wrong with the product of a mesh's sizes, '' if nothing is.
+
+  Where `data` is given and one process has all devices, the mesh may be of fewer than there are.
+  """
+  count = len(devices)
+  full = resolve_mesh(cfg, count)
   product = math.prod(dataclasses.astuple(full))
-  if product == count or product < count and cfg.data and of_one_process(devices):
+  may_be_smaller = cfg.data > 0 and of_one_process(devices)
+  if product == count or (product < count and may_be_smaller):
     return ''
   sizes = ' * '.join(f'{axis}={size}' for axis, size in dataclasses.asdict(full).items())
   return (
@@ -58,7 +66,12 @@ def product_problem(cfg: MeshConfig, devices: Sequence[jax.Device]) -> str:
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] = ()) -> Mesh:
-  """A mesh over these devices ((): all there are), which may be of a topology that is not here, or the first of them.
+  """Returns a mesh over the devices, or over the first of them where its sizes ask for fewer.
+
+  Args:
+    cfg: the sizes.
+    devices: may be those of a topology that this machine does not have, to compile for; (): all
+      that there are.
 
   Raises:
     ConfigError: the sizes do not multiply to the number of devices, see `product_problem`.
@@ -66,8 +79,10 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] = ()) -> Mesh:
   devices = devices or jax.devices()
   check(product_problem(cfg, devices))
   shape = dataclasses.astuple(resolve_mesh(cfg, len(devices)))
-  # What jax.make_mesh does, but it refuses most meshes of a TPU slice: those with an axis along a part of a torus axis.
-  placed = mesh_utils.create_device_mesh(
+  # What jax.make_mesh does, but that refuses most meshes of a TPU slice: those in which an axis
+  # lies along a part of a torus axis.
+  grid = mesh_utils.create_device_mesh(
     shape, devices[: math.prod(shape)], allow_split_physical_axes=True
   )
-  return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+  # Auto: XLA lays out what `constrain` leaves open.
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 4)

@@ -1,4 +1,4 @@
-"""Parameters that know their logical axes: how they are made, how they start, and where they lie on a mesh."""
+"""Parameters that know their logical axes: how they are made and where they lie on a mesh."""
 
 import math
 from collections.abc import Callable
@@ -14,59 +14,76 @@ from moejax.sharding.logical_axes import spec
 
 Tree = TypeVar('Tree')
 
-Init = Callable[[Array, tuple[int, ...]], Array]
+Init = Callable[[Array, tuple[int, ...]], Array]  # (key, shape) -> f32 of the shape
 
 
 def normal_init(std: float) -> Init:
-  """Normal of mean 0 and the given standard deviation."""
+  """Returns an initialiser that draws from a normal of mean 0 and the given standard deviation."""
   return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
 
 
 def constant_init(value: float) -> Init:
-  """The same number everywhere: 1 for the scale of a norm, 0 for a bias."""
+  """Returns an initialiser with one number everywhere: 1 for the scale of a norm, 0 for a bias."""
   return lambda key, shape: jnp.full(shape, value, jnp.float32)
 
 
 def param(key: Array, shape: tuple[int, ...], axes: tuple[str, ...], init: Init) -> nnx.Param:
-  """A float32 parameter that knows its logical axes; `moejax.sharding.RULES` says where they lie."""
+  """Returns a float32 parameter that knows its logical axes.
+
+  Args:
+    key: for `init`.
+    shape: of the parameter.
+    axes: the logical axis of each dimension; `moejax.sharding.RULES` says where they lie.
+    init: makes the array.
+  """
   assert len(shape) == len(axes), (shape, axes)
   return nnx.Param(init(key, shape), axes=axes)
 
 
 def is_param(node: object) -> bool:
-  """For `jax.tree.map(..., is_leaf=is_param)`: stop at a parameter, where its logical axes are written."""
+  """Tells whether a node of a tree is a parameter, which has its logical axes in its metadata.
+
+  For `jax.tree.map(..., is_leaf=is_param)`: to stop there, and not at the array within.
+  """
   return isinstance(node, nnx.Variable)
 
 
 def param_axes(param: nnx.Variable) -> tuple[str, ...]:
-  """The logical axes of a parameter; a stack of layers made by `jax.vmap` has some that its metadata does not know."""
+  """Returns the logical axis of each dimension of a parameter."""
   axes = param.get_metadata('axes')
-  return ('layer',) * (len(param.shape) - len(axes)) + tuple(axes)
+  # jax.vmap over layers puts dimensions in front that the metadata does not know of.
+  stacked = len(param.shape) - len(axes)
+  return ('layer',) * stacked + tuple(axes)
 
 
 def param_spec(param: nnx.Variable) -> PartitionSpec:
-  """The mesh axes of a parameter's dimensions."""
+  """Returns the mesh axes of each dimension of a parameter."""
   return spec(*param_axes(param))
 
 
 def shardings(tree: Tree, mesh: Mesh) -> Tree:
-  """The sharding of every leaf of `tree`, in its structure: parameters by their axes, anything else replicated."""
+  """Returns the sharding of every leaf of a tree, in the tree's structure.
 
-  def of(node: object) -> object:
-    where = param_spec(node) if is_param(node) else PartitionSpec()
-    return jax.tree.map(lambda _: NamedSharding(mesh, where), node)
+  Parameters lie by their logical axes, anything else is replicated.
+  """
 
-  return jax.tree.map(of, tree, is_leaf=is_param)
+  def node_shardings(node: object) -> object:
+    sharding = _sharding(node, mesh)
+    return jax.tree.map(lambda _: sharding, node)
+
+  return jax.tree.map(node_shardings, tree, is_leaf=is_param)
 
 
 def bytes_on_device(tree: object, mesh: Mesh) -> int:
-  """Of a state's arrays on one device, under the table of shardings."""
+  """Returns the bytes of a tree's arrays on one device of a mesh, laid out as by `shardings`."""
+  total = 0
+  for node in jax.tree.leaves(tree, is_leaf=is_param):
+    sharding = _sharding(node, mesh)
+    for leaf in jax.tree.leaves(node):
+      total += math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+  return total
 
-  def of(node: object) -> int:
-    sharding = NamedSharding(mesh, param_spec(node)) if is_param(node) else None
-    return sum(
-      math.prod(sharding.shard_shape(leaf.shape) if sharding else leaf.shape) * leaf.dtype.itemsize
-      for leaf in jax.tree.leaves(node)
-    )
 
-  return sum(of(node) for node in jax.tree.leaves(tree, is_leaf=is_param))
+def _sharding(node: object, mesh: Mesh) -> NamedSharding:
+  """Returns where a parameter, or any other node of a tree, lies."""
+  return NamedSharding(mesh, param_spec(node) if is_param(node) else PartitionSpec())

@@ -204,7 +204,8 @@ def router_of(**fields: object) -> dict:
 IMPOSSIBLE = {
   'a bias that the router ignores': (
     router_of(selection='hash') | {'balance': {'bias_rule': 'sign'}},
-    "config: balance.bias_rule='sign' would move a bias that selection='hash' ignores: use selection='top_k'",
+    "config: balance.bias_rule='sign' would move a bias that selection='hash' ignores: "
+    "use selection='top_k'",
   ),
   'groups that do not divide': (
     router_of(num_experts=8, num_groups=3),
@@ -212,7 +213,8 @@ IMPOSSIBLE = {
   ),
   'more experts than the groups hold': (
     router_of(num_experts=8, num_groups=4, top_groups=1, top_k=4),
-    'config.model.moe.router: top_k=4 is more than the 2 experts of top_groups=1 groups: raise top_groups or lower',
+    'config.model.moe.router: top_k=4 is more than the 2 experts of top_groups=1 groups: '
+    'raise top_groups or lower',
   ),
   'a partition that does not divide': (
     router_of(num_experts=8) | {'balance': {'partition': 3}},
@@ -220,7 +222,8 @@ IMPOSSIBLE = {
   ),
   'accumulation of one micro-batch': (
     {'balance': {'accumulation': 'buffer'}},
-    "config: balance.accumulation='buffer' is about several micro-batches: use micro_batches above 1, or 'exact'",
+    "config: balance.accumulation='buffer' is about several micro-batches: "
+    "use micro_batches above 1, or 'exact'",
   ),
   'more micro-batches than rows': (
     {'batch_size': 4, 'micro_batches': 8, 'balance': {'losses': {'global_batch': '0.1'}}},
@@ -232,7 +235,8 @@ IMPOSSIBLE = {
       'micro_batches': 3,
       'balance': {'losses': {'ep_group': '0.1'}, 'ep_groups': 2},
     },
-    'config: balance.ep_groups=2: use a divisor of batch_size=12 that divides, or is a multiple of, micro_batches=3',
+    'config: balance.ep_groups=2: use a divisor of batch_size=12 that divides, or is a multiple '
+    'of, micro_batches=3',
   ),
   'a loss that cannot train': (
     {'balance': {'losses': {'std_of_share': '0.1'}}},

@@ -1,4 +1,4 @@
-"""Numbers that change over a run: what a text says, and what it does not; constant pieces and slopes."""
+"""Numbers that change over a run: what a text says, and what is none; pieces and slopes."""
 
 import math
 

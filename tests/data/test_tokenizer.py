@@ -1,4 +1,4 @@
-"""Tokenizers: any text comes back, ids stay below vocab_size, eod is never text, errors say what to do."""
+"""Tokenizers: any text comes back, ids are below vocab_size, eod is never text; errors."""
 
 import json
 import sys

@@ -1,4 +1,7 @@
-"""The watch: a process that hangs tells where and exits with 6; one that gets on, or compiles, is left alone."""
+"""The watchdog: a process that hangs says where and exits with 6.
+
+One that gets on, or compiles, is left alone.
+"""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The mesh and the one table of axes: what lies where, and that without a mesh nothing is laid out."""
+"""The mesh and the one table of axes; without a mesh nothing is laid out."""
 
 import functools
 import types
