@@ -191,9 +191,11 @@ def bias_moved_by_evaluation(patch: Patch) -> None:
 
 def bias_decayed(patch: Patch) -> None:
   move = step.update_router_bias
-  patch.setattr(
-    step, 'move_bias', lambda router, *rest: move(router._replace(bias=0.99 * router.bias), *rest)
-  )
+
+  def move_decayed(router: bias.BiasState, *rest: object) -> bias.BiasState:
+    return move(router._replace(bias=0.99 * router.bias), *rest)
+
+  patch.setattr(step, 'update_router_bias', move_decayed)
 
 
 def gradient_never_attached(patch: Patch) -> None:
