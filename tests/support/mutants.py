@@ -132,7 +132,10 @@ def pooled_layers(patch: Patch) -> None:
   """f and P each averaged over all layers before their product."""
 
   def f_and_p(
-    found: routing.Routing, mask: Array, segments: Array, scope: token_sets.Scope
+    found: routing.Routing,
+    mask: Array,
+    segments: Array,
+    scope: token_sets.Scope = token_sets.Scope(),
   ) -> Array:
     counts = aux_loss.assignment_counts(found, mask, scope)
     f = counts.size * counts / counts.sum()
@@ -209,12 +212,12 @@ def bias_moved_by_evaluation(patch: Patch) -> None:
 
   def counting(*args: object) -> train_step.Metrics:
     found = evaluate(*args)
-    # Returned, so that the compiler does not drop the call.
+    # What the call returns is used, so that the compiler does not drop it.
     load = jax.experimental.io_callback(append, found['load'], found['load'])
     return found | {'load': load}
 
   def from_buffer(router: bias.BiasState, seen: Array, *rest: object) -> bias.BiasState:
-    # On a mesh every device would call, and the buffer is of the process.
+    # The line evaluates without a mesh; its steps on one are left as they are.
     if not jax.sharding.get_abstract_mesh().empty:
       return move(router, seen, *rest)
     return move(router, seen + jax.experimental.io_callback(total, seen, seen), *rest)
