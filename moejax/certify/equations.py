@@ -81,10 +81,10 @@ def equation(
   if loss.name not in oracle_balance.SETS:
     return lambda at: math.nan  # a row without its equation is not certified
   assignment = 'first' if loss.name == 'gshard' else loss.assignment
-  if assignment == 'unbiased':
-    ids = ids[..., : cfg.top_k]  # K of them, also where a router has room for E
+  # Unbiased: K of them, also where a router has room for E.
+  used = ids[..., : cfg.top_k] if assignment == 'unbiased' else ids
   logits = found.routing.logits
-  chosen = oracle_balance.assignment_of(logits, ids, cfg.score_fn, assignment)
+  chosen = oracle_balance.assignment_of(logits, used, cfg.score_fn, assignment)
   sets = oracle_balance.sets_of(
     loss.name, case.segments, micro_batches=MICRO_BATCHES, ep_groups=EP_GROUPS
   )
