@@ -40,7 +40,7 @@ IDLE_STEP = tiny.STEPS // 2  # from this step on the rate is 0
 
 
 def push(
-  found: routing.Routing, before: bias.BiasState, mask: Array, rate: Array, top_k: int
+  routed: routing.Routing, before: bias.BiasState, mask: Array, rate: Array, top_k: int
 ) -> dict[str, bias.BiasState]:
   """What every rule makes of a batch [B, S] that it sees in micro-batches. Rule -> new state."""
 
@@ -48,7 +48,7 @@ def push(
     # The router's weights, which a Routing also holds, have no rows to cut.
     return jnp.split(a, MICRO_BATCHES)[i] if a.shape[0] == mask.shape[0] else a
 
-  parts = [jax.tree.map(lambda a, i=i: part(a, i), found) for i in range(MICRO_BATCHES)]
+  parts = [jax.tree.map(lambda a, i=i: part(a, i), routed) for i in range(MICRO_BATCHES)]
   masks, after = jnp.split(mask, MICRO_BATCHES), {}
   for name, rule in bias.BIAS_RULES.items():
     seen = sum(rule.observe(one, before.bias, m) for one, m in zip(parts, masks))
@@ -65,12 +65,12 @@ def check_rules(plan: Plan) -> Iterator[Check]:
   ):
     for label, case in make_cases(plan, 8).items():
       route = plan.program(route_with_noise, cfg)
-      found, _ = route(inputs_of(plan, case), case.bias, case.mask, case.segments)
+      routed, _ = route(inputs_of(plan, case), case.bias, case.mask, case.segments)
       momentum = plan.rng(7).normal(scale=0.1, size=8).astype(np.float32)
       before = bias.BiasState(case.bias, momentum)
-      seen = oracle_bias.Seen(np.asarray(found.scores), np.asarray(found.expert_ids), case.mask)
+      seen = oracle_bias.Seen(np.asarray(routed.scores), np.asarray(routed.expert_ids), case.mask)
       for rate in (RATE, 0.0):
-        after = plan.program(push, cfg.top_k)(found, before, case.mask, jnp.float32(rate))
+        after = plan.program(push, cfg.top_k)(routed, before, case.mask, jnp.float32(rate))
         for name, check in worst.items():
           if name not in oracle_bias.BIAS_RULES:
             check.see('a rule without its equation is not certified', float('nan'))
@@ -82,10 +82,10 @@ def check_rules(plan: Plan) -> Iterator[Check]:
     yield check.check()
 
 
-def distance(found: bias.BiasState, wanted: bias.BiasState | oracle_bias.BiasState) -> float:
+def distance(one: bias.BiasState, other: bias.BiasState | oracle_bias.BiasState) -> float:
   """The largest absolute difference of two states, in bias or momentum."""
   differences = []
-  for a, b in zip(found, wanted):
+  for a, b in zip(one, other):
     differences.append(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max())
   return float(max(differences))
 
@@ -101,13 +101,13 @@ def oracle_step(
   plan: Plan, before: state.TrainState, rows: Batch, rule: str, rate: float
 ) -> OracleStep:
   """Load and new bias by the oracle, from each layer's logits of the whole batch."""
-  found, mask = tiny.state_routing(plan, before, rows), rows.segment_ids > 0
+  routed, mask = tiny.state_routing(plan, before, rows), rows.segment_ids > 0
   load, new_bias, momentum = [], [], []
-  for i, logits in enumerate(found.logits):
+  for i, logits in enumerate(routed.logits):
     layer = oracle_bias.BiasState(*(np.asarray(a)[i] for a in before.router))
     ids = oracle.route(logits, layer.bias, top_k=2, score_fn='softmax').expert_ids
     load.append(oracle_balance.load(ids, mask, 4))
-    seen = oracle_bias.Seen(found.scores[i], ids, mask)
+    seen = oracle_bias.Seen(routed.scores[i], ids, mask)
     after = oracle_bias.bias_step(rule, layer, seen, rate)
     new_bias.append(after.bias)
     momentum.append(after.momentum)

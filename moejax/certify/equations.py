@@ -64,45 +64,47 @@ class Point:
 
 
 def equation(
-  loss: Loss, cfg: routing.RouterConfig, case: Case, found: Measured
+  loss: Loss, cfg: routing.RouterConfig, case: Case, measured: Measured
 ) -> Callable[[Point], float]:
   """The oracle's loss as a function of the inputs; f has no gradient: the choice stands."""
-  mask, ids = case.mask, found.routing.expert_ids
+  mask, ids = case.mask, measured.routing.expert_ids
   others: dict[str, Callable[[Point], float]] = {
-    'router_z': lambda at: oracle_balance.router_z(at.logits, mask),
-    'importance': lambda at: oracle_balance.importance(at.weights(ids), ids, mask, cfg.num_experts),
-    'load': lambda at: oracle_balance.smooth_load(
-      oracle_selection.likely(at.clean, at.logits, at.std, cfg.top_k), mask
+    'router_z': lambda point: oracle_balance.router_z(point.logits, mask),
+    'importance': lambda point: oracle_balance.importance(
+      point.weights(ids), ids, mask, cfg.num_experts
     ),
-    'simbal': lambda at: oracle_balance.simbal(at.router),
+    'load': lambda point: oracle_balance.smooth_load(
+      oracle_selection.likely(point.clean, point.logits, point.std, cfg.top_k), mask
+    ),
+    'simbal': lambda point: oracle_balance.simbal(point.router),
   }
   if loss.name in others:
     return others[loss.name]
   if loss.name not in oracle_balance.SETS:
-    return lambda at: math.nan  # a row without its equation is not certified
+    return lambda point: math.nan  # a row without its equation is not certified
   assignment = 'first' if loss.name == 'gshard' else loss.assignment
   # Unbiased: K of them, also where a router has room for E.
   used = ids[..., : cfg.top_k] if assignment == 'unbiased' else ids
-  logits = found.routing.logits
+  logits = measured.routing.logits
   chosen = oracle_balance.assignment_of(logits, used, cfg.score_fn, assignment)
   sets = oracle_balance.sets_of(
     loss.name, case.segments, micro_batches=MICRO_BATCHES, ep_groups=EP_GROUPS
   )
 
-  def mean_loss(at: Point) -> float:
-    p = at.probabilities(loss.probability or cfg.score_fn)
+  def mean_loss(point: Point) -> float:
+    p = point.probabilities(loss.probability or cfg.score_fn)
     of_sets = oracle_balance.probability_losses(p, chosen, mask, sets, loss.partition)
     return oracle_balance.mean_over_sets(of_sets)
 
   return mean_loss
 
 
-def relative(found: float, wanted: float) -> float:
-  """|found - wanted| as a part of |wanted|, or of 1 where that is less.
+def relative(value: float, wanted: float) -> float:
+  """|value - wanted| as a part of |wanted|, or of 1 where that is less.
 
   Losses of this size are 1 at balance; squared variations, and collapse less 1, may be 0.
   """
-  return abs(found - wanted) / max(abs(wanted), 1.0)
+  return abs(value - wanted) / max(abs(wanted), 1.0)
 
 
 def shift(inputs: Inputs, direction: Inputs, by: float) -> Inputs:
@@ -116,12 +118,12 @@ def slope_error(gradient: Inputs, size: float, direction: Inputs, slope: float) 
   Of the norm before it cancels out, `size`, if that is more: an even f has a gradient of 0, as a
   difference of equals.
   """
-  squares, slope_found = 0, 0
+  squares, own_slope = 0, 0
   for g, d in zip(gradient, direction):
     g = g.astype(np.float64)
     squares += float((g**2).sum())
-    slope_found += float((g * d).sum())
-  return abs(slope_found - slope) / max(math.sqrt(squares), size, 1e-5)
+    own_slope += float((g * d).sum())
+  return abs(own_slope - slope) / max(math.sqrt(squares), size, 1e-5)
 
 
 class LossChecks:
@@ -137,21 +139,21 @@ class LossChecks:
 
   def compare(self, plan: Plan, cfg: routing.RouterConfig, label: str, case: Case) -> None:
     """Takes in all losses of one batch."""
-    found, inputs = measure(plan, cfg, case), inputs_of(plan, case)
+    measured, inputs = measure(plan, cfg, case), inputs_of(plan, case)
     rng = plan.rng(1, cfg.num_experts)
     # A gradient that is wrong anywhere has a wrong slope along a random direction.
     direction = Inputs(*(rng.normal(size=a.shape) for a in inputs))
-    at, above, below = (
-      Point(shift(inputs, direction, by), found.draws, cfg, case.bias) for by in (0, STEP, -STEP)
+    middle, above, below = (
+      Point(shift(inputs, direction, by), measured.draws, cfg, case.bias) for by in (0, STEP, -STEP)
     )
     for i, loss in enumerate(losses(cfg)):
       if loss.name == 'load' and not cfg.noisy:  # there is no load that noise may give
         continue
-      where, f = f'{loss}; {router_name(cfg)}; {label}', equation(loss, cfg, case, found)
-      gradient = Inputs(*(g[i] for g in found.gradients))
-      self.values[loss.name].see(where, relative(found.values[i], f(at)))
+      where, f = f'{loss}; {router_name(cfg)}; {label}', equation(loss, cfg, case, measured)
+      gradient = Inputs(*(g[i] for g in measured.gradients))
+      self.values[loss.name].see(where, relative(measured.values[i], f(middle)))
       slope = (f(above) - f(below)) / (2 * STEP)
-      self.slopes[loss.name].see(where, slope_error(gradient, found.sizes[i], direction, slope))
+      self.slopes[loss.name].see(where, slope_error(gradient, measured.sizes[i], direction, slope))
       self.others.see(where, np.abs(gradient.logits[~case.mask]).max(initial=0))
 
   def checks(self) -> Iterator[Check]:
@@ -186,22 +188,22 @@ def check_every_entry(plan: Plan) -> Iterator[Check]:
   )
   for score_fn in sorted(routing.SCORE_FNS):
     cfg, case = routing.RouterConfig(4, 2, score_fn, num_groups=2), make_cases(plan, 4)['holes']
-    found, inputs = measure(plan, cfg, case), inputs_of(plan, case)
+    measured, inputs = measure(plan, cfg, case), inputs_of(plan, case)
     for i, loss in enumerate(losses(cfg)):
       if loss.name in ('load', 'simbal'):  # these have no gradient to logits here
         continue
-      f = equation(loss, cfg, case, found)
-      wanted = first_row_gradient(f, Point(inputs, found.draws, cfg, case.bias), case)
-      error = np.abs(found.gradients.logits[i][0] - wanted).max() / np.abs(wanted).max()
+      f = equation(loss, cfg, case, measured)
+      wanted = first_row_gradient(f, Point(inputs, measured.draws, cfg, case.bias), case)
+      error = np.abs(measured.gradients.logits[i][0] - wanted).max() / np.abs(wanted).max()
       worst.see(f'{loss}; {router_name(cfg)}', error)
   yield worst.check()
 
 
-def first_row_gradient(f: Callable[[Point], float], at: Point, case: Case) -> np.ndarray:
+def first_row_gradient(f: Callable[[Point], float], point: Point, case: Case) -> np.ndarray:
   """The gradient of a loss to the logits of the first row, by finite differences. [S, E]."""
 
   def loss_of(row: np.ndarray) -> float:
-    return f(at.with_logits(np.concatenate([row[None], case.logits[1:]])))
+    return f(point.with_logits(np.concatenate([row[None], case.logits[1:]])))
 
   return oracle.finite_difference(loss_of, case.logits[0])
 
@@ -217,17 +219,17 @@ def check_choices(plan: Plan) -> Iterator[Check]:
     for label, case in make_cases(plan, cfg.num_experts).items():
       if cfg.num_experts > 8 and label != 'packed':
         continue
-      found, where = measure(plan, cfg, case).routing, f'{router_name(cfg)}; {label}'
+      routed, where = measure(plan, cfg, case).routing, f'{router_name(cfg)}; {label}'
       biased = oracle.scores(case.logits, cfg.score_fn) + case.bias
       limited = group_limited_choice(biased, cfg)
       wanted = oracle_selection.top_k_experts(biased, limited, case.mask, case.segments, cfg.top_k)
       # Scores that differ by rounding may change places: what counts is how good the chosen are.
       best = np.take_along_axis(biased, wanted, -1)
-      choice.see(where, np.abs(best - np.take_along_axis(biased, found.expert_ids, -1)).max())
-      at = Point(inputs_of(plan, case), np.zeros(()), cfg, case.bias)
-      weights.see(where, np.abs(found.weights - at.weights(found.expert_ids)).max())
+      choice.see(where, np.abs(best - np.take_along_axis(biased, routed.expert_ids, -1)).max())
+      point = Point(inputs_of(plan, case), np.zeros(()), cfg, case.bias)
+      weights.see(where, np.abs(routed.weights - point.weights(routed.expert_ids)).max())
       if label in ('ties', 'equal'):
-        ties.see(where, (found.expert_ids != wanted).sum())
+        ties.see(where, (routed.expert_ids != wanted).sum())
   yield choice.check()
   yield ties.check()
   yield from check_other_choices(plan, weights)
@@ -256,12 +258,12 @@ def check_other_choices(plan: Plan, weights: Worst) -> Iterator[Check]:
   for cfg in plan.other_routers():
     for label in OTHER_CASES:
       case = make_cases(plan, cfg.num_experts)[label]
-      found, where = measure(plan, cfg, case), f'{router_name(cfg)}; {label}'
-      at = Point(inputs_of(plan, case), found.draws, cfg, case.bias)
-      ids = found.routing.expert_ids
-      weights.see(where, np.abs(found.routing.weights - at.weights(ids))[case.mask].max())
+      measured, where = measure(plan, cfg, case), f'{router_name(cfg)}; {label}'
+      point = Point(inputs_of(plan, case), measured.draws, cfg, case.bias)
+      ids = measured.routing.expert_ids
+      weights.see(where, np.abs(measured.routing.weights - point.weights(ids))[case.mask].max())
       if cfg.selection in exact:
-        logs = oracle_selection.log_scores(at.logits, cfg.score_fn)
+        logs = oracle_selection.log_scores(point.logits, cfg.score_fn)
         token_ids = np.asarray(tokens_of(case.mask, case.segments).ids)
         select = oracle_selection.SELECTIONS[cfg.selection]
         wanted = select(logs, np.exp(logs) + case.bias, case.mask, token_ids, cfg.top_k)

@@ -39,9 +39,9 @@ def layers_line(plan: Plan) -> Iterator[Check]:
   }
   for label, before in starts.items():
     result = tiny.take_step(plan, cfg, before, rows)
-    found = tiny.state_routing(plan, before, rows)
-    num_layers = len(found.logits)
-    layers = [jax.tree.map(lambda a, i=i: a[i], found) for i in range(num_layers)]
+    routed = tiny.state_routing(plan, before, rows)
+    num_layers = len(routed.logits)
+    layers = [jax.tree.map(lambda a, i=i: a[i], routed) for i in range(num_layers)]
     for loss in tiny.loss_names():
       of_layers = np.mean([layer_loss(loss, layer, rows) for layer in layers])
       value = result.terms[f'balance/{loss}']
@@ -52,19 +52,19 @@ def layers_line(plan: Plan) -> Iterator[Check]:
   yield apart.check()
 
 
-def layer_loss(loss: str, found: Routing, rows: Batch) -> float:
+def layer_loss(loss: str, routed: Routing, rows: Batch) -> float:
   """A layer's own loss, by the oracle, of its routing [B, S, ...]."""
-  mask, experts = rows.segment_ids > 0, found.logits.shape[-1]
+  mask, experts = rows.segment_ids > 0, routed.logits.shape[-1]
   if loss == 'simbal':
-    return oracle_balance.simbal(found.router.astype(np.float64))
+    return oracle_balance.simbal(routed.router.astype(np.float64))
   if loss == 'importance':
-    return oracle_balance.importance(found.weights, found.expert_ids, mask, experts)
+    return oracle_balance.importance(routed.weights, routed.expert_ids, mask, experts)
   if loss == 'router_z':
-    return oracle_balance.router_z(found.logits, mask)
+    return oracle_balance.router_z(routed.logits, mask)
   assignment = 'first' if loss == 'gshard' else 'unbiased'
-  chosen = oracle_balance.assignment_of(found.logits, found.expert_ids, 'softmax', assignment)
+  chosen = oracle_balance.assignment_of(routed.logits, routed.expert_ids, 'softmax', assignment)
   sets = oracle_balance.sets_of(loss, rows.segment_ids, ep_groups=4)
-  p = oracle.probabilities(found.logits, 'softmax')
+  p = oracle.probabilities(routed.logits, 'softmax')
   return oracle_balance.mean_over_sets(oracle_balance.probability_losses(p, chosen, mask, sets))
 
 

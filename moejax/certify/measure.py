@@ -78,12 +78,12 @@ def scope(
   return Scope(size, loss.partition, loss.assignment, loss.probability)
 
 
-def values(found: routing.Routing, mask: Array, segments: Array, rows: tuple[Loss, ...]) -> Array:
+def values(routed: routing.Routing, mask: Array, segments: Array, rows: tuple[Loss, ...]) -> Array:
   """The value of each loss of a routing. mask, segments [B, S] -> [n]."""
   each = []
   for row in rows:
     value = balance.BALANCE_LOSSES[row.name].value
-    each.append(value(found, mask, segments, scope(row, mask.shape[0])))
+    each.append(value(routed, mask, segments, scope(row, mask.shape[0])))
   return jnp.stack(each)
 
 
@@ -102,19 +102,19 @@ def route_with_noise(
   # The router draws the same from these keys: the oracle, which cannot, is given the noise.
   keys = selection.row_keys(tokens, selection.NOISE)
   draws = jax.vmap(lambda key: jax.random.normal(key, inputs.logits.shape[1:]))(keys)
-  found = routing.route(inputs.logits, bias, cfg, tokens, inputs.std)
-  return found._replace(router=inputs.router), draws
+  routed = routing.route(inputs.logits, bias, cfg, tokens, inputs.std)
+  return routed._replace(router=inputs.router), draws
 
 
 def differentiate(
-  found: routing.Routing, mask: Array, segments: Array, rows: tuple[Loss, ...]
+  routed: routing.Routing, mask: Array, segments: Array, rows: tuple[Loss, ...]
 ) -> tuple[Array, list[Array]]:
   """Values [n] of each loss, and their gradients to the REALS of the routing, [n, ...] each."""
 
   def values_of(reals: list[Array]) -> Array:
-    return values(found._replace(**dict(zip(REALS, reals))), mask, segments, rows)
+    return values(routed._replace(**dict(zip(REALS, reals))), mask, segments, rows)
 
-  value, pull = jax.vjp(values_of, [getattr(found, name) for name in REALS])
+  value, pull = jax.vjp(values_of, [getattr(routed, name) for name in REALS])
   # One row of the identity asks for the gradient of one loss.
   return value, jax.vmap(pull)(jnp.eye(len(rows)))[0]
 
@@ -133,8 +133,8 @@ def pull_back(
   """
 
   def reals_of(inputs: Inputs, bias: Array) -> list[Array]:
-    found, _ = route_with_noise(inputs, bias, mask, segments, cfg)
-    return [getattr(found, name) for name in REALS]
+    routed, _ = route_with_noise(inputs, bias, mask, segments, cfg)
+    return [getattr(routed, name) for name in REALS]
 
   return jax.vmap(jax.vjp(reals_of, inputs, bias)[1])(gradients)
 
@@ -146,21 +146,21 @@ def measure(plan: Plan, cfg: routing.RouterConfig, case: Case) -> Measured:
   router scores.
   """
   batch = (inputs_of(plan, case), case.bias, case.mask, case.segments)
-  found, draws = plan.program(route_with_noise, cfg)(*batch)
-  value, gradients = plan.program(differentiate, losses(cfg))(found, case.mask, case.segments)
+  routed, draws = plan.program(route_with_noise, cfg)(*batch)
+  value, gradients = plan.program(differentiate, losses(cfg))(routed, case.mask, case.segments)
   to_inputs, to_bias = plan.program(pull_back, cfg)(*batch, gradients)
   measured = Measured(
     values=value,
     gradients=to_inputs,
-    sizes=sizes(found, gradients, losses(cfg)),
+    sizes=sizes(routed, gradients, losses(cfg)),
     to_bias=to_bias,
-    routing=found,
+    routing=routed,
     draws=draws,
   )
   return jax.tree.map(np.asarray, measured)
 
 
-def sizes(found: routing.Routing, gradients: list[Array], rows: tuple[Loss, ...]) -> np.ndarray:
+def sizes(routed: routing.Routing, gradients: list[Array], rows: tuple[Loss, ...]) -> np.ndarray:
   """How large each loss's gradient is before it cancels out. [n].
 
   That is the norm of the gradient to the logarithms of probabilities and weights; the largest over
@@ -169,7 +169,7 @@ def sizes(found: routing.Routing, gradients: list[Array], rows: tuple[Loss, ...]
   terms = []
   for name, gradient in zip(REALS, gradients):
     if name in ('probs', 'weights', 'likely'):
-      terms.append(np.asarray(gradient * getattr(found, name)).reshape(len(rows), -1))
+      terms.append(np.asarray(gradient * getattr(routed, name)).reshape(len(rows), -1))
   norms = np.linalg.norm(np.concatenate(terms, axis=1), axis=1)
   largest: dict[str, float] = {}
   for norm, row in zip(norms, rows):

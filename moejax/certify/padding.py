@@ -28,13 +28,13 @@ def padding_routers(plan: Plan) -> Iterator[routing.RouterConfig]:
       yield cfg
 
 
-def cut_rows(found: Measured) -> Measured:
+def cut_rows(measured: Measured) -> Measured:
   """What was measured, with the routing of the first CUT places of each row."""
 
   def cut(a: np.ndarray) -> np.ndarray:
     return a[:, :CUT] if a.ndim > 1 and a.shape[1] == S else a
 
-  return found._replace(routing=jax.tree.map(cut, found.routing))
+  return measured._replace(routing=jax.tree.map(cut, measured.routing))
 
 
 def padding_line(plan: Plan) -> Iterator[Check]:
@@ -52,26 +52,26 @@ def padding_line(plan: Plan) -> Iterator[Check]:
     case = case._replace(mask=case.mask & (np.arange(S) < CUT))
     noise = rng.normal(scale=17, size=case.logits.shape).astype(np.float32)
     noisy = case._replace(logits=np.where(case.mask[..., None], case.logits, noise))
-    found, other = measure(plan, cfg, case), measure(plan, cfg, noisy)
+    measured, other = measure(plan, cfg, case), measure(plan, cfg, noisy)
     cut = Case(case.logits[:, :CUT], case.bias, case.mask[:, :CUT], case.segments[:, :CUT])
     inputs = inputs_of(plan, case)
     direction = rng.normal(size=cut.logits.shape)
     points = []
     for h in (0, STEP, -STEP):
       shifted = inputs._replace(logits=cut.logits + h * direction)
-      points.append(Point(shifted, found.draws, cfg, case.bias))
+      points.append(Point(shifted, measured.draws, cfg, case.bias))
     for i, loss in enumerate(losses(cfg)):
       where = f'{loss}; {router_name(cfg)}'
-      value = abs(found.values[i] - other.values[i])
-      gradient = np.abs(found.gradients.logits[i] - other.gradients.logits[i]).max()
-      garbage.see(where, max(value, gradient))
+      value_change = abs(measured.values[i] - other.values[i])
+      difference = measured.gradients.logits[i] - other.gradients.logits[i]
+      garbage.see(where, max(value_change, np.abs(difference).max()))
       if loss.name == 'load':  # there is no load that noise may give
         continue
-      f = equation(loss, cfg, cut, cut_rows(found))
-      at, above, below = (f(point) for point in points)
-      unpadded.see(where, relative(found.values[i], at))
-      gradient = found.gradients.logits[i][:, :CUT].astype(np.float64)
-      size = max(np.linalg.norm(gradient), found.sizes[i], 1e-5)
+      f = equation(loss, cfg, cut, cut_rows(measured))
+      value, above, below = (f(point) for point in points)
+      unpadded.see(where, relative(measured.values[i], value))
+      gradient = measured.gradients.logits[i][:, :CUT].astype(np.float64)
+      size = max(np.linalg.norm(gradient), measured.sizes[i], 1e-5)
       slope = (above - below) / (2 * STEP)
       grads.see(where, ((gradient * direction).sum() - slope) / size)
   yield garbage.check()
@@ -91,14 +91,14 @@ def documents_apart(case: Case) -> Case:
 
 def measure_documents(plan: Plan, cfg: routing.RouterConfig, case: Case) -> list[Measured]:
   """Each document of which a token counts, measured alone."""
-  measured = []
+  documents = []
   for b in range(B):
     for segment in range(1, S):
       row = np.arange(B)[:, None] == b
       mask = case.mask & (case.segments == segment) & row
       if mask.any():
-        measured.append(measure(plan, cfg, case._replace(mask=mask)))
-  return measured
+        documents.append(measure(plan, cfg, case._replace(mask=mask)))
+  return documents
 
 
 def check_packing(plan: Plan) -> Iterator[Check]:

@@ -47,11 +47,11 @@ def force_experts(
   cfg: routing.RouterConfig,
 ) -> routing.Routing:
   """A routing of the given expert_ids [B, S, K] and likely [B, S, E], weighed by its scores."""
-  found, _ = route_with_noise(inputs, bias, mask, segments, cfg)
-  log_scores = routing.SCORE_FNS[cfg.score_fn](found.logits)
-  log_weights = routing.WEIGHTS[cfg.weigh](log_scores, found.logits)
+  routed, _ = route_with_noise(inputs, bias, mask, segments, cfg)
+  log_scores = routing.SCORE_FNS[cfg.score_fn](routed.logits)
+  log_weights = routing.WEIGHTS[cfg.weigh](log_scores, routed.logits)
   weights = routing.weights_of(log_weights, expert_ids, cfg.renormalise)
-  return found._replace(expert_ids=expert_ids, best_ids=expert_ids, weights=weights, likely=likely)
+  return routed._replace(expert_ids=expert_ids, best_ids=expert_ids, weights=weights, likely=likely)
 
 
 def even_load_values(plan: Plan, cfg: routing.RouterConfig, logits: np.ndarray) -> np.ndarray:
@@ -61,8 +61,8 @@ def even_load_values(plan: Plan, cfg: routing.RouterConfig, logits: np.ndarray) 
   inputs = Inputs(logits, np.ones_like(logits), np.eye(experts, dtype=np.float32))
   program = plan.program(force_experts, cfg)
   batch = (inputs, no_bias, mask, segments)
-  found = program(*batch, even_ids(cfg), circulant(cfg))
-  return np.asarray(plan.program(values, losses(cfg))(found, mask, segments))
+  routed = program(*batch, even_ids(cfg), circulant(cfg))
+  return np.asarray(plan.program(values, losses(cfg))(routed, mask, segments))
 
 
 def value_at_balance(loss: Loss, logits: np.ndarray) -> float:
@@ -87,12 +87,12 @@ def balance_line(plan: Plan) -> Iterator[Check]:
     noise = plan.rng(3, cfg.num_experts).normal(scale=0.1, size=even.shape)
     uneven = (even + noise).astype(np.float32)
     for label, logits in (('even probabilities', even), ('uneven', uneven)):
-      for loss, found in zip(losses(cfg), even_load_values(plan, cfg, logits)):
+      for loss, value in zip(losses(cfg), even_load_values(plan, cfg, logits)):
         # Squared variations look at probabilities, or at weights made of them: those are uneven.
         if label == 'uneven' and loss.name in NOUGHT:
           continue
         where = f'{loss}; {router_name(cfg)}; {label}'
-        exact[loss.name].see(where, relative(found, value_at_balance(loss, logits)))
+        exact[loss.name].see(where, relative(value, value_at_balance(loss, logits)))
   for worst in exact.values():
     yield worst.check()
   yield from check_conversions(plan)
@@ -162,8 +162,8 @@ def shrink_line(plan: Plan) -> Iterator[Check]:
       continue
     noise = plan.rng(6, cfg.num_experts).normal(size=circulant(cfg).shape)
     for label, logits in shrunk_logits(noise).items():
-      found = even_load_values(plan, cfg, logits.astype(np.float32))
-      for loss, value in zip(losses(cfg), found):
+      of_losses = even_load_values(plan, cfg, logits.astype(np.float32))
+      for loss, value in zip(losses(cfg), of_losses):
         where = f'{loss}; {router_name(cfg)}; logits {label}'
         if loss.name in ONE:
           exact[loss.name].see(where, value - 1)

@@ -32,20 +32,20 @@ def probabilities_line(plan: Plan) -> Iterator[Check]:
     cases, elsewhere = make_cases(plan, cfg.num_experts), 0
     for label in ('packed', 'extreme', 'low', 'all to one'):
       case, where = cases[label], f'{router_name(cfg)}; {label}'
-      found = measure(plan, cfg, case)
-      probs = found.routing.probs
+      measured = measure(plan, cfg, case)
+      probs = measured.routing.probs
       ours.see(where, np.abs(probs - oracle.probabilities(case.logits, cfg.score_fn)).max())
       # Summed in float64: what is asked is whether the rows are off, not the sum of them.
       sums.see(where, np.abs(probs.astype(np.float64).sum(-1) - 1).max())
       other = measure(plan, cfg, case._replace(bias=case.bias[::-1] * 3))
-      to_bias.see(where, np.abs(found.to_bias).max())
+      to_bias.see(where, np.abs(measured.to_bias).max())
       for i, loss in enumerate(losses(cfg)):
         # An assignment that is not 'unbiased' counts other experts under another bias.
         if loss.assignment == 'unbiased' and loss.name in (*CANONICAL, 'router_z'):
-          values.see(f'{loss}; {where}', abs(found.values[i] - other.values[i]))
-          difference = np.abs(found.gradients.logits[i] - other.gradients.logits[i]).max()
+          values.see(f'{loss}; {where}', abs(measured.values[i] - other.values[i]))
+          difference = np.abs(measured.gradients.logits[i] - other.gradients.logits[i]).max()
           gradients.see(f'{loss}; {where}', difference)
-      elsewhere += (found.routing.expert_ids != other.routing.expert_ids).sum()
+      elsewhere += (measured.routing.expert_ids != other.routing.expert_ids).sum()
     # Where the other bias moves nobody, that it changes no loss has not been shown.
     idle.see(router_name(cfg), elsewhere == 0 and cfg.top_k < cfg.num_experts)
   for worst in (ours, sums, values, gradients, to_bias, idle):

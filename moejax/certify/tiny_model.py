@@ -230,13 +230,15 @@ def layer_routings(model: Transformer, bias: Array, rows: Batch) -> Routing:
   return jax.tree.map(lambda *a: jnp.stack(a), *routings)
 
 
-def state_routing(plan: Plan, at: state.TrainState, rows: Batch) -> Routing:
+def state_routing(plan: Plan, current: state.TrainState, rows: Batch) -> Routing:
   """Who every token is given to in a state, [L, B, S, ...] in NumPy.
 
   One program for all states, whatever program made them: what differs is then the state.
   """
-  cfg = config(at.model.cfg.moe.router.noisy)
+  cfg = config(current.model.cfg.moe.router.noisy)
   structure = jax.tree.structure(state_shapes(plan, cfg).model)
-  model = jax.tree.unflatten(structure, [np.asarray(leaf) for leaf in jax.tree.leaves(at.model)])
+  model = jax.tree.unflatten(
+    structure, [np.asarray(leaf) for leaf in jax.tree.leaves(current.model)]
+  )
   program = plan.program(layer_routings)
-  return jax.tree.map(np.asarray, program(model, np.asarray(at.router.bias), rows))
+  return jax.tree.map(np.asarray, program(model, np.asarray(current.router.bias), rows))
