@@ -1,6 +1,7 @@
-"""`python -m moejax.certify`: tries to break every promise about routing and balance, and says how near it came.
+"""`python -m moejax.certify`: tries to break every promise about routing and balance.
 
-Exit status: 0 all lines hold, 1 one does not, 2 bad arguments. Eight virtual CPU devices, whatever machine this is.
+Exit status: 0 all lines hold, 1 one does not, 2 bad arguments. Eight virtual CPU devices, whatever
+machine this is.
 """
 
 import argparse
@@ -10,33 +11,34 @@ import sys
 from collections.abc import Sequence
 
 DEVICES = 8
+DESCRIPTION = 'tries to break every promise about routing and balance, and says how near it came.'
 
 
-def prepare() -> None:
-  """The environment, before jax is imported: virtual devices, and a cache of compiled programs. A user's own wins."""
+def prepare_environment() -> None:
+  """Sets virtual devices and a cache of compiled programs, whose place a user may choose.
+
+  To be called before jax is imported, which reads the environment once.
+  """
   os.environ['JAX_PLATFORMS'] = 'cpu'
-  # In the default order virtual devices may meet two collectives in different orders, and wait for each other forever.
-  os.environ['XLA_FLAGS'] = ' '.join(
-    [
-      os.environ.get('XLA_FLAGS', ''),
-      f'--xla_force_host_platform_device_count={DEVICES}',
-      '--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED',
-    ]
-  ).strip()
-  cache = (
-    pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'moejax' / 'xla'
-  )
+  # In the default order virtual devices may meet two collectives in different orders, and wait for
+  # each other forever.
+  flags = [
+    os.environ.get('XLA_FLAGS', ''),
+    f'--xla_force_host_platform_device_count={DEVICES}',
+    '--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED',
+  ]
+  os.environ['XLA_FLAGS'] = ' '.join(flags).strip()
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-    os.environ['JAX_COMPILATION_CACHE_DIR'] = str(cache)
+    caches = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = str(caches / 'moejax' / 'xla')
+    # By default nothing is kept that compiles in less than a second, as most programs here do.
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
     os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
 
-def main(argv: Sequence[str]) -> int:
-  """Parses, certifies, writes. Returns the exit status."""
-  parser = argparse.ArgumentParser(
-    prog='python -m moejax.certify', description=__doc__.split('\n')[0].split(': ')[1]
-  )
+def make_parser() -> argparse.ArgumentParser:
+  """The parser of the command line."""
+  parser = argparse.ArgumentParser(prog='python -m moejax.certify', description=DESCRIPTION)
   parser.add_argument('--quick', action='store_true', help='the same lines, on fewer rows')
   parser.add_argument(
     '--only', action='append', default=[], metavar='NAME', help='this line of the contract alone'
@@ -48,21 +50,27 @@ def main(argv: Sequence[str]) -> int:
     '--readme', default='', metavar='FILE', help='rewrite the table between its two comments'
   )
   parser.add_argument('--seed', type=int, default=0)
-  args = parser.parse_args(argv)
-  prepare()
+  return parser
+
+
+def main(argv: Sequence[str]) -> int:
+  """Parses the arguments, certifies and writes the certificate. Returns the exit status."""
+  args = make_parser().parse_args(argv)
+  prepare_environment()
   # Only now: what is imported below imports jax, which reads the environment once.
   from moejax.certify.contract import LINES, certify
-  from moejax.certify.report import Terminal, rewrite_readme, write_certificate
+  from moejax.certify.report import rewrite_readme, write_certificate
+  from moejax.certify.terminal import Terminal
 
   if unknown := sorted(set(args.only) - set(LINES)):
-    print(
-      f'moejax.certify: --only {unknown[0]} is no line: use one of {", ".join(LINES)}',
-      file=sys.stderr,
-    )
+    known = ', '.join(LINES)
+    message = f'moejax.certify: --only {unknown[0]} is no line: use one of {known}'
+    print(message, file=sys.stderr)
     return 2
   out = pathlib.Path(args.out)
   with Terminal() as terminal:
     certificate = certify(args.only or list(LINES), args.quick, args.seed, terminal)
+  # Before the README is looked at: a certificate that took minutes is not lost to a wrong path.
   write_certificate(certificate, out)
   terminal.table(certificate, out)
   if args.readme:

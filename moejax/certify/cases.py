@@ -1,7 +1,7 @@
-"""What one run of the certificate shares: how much it looks at, its compiled programs, and the batches it routes.
+"""What one run of the certificate shares: how much it looks at, its programs, and its batches.
 
-Programs are made anew for each run, from wrappers of its own: a function that was replaced since the last run, as the
-mutants of the tests do, is traced again and never found in a cache.
+Programs are made anew for each run, from wrappers of its own: a function that was replaced since
+the last run, as the mutants of the tests do, is traced again and never found in a cache.
 
 Letters: B batch, S sequence, E experts, K experts per token.
 """
@@ -18,16 +18,18 @@ from moejax.moe import routing, selection
 
 T = TypeVar('T')
 
-# All the time would be the compiler's, on programs that run for a millisecond: nothing is optimised, and fused loops
-# are not made by MLIR, which is two thirds of the time for a training step. Not every JAX has the second option.
+# All the time would be the compiler's, on programs that run for a millisecond: nothing is
+# optimised, and fused loops are not made by MLIR, which is two thirds of the time for a training
+# step. Not every JAX has the second option.
 CHEAP = (
   {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False},
   {'xla_backend_optimization_level': 0},
 )
 B, S = 4, 8  # of the batches of logits
-MICRO_BATCHES, EP_GROUPS = 2, 4  # into which they are cut
+MICRO_BATCHES, EP_GROUPS = 2, 4  # into which a batch is cut
+# (E, K) of the routers.
 SHAPES = tuple((e, k) for e, k in itertools.product((4, 8, 64, 256), (1, 2, 8)) if k <= e)
-# What --quick looks at: every score function once, and every scale of E but the largest.
+# What --quick looks at, (E, K) to score functions: each of those once, every E but the largest.
 QUICK_ROUTERS = {
   (4, 1): ('sigmoid',),
   (8, 2): ('sigmoid', 'softmax', 'sqrt_softplus'),
@@ -36,7 +38,7 @@ QUICK_ROUTERS = {
 
 
 def cheapest() -> dict[str, int]:
-  """The first of the compiler's options that this JAX has."""
+  """Compiler options that compile fastest: the first of CHEAP that this JAX knows."""
   for options in CHEAP[:-1]:
     try:
       jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
@@ -47,52 +49,50 @@ def cheapest() -> dict[str, int]:
 
 
 class Plan:
-  """How much to look at, and what was compiled and computed for it so far."""
+  """How much a run looks at, and what it has compiled and computed so far."""
 
   def __init__(self, quick: bool, seed: int = 0) -> None:
     self.quick, self.seed = quick, seed
     self.options = cheapest()
-    self._kept: dict[Hashable, object] = {}
+    self._cache: dict[Hashable, object] = {}
 
   def once(self, key: Hashable, make: Callable[[], T]) -> T:
-    """What `make` makes, made at the first time of asking."""
-    if key not in self._kept:
-      self._kept[key] = make()
-    return self._kept[key]
+    """What `make` returns, called the first time that this run asks for the key."""
+    if key not in self._cache:
+      self._cache[key] = make()
+    return self._cache[key]
 
   def program(self, function: Callable, *static: Hashable) -> Callable:
     """`function(*arrays, *static)`, compiled once a run."""
 
     def make() -> Callable:
+      # The lambda is new, so that jax's own cache, which is of the process, does not know it.
       return jax.jit(lambda *arrays: function(*arrays, *static), compiler_options=self.options)
 
     return self.once((function, static), make)
 
   def rng(self, *path: int) -> np.random.Generator:
-    """Random numbers of their own for every place that draws some."""
+    """A generator of random numbers for the place that is called `path`; no two places share."""
     return np.random.default_rng((self.seed, *path))
 
   def token_choice(self) -> Iterator[routing.RouterConfig]:
     """Routers that take the best experts: every shape with every score function.
 
-    Two groups of experts of which one is kept, where K allows it: what is dispatched is then not what the scores alone
-    would choose.
+    Two groups of experts of which one is kept, where K allows it: what is dispatched is then not
+    what the scores alone would choose.
     """
     for (experts, top_k), score_fn in itertools.product(SHAPES, sorted(routing.SCORE_FNS)):
-      if (
-        not self.quick
-        or (experts, top_k) in QUICK_ROUTERS
-        and score_fn in QUICK_ROUTERS[experts, top_k]
-      ):
-        yield routing.RouterConfig(
-          experts, top_k, score_fn, num_groups=2 if 2 * top_k <= experts else 1
-        )
+      in_quick = (experts, top_k) in QUICK_ROUTERS and score_fn in QUICK_ROUTERS[experts, top_k]
+      if in_quick or not self.quick:
+        num_groups = 2 if 2 * top_k <= experts else 1
+        yield routing.RouterConfig(experts, top_k, score_fn, num_groups=num_groups)
 
   def other_routers(self) -> Iterator[routing.RouterConfig]:
     """Every other selection with every score function, noise, and the other ways to weigh."""
     scores = sorted(routing.SCORE_FNS)
     for i, name in enumerate(sorted(set(selection.SELECTIONS) - {'top_k'})):
-      for score_fn in scores[i % len(scores) :][:1] if self.quick else scores:
+      # Quick: one score function for each selection, another one for the next.
+      for score_fn in [scores[i % len(scores)]] if self.quick else scores:
         yield routing.RouterConfig(8, 2, score_fn, selection=name)
     yield routing.RouterConfig(8, 2, 'softmax', noisy=True)
     if not self.quick:
@@ -114,6 +114,8 @@ class Case(NamedTuple):
   segments: np.ndarray  # [B, S] i32
 
 
+# Segment ids [B, S]: one document a row, padded rows, several documents a row, and both of these
+# with a row that is all padding.
 WHOLE = np.ones((B, S), np.int32)
 PADDED = (np.arange(S) < np.array([[8], [5], [1], [3]])).astype(np.int32)
 PACKED = np.array(
@@ -123,40 +125,41 @@ MIXED = np.where(np.arange(S) < np.array([[8], [6], [0], [7]]), PACKED, 0).astyp
 
 
 def make_cases(plan: Plan, num_experts: int) -> dict[str, Case]:
-  """Batches by what is unusual about them."""
+  """Batches of the plan's seed, by what is unusual about them."""
   rng, shape = plan.rng(num_experts), (B, S, num_experts)
-  bias, none = (
-    rng.normal(scale=0.3, size=num_experts).astype(np.float32),
-    np.zeros(num_experts, np.float32),
-  )
+  # The order of the draws is part of the cases: another order gives another certificate.
+  bias = rng.normal(scale=0.3, size=num_experts).astype(np.float32)
+  no_bias = np.zeros(num_experts, np.float32)
   plain = rng.normal(size=shape).astype(np.float32)
   ahead, avoided = plain.copy(), plain.copy()
   ahead[..., 1], avoided[..., 0] = 50, -20
-  holes = (MIXED > 0) & (
-    rng.random((B, S)) < 0.8
-  )  # also tokens inside a document that do not count
-  holes[0, 3:7] = False  # and a document of which no token does
+  # Tokens inside a document that do not count, and a document of which no token does.
+  holes = (MIXED > 0) & (rng.random((B, S)) < 0.8)
+  holes[0, 3:7] = False
   single = np.zeros((B, S), bool)
   single[1, 2] = True
   return {
-    'plain': Case(plain, none, WHOLE > 0, WHOLE),
+    'plain': Case(plain, no_bias, WHOLE > 0, WHOLE),
     'padded': Case(2 * plain, bias, PADDED > 0, PADDED),
     'packed': Case(plain, bias, PACKED > 0, PACKED),
     'holes': Case(plain, bias, holes, MIXED),
-    'ties': Case(rng.integers(0, 2, shape).astype(np.float32), none, MIXED > 0, MIXED),
+    'ties': Case(rng.integers(0, 2, shape).astype(np.float32), no_bias, MIXED > 0, MIXED),
     'equal': Case(np.zeros(shape, np.float32), bias, MIXED > 0, MIXED),
+    # Softmax of what is 1e4 below the largest logit underflows to 0.
     'extreme': Case(rng.choice([-1e4, 0, 1e4], shape).astype(np.float32), bias, MIXED > 0, MIXED),
     'all to one': Case(ahead, bias, MIXED > 0, MIXED),
-    'one unchosen': Case(avoided, none, MIXED > 0, MIXED),
-    'low': Case(plain - 50, none, MIXED > 0, MIXED),
+    'one unchosen': Case(avoided, no_bias, MIXED > 0, MIXED),
+    # Scores of sigmoid are near exp(-50): an epsilon in a sum of them would show.
+    'low': Case(plain - 50, no_bias, MIXED > 0, MIXED),
     'single': Case(plain, bias, single, PACKED),
     'nothing': Case(plain, bias, np.zeros((B, S), bool), PADDED),
   }
 
 
 def router_name(cfg: routing.RouterConfig) -> str:
-  """'sigmoid E8 K2', and what else is unusual about it."""
+  """'sigmoid E8 K2', and each other field that is not as RouterConfig() has it."""
   usual = dataclasses.asdict(routing.RouterConfig())
+  # All token choice has two groups where it can, so that they would say nothing.
   shown = ('num_experts', 'top_k', 'score_fn', 'num_groups', 'top_groups')
   extra = [
     f'{name}={value}'

@@ -1,11 +1,12 @@
-"""Line 10: tokens after t change nothing at or before t, in the output of every layer of the whole model.
+"""Line 10: tokens after t change nothing at or before t, in the output of every layer of the model.
 
-  batch, and the same with other tokens after t -> model, cut off after each layer -> first layer that differs up to t
+  batch, and the same with other tokens after t -> model, cut off after each layer
+  -> first layer whose output differs up to t
 
-A model is cut off by taking the outputs of the later layers away: their residual branches are multiplied by zero, so
-one program serves all depths.
+A model is cut off by taking the outputs of the later layers away: their residual branches are
+multiplied by zero, so one program serves all depths.
 
-Letters: B batch, S sequence, E experts, L MoE layers.
+Letters: B batch, S sequence, D model, E experts, L MoE layers.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import numpy as np
 from jax import Array
 
 from moejax.certify.cases import Plan, router_name
-from moejax.certify.report import Check, Worst, number
+from moejax.certify.checks import Check, Worst, number
 from moejax.data.batch import make_batch
 from moejax.model.config import AttentionConfig, InitConfig, ModelConfig
 from moejax.model.transformer import Draws, Transformer
@@ -29,7 +30,8 @@ from moejax.moe.routing import SCORE_FNS, RouterConfig
 from moejax.moe.selection import SELECTIONS
 
 ROWS, LENGTH, VOCAB, LAYERS, EXPERTS = 4, 12, 32, 3, 4
-# Of hidden states of size 1. What leaks moves them by 1e-2 and more; a sum in another order by 1e-7.
+# Of hidden states of size 1. What leaks moves them by 1e-2 and more; a sum in another order by
+# 1e-7.
 LEAK = 1e-5
 CUTS = (2, 5, 8)  # t
 
@@ -43,35 +45,41 @@ class Subject(NamedTuple):
 
   @property
   def name(self) -> str:
-    """'softmax E4 K2, dense_matmul, capacity by probs'"""
+    """The router, the dispatcher and its capacity: 'softmax E4 K2, dense_matmul'."""
     capacity = f', capacity by {self.dispatch.drop_by}' if self.dispatch.capacity_factor else ''
     return f'{router_name(self.router)}, {self.dispatch.dispatcher}{capacity}'
 
 
-def labelled(router: RouterConfig, dispatch: DispatchConfig) -> Subject:
-  """By the label of its selection, and of what a full expert drops."""
+def make_subject(router: RouterConfig, dispatch: DispatchConfig) -> Subject:
+  """A model labelled by its selection, and by what a full expert drops.
+
+  Where a full expert drops by score, a later token can evict an earlier one.
+  """
   by_score = dispatch.capacity_factor > 0 and dispatch.drop_by == 'probs'
   return Subject(router, dispatch, SELECTIONS[router.selection].causal and not by_score)
 
 
 def subjects(plan: Plan) -> Iterator[Subject]:
-  """Every selection, score function and dispatcher; both ways to drop; every way to draw random numbers."""
-  dense, *others = (
-    DispatchConfig(name) for name in sorted(DISPATCHERS, key=lambda name: name != 'dense_matmul')
-  )
+  """Every selection, score function, dispatcher, way to drop and way to draw random numbers."""
+  dense = DispatchConfig('dense_matmul')
+  others = [DispatchConfig(name) for name in DISPATCHERS if name != 'dense_matmul']
   base, scores = RouterConfig(EXPERTS, 2), sorted(SCORE_FNS)
   for name in sorted(SELECTIONS):
     for score_fn in scores[:1] if plan.quick else scores:
-      yield labelled(dataclasses.replace(base, selection=name, score_fn=score_fn), dense)
+      router = dataclasses.replace(base, selection=name, score_fn=score_fn)
+      yield make_subject(router, dense)
   for drop_by in ('position', 'probs'):
-    yield labelled(base, DispatchConfig('dense_matmul', capacity_factor=0.5, drop_by=drop_by))
+    dropping = DispatchConfig('dense_matmul', capacity_factor=0.5, drop_by=drop_by)
+    yield make_subject(base, dropping)
   for other in others:
-    yield labelled(base, other)
+    yield make_subject(base, other)
     if not plan.quick:
-      yield labelled(dataclasses.replace(base, num_groups=2, score_fn='sigmoid'), other)
+      grouped = dataclasses.replace(base, num_groups=2, score_fn='sigmoid')
+      yield make_subject(grouped, other)
   if not plan.quick:
-    yield labelled(dataclasses.replace(base, jitter=0.1, noisy=True), dense)
-    yield labelled(dataclasses.replace(base, expert_dropout=0.25, random_second=True), dense)
+    yield make_subject(dataclasses.replace(base, jitter=0.1, noisy=True), dense)
+    dropout = dataclasses.replace(base, expert_dropout=0.25, random_second=True)
+    yield make_subject(dropout, dense)
 
 
 def random_model(key: Array, subject: Subject) -> Transformer:
@@ -87,17 +95,14 @@ def random_model(key: Array, subject: Subject) -> Transformer:
   return Transformer(key, cfg)
 
 
-def outputs(key: Array, tokens: Array, subject: Subject) -> Array:
-  """The output of each layer, 0: of the embedding. [ROWS, LENGTH] -> [L + 1, ROWS, LENGTH, D]."""
+def layer_outputs(key: Array, tokens: Array, subject: Subject) -> Array:
+  """The output of each layer, that of the embedding first. [B, S] -> [L + 1, B, S, D]."""
   model, batch = random_model(key, subject), make_batch(tokens)
-  bias = (
-    0.1
-    * jax.random.normal(key, (LAYERS, EXPERTS))
-    * SELECTIONS[subject.router.selection].takes_bias
-  )
+  takes_bias = SELECTIONS[subject.router.selection].takes_bias
+  bias = 0.1 * jax.random.normal(key, (LAYERS, EXPERTS)) * takes_bias
   draws = Draws(key, jnp.arange(ROWS)) if subject.router.random else None
 
-  def cut(depth: Array) -> Array:
+  def hidden_at(depth: Array) -> Array:
     kept = (jnp.arange(LAYERS) < depth).astype(jnp.float32)
     blocks = jax.tree.map(lambda a: a, model.blocks)
     for branch in (blocks.attention.out.w, blocks.moe.experts.down):
@@ -106,54 +111,59 @@ def outputs(key: Array, tokens: Array, subject: Subject) -> Array:
     part.blocks = blocks
     return part(batch, bias, draws=draws).hidden
 
-  return jax.lax.map(cut, jnp.arange(LAYERS + 1))
+  # One depth after the other in a loop: the model is compiled once.
+  return jax.lax.map(hidden_at, jnp.arange(LAYERS + 1))
 
 
-def leaks(plan: Plan, subject: Subject) -> dict[str, tuple[int, float]]:
-  """Case -> the first layer whose output at or before t changes (0: none), and by how much the outputs change.
+class Change(NamedTuple):
+  """How outputs at or before t differ when tokens after t do."""
 
-  One row's tokens are changed at a time: by position, a full expert drops what later rows send it, so one row's future
-  may drop another row's copies, but never its own past.
+  layer: int  # the first whose output changes by more than LEAK; 0: none
+  size: float  # the largest absolute difference, in any layer
+
+
+def output_changes(plan: Plan, subject: Subject) -> dict[str, Change]:
+  """How much outputs at or before t change, by case: which seed, t and row.
+
+  One row's tokens are changed at a time: by position, a full expert drops what later rows send it,
+  so one row's future may drop another row's copies, but never its own past.
   """
-  program, found = plan.program(outputs, subject), {}
+  program, changes = plan.program(layer_outputs, subject), {}
   rng = plan.rng(10)
   for seed, t in itertools.product(range(2 if plan.quick else 4), CUTS):
     key, tokens = jax.random.key(plan.seed + seed), rng.integers(0, VOCAB, (ROWS, LENGTH))
     before = np.asarray(program(key, tokens))
     for row in range(ROWS):
       changed = tokens.copy()
-      changed[row, t + 1 :] = (
-        changed[row, t + 1 :] + rng.integers(1, VOCAB, LENGTH - t - 1)
-      ) % VOCAB
-      apart = np.abs(np.asarray(program(key, changed)) - before)[:, row, : t + 1].max(
-        (1, 2)
-      )  # [L + 1]
-      layers = np.flatnonzero(apart > LEAK)
-      found[f'seed {seed}, t = {t}, row {row}'] = (
-        int(layers[0]) if len(layers) else 0,
-        float(apart.max()),
-      )
-  return found
+      # From 1 on, so that every token after t is another one.
+      steps = rng.integers(1, VOCAB, LENGTH - t - 1)
+      changed[row, t + 1 :] = (changed[row, t + 1 :] + steps) % VOCAB
+      difference = np.abs(np.asarray(program(key, changed)) - before)
+      of_layers = difference[:, row, : t + 1].max((1, 2))  # [L + 1]
+      layers = np.flatnonzero(of_layers > LEAK)
+      first = int(layers[0]) if len(layers) else 0
+      changes[f'seed {seed}, t = {t}, row {row}'] = Change(first, float(of_layers.max()))
+  return changes
 
 
 def causality_line(plan: Plan) -> Iterator[Check | str]:
-  """Line 10; also says of each router that looks ahead in which layer it first shows."""
+  """Checks line 10; also notes of each router that looks ahead in which layer it first shows."""
   causal = Worst(
     'change up to t, routers labelled causal', LEAK, 'of hidden states of size 1; leaks are 1e-2'
   )
-  hidden = Worst('routers labelled non-causal that pass', 0, 'the detector must flag each of them')
+  # That nothing changes is only worth something if the same measurement sees what does leak.
+  unseen = Worst('routers labelled non-causal that pass', 0, 'the detector must flag each of them')
   for subject in subjects(plan):
-    found = leaks(plan, subject)
-    first = sorted({layer for layer, _ in found.values() if layer})
+    changes = output_changes(plan, subject)
+    layers = [change.layer for change in changes.values() if change.layer]
     if subject.causal:
-      for case, (layer, apart) in found.items():
-        causal.see(f'{subject.name}; {case}' + (f'; layer {layer}' if layer else ''), apart)
+      for case, change in changes.items():
+        leak = f'; layer {change.layer}' if change.layer else ''
+        causal.see(f'{subject.name}; {case}{leak}', change.size)
     else:
-      hidden.see(subject.name, not first)
-    largest = max(apart for _, apart in found.values())
-    yield (
-      f'{"looks ahead, first in layer " + str(first[0]) if first else "causal":<31}'
-      f'{subject.name} (largest change {number(largest)})'
-    )
+      unseen.see(subject.name, not layers)
+    verdict = f'looks ahead, first in layer {min(layers)}' if layers else 'causal'
+    largest = number(max(change.size for change in changes.values()))
+    yield f'{verdict:<31}{subject.name} (largest change {largest})'
   yield causal.check()
-  yield hidden.check()
+  yield unseen.check()

@@ -18,10 +18,14 @@ import moejax
 from moejax.certify.bias_rules import bias_line
 from moejax.certify.cases import Plan
 from moejax.certify.causality import causality_line
+from moejax.certify.checks import Certificate, Check, Result
 from moejax.certify.equations import oracle_line
-from moejax.certify.invariance import invariance_line, layers_line, logged_line
-from moejax.certify.properties import balance_line, padding_line, probabilities_line, shrink_line
-from moejax.certify.report import Certificate, Check, Result
+from moejax.certify.invariance import invariance_line
+from moejax.certify.layer_mean import layers_line
+from moejax.certify.logged_objective import logged_line
+from moejax.certify.padding import padding_line
+from moejax.certify.perfect_balance import balance_line, shrink_line
+from moejax.certify.probabilities import probabilities_line
 from moejax.moe.balance.losses import BALANCE_LOSSES
 from moejax.moe.bias import BIAS_RULES
 from moejax.moe.dispatch.dispatchers import DISPATCHERS
@@ -29,17 +33,18 @@ from moejax.moe.routing import SCORE_FNS
 from moejax.moe.selection import SELECTIONS
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+UNEXPECTED = 'runs to its end'  # the check that a line fails when it raises
 
 
 class Line(NamedTuple):
-  """A promise, and what tries to break it: checks, and notes for the reader, as they are found."""
+  """A promise, and what tries to break it."""
 
   promise: str
-  run: Callable[[Plan], Iterator[Check | str]]
+  run: Callable[[Plan], Iterator[Check | str]]  # checks, and notes for the reader, as they finish
 
 
 class Listener(Protocol):
-  """Who is told of what is found, as it is found."""
+  """What is told of each finding as it is made."""
 
   def line(self, name: str, promise: str) -> None:
     """A line begins."""
@@ -48,52 +53,57 @@ class Listener(Protocol):
     """A check has finished."""
 
   def note(self, note: str) -> None:
-    """A line has something to say."""
+    """A line has something to say besides its checks."""
 
 
 class Silence:
-  """Nobody listens."""
+  """A listener that says nothing."""
 
   def line(self, name: str, promise: str) -> None:
-    """Not said."""
+    """Does nothing."""
 
   def check(self, line: str, check: Check) -> None:
-    """Not said."""
+    """Does nothing."""
 
   def note(self, note: str) -> None:
-    """Not said."""
+    """Does nothing."""
 
 
-def found_by(name: str, plan: Plan) -> Iterator[Check | str]:
-  """What a line finds. An exception is a check that failed: an error in what is looked at is no excuse."""
+def findings(name: str, plan: Plan) -> Iterator[Check | str]:
+  """What a line finds. An exception is a check that failed: an error in moejax is no excuse."""
   try:
     yield from LINES[name].run(plan)
   except Exception as error:
     said = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
-    yield Check('runs to its end', math.inf, 0, 'an exception is a failure', said, 1)
+    why = 'an exception is a failure'
+    yield Check(UNEXPECTED, worst=math.inf, tolerance=0, why=why, where=said, cases=1)
 
 
 def run_line(name: str, plan: Plan, listener: Listener) -> Result:
-  """All checks of one line."""
+  """All checks and notes of one line, and how many seconds they took."""
   start, checks, notes = time.perf_counter(), [], []
   listener.line(name, LINES[name].promise)
-  for found in found_by(name, plan):
-    if isinstance(found, str):
-      notes.append(found)
-      listener.note(found)
+  for finding in findings(name, plan):
+    if isinstance(finding, str):
+      notes.append(finding)
+      listener.note(finding)
     else:
-      checks.append(found)
-      listener.check(name, found)
-  number = list(LINES).index(name) + 1
+      checks.append(finding)
+      listener.check(name, finding)
   return Result(
-    name, number, LINES[name].promise, tuple(checks), time.perf_counter() - start, tuple(notes)
+    name=name,
+    number=list(LINES).index(name) + 1,
+    promise=LINES[name].promise,
+    checks=tuple(checks),
+    seconds=time.perf_counter() - start,
+    notes=tuple(notes),
   )
 
 
 def certify(
   names: Sequence[str], quick: bool, seed: int = 0, listener: Listener = Silence()
 ) -> Certificate:
-  """The lines of these names, in the order of the contract."""
+  """The certificate of the lines of these names, in the order of the contract."""
   start, plan = time.perf_counter(), Plan(quick, seed)
   results = [run_line(name, plan, listener) for name in LINES if name in names]
   only = [f'--only {name}' for name in names if len(names) < len(LINES)]
@@ -106,13 +116,13 @@ def certify(
     'made': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
     'devices': f'{jax.device_count()} x {jax.default_backend()}',
     'versions': versions(),
-    'covered': covered(plan),
+    'covered': registry_names(plan),
   }
   return Certificate(results, about)
 
 
-def covered(plan: Plan) -> dict[str, list[str]]:
-  """Every row of every registry that the lines go through, and at which sizes."""
+def registry_names(plan: Plan) -> dict[str, list[str]]:
+  """The names in every registry that the lines go through, and the sizes at which they do."""
   registries = {
     'losses': BALANCE_LOSSES,
     'bias rules': BIAS_RULES,
@@ -120,40 +130,39 @@ def covered(plan: Plan) -> dict[str, list[str]]:
     'selections': SELECTIONS,
     'dispatchers': DISPATCHERS,
   }
+  names = {registry: sorted(rows) for registry, rows in registries.items()}
+  # Each size once, in the order of the plan.
   shapes = dict.fromkeys(f'E={cfg.num_experts} K={cfg.top_k}' for cfg in plan.token_choice())
-  return {name: sorted(rows) for name, rows in registries.items()} | {'shapes': list(shapes)}
+  return names | {'shapes': list(shapes)}
 
 
 def versions() -> dict[str, str]:
-  """Of Python, of ours, and of what the numbers depend on."""
-  return {'python': platform.python_version(), 'moejax': moejax.__version__} | {
-    name: importlib.metadata.version(name) for name in PACKAGES
-  }
+  """The versions of Python, of moejax, and of the packages that the numbers depend on."""
+  ours = {'python': platform.python_version(), 'moejax': moejax.__version__}
+  return ours | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def commit() -> str:
-  """The commit of the source, 'unknown' where git does not say; with '+' where files differ from it."""
+  """The commit of the source, 'unknown' where git does not say; with '+' where files differ."""
+  source = pathlib.Path(moejax.__file__).parent
 
   def git(*args: str) -> str:
-    return subprocess.run(
-      ['git', '-c', 'safe.directory=*', *args],
-      capture_output=True,
-      text=True,
-      check=True,
-      cwd=pathlib.Path(moejax.__file__).parent,
-    ).stdout.strip()
+    # Git refuses a checkout of another user, as in a container, unless it is told that it is safe.
+    command = ['git', '-c', 'safe.directory=*', *args]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=source)
+    return run.stdout.strip()
 
   try:
-    return git('rev-parse', '--short=12', 'HEAD') + '+' * bool(
-      git('status', '--porcelain', '--', '.')
-    )
+    differs = bool(git('status', '--porcelain', '--', '.'))
+    return git('rev-parse', '--short=12', 'HEAD') + '+' * differs
   except (OSError, subprocess.CalledProcessError):
     return 'unknown'
 
 
 LINES: dict[str, Line] = {
   'oracle': Line(
-    'every loss, router and bias rule is its equation in float64, every gradient its finite difference',
+    'every loss, router and bias rule is its equation in float64, every gradient its finite '
+    'difference',
     oracle_line,
   ),
   'balance': Line(

@@ -1,4 +1,6 @@
-"""Every registered balance loss with its switches, measured on a batch of logits: values and gradients in one program.
+"""Every registered balance loss with its switches, measured on a batch of logits.
+
+  inputs -> routing -> value of each loss, gradients to the routing -> gradients to the inputs
 
 Letters: B batch, S sequence, D model, E experts, n losses measured.
 """
@@ -15,13 +17,9 @@ from moejax.certify.cases import EP_GROUPS, MICRO_BATCHES, B, Case, Plan, S
 from moejax.moe import balance, routing, selection
 from moejax.moe.token_sets import Scope
 
-CANONICAL = (
-  'ep_group',
-  'global_batch',
-  'micro_batch',
-  'sequence',
-)  # one loss; its sets are its name
-REALS = ('logits', 'scores', 'probs', 'weights', 'likely', 'router')  # of a Routing
+# One loss, that of DeepSeek-V3 eq. 17-20, with other sets of tokens; a set's kind is its name.
+CANONICAL = ('ep_group', 'global_batch', 'micro_batch', 'sequence')
+REALS = ('logits', 'scores', 'probs', 'weights', 'likely', 'router')  # fields of a Routing
 D = 6  # of the weights of the router that SimBal looks at
 
 
@@ -34,9 +32,8 @@ class Loss(NamedTuple):
   probability: str = ''
 
   def __str__(self) -> str:
-    return ' '.join(
-      [self.name, *(str(s) for s in (self.assignment, self.partition, self.probability) if s)]
-    )
+    switches = (self.assignment, self.partition, self.probability)
+    return ' '.join([self.name, *(str(switch) for switch in switches if switch)])
 
 
 class Inputs(NamedTuple):
@@ -48,32 +45,29 @@ class Inputs(NamedTuple):
 
 
 class Measured(NamedTuple):
-  """NumPy arrays of one batch."""
+  """All losses on one batch, as NumPy arrays."""
 
   values: np.ndarray  # [n]
   gradients: Inputs  # [n, ...] each
-  sizes: np.ndarray  # [n], of the gradients before they cancel out
-  to_bias: np.ndarray  # [n, E]
+  sizes: np.ndarray  # [n], norms of the gradients before they cancel out
+  to_bias: np.ndarray  # [n, E], gradients to the bias
   routing: routing.Routing
   draws: np.ndarray  # [B, S, E], the noise in units of its std
 
 
 def losses(cfg: routing.RouterConfig) -> tuple[Loss, ...]:
-  """Every registered loss; the canonical one with each value of each switch."""
-  found: list[Loss] = []
+  """Every registered loss; each of CANONICAL with each value of each switch."""
+  rows: list[Loss] = []
   for name in sorted(balance.BALANCE_LOSSES):
-    found += (
-      [Loss(name, assignment) for assignment in balance.ASSIGNMENTS]
-      if name in CANONICAL
-      else [Loss(name)]
-    )
+    if name in CANONICAL:
+      rows += [Loss(name, assignment) for assignment in balance.ASSIGNMENTS]
+    else:
+      rows.append(Loss(name))
   parts = sorted({2, cfg.num_experts // 2})
-  found += [Loss(name, 'dispatched', m) for name, m in itertools.product(CANONICAL, parts)]
-  found += [
-    Loss(*pair)
-    for pair in itertools.product(CANONICAL, ['unbiased'], [0], sorted(routing.SCORE_FNS))
-  ]
-  return tuple(found)
+  rows += [Loss(name, 'dispatched', m) for name, m in itertools.product(CANONICAL, parts)]
+  score_fns = sorted(routing.SCORE_FNS)
+  rows += [Loss(name, 'unbiased', 0, fn) for name, fn in itertools.product(CANONICAL, score_fns)]
+  return tuple(rows)
 
 
 def scope(
@@ -85,44 +79,43 @@ def scope(
 
 
 def values(routed: routing.Routing, mask: Array, segments: Array, rows: tuple[Loss, ...]) -> Array:
-  """Each loss of a routing. [n]."""
-  return jnp.stack(
-    [
-      balance.BALANCE_LOSSES[row.name].value(routed, mask, segments, scope(row, mask.shape[0]))
-      for row in rows
-    ]
-  )
+  """The value of each loss of a routing. mask, segments [B, S] -> [n]."""
+  each = []
+  for row in rows:
+    value = balance.BALANCE_LOSSES[row.name].value
+    each.append(value(routed, mask, segments, scope(row, mask.shape[0])))
+  return jnp.stack(each)
 
 
 def tokens_of(mask: Array, segments: Array) -> selection.Tokens:
   """What a selection may see; ids as in a text, some of them twice."""
   rows, places = jnp.indices(mask.shape)
-  return selection.Tokens(
-    (3 * rows + 5 * places) % 17, mask, segments, jnp.arange(mask.shape[0]), jax.random.key(3)
-  )
+  ids, row_numbers = (3 * rows + 5 * places) % 17, jnp.arange(mask.shape[0])
+  return selection.Tokens(ids, mask, segments, row_numbers, jax.random.key(3))
 
 
-def routed(
+def route_with_noise(
   inputs: Inputs, bias: Array, mask: Array, segments: Array, cfg: routing.RouterConfig
 ) -> tuple[routing.Routing, Array]:
-  """The routing of a batch, and the noise drawn for it in units of its std."""
+  """The routing of a batch, and the noise drawn for it [B, S, E] in units of its std."""
   tokens = tokens_of(mask, segments)
+  # The router draws the same from these keys: the oracle, which cannot, is given the noise.
   keys = selection.row_keys(tokens, selection.NOISE)
   draws = jax.vmap(lambda key: jax.random.normal(key, inputs.logits.shape[1:]))(keys)
-  return routing.route(inputs.logits, bias, cfg, tokens, inputs.std)._replace(
-    router=inputs.router
-  ), draws
+  routed = routing.route(inputs.logits, bias, cfg, tokens, inputs.std)
+  return routed._replace(router=inputs.router), draws
 
 
 def differentiate(
-  found: routing.Routing, mask: Array, segments: Array, rows: tuple[Loss, ...]
+  routed: routing.Routing, mask: Array, segments: Array, rows: tuple[Loss, ...]
 ) -> tuple[Array, list[Array]]:
-  """Values [n] of each loss, and their gradients to the real numbers of the routing, [n, ...] each."""
+  """Values [n] of each loss, and their gradients to the REALS of the routing, [n, ...] each."""
 
-  def of(reals: list[Array]) -> Array:
-    return values(found._replace(**dict(zip(REALS, reals))), mask, segments, rows)
+  def values_of(reals: list[Array]) -> Array:
+    return values(routed._replace(**dict(zip(REALS, reals))), mask, segments, rows)
 
-  value, pull = jax.vjp(of, [getattr(found, name) for name in REALS])
+  value, pull = jax.vjp(values_of, [getattr(routed, name) for name in REALS])
+  # One row of the identity asks for the gradient of one loss.
   return value, jax.vmap(pull)(jnp.eye(len(rows)))[0]
 
 
@@ -134,51 +127,60 @@ def pull_back(
   gradients: list[Array],
   cfg: routing.RouterConfig,
 ) -> tuple[Inputs, Array]:
-  """Gradients to a routing's real numbers as gradients to the router's inputs and to the bias. [n, ...] each."""
+  """Gradients to the REALS of a routing as gradients to the router's inputs and to the bias.
 
-  def of(inputs: Inputs, bias: Array) -> list[Array]:
-    found, _ = routed(inputs, bias, mask, segments, cfg)
-    return [getattr(found, name) for name in REALS]
+  gradients: [n, ...] each, and so are those returned.
+  """
 
-  return jax.vmap(jax.vjp(of, inputs, bias)[1])(gradients)
+  def reals_of(inputs: Inputs, bias: Array) -> list[Array]:
+    routed, _ = route_with_noise(inputs, bias, mask, segments, cfg)
+    return [getattr(routed, name) for name in REALS]
+
+  return jax.vmap(jax.vjp(reals_of, inputs, bias)[1])(gradients)
 
 
-def measured(plan: Plan, cfg: routing.RouterConfig, case: Case) -> Measured:
+def measure(plan: Plan, cfg: routing.RouterConfig, case: Case) -> Measured:
   """All losses on one batch.
 
-  Three programs: the middle one, of the losses, takes long to compile and does not know how the router scores.
+  Three programs: the middle one, of the losses, takes long to compile and does not know how the
+  router scores.
   """
   batch = (inputs_of(plan, case), case.bias, case.mask, case.segments)
-  found, draws = plan.program(routed, cfg)(*batch)
-  value, gradients = plan.program(differentiate, losses(cfg))(found, case.mask, case.segments)
+  routed, draws = plan.program(route_with_noise, cfg)(*batch)
+  value, gradients = plan.program(differentiate, losses(cfg))(routed, case.mask, case.segments)
   to_inputs, to_bias = plan.program(pull_back, cfg)(*batch, gradients)
-  return jax.tree.map(
-    np.asarray,
-    Measured(value, to_inputs, sizes(found, gradients, losses(cfg)), to_bias, found, draws),
+  measured = Measured(
+    values=value,
+    gradients=to_inputs,
+    sizes=sizes(routed, gradients, losses(cfg)),
+    to_bias=to_bias,
+    routing=routed,
+    draws=draws,
   )
+  return jax.tree.map(np.asarray, measured)
 
 
-def sizes(found: routing.Routing, gradients: list[Array], rows: tuple[Loss, ...]) -> np.ndarray:
-  """How large each loss's gradient is before it cancels out: to the logarithms of probabilities and weights. [n].
+def sizes(routed: routing.Routing, gradients: list[Array], rows: tuple[Loss, ...]) -> np.ndarray:
+  """How large each loss's gradient is before it cancels out. [n].
 
-  The largest over the rows of one loss, which differ by their switches alone.
+  That is the norm of the gradient to the logarithms of probabilities and weights; the largest over
+  the rows of one loss, which differ by their switches alone.
   """
-  terms = [
-    np.asarray(g * getattr(found, name)).reshape(len(rows), -1)
-    for name, g in zip(REALS, gradients)
-    if name in ('probs', 'weights', 'likely')
-  ]
-  each = np.linalg.norm(np.concatenate(terms, axis=1), axis=1)
-  return np.array(
-    [max(size for size, other in zip(each, rows) if other.name == row.name) for row in rows]
-  )
+  terms = []
+  for name, gradient in zip(REALS, gradients):
+    if name in ('probs', 'weights', 'likely'):
+      terms.append(np.asarray(gradient * getattr(routed, name)).reshape(len(rows), -1))
+  norms = np.linalg.norm(np.concatenate(terms, axis=1), axis=1)
+  largest: dict[str, float] = {}
+  for norm, row in zip(norms, rows):
+    largest[row.name] = max(largest[row.name], norm) if row.name in largest else norm
+  return np.array([largest[row.name] for row in rows])
 
 
 def inputs_of(plan: Plan, case: Case) -> Inputs:
   """The case's logits, with a noise and with router weights of their own."""
-  rng, experts = plan.rng(2, case.logits.shape[-1]), case.logits.shape[-1]
-  return Inputs(
-    case.logits,
-    rng.uniform(0.5, 1.5, (B, S, experts)).astype(np.float32),
-    rng.normal(size=(D, experts)).astype(np.float32),
-  )
+  experts = case.logits.shape[-1]
+  rng = plan.rng(2, experts)
+  std = rng.uniform(0.5, 1.5, (B, S, experts)).astype(np.float32)
+  router = rng.normal(size=(D, experts)).astype(np.float32)
+  return Inputs(case.logits, std, router)

@@ -1,6 +1,9 @@
-"""The tiny model that whole steps are taken with: its config, its batch, a state with routers that choose unevenly.
+"""The tiny model that whole steps are taken with: its config, batch, initial state and step.
 
   (config, mesh) -> one training step -> gradient, terms, load, router bias; then who is chosen next
+
+The initial state has routers that choose unevenly. All losses, one alone or several at once, are
+one program: their coefficients are schedules, and the step number says which of them are on.
 
 Letters: B batch, S sequence, E experts, L MoE layers.
 """
@@ -39,36 +42,42 @@ from moejax.train.step import train_state as state
 from moejax.train.step import train_step as step
 
 ROWS, LENGTH, VOCAB = 8, 12, 32
-STEPS = 100  # of the run that schedules are parts of
-OF_CUT = ('micro_batch', 'gshard')  # another loss for another cut, by definition
-ALONE = 10  # from this step on each loss has ten steps in which it alone has a coefficient
-WEIGHT = 20  # of a loss that is alone
+STEPS = 100  # of the run that schedules are parts of, so that a percent is a step
+CUT_DEPENDENT = ('micro_batch', 'gshard')  # another loss for another cut, by definition
+ALONE = 10  # the first step at which one loss alone has a coefficient
+ALONE_STEPS = 8  # for which it stays alone, until the next loss is
+WEIGHT = 20  # the coefficient of a loss that is alone
 
 
-def names(noisy: bool = False) -> list[str]:
-  """The losses of a run: 'load' is the load that noise may give, and does not know of a bias."""
+def loss_names(noisy: bool = False) -> list[str]:
+  """The losses of a run. 'load' needs a noisy router, and does not know of a bias."""
   return [name for name in sorted(BALANCE_LOSSES) if noisy or name != 'load']
 
 
-def alone_at(name: str, noisy: bool = False) -> int:
-  """The step at which this loss alone has a coefficient."""
-  return ALONE + 8 * names(noisy).index(name)
+def step_alone(name: str, noisy: bool = False) -> int:
+  """The first step at which this loss alone has a coefficient."""
+  return ALONE + ALONE_STEPS * loss_names(noisy).index(name)
 
 
 def schedules(noisy: bool) -> frozendict:
-  """At step 0 all losses that do not depend on the cut, then one after the other: one program for all of it."""
-  first = {name: '0' if name in OF_CUT else '0.1' for name in names(noisy)}
-  return frozendict(
-    {
-      name: f'{first[name]}, 0@{ALONE}%, {WEIGHT}@{alone_at(name, noisy)}%, '
-      f'0@{alone_at(name, noisy) + 8}%'
-      for name in names(noisy)
-    }
-  )
+  """The coefficient schedule of each loss, by name.
+
+  At step 0 all losses that do not depend on the cut are on, later one after the other: one program
+  serves all of it.
+  """
+  texts = {}
+  for name in loss_names(noisy):
+    first = '0' if name in CUT_DEPENDENT else '0.1'
+    begin = step_alone(name, noisy)
+    texts[name] = f'{first}, 0@{ALONE}%, {WEIGHT}@{begin}%, 0@{begin + ALONE_STEPS}%'
+  return frozendict(texts)
 
 
 def config(noisy: bool = False) -> ExperimentConfig:
-  """The base that everything is compared with: the dispatcher that compiles fastest, one micro-batch, no mesh."""
+  """The base of all comparisons: the fastest dispatcher to compile, one micro-batch, no mesh."""
+  moe = MoEConfig(
+    RouterConfig(4, 2, noisy=noisy), DispatchConfig('dense_matmul'), d_expert=8, num_shared=1
+  )
   return ExperimentConfig(
     steps=STEPS,
     batch_size=ROWS,
@@ -79,25 +88,24 @@ def config(noisy: bool = False) -> ExperimentConfig:
       d_model=16,
       num_layers=2,
       attention=AttentionConfig(num_heads=2, num_kv_heads=2, d_head=8),
-      moe=MoEConfig(
-        RouterConfig(4, 2, noisy=noisy), DispatchConfig('dense_matmul'), d_expert=8, num_shared=1
-      ),
+      moe=moe,
     ),
     balance=BalanceConfig(schedules(noisy), '' if noisy else 'sign', '0.05, 0@50%', ep_groups=4),
-    # A large eps makes the update smooth in the gradient: at 1e-8 it would be the sign of the rounding of a zero.
+    # A large eps makes the update smooth in the gradient: at 1e-8 it would be the sign of the
+    # rounding of a zero.
     optim=OptimConfig(learning_rate=0.05, warmup_steps=0, eps=1e-2, clip_norm=0.0),
   )
 
 
 def change(cfg: ExperimentConfig, **changes: object) -> ExperimentConfig:
   """A config with other fields: of the root, of the model, of its MoE layers, by their names."""
-  parts = {MoEConfig: cfg.model.moe, ModelConfig: cfg.model, ExperimentConfig: cfg}
-  of = {
-    kind: {k: v for k, v in changes.items() if k in kind.__dataclass_fields__} for kind in parts
-  }
-  moe = dataclasses.replace(cfg.model.moe, **of[MoEConfig])
-  model = dataclasses.replace(cfg.model, **of[ModelConfig] | {'moe': moe})
-  return dataclasses.replace(cfg, **of[ExperimentConfig] | {'model': model})
+
+  def fields_of(kind: type) -> dict[str, object]:
+    return {k: v for k, v in changes.items() if k in kind.__dataclass_fields__}
+
+  moe = dataclasses.replace(cfg.model.moe, **fields_of(MoEConfig))
+  model = dataclasses.replace(cfg.model, **fields_of(ModelConfig) | {'moe': moe})
+  return dataclasses.replace(cfg, **fields_of(ExperimentConfig) | {'model': model})
 
 
 def batch(seed: int = 0) -> Batch:
@@ -115,31 +123,35 @@ def packed(text: np.ndarray, segments: np.ndarray) -> Batch:
   return make_batch(text[:, :-1], np.where(segments > 0, text[:, 1:], IGNORE), segments)
 
 
-def start(plan: Plan, cfg: ExperimentConfig) -> state.TrainState:
-  """A state whose routers choose unevenly, as trained ones do, with a bias that matters where there is one."""
+def state_shapes(plan: Plan, cfg: ExperimentConfig) -> state.TrainState:
+  """The state of a config, shapes for arrays. Traced once a run: it is asked for often."""
+  return plan.once(('shapes', cfg), lambda: jax.eval_shape(lambda: state.init_state(cfg)))
+
+
+def start_state(plan: Plan, cfg: ExperimentConfig) -> state.TrainState:
+  """A state with a bias that matters where there is a rule for it.
+
+  Its routers choose unevenly, as trained ones do. Parameters are the same for all configs that
+  have a noisy router, and for all that have none.
+  """
   noisy = cfg.model.moe.router.noisy
 
   def parameters() -> list[np.ndarray]:
     make = plan.program(lambda: state.init_state(config(noisy)).model)
     return [np.asarray(leaf) for leaf in jax.tree.leaves(make())]
 
-  shapes = jax.eval_shape(lambda: state.init_state(cfg))
+  shapes = state_shapes(plan, cfg)
   blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-  leaves = plan.once(('parameters', noisy), parameters)
-  model = jax.tree.unflatten(
-    jax.tree.structure(shapes.model), [jnp.asarray(leaf) for leaf in leaves]
-  )
+  leaves = [jnp.asarray(leaf) for leaf in plan.once(('parameters', noisy), parameters)]
+  model = jax.tree.unflatten(jax.tree.structure(shapes.model), leaves)
   model.blocks.moe.router[...] = 20 * model.blocks.moe.router[...]
-  bias = (
-    0.02
-    * jnp.arange(blank.router.bias.size, dtype=jnp.float32).reshape(blank.router.bias.shape)
-    % 0.07
-  )
-  takes = bool(cfg.balance.bias_rule)
-  return blank._replace(model=model, router=BiasState(bias * takes, blank.router.momentum))
+  shape, size = blank.router.bias.shape, blank.router.bias.size
+  bias = 0.02 * jnp.arange(size, dtype=jnp.float32).reshape(shape) % 0.07
+  has_rule = bool(cfg.balance.bias_rule)
+  return blank._replace(model=model, router=BiasState(bias * has_rule, blank.router.momentum))
 
 
-class Taken(NamedTuple):
+class StepResult(NamedTuple):
   """What one training step did."""
 
   after: state.TrainState
@@ -147,7 +159,7 @@ class Taken(NamedTuple):
 
   @property
   def terms(self) -> dict[str, float]:
-    """The terms of the objective as they are logged."""
+    """The terms of the objective as they are logged, without their coefficients."""
     return {
       name: float(value)
       for name, value in self.metrics.items()
@@ -158,36 +170,33 @@ class Taken(NamedTuple):
 def one_step(
   before: state.TrainState, rows: Batch, cfg: ExperimentConfig, mesh: MeshConfig | None
 ) -> tuple[state.TrainState, step.Metrics]:
-  """A training step; compiled once for each mesh, too."""
+  """A training step. The mesh is an argument so that each mesh has a program of its own."""
   del mesh
   return step.train_step(before, rows, cfg)
 
 
-def take(
+def take_step(
   plan: Plan,
   cfg: ExperimentConfig,
   before: state.TrainState,
   rows: Batch,
   mesh: MeshConfig | None = None,
-) -> Taken:
+) -> StepResult:
   """One training step, on a mesh of virtual devices if one is given."""
   program = plan.program(one_step, cfg, mesh)
   if mesh is None:
-    return Taken(*program(before, rows))
+    return StepResult(*program(before, rows))
   devices = make_mesh(mesh)
   with jax.set_mesh(devices):
-    # Two programs of eight virtual devices at once, and each may hold the threads that the other waits for; to lay
-    # arrays out anew is a program, too.
-    placed = jax.block_until_ready(
-      (
-        jax.device_put(before, shardings(before, devices)),
-        jax.device_put(rows, NamedSharding(devices, spec('batch'))),
-      )
-    )
-    return jax.block_until_ready(Taken(*program(*placed)))
+    # Two programs of eight virtual devices at once, and each may hold the threads that the other
+    # waits for; to lay arrays out anew is a program, too.
+    state_on_mesh = jax.device_put(before, shardings(before, devices))
+    rows_on_mesh = jax.device_put(rows, NamedSharding(devices, spec('batch')))
+    jax.block_until_ready((state_on_mesh, rows_on_mesh))
+    return jax.block_until_ready(StepResult(*program(state_on_mesh, rows_on_mesh)))
 
 
-def through_checkpoint(whole: state.TrainState) -> state.TrainState:
+def save_and_restore(whole: state.TrainState) -> state.TrainState:
   """A state as a checkpoint on disk gives it back."""
   with tempfile.TemporaryDirectory() as directory:
     checkpoints = Checkpoints(directory, CheckpointConfig())
@@ -196,35 +205,40 @@ def through_checkpoint(whole: state.TrainState) -> state.TrainState:
     return Checkpoints(directory, CheckpointConfig(), readonly=True).restore(whole, {})[1]
 
 
-def gradient(taken: Taken, cfg: ExperimentConfig) -> np.ndarray:
-  """The gradient as the optimiser got it, in one vector: its first moment after the first step, over 1 - beta1."""
-  moments = optax.tree.get_all_with_path(taken.after.opt_state, 'mu')[0][1]
-  return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(moments)]) / (
-    1 - cfg.optim.beta1
-  )
+def gradient(result: StepResult, cfg: ExperimentConfig) -> np.ndarray:
+  """The gradient as the optimiser got it in its first step, all parameters in one vector.
+
+  The first moment is then (1 - beta1) times the gradient.
+  """
+  moments = optax.tree.get_all_with_path(result.after.opt_state, 'mu')[0][1]
+  flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(moments)])
+  return flat / (1 - cfg.optim.beta1)
 
 
-def routings(model: Transformer, bias: Array, rows: Batch) -> Routing:
+def layer_routings(model: Transformer, bias: Array, rows: Batch) -> Routing:
   """Each MoE layer's routing, by running one block after the other. [L, B, S, ...]."""
   x = model.embed(rows.tokens, jnp.float32)
-  tokens = Tokens(
-    rows.tokens, rows.segment_ids > 0, rows.segment_ids, jnp.arange(rows.tokens.shape[0])
-  )
-  found = []
+  mask, row_numbers = rows.segment_ids > 0, jnp.arange(rows.tokens.shape[0])
+  tokens = Tokens(rows.tokens, mask, rows.segment_ids, row_numbers)
+  routings = []
   for i in range(bias.shape[0]):
     block = jax.tree.map(lambda a, i=i: a[i], model.blocks)
     x = x + block.attention(block.attention_norm(x), rows.segment_ids, rows.positions)[0]
     h = block.moe_norm(x)
-    found.append(block.moe.route(h, bias[i], tokens))
+    routings.append(block.moe.route(h, bias[i], tokens))
     x = x + block.moe(h, bias[i], tokens, {})[0]
-  return jax.tree.map(lambda *a: jnp.stack(a), *found)
+  return jax.tree.map(lambda *a: jnp.stack(a), *routings)
 
 
-def routed(plan: Plan, at: state.TrainState, rows: Batch) -> Routing:
-  """Who every token is given to in a state, whatever program made it; by one program for all states, in NumPy."""
-  cfg = config(at.model.cfg.moe.router.noisy)
-  like = jax.eval_shape(lambda: state.init_state(cfg)).model
+def state_routing(plan: Plan, current: state.TrainState, rows: Batch) -> Routing:
+  """Who every token is given to in a state, [L, B, S, ...] in NumPy.
+
+  One program for all states, whatever program made them: what differs is then the state.
+  """
+  cfg = config(current.model.cfg.moe.router.noisy)
+  structure = jax.tree.structure(state_shapes(plan, cfg).model)
   model = jax.tree.unflatten(
-    jax.tree.structure(like), [np.asarray(leaf) for leaf in jax.tree.leaves(at.model)]
+    structure, [np.asarray(leaf) for leaf in jax.tree.leaves(current.model)]
   )
-  return jax.tree.map(np.asarray, plan.program(routings)(model, np.asarray(at.router.bias), rows))
+  program = plan.program(layer_routings)
+  return jax.tree.map(np.asarray, program(model, np.asarray(current.router.bias), rows))

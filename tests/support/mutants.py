@@ -1,6 +1,11 @@
-"""Mistakes that were made in public, or nearly: each replaces something of moejax, and names the line that must object.
+"""Mistakes that were made in public, or nearly, as patches of moejax.
 
-Most are from the list of what leading codebases got wrong; the last four are one more for lines that these leave out.
+Each replaces something of moejax, and names the line of the certificate that must object. Most are
+from the list of what leading codebases got wrong; the last four are one more for lines that these
+leave out. A function is replaced in every module that has imported its name, the face of a package
+never: nothing inside looks there.
+
+Letters: B batch, S sequence, E experts.
 """
 
 from collections.abc import Callable
@@ -13,24 +18,26 @@ import pytest
 from jax import Array
 
 from moejax.model.transformer import Output, Transformer
-from moejax.moe import balance, bias, layer, routing, selection
-from moejax.moe import token_sets as sets
-from moejax.moe.balance import aux_loss as canonical
+from moejax.moe import bias, layer, routing, token_sets
+from moejax.moe.balance import aux_loss
+from moejax.moe.balance.losses import BALANCE_LOSSES
 from moejax.moe.bias_quantile import quantile
+from moejax.moe.selection import SELECTIONS
 from moejax.sharding.logical_axes import row_shards
-from moejax.train.step import objective
-from moejax.train.step import train_step as step
+from moejax.train.step import objective, train_step
 
 Patch = pytest.MonkeyPatch
 MICRO_BATCHES = 2  # into which the lines that look at bias rules cut a batch
 
 
 class Mutant(NamedTuple):
+  """A mistake, and who must find it."""
+
   apply: Callable[[Patch], None]
   line: str  # of the certificate, that must fail
 
 
-def rerouted(
+def change_routing(
   patch: Patch, change: Callable[[routing.Routing, Array, routing.RouterConfig], routing.Routing]
 ) -> None:
   """Every routing changed after the fact."""
@@ -45,61 +52,79 @@ def rerouted(
     patch.setattr(module, 'route', changed)
 
 
-def row(patch: Patch, rows: dict, name: str, **changes: object) -> None:
+def change_row(patch: Patch, rows: dict, name: str, **changes: object) -> None:
+  """A row of a registry with other fields."""
   patch.setitem(rows, name, rows[name]._replace(**changes))
 
 
-def called(patch: Patch, change: Callable[[Transformer, Output], Output]) -> None:
+def change_output(patch: Patch, change: Callable[[Transformer, Output], Output]) -> None:
   """Every forward pass changed after the fact."""
   call = Transformer.__call__
-  patch.setattr(
-    Transformer, '__call__', lambda self, *args, **named: change(self, call(self, *args, **named))
-  )
+
+  def changed(self: Transformer, *args: object, **named: object) -> Output:
+    return change(self, call(self, *args, **named))
+
+  patch.setattr(Transformer, '__call__', changed)
 
 
 def softmax_for_sigmoid(patch: Patch) -> None:
+  """Scores of another function than the config's."""
   patch.setitem(routing.SCORE_FNS, 'sigmoid', jax.nn.log_softmax)
 
 
 def top_k_weights_for_full_scores(patch: Patch) -> None:
+  """P is 0 for experts that were not chosen."""
+
   def change(found: routing.Routing, bias: Array, cfg: routing.RouterConfig) -> routing.Routing:
     chosen = jax.nn.one_hot(found.expert_ids, cfg.num_experts)
     return found._replace(probs=(chosen * found.weights[..., None]).sum(2))
 
-  rerouted(patch, change)
+  change_routing(patch, change)
 
 
 def bias_inside_p(patch: Patch) -> None:
+  """P normalises the biased scores, by which experts are chosen."""
+
   def change(found: routing.Routing, bias: Array, cfg: routing.RouterConfig) -> routing.Routing:
     biased = found.scores + bias
     return found._replace(probs=biased / biased.sum(-1, keepdims=True))
 
-  rerouted(patch, change)
+  change_routing(patch, change)
 
 
 def counts_per_shard(patch: Patch) -> None:
+  """The rule counts the rows of one shard, as if the others had the same."""
+
   def first_shard(found: routing.Routing, b: Array, mask: Array) -> Array:
     rows = mask.shape[0] // row_shards()
-    return row_shards() * sets.expert_load(found.expert_ids[:rows], mask[:rows], b.shape[-1])
+    load = token_sets.expert_load(found.expert_ids[:rows], mask[:rows], b.shape[-1])
+    return row_shards() * load
 
-  row(patch, bias.BIAS_RULES, 'sign', observe=first_shard)
+  change_row(patch, bias.BIAS_RULES, 'sign', observe=first_shard)
 
 
 def sum_for_mean_over_micro_batches(patch: Patch) -> None:
-  patch.setattr(objective, 'micro_batch_shares', lambda name, mask, segments, scope: jnp.ones(mask.shape[0]))
+  """Every micro-batch counts as a whole batch."""
+
+  def ones(name: str, mask: Array, segments: Array, scope: token_sets.Scope) -> Array:
+    return jnp.ones(mask.shape[0])
+
+  patch.setattr(objective, 'micro_batch_shares', ones)
 
 
 def padded_tokens_counted(patch: Patch) -> None:
-  matrix = sets.assignment_matrix
-  for module in (sets, canonical):
-    patch.setattr(
-      module,
-      'assignment_matrix',
-      lambda ids, mask, experts: matrix(ids, jnp.ones_like(mask), experts),
-    )
+  """f counts the experts that padding was sent to."""
+  matrix = token_sets.assignment_matrix
+
+  def of_all_tokens(ids: Array, mask: Array, num_experts: int) -> Array:
+    return matrix(ids, jnp.ones_like(mask), num_experts)
+
+  for module in (token_sets, aux_loss):
+    patch.setattr(module, 'assignment_matrix', of_all_tokens)
 
 
 def two_softmaxes(patch: Patch) -> None:
+  """The scores are the softmax of a softmax."""
   patch.setitem(routing.SCORE_FNS, 'softmax', lambda z: jax.nn.log_softmax(jax.nn.softmax(z)))
 
 
@@ -107,12 +132,15 @@ def pooled_layers(patch: Patch) -> None:
   """f and P each averaged over all layers before their product."""
 
   def f_and_p(
-    found: routing.Routing, mask: Array, segments: Array, scope: sets.Scope = sets.Scope()
+    found: routing.Routing,
+    mask: Array,
+    segments: Array,
+    scope: token_sets.Scope = token_sets.Scope(),
   ) -> Array:
-    counts, weight = canonical.assignment_counts(found, mask, scope), mask[..., None] / mask.sum()
-    return jnp.stack(
-      [counts.size * counts / counts.sum(), (found.probs * weight).sum((0, 1))]
-    )  # [2, E]
+    counts = aux_loss.assignment_counts(found, mask, scope)
+    f = counts.size * counts / counts.sum()
+    p = (found.probs * mask[..., None] / mask.sum()).sum((0, 1))
+    return jnp.stack([f, p])  # [2, E]
 
   def pool(model: Transformer, out: Output) -> Output:
     if 'global_batch' not in out.aux.losses:
@@ -121,29 +149,35 @@ def pooled_layers(patch: Patch) -> None:
     pooled = jnp.broadcast_to((f * p).sum(), len(out.aux.load))
     return out._replace(aux=out.aux._replace(losses=out.aux.losses | {'global_batch': pooled}))
 
-  row(patch, balance.BALANCE_LOSSES, 'global_batch', value=f_and_p)
-  called(patch, pool)
+  change_row(patch, BALANCE_LOSSES, 'global_batch', value=f_and_p)
+  change_output(patch, pool)
 
 
 def count_twice_under_remat(patch: Patch) -> None:
+  """A count in the forward pass, which recomputation runs a second time."""
+
   def twice(model: Transformer, out: Output) -> Output:
     times = 1 if model.cfg.remat == 'none' else 2
     return out._replace(aux=out.aux._replace(load=times * out.aux.load, seen=times * out.aux.seen))
 
-  called(patch, twice)
+  change_output(patch, twice)
 
 
 def mean_of_signs(patch: Patch) -> None:
+  """Each micro-batch has a step of its own, and the bias moves by their mean."""
+
   def sign(found: routing.Routing, b: Array, mask: Array) -> Array:
     return jnp.sign(bias.shortfall(bias.counts(found, b, mask)))
 
   def step(state: bias.BiasState, signs: Array, rate: Array, top_k: int) -> bias.BiasState:
     return state._replace(bias=state.bias + rate * signs / MICRO_BATCHES)
 
-  row(patch, bias.BIAS_RULES, 'sign', observe=sign, update=step)
+  change_row(patch, bias.BIAS_RULES, 'sign', observe=sign, update=step)
 
 
 def average_of_quantiles(patch: Patch) -> None:
+  """The mean of the micro-batches' quantiles for the quantile of the batch."""
+
   def each(found: routing.Routing, b: Array, mask: Array) -> Array:
     return quantile(bias.distances(found, b, mask), found.expert_ids.shape[-1])
 
@@ -151,49 +185,55 @@ def average_of_quantiles(patch: Patch) -> None:
     moved = state.bias - quantiles / MICRO_BATCHES
     return state._replace(bias=moved - moved.mean())
 
-  row(patch, bias.BIAS_RULES, 'quantile', observe=each, update=step)
+  change_row(patch, bias.BIAS_RULES, 'quantile', observe=each, update=step)
 
 
 def wrong_k_factor(patch: Patch) -> None:
   """Divided by the tokens, not by their copies."""
-  loss = balance.BALANCE_LOSSES['sequence'].value
-  row(
-    patch,
-    balance.BALANCE_LOSSES,
-    'sequence',
-    value=lambda found, *rest: found.expert_ids.shape[-1] * loss(found, *rest),
-  )
+  loss = BALANCE_LOSSES['sequence'].value
+
+  def times_k(found: routing.Routing, *rest: object) -> Array:
+    return found.expert_ids.shape[-1] * loss(found, *rest)
+
+  change_row(patch, BALANCE_LOSSES, 'sequence', value=times_k)
 
 
 def bias_moved_by_evaluation(patch: Patch) -> None:
   """A buffer of counts that evaluation fills, too, and that the next step empties into the bias."""
   buffer: list[np.ndarray] = []
-  evaluate, move = step.eval_step, step.update_router_bias
+  evaluate, move = train_step.eval_step, train_step.update_router_bias
 
-  def counting(*args: object) -> step.Metrics:
+  def append(load: np.ndarray) -> np.ndarray:
+    buffer.append(load)
+    return np.asarray(load)
+
+  def total(like: np.ndarray) -> np.ndarray:
+    return np.asarray(sum(buffer, np.zeros_like(like)), np.float32)
+
+  def counting(*args: object) -> train_step.Metrics:
     found = evaluate(*args)
-    kept = jax.experimental.io_callback(
-      lambda load: buffer.append(load) or np.asarray(load), found['load'], found['load']
-    )
-    return found | {'load': kept}
+    # What the call returns is used, so that the compiler does not drop it.
+    load = jax.experimental.io_callback(append, found['load'], found['load'])
+    return found | {'load': load}
 
   def from_buffer(router: bias.BiasState, seen: Array, *rest: object) -> bias.BiasState:
+    # The line evaluates without a mesh; its steps on one are left as they are.
     if not jax.sharding.get_abstract_mesh().empty:
       return move(router, seen, *rest)
-    more = jax.experimental.io_callback(
-      lambda like: np.asarray(sum(buffer, np.zeros_like(like)), np.float32), seen, seen
-    )
-    return move(router, seen + more, *rest)
+    return move(router, seen + jax.experimental.io_callback(total, seen, seen), *rest)
 
-  patch.setattr(step, 'eval_step', counting)
-  patch.setattr(step, 'update_router_bias', from_buffer)
+  patch.setattr(train_step, 'eval_step', counting)
+  patch.setattr(train_step, 'update_router_bias', from_buffer)
 
 
 def bias_decayed(patch: Patch) -> None:
-  move = step.update_router_bias
-  patch.setattr(
-    step, 'move_bias', lambda router, *rest: move(router._replace(bias=0.99 * router.bias), *rest)
-  )
+  """Weight decay takes hold of the router bias."""
+  move = train_step.update_router_bias
+
+  def move_decayed(router: bias.BiasState, *rest: object) -> bias.BiasState:
+    return move(router._replace(bias=0.99 * router.bias), *rest)
+
+  patch.setattr(train_step, 'update_router_bias', move_decayed)
 
 
 def gradient_never_attached(patch: Patch) -> None:
@@ -208,20 +248,22 @@ def gradient_never_attached(patch: Patch) -> None:
 
 def tiny_epsilon(patch: Patch) -> None:
   """Normalised by a sum with an epsilon in it: logits near -50 then shrink the loss."""
-  rerouted(
-    patch,
-    lambda found, b, cfg: found._replace(
-      probs=found.scores / (found.scores.sum(-1, keepdims=True) + 1e-20)
-    ),
-  )
+
+  def change(found: routing.Routing, b: Array, cfg: routing.RouterConfig) -> routing.Routing:
+    total = found.scores.sum(-1, keepdims=True) + 1e-20
+    return found._replace(probs=found.scores / total)
+
+  change_routing(patch, change)
 
 
 def expert_choice_labelled_causal(patch: Patch) -> None:
-  row(patch, selection.SELECTIONS, 'expert_choice', causal=True)
+  """A label that hides that experts choose among all tokens of a row."""
+  change_row(patch, SELECTIONS, 'expert_choice', causal=True)
 
 
 def token_choice_labelled_non_causal(patch: Patch) -> None:
-  row(patch, selection.SELECTIONS, 'hash', causal=False)
+  """A label that says of a causal router that it looks ahead."""
+  change_row(patch, SELECTIONS, 'hash', causal=False)
 
 
 MUTANTS: dict[str, Mutant] = {

@@ -1,8 +1,11 @@
-"""What the equations of the balance losses say: slow float64 NumPy, from the formulas, never from moejax.
+"""What the equations of the balance losses say, in slow float64 NumPy.
 
-Loops over tokens and experts stand where the equation has a sum. An equation number is cited only where the paper was
-read; what is derived says so. A set is a number; sets [B, S] holds each token's set, -1 for none.
-Letters: B batch S sequence D model E experts K experts per token M parts of the experts n tokens of a set.
+Written from the formulas, never from moejax. Loops over tokens and experts stand where the equation
+has a sum. An equation number is cited only where the paper was read; what is derived says so. A set
+is a number; sets [B, S] holds each token's set, -1 for none.
+
+Letters: B batch, S sequence, D model, E experts, K experts per token, M parts of the experts,
+n tokens of a set.
 """
 
 import math
@@ -12,17 +15,12 @@ from numpy.typing import ArrayLike
 
 from moejax.certify.oracle.routing import F64, I64, Bool, best, logsumexp, probabilities, scores
 
-SETS = (
-  'sequence',
-  'micro_batch',
-  'ep_group',
-  'global_batch',
-  'gshard',
-)  # losses that are a mean over sets
+# Losses that are a mean over sets.
+SETS = ('sequence', 'micro_batch', 'ep_group', 'global_batch', 'gshard')
 
 
 def document_sets(segment_ids: ArrayLike) -> I64:
-  """One set a document: the tokens of one row with one segment id > 0."""
+  """One set a document: the tokens of one row with one segment id > 0. [B, S] -> sets [B, S]."""
   segment_ids = np.asarray(segment_ids)
   sets, number = np.full(segment_ids.shape, -1, np.int64), 0
   for b in range(len(segment_ids)):
@@ -33,7 +31,7 @@ def document_sets(segment_ids: ArrayLike) -> I64:
 
 
 def row_sets(shape: tuple[int, int], groups: int) -> I64:
-  """Rows cut into contiguous groups of equal row count; 1 group is the global batch."""
+  """One set a group of rows, contiguous and equally many; 1 group is the global batch. [B, S]."""
   return np.broadcast_to(np.arange(shape[0])[:, None] // (shape[0] // groups), shape)
 
 
@@ -52,9 +50,10 @@ def sets_of(
 
 
 def assignment_of(logits: ArrayLike, expert_ids: ArrayLike, score_fn: str, assignment: str) -> I64:
-  """Who counts. 'dispatched': the experts that were used. 'unbiased': M° of DeepSeek-V3 eq. 18, top K of s.
+  """Which experts of each token are counted in f. Logits [B, S, E], expert_ids [B, S, K].
 
-  M° knows neither bias nor groups. 'first': each token's best expert only, of those that were used (GShard).
+  'dispatched': those that were used. 'unbiased': M° of DeepSeek-V3 eq. 18, the top K of s; it knows
+  neither bias nor groups. 'first': only the best of those that were used (GShard).
   """
   expert_ids = np.asarray(expert_ids)
   if assignment == 'dispatched':
@@ -62,28 +61,31 @@ def assignment_of(logits: ArrayLike, expert_ids: ArrayLike, score_fn: str, assig
   if assignment == 'first':
     return expert_ids[..., :1]
   assert assignment == 'unbiased', assignment
-  return np.apply_along_axis(
-    lambda s: np.array(best(s, expert_ids.shape[-1])), -1, scores(logits, score_fn)
-  )
+  top_k = expert_ids.shape[-1]
+  return np.apply_along_axis(lambda s: np.array(best(s, top_k)), -1, scores(logits, score_fn))
 
 
 def load(expert_ids: ArrayLike, mask: ArrayLike, num_experts: int) -> F64:
-  """c_e: how many tokens that count chose expert e; an id of E is nobody's."""
+  """c_e [E]: how many tokens that count chose expert e; an id of E is nobody's."""
   counts, expert_ids, mask = np.zeros(num_experts), np.asarray(expert_ids), np.asarray(mask)
   for t in np.ndindex(mask.shape):
     for e in expert_ids[t]:
-      counts[e : e + 1] += mask[t]
+      counts[e : e + 1] += mask[t]  # an empty slice for nobody
   return counts
 
 
 def probability_losses(
   p: F64, chosen: I64, mask: ArrayLike, sets: I64, partition: int = 0
 ) -> list[float]:
-  """L_g of every non-empty set g: Σ_e f_e P_e, f_e = E c_e / Σ c, P_e = 1/n Σ_t p_te, n tokens of counts c.
+  """L_g of every non-empty set g: Σ_e f_e P_e, f_e = E c_e / Σ c, P_e = 1/n Σ_t p_te.
 
-  DeepSeek-V3 eq. 17-20 for a sequence, Qwen 2501.11873 eq. 2-6 for the global batch; other sets by analogy. Where
-  every token has K experts f_e is their E/(K n) Σ_t M_te; where none has any it is 1 (derived: nothing to say). Over M
-  parts of neighbouring experts, L = Σ_m f'_m P'_m: f' the mean of f over a part, P' the sum of P (2401.06066).
+  DeepSeek-V3 eq. 17-20 for a sequence, Qwen 2501.11873 eq. 2-6 for the global batch; other sets by
+  analogy. A set has n tokens that count, and of those the counts c. Where every token has K experts
+  f_e is their E/(K n) Σ_t M_te; where none has any it is 1 (derived: nothing to say).
+  Over M parts of neighbouring experts, L = Σ_m f'_m P'_m: f' the mean of f over a part, P' the sum
+  of P (2401.06066).
+
+  p [B, S, E], chosen [B, S, K], mask and sets [B, S]; partition M, 0 for one part an expert.
   """
   mask, num_experts = np.asarray(mask), p.shape[-1]
   size = num_experts // partition if partition else 1
@@ -95,12 +97,10 @@ def probability_losses(
     counts = load(chosen, here, num_experts)
     f = num_experts * counts / counts.sum() if counts.any() else np.ones(num_experts)
     mean = [math.fsum(p[here][:, e]) / here.sum() for e in range(num_experts)]
-    losses.append(
-      math.fsum(
-        math.fsum(f[m : m + size]) / size * math.fsum(mean[m : m + size])
-        for m in range(0, num_experts, size)
-      )
-    )
+    parts = []
+    for m in range(0, num_experts, size):
+      parts.append(math.fsum(f[m : m + size]) / size * math.fsum(mean[m : m + size]))
+    losses.append(math.fsum(parts))
   return losses
 
 
@@ -124,7 +124,10 @@ def mean_over_sets(losses: list[float]) -> float:
 
 
 def router_z(logits: ArrayLike, mask: ArrayLike) -> float:
-  """Mean over the tokens that count of (log Σ_e exp z_te)²; after ST-MoE, whose text was not read."""
+  """Mean over the tokens that count of (log Σ_e exp z_te)².
+
+  After ST-MoE, whose text was not read.
+  """
   logits, mask = np.asarray(logits, np.float64), np.asarray(mask)
   squares = [logsumexp(logits[t]) ** 2 for t in np.ndindex(mask.shape) if mask[t]]
   return math.fsum(squares) / len(squares) if squares else 0.0
@@ -142,7 +145,10 @@ def summed(values: F64, mask: Bool) -> F64:
 
 
 def importance(weights: F64, expert_ids: I64, mask: Bool, num_experts: int) -> float:
-  """CV(Σ_t G_te)², G_te the weight of e where it was chosen: Shazeer et al. 2017, from memory."""
+  """CV(Σ_t G_te)², G_te the weight of e where it was chosen: Shazeer et al. 2017, from memory.
+
+  weights and expert_ids [B, S, K].
+  """
   gates = np.zeros((*mask.shape, num_experts))
   for t in np.ndindex(mask.shape):
     for e, w in zip(expert_ids[t], weights[t], strict=True):
@@ -152,12 +158,15 @@ def importance(weights: F64, expert_ids: I64, mask: Bool, num_experts: int) -> f
 
 
 def smooth_load(likely: F64, mask: Bool) -> float:
-  """CV(Σ_t P(e chosen | noise))²: Shazeer et al. 2017, from memory."""
+  """CV(Σ_t P(e chosen | noise))², likely [B, S, E]: Shazeer et al. 2017, from memory."""
   return squared_variation(summed(likely, mask))
 
 
 def simbal(router: F64) -> float:
-  """‖W Wᵀ - I‖₁, W [E, D] one row an expert, the sum of absolute values (SimBal, 2506.14038); router is Wᵀ [D, E]."""
+  """‖W Wᵀ - I‖₁, W [E, D] one row an expert, the sum of absolute values (SimBal, 2506.14038).
+
+  router is Wᵀ [D, E].
+  """
   num_experts = router.shape[1]
   return math.fsum(
     abs(math.fsum(router[:, e] * router[:, o]) - (e == o))
@@ -200,8 +209,9 @@ def accumulated_balance_loss(
 ) -> float:
   """The loss of a batch of micro-batches, put together from parts that each see one of them only.
 
-  Derived here: for the sequence and micro-batch scopes sums of L_g and of set counts add up. For the global
-  batch L is linear in p once the counts c of the whole batch are known: E/(K n²) Σ_e c_e Σ_t p_te add up.
+  Derived here: for the sequence and micro-batch scopes sums of L_g and of set counts add up. For
+  the global batch L is linear in p once the counts c of the whole batch are known:
+  E/(K n²) Σ_e c_e Σ_t p_te add up.
   """
   logits, expert_ids, mask, segment_ids = map(np.asarray, (logits, expert_ids, mask, segment_ids))
   rows = np.split(np.arange(len(mask)), micro_batches)

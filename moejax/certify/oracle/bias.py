@@ -1,7 +1,9 @@
-"""What the equations of the loss-free bias rules say: slow float64 NumPy, from the formulas, never from moejax.
+"""What the equations of the loss-free bias rules say, in slow float64 NumPy.
 
-A rule sees one step's whole batch: b, m, c [E], bias, momentum and counts; c̄ = T K / E is the mean count, u the rate.
-Letters: E experts K experts per token T tokens that count.
+Written from the formulas, never from moejax. A rule sees one step's whole batch: b, m, c [E], bias,
+momentum and counts; c̄ = T K / E is the mean count, u the rate.
+
+Letters: B batch, S sequence, E experts, K experts per token, T tokens that count.
 """
 
 import math
@@ -23,7 +25,7 @@ class BiasState(NamedTuple):
 
 
 class Seen(NamedTuple):
-  """The whole batch of one step: scores s as the router had them, whom it chose, and which tokens count."""
+  """The whole batch of one step: scores s as the router had them, its choice, and what counts."""
 
   scores: ArrayLike  # [B, S, E]
   expert_ids: ArrayLike  # [B, S, K]
@@ -38,7 +40,8 @@ def mean(values: ArrayLike) -> float:
 
 def sign_rule(state: BiasState, counts: F64, rate: float) -> BiasState:
   """b += u sign(c̄ - c): 2408.15664 Alg. 1."""
-  steps = [np.sign(counts.sum() - len(counts) * c) for c in counts]  # c̄ - c, times E: whole numbers
+  # c̄ - c, times E: of whole numbers the sign is exact.
+  steps = [np.sign(counts.sum() - len(counts) * c) for c in counts]
   return state._replace(bias=state.bias + rate * np.array(steps))
 
 
@@ -56,23 +59,24 @@ def centred_sign_rule(state: BiasState, counts: F64, rate: float) -> BiasState:
 def smebu_rule(
   state: BiasState, counts: F64, rate: float, kappa: float = 2.0, beta: float = 0.5
 ) -> BiasState:
-  """v = (c̄ - c)/c̄; d = u tanh(κ v); d -= mean d; m = β m + (1 - β) d; b += m: after 2602.17004, read second-hand."""
+  """v = (c̄ - c)/c̄; d = u tanh(κ v); d -= mean d; m = β m + (1 - β) d; b += m.
+
+  After 2602.17004, read second-hand.
+  """
   d = [rate * math.tanh(kappa * (mean(counts) - c) / mean(counts)) for c in counts]
-  m = np.array(
-    [
-      beta * old + (1 - beta) * (step - mean(d))
-      for old, step in zip(state.momentum, d, strict=True)
-    ]
-  )
+  m = np.zeros(len(d))
+  for e in range(len(d)):
+    m[e] = beta * state.momentum[e] + (1 - beta) * (d[e] - mean(d))
   return BiasState(state.bias + m, m)
 
 
 def above_the_line(bias: ArrayLike, seen: Seen) -> F64:
-  """x_te = s_te + b_e - a_t of the tokens that count, [T, E]; a_t is the (K+1)-th largest of s_t + b.
+  """x_te = s_te + b_e - a_t of the tokens that count, [T, E].
 
-  Derived for routers that leave experts out (groups, dropout), the same where none are: a_t is the largest of those
-  not chosen that are no larger than every chosen one, and who was not chosen though larger is at the line, x = 0.
-  s + b and x are rounded to float32, as a router has them: which bin a number is in must not hang on that.
+  a_t is the (K+1)-th largest of s_t + b. Derived for routers that leave experts out (groups,
+  dropout), the same where none are: a_t is the largest of those not chosen that are no larger than
+  every chosen one, and who was not chosen though larger is at the line, x = 0. s + b and x are
+  rounded to float32, as a router has them: which bin a number is in must not hang on that.
   """
   rows = []
   scores, bias = np.asarray(seen.scores, np.float32), np.asarray(bias, np.float32)
@@ -82,14 +86,16 @@ def above_the_line(bias: ArrayLike, seen: Seen) -> F64:
       least = min((choice[e] for e in chosen if e < len(bias)), default=np.float32(np.inf))
       others = [e for e in range(len(bias)) if e not in chosen]
       a = max(choice[e] for e in others if choice[e] <= least)
-      rows.append(
-        [choice[e] - a if e in chosen or choice[e] <= a else 0.0 for e in range(len(bias))]
-      )
+      row = [choice[e] - a if e in chosen or choice[e] <= a else 0.0 for e in range(len(bias))]
+      rows.append(row)
   return np.array(rows, np.float64).reshape(-1, len(bias))
 
 
 def exact_quantile(x: ArrayLike, top_k: int, num_experts: int) -> float:
-  """The number that K/E of x lie above; the middle of two neighbours where any number between them would do."""
+  """The number that K/E of x lie above.
+
+  The middle of two neighbours where any number between them would do.
+  """
   x, need = sorted(np.asarray(x, np.float64)), Fraction(len(x) * (num_experts - top_k), num_experts)
   low = next(v for i, v in enumerate(x) if i + 1 >= need)
   high = next(v for i, v in enumerate(x) if i + 1 > need)
@@ -97,9 +103,10 @@ def exact_quantile(x: ArrayLike, top_k: int, num_experts: int) -> float:
 
 
 def bin_around(v: float, finest: float = 2.0**-24, largest: float = 2.0**8) -> tuple[float, float]:
-  """Its bin's ends: |v| + finest lies between neighbouring quarters of an octave; the middle bin holds both signs.
+  """The ends of the bin that holds v: |v| + finest lies between neighbouring quarters of an octave.
 
-  What lies at `largest` or beyond is in the last quarter below it, or, if negative, in the first above it.
+  The middle bin holds both signs. What lies at `largest` or beyond is in the last quarter below it,
+  or, if negative, in the first above it.
   """
   size = float(np.float32(abs(v)) + np.float32(finest))
   size = min(size, largest if v < 0 else largest * (1 - 1e-9))
@@ -112,7 +119,7 @@ def bin_around(v: float, finest: float = 2.0**-24, largest: float = 2.0**8) -> t
 
 
 def binned_quantile(x: ArrayLike, top_k: int, num_experts: int) -> float:
-  """As `exact_quantile`, of numbers of which only the bins are known, and that lie evenly in each."""
+  """The quantile of numbers of which only the bins are known, and that lie evenly in each."""
   x = np.asarray(x, np.float64)
   bins, need = [bin_around(v) for v in x], Fraction(len(x) * (num_experts - top_k), num_experts)
   found, before = [], 0
@@ -130,35 +137,42 @@ def quantile_rule(
   rate: float,
   quantile: Callable[[ArrayLike, int, int], float] = binned_quantile,
 ) -> BiasState:
-  """b_e = -quantile_{1-K/E} over t of (s_te - a_t), minus the mean over experts (kexue.fm 11619; Kimi K3).
+  """b_e = -quantile_{1-K/E} over t of (s_te - a_t), minus the mean over experts.
 
-  With x_te = s_te + b_e - a_t: b_e -= quantile of x_e, which is the same, and all that histograms of x can tell.
+  kexue.fm 11619; Kimi K3. With x_te = s_te + b_e - a_t: b_e -= quantile of x_e, which is the same,
+  and all that histograms of x can tell.
   """
   top_k, num_experts = np.asarray(seen.expert_ids).shape[-1], len(state.bias)
   x = above_the_line(state.bias, seen)
-  bias = np.array(
-    [state.bias[e] - quantile(x[:, e], top_k, num_experts) for e in range(num_experts)]
-  )
+  bias = np.zeros(num_experts)
+  for e in range(num_experts):
+    bias[e] = state.bias[e] - quantile(x[:, e], top_k, num_experts)
   return state._replace(bias=bias - mean(bias))
 
 
 def of_counts(
   rule: Callable[[BiasState, F64, float], BiasState],
 ) -> Callable[[BiasState, Seen, float], BiasState]:
-  """A rule that looks at c_e alone: how many tokens that count chose e; id E is nobody."""
+  """The rule as a function of the batch, of which it needs c_e alone.
+
+  That is how many tokens that count chose e; id E is nobody.
+  """
 
   def step(state: BiasState, seen: Seen, rate: float) -> BiasState:
     counts = np.zeros(len(state.bias))
     for t in np.ndindex(np.asarray(seen.mask).shape):
       for e in np.asarray(seen.expert_ids)[t]:
-        counts[e : e + 1] += np.asarray(seen.mask)[t]
+        counts[e : e + 1] += np.asarray(seen.mask)[t]  # an empty slice for nobody
     return rule(state, counts, rate)
 
   return step
 
 
 def bias_step(rule: str, state: BiasState, seen: Seen, rate: float) -> BiasState:
-  """One step of a rule. A rate of 0, or no token that counts, holds the state (derived: a schedule must freeze it)."""
+  """One step of a rule. A rate of 0, or no token that counts, holds the state.
+
+  Derived: a schedule must be able to freeze it.
+  """
   state = BiasState(*(np.asarray(a, np.float64) for a in state))
   return BIAS_RULES[rule](state, seen, rate) if rate > 0 and np.asarray(seen.mask).any() else state
 

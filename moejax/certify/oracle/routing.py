@@ -1,8 +1,10 @@
-"""What the equations of routing say: slow float64 NumPy, from the formulas, never from moejax.
+"""What the equations of routing say, in slow float64 NumPy.
 
-Loops over tokens and experts stand where the equation has a sum; nothing here is meant to be fast. An
-equation number is cited only where the paper was read; what is derived says so.
-Letters: B batch S sequence D model F hidden E experts K experts per token C capacity G groups T = B*S.
+Written from the formulas, never from moejax. Loops over tokens and experts stand where the equation
+has a sum; nothing here is meant to be fast. An equation number is cited only where the paper was
+read; what is derived says so.
+
+Letters: B batch, S sequence, E experts, K experts per token.
 """
 
 import math
@@ -18,7 +20,10 @@ Bool = NDArray[np.bool_]
 
 
 def finite_difference(f: Callable[[F64], float], x: ArrayLike, eps: float = 1e-5) -> F64:
-  """Gradient of a scalar function by central differences; error O(eps²) plus rounding O(1e-16 / eps)."""
+  """Gradient of a scalar function by central differences, of the shape of x.
+
+  The error is O(eps²), plus rounding of O(1e-16 / eps).
+  """
   x = np.array(x, np.float64)
   gradient = np.zeros_like(x)
   for i in np.ndindex(x.shape):
@@ -40,12 +45,13 @@ def slope(f: Callable[[F64], float], x: ArrayLike, direction: F64, eps: float = 
 
 def logsumexp(z: F64) -> float:
   """log Σ exp z, of one token [E]."""
-  top = float(np.max(z))
+  top = float(np.max(z))  # exp of what is left cannot overflow
   return top + math.log(math.fsum(math.exp(v - top) for v in z))
 
 
 def log_sigmoid(z: F64) -> F64:
   """log 1/(1 + exp(-z)), entry by entry."""
+  # Two forms of the same number, each where its exp cannot overflow.
   return np.array([-math.log1p(math.exp(-v)) if v >= 0 else v - math.log1p(math.exp(v)) for v in z])
 
 
@@ -60,7 +66,10 @@ def sigmoid(z: F64) -> F64:
 
 
 def log_sqrt_softplus(z: F64) -> F64:
-  """log sqrt(log(1 + exp z)), entry by entry; log(1 + x) is x to float64 where x = exp z is below exp(-37)."""
+  """log sqrt(log(1 + exp z)), entry by entry.
+
+  log(1 + x) is x to float64 where x = exp z is below exp(-37).
+  """
   return np.array(
     [v / 2 if v < -37 else math.log(max(v, 0.0) + math.log1p(math.exp(-abs(v)))) / 2 for v in z]
   )
@@ -79,14 +88,14 @@ LOG_SCORES: dict[str, Callable[[F64], F64]] = {
 
 
 def scores(logits: ArrayLike, score_fn: str) -> F64:
-  """s_te over all E experts, before any choice."""
+  """s_te over all E experts, before any choice. Logits [..., E] -> [..., E]."""
   return np.apply_along_axis(SCORES[score_fn], -1, np.asarray(logits, np.float64))
 
 
 def probabilities(logits: ArrayLike, score_fn: str) -> F64:
-  """p_te = s_te / Σ_e' s_te' over all E experts (DeepSeek-V3 eq. 17-20 for sigmoid).
+  """p_te = s_te / Σ_e' s_te' over all E experts (DeepSeek-V3 eq. 17-20 for sigmoid). [..., E].
 
-  As exp(log s - log Σ s), so that a row of scores that all underflow still sums to 1.
+  Written as exp(log s - log Σ s), so that a row of scores that all underflow still sums to 1.
   """
 
   def one(z: F64) -> F64:
@@ -112,7 +121,10 @@ def best(values: ArrayLike, k: int) -> list[int]:
 
 
 def choose(choice: F64, top_k: int, num_groups: int, top_groups: int) -> list[int]:
-  """The K experts of one token, choice = s + b [E]: of the groups with the largest sum of two best."""
+  """The K experts of one token, of the groups whose two best have the largest sum.
+
+  choice = s + b [E]. All groups are equally large, of neighbouring experts.
+  """
   size = len(choice) // num_groups
   worth = [
     sum(sorted(choice[g * size : (g + 1) * size], reverse=True)[:2]) for g in range(num_groups)
@@ -129,7 +141,10 @@ def weigh(
   renormalise: bool = True,
   scale: float = 1.0,
 ) -> F64:
-  """Weights of the experts chosen, from s without the bias; 1e-20 guards a sum of zeros."""
+  """Weights of the experts chosen [..., K], from s without the bias.
+
+  1e-20 guards a sum of zeros.
+  """
   s, expert_ids = scores(logits, score_fn), np.asarray(expert_ids)
   weights = np.zeros(expert_ids.shape)
   for t in np.ndindex(expert_ids.shape[:-1]):
@@ -149,7 +164,7 @@ def route(
   renormalise: bool = True,
   scale: float = 1.0,
 ) -> Routing:
-  """Choose with s + b, weigh with s."""
+  """The routing of a batch: chooses with s + b, weighs with s. Logits [B, S, E], bias [E]."""
   logits, bias = np.asarray(logits, np.float64), np.asarray(bias, np.float64)
   s = scores(logits, score_fn)
   expert_ids = np.zeros((*s.shape[:-1], top_k), np.int64)

@@ -1,0 +1,85 @@
+"""Line 9, on whole training steps: layers enter a loss by one reduction, the mean over MoE layers.
+
+  one step -> each logged balance term | the oracle's loss of each layer, averaged
+
+Letters: B batch, S sequence, E experts, K experts per token, L MoE layers.
+"""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.certify import tiny_model as tiny
+from moejax.certify.cases import Plan
+from moejax.certify.checks import Check, Worst
+from moejax.certify.measure import CANONICAL
+from moejax.certify.oracle import balance as oracle_balance
+from moejax.certify.oracle import routing as oracle
+from moejax.data.batch import Batch
+from moejax.moe.routing import Routing
+from moejax.train.step import train_state as state
+
+
+def layers_line(plan: Plan) -> Iterator[Check]:
+  """Checks line 9."""
+  mean = Worst(
+    "each term is the mean of its layers'",
+    1e-6,
+    "relative; the layers' own by the oracle, in float64",
+  )
+  apart = Worst(
+    'two layers collapsed on opposite experts', 1e-6, 'relative, of E/K; pooled they would score 1'
+  )
+  cfg, rows = tiny.config(), tiny.batch()
+  starts = {
+    'random': tiny.start_state(plan, cfg),
+    'collapsed': collapse(tiny.start_state(plan, cfg)),
+  }
+  for label, before in starts.items():
+    result = tiny.take_step(plan, cfg, before, rows)
+    routed = tiny.state_routing(plan, before, rows)
+    num_layers = len(routed.logits)
+    layers = [jax.tree.map(lambda a, i=i: a[i], routed) for i in range(num_layers)]
+    for loss in tiny.loss_names():
+      of_layers = np.mean([layer_loss(loss, layer, rows) for layer in layers])
+      value = result.terms[f'balance/{loss}']
+      mean.see(f'{loss}; {label}', (value - of_layers) / max(abs(of_layers), 1))
+      if label == 'collapsed' and loss in CANONICAL:
+        apart.see(loss, value / 2 - 1)  # E = 4, K = 2
+  yield mean.check()
+  yield apart.check()
+
+
+def layer_loss(loss: str, routed: Routing, rows: Batch) -> float:
+  """A layer's own loss, by the oracle, of its routing [B, S, ...]."""
+  mask, experts = rows.segment_ids > 0, routed.logits.shape[-1]
+  if loss == 'simbal':
+    return oracle_balance.simbal(routed.router.astype(np.float64))
+  if loss == 'importance':
+    return oracle_balance.importance(routed.weights, routed.expert_ids, mask, experts)
+  if loss == 'router_z':
+    return oracle_balance.router_z(routed.logits, mask)
+  assignment = 'first' if loss == 'gshard' else 'unbiased'
+  chosen = oracle_balance.assignment_of(routed.logits, routed.expert_ids, 'softmax', assignment)
+  sets = oracle_balance.sets_of(loss, rows.segment_ids, ep_groups=4)
+  p = oracle.probabilities(routed.logits, 'softmax')
+  return oracle_balance.mean_over_sets(oracle_balance.probability_losses(p, chosen, mask, sets))
+
+
+def collapse(before: state.TrainState) -> state.TrainState:
+  """A state whose two layers use opposite experts, with all of the probability.
+
+  The first layer sends every token to experts 0 and 1, the second to 2 and 3.
+  """
+  model = jax.tree.map(lambda a: a, before.model)  # a copy: what is set below stays in it
+  # A feature that all tokens have, and that no branch changes: routers look at nothing else.
+  model.embed.table[...] = model.embed.table[...].at[:, 0].set(10.0)
+  blocks = model.blocks
+  for branch in (blocks.attention.out.w, blocks.moe.experts.down, blocks.moe.shared.down):
+    branch[...] = jnp.zeros_like(branch[...])
+  to_experts_LE = jnp.array([[20, 20, -20, -20], [-20, -20, 20, 20]], jnp.float32)
+  router = jnp.zeros_like(model.blocks.moe.router[...])
+  model.blocks.moe.router[...] = router.at[:, 0].set(to_experts_LE)
+  return before._replace(model=model)
