@@ -14,7 +14,7 @@ from moejax.data.sources import DataConfig
 from moejax.model.cross_entropy import LossConfig
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.step.gradient_accumulation import f_gap, gradients
-from moejax.train.step.gradient_interference import interference, only
+from moejax.train.step.gradient_interference import interference, leaves_at
 from moejax.train.step.objective import coefficients, lm_terms, targets_ahead, token_weights
 from moejax.train.step.train_step import task_losses, task_tokens, train_step
 from tests.support import oracle
@@ -217,7 +217,7 @@ def test_interference_is_of_the_gradients_of_the_objective() -> None:
   )
   for place, is_router in (('router', True), ('trunk', False)):
     ours, theirs = (
-      np.concatenate([np.ravel(v) for v in only(g, is_router).values()]) for g in (whole, lm)
+      np.concatenate([np.ravel(v) for v in leaves_at(g, is_router).values()]) for g in (whole, lm)
     )
     pull = ours - theirs
     np.testing.assert_allclose(
@@ -229,4 +229,4 @@ def test_interference_is_of_the_gradients_of_the_objective() -> None:
       rtol=2e-3,
       atol=1e-4,
     )
-  assert len(only(whole, True)) == 1
+  assert len(leaves_at(whole, True)) == 1
