@@ -1,5 +1,5 @@
-"""The compiled programs of a run, and where their arguments lie. Nothing is allocated, and no data is
-read.
+"""The compiled programs of a run, and where their arguments lie. Nothing is allocated, and no data
+is read.
 
   config, mesh -> ShapeDtypeStructs with shardings -> compiled step
 """
@@ -36,10 +36,9 @@ class Programs(NamedTuple):
 
 
 def compile_programs(cfg: ExperimentConfig, mesh: Mesh) -> Programs:
-  """Compiles the training step ahead of the first batch.
+  """Compiles the training step ahead of time, which also tells how much memory it will take.
 
-  So a step that does not compile, or needs more memory than there is, is known before the data is
-  read. The other two programs are compiled when they are first called.
+  The other two programs are compiled when they are first called.
   """
   target, example = sharded_state_shapes(cfg, mesh), batch_shapes(cfg, mesh)
   step = compile_step(cfg, target, example)

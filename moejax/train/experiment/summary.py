@@ -107,9 +107,10 @@ def data_line(data: dict[str, object]) -> str:
   for task, number in data['epochs'].items():
     of_task = f' of {task}' if several else ''
     epochs.append(f'{number:.2f} epochs{of_task}')
+  train_size, held_out = human(data['train_bytes']), human(data['validation_bytes'])
   return (
-    f'data    {data["source"]}: {human(data["train_bytes"])}B, {human(data["train_tokens"])} '
-    f'tokens of {data["tokenizer"]}, {", ".join(epochs)}; {human(data["validation_bytes"])}B held out'
+    f'data    {data["source"]}: {train_size}B, {human(data["train_tokens"])} tokens of '
+    f'{data["tokenizer"]}, {", ".join(epochs)}; {held_out}B held out'
   )
 
 

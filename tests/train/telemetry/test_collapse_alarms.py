@@ -9,7 +9,7 @@ import pytest
 
 from moejax.certify.tiny_model import batch
 from moejax.moe.dispatch.dispatchers import DispatchConfig
-from moejax.train.telemetry.collapse_alarms import ALARM_KINDS, FEW, PATIENCE, Alarms, sounding
+from moejax.train.telemetry.collapse_alarms import ALARM_KINDS, FEW, PATIENCE, Alarms, count_alarms
 from moejax.train.trainer import train
 from tests.support.tiny_run import config, rows
 from tests.train.step import test_train_step as test_step
@@ -28,7 +28,7 @@ def story(*parts: tuple[int, np.ndarray, np.ndarray], every: int = 10) -> list[s
   for number, load, dropped in parts:
     for _ in range(number):
       step += every
-      lines += alarms.heard(step, load, dropped)
+      lines += alarms.update(step, load, dropped)
   return lines
 
 
@@ -49,8 +49,8 @@ def test_an_alarm_is_given_once_when_it_has_lasted() -> None:
     assert (
       story((10, load, dropped), (1, EVEN, NONE), (10, load, dropped)) == []
     )  # not long enough, twice
-    assert sounding(load, dropped, 2) == 1
-  assert sounding(EVEN, NONE, 2) == 0 and sounding(CROWDED, np.ones(2), 2) == 3
+    assert count_alarms(load, dropped, 2) == 1
+  assert count_alarms(EVEN, NONE, 2) == 0 and count_alarms(CROWDED, np.ones(2), 2) == 3
 
 
 def test_a_little_better_is_not_over_and_not_told_again() -> None:
