@@ -1,4 +1,5 @@
-"""The journal: every name reaches metrics.jsonl and TensorBoard, a resumed run's story is the straight one's."""
+"""The journal: every name reaches metrics.jsonl and TensorBoard, a resumed run's story is the
+straight one's."""
 
 import json
 import math

@@ -67,7 +67,8 @@ def test_noise_is_a_second_router_in_each_layer() -> None:
 
 
 def test_multi_token_prediction_is_apart() -> None:
-  """Each depth is a projection of two states, a block, two norms before and one after; and the head once more."""
+  """Each depth is a projection of two states, a block, two norms before and one after; and the head
+  once more."""
   cfg = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, mtp_depth=2))
   mtp = 2 * (2 * 16 * 16 + MOE + 3 * 16)
   parameters = count_parameters(model_of(cfg), cfg)
@@ -92,7 +93,8 @@ def test_latent_attention_has_wider_queries_than_values() -> None:
 
 
 def test_flops_of_a_token() -> None:
-  """Six for each active number that multiplies; a token sees six others on average, in four heads of eight."""
+  """Six for each active number that multiplies; a token sees six others on average, in four heads
+  of eight."""
   products = TOTAL - IDLE - EMBEDDING
   attention = 3 * (2 * 2 * 6 * 4 * 8) * 3  # three passes; q k and p v; three layers
   for cfg in (CONFIG, TIED):  # tied, the table multiplies: as the head

@@ -1,4 +1,5 @@
-"""Stability: noise is measured, spikes are found once, and neither a bad step nor a resume changes the story."""
+"""Stability: noise is measured, spikes are found once, and neither a bad step nor a resume changes
+the story."""
 
 import functools
 import math
@@ -182,7 +183,8 @@ def test_noise_alone_seldom_makes_a_spike() -> None:
 
 @pytest.mark.parametrize('jump', [10, 60, 500])
 def test_the_limit_rises_until_a_level_that_stays_is_none(jump: float) -> None:
-  """As with optim.skip_spikes, where such steps are left out: within ten, if the level is not out of this world."""
+  """As with optim.skip_spikes, where such steps are left out: within ten, unless the level is far
+  beyond all before."""
   rng = np.random.default_rng(5)
   noise = rng.normal(size=100)
   state, _ = story(3 + 0.1 * noise)

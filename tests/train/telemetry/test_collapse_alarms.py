@@ -1,4 +1,5 @@
-"""Routing that collapses: gradients stay finite, one alarm is given, with its remedy, and sound runs give none."""
+"""Routing that collapses: gradients stay finite, one alarm is given, with its remedy, and sound
+runs give none."""
 
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ from moejax.moe.dispatch.dispatchers import DispatchConfig
 from moejax.train.telemetry.collapse_alarms import ALARM_KINDS, FEW, PATIENCE, Alarms, count_alarms
 from moejax.train.trainer import train
 from tests.support.tiny_run import config, rows
-from tests.train.step import test_train_step as test_step
+from tests.train.step import step_cases
 
 NONE = np.zeros(2)
 EVEN = np.full((2, 4), 1000.0)
@@ -85,18 +86,18 @@ def test_what_is_chance_or_cannot_be_otherwise_is_none() -> None:
 )
 def test_gradients_stay_finite(dispatch: DispatchConfig) -> None:
   """All tokens to one expert, experts without any, and a buffer of one row an expert."""
-  cfg = test_step.with_moe(test_step.CONFIG, dispatch=dispatch)
-  state = test_step.start(cfg)
+  cfg = step_cases.with_moe(step_cases.CONFIG, dispatch=dispatch)
+  state = step_cases.start(cfg)
   loads = []
   for bias in ([99, 0, 0, 0], [99, 99, 0, 0], [-99, 0, 0, 0]):
     router = state.router._replace(
       bias=jnp.broadcast_to(jnp.array(bias, jnp.float32), state.router.bias.shape)
     )
-    grads, sums, *_ = test_step.differentiate(cfg)(state._replace(router=router), batch())
+    grads, sums, *_ = step_cases.differentiate(cfg)(state._replace(router=router), batch())
     assert (
-      np.isfinite(test_step.flat(grads)).all()
+      np.isfinite(step_cases.flat(grads)).all()
       and np.isfinite(sums.loss)
-      and test_step.flat(grads).any()
+      and step_cases.flat(grads).any()
     )
     loads.append(np.asarray(sums.load))
     assert (np.asarray(sums.dropped) > 0.8).all() == (dispatch.capacity_factor > 0)

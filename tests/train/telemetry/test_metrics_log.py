@@ -1,4 +1,5 @@
-"""Metrics: the log survives a kill, TensorBoard reads what was written, pictures show what they are of."""
+"""Metrics: the log survives a kill, TensorBoard reads what was written, pictures show what they are
+of."""
 
 import io
 import json
@@ -225,7 +226,8 @@ def room(size):
 
 logging.basicConfig(format='%(message)s')
 home = Path(sys.argv[1])
-log, board, probes = MetricsLog(home / 'm.jsonl', 0), TensorBoard(home / 'board', 0), Probes(home / 'probes', 0)
+log, board = MetricsLog(home / 'm.jsonl', 0), TensorBoard(home / 'board', 0)
+probes = Probes(home / 'probes', 0)
 probe = np.arange(4000, dtype=np.uint16).reshape(1, 2000, 2)
 for step in range(1, 9):
   room(230 if 3 <= step <= 5 else resource.RLIM_INFINITY)   # the third line is torn at 230 bytes
@@ -262,7 +264,8 @@ def test_a_device_that_is_always_full() -> None:
 
 
 def test_the_head_waits_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  """The session START, without which TensorBoard shows what an earlier process wrote of later steps."""
+  """The session START, without which TensorBoard shows what an earlier process wrote of later
+  steps."""
   board = TensorBoard(tmp_path, 0)
   for step in range(1, 5):
     board.scalars(step, {'loss': step})

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moejax.train.telemetry.routing_probe import UNASSIGNED, TOKENS, Probes, agreement, make_probe
+from moejax.train.telemetry.routing_probe import TOKENS, UNASSIGNED, Probes, agreement, make_probe
 
 L, B, S, K, E = 2, 4, 5, 2, 6
 
