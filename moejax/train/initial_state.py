@@ -40,6 +40,7 @@ def initial_train_state(cfg: ExperimentConfig, target: TrainState, mesh: Mesh) -
   source = read_source_config(cfg.init_from)
   source_shapes = sharded_state_shapes(source, mesh)
   changed = differences(cfg.model, source.model)
+  # The same arrays: how the fields differ is told, and is no reason to refuse.
   if kinds(source_shapes.model) == kinds(target.model):
     _, model, router = read_model(cfg.init_from, cfg, ModelAndRouter(target.model, target.router))
     log.info('the model of %s%s', cfg.init_from, ''.join(f'; {line}' for line in changed))
@@ -53,6 +54,7 @@ def initial_train_state(cfg: ExperimentConfig, target: TrainState, mesh: Mesh) -
       *error.problems,
       *changed,
     ) from error
+  # Read on the mesh of this run: the dense model need not fit on one device.
   dense = ModelAndRouter(source_shapes.model, source_shapes.router)
   _, model, _ = read_model(cfg.init_from, source, jax.tree.map(replicate_unit_axes, dense))
   about = outcome(source.model, cfg.model, cfg.upcycle)

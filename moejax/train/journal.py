@@ -75,6 +75,7 @@ class Journal:
 
   def __enter__(self) -> 'Journal':
     self.bar.start()
+    # A daemon: a run that ends before it is done does not wait for it.
     threading.Thread(target=self.compress, daemon=True).start()
     return self
 
@@ -82,6 +83,7 @@ class Journal:
     self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
   ) -> None:
     self.bar.stop()
+    # The thread of `compress` writes to none of them.
     for log in (self.metrics, self.loads, self.board):
       log.close()
 
@@ -103,6 +105,7 @@ class Journal:
 
     It is seconds of work that nothing waits for, and that hold up no exit.
     """
+    # gzip first: it is told while xz, the slower one, is still at work.
     training, text = self.data.train_text(), self.data.validation_text()
     self.compressed = {'gzip': gzip_bits_per_byte(training, text)}
     self.compressed['xz'] = xz_bits_per_byte(training, text)
@@ -113,6 +116,7 @@ class Journal:
 
   def step(self, step: int, metrics: Metrics) -> None:
     """Reads a step's metrics, waiting for it if need be; writes them where they are due."""
+    # Asking whether it was skipped is what waits for the step.
     self.skips_in_a_row = self.skips_in_a_row + 1 if metrics['skipped'] else 0
     if metrics['skipped']:
       self.say(

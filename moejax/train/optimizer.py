@@ -115,6 +115,7 @@ def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
 
   The first update has 1/warmup_steps of the full rate, not 0: it would be wasted.
   """
+  # A run shorter than its warm-up rises to the full rate all the same.
   warmup = min(cfg.warmup_steps, steps)
   after = SCHEDULES[cfg.schedule](cfg, steps - warmup)
   if not warmup:
@@ -142,6 +143,7 @@ def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
     weight_decay=cfg.weight_decay,
     mask=decay_mask,
   )
+  # Clipped before the moments take it in; the decay, which is decoupled, is not clipped.
   return optax.chain(clip, adamw)
 
 

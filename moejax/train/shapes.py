@@ -60,6 +60,7 @@ def batch_shapes(cfg: ExperimentConfig, mesh: Mesh) -> Batch:
   )
 
 
+# Two, for a run that starts from another one's model asks for the shapes of both.
 @functools.lru_cache(maxsize=2)
 def state_shapes(cfg: ExperimentConfig) -> TrainState:
   """ShapeDtypeStructs of `init_state`, without shardings.
@@ -113,6 +114,7 @@ def make_run_mesh(cfg: ExperimentConfig, devices: Sequence[jax.Device] = ()) -> 
   """
   devices, parts = devices or jax.devices(), divided_parts(cfg)
   asked = resolve_mesh(cfg.mesh, len(devices))
+  # All at once: who mends one number at a time would start as often as there are problems.
   problems = [product_problem(cfg.mesh, devices), *(part.problem(asked) for part in parts)]
   if any(problems):
     raise ConfigError(*filter(None, problems), nearest(cfg.mesh, parts, devices))

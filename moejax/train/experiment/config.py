@@ -76,6 +76,8 @@ class ExperimentConfig:
   upcycle: UpcycleConfig = UpcycleConfig()
 
   def __post_init__(self) -> None:
+    # Each part has checked itself when it was made; here is what stands alone or spans two of them.
+    # Whether a mesh divides the batch is found where it is made: devices are not known here.
     check(
       *at_least(1, self, 'steps', 'batch_size', 'seq_len'),
       *at_least(1, self, 'micro_batches', 'log_every', 'stop_after_skips'),

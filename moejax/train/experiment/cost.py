@@ -40,6 +40,7 @@ def count_parameters(model: Transformer, cfg: ExperimentConfig) -> Parameters:
   router = cfg.model.moe.router
 
   def active_in(part: object, blocks: MoEBlock) -> int:
+    # Routed experts are of one size, and a token goes through K of the E.
     routed = size(blocks.moe.experts)
     return size(part) - routed + routed * router.top_k // router.num_experts
 
@@ -70,10 +71,12 @@ def flops_per_token(parameters: Parameters, cfg: ExperimentConfig) -> int:
   products = parameters.active - lookup + parameters.mtp_active + mtp_heads
   attention, latent = model.attention, model.attention.latent
   if latent.kv_rank:
+    # Latent attention: the rotated part is added to q and k alone, and v has a width of its own.
     widths = attention.d_head + latent.d_rope + latent.d_value
   else:
     widths = 2 * attention.d_head
   layers = model.num_layers + model.mtp_depth
+  # 6: a multiplication and an addition forward, and twice that backward, to inputs and to weights.
   return 6 * products + 3 * cfg.seq_len * attention.num_heads * widths * layers
 
 

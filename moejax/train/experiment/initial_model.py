@@ -37,6 +37,7 @@ def build_model(key: Array, cfg: ExperimentConfig) -> Transformer:
 
 def build_router_state(cfg: ExperimentConfig) -> BiasState:
   """The state of every MoE layer's bias rule before the first step, stacked. [L, E] f32 each."""
+  # Stacked as the layers are, which a scan runs through.
   one_layer = init_bias_state(cfg.model.moe.router.num_experts)
   return jax.tree.map(lambda leaf: jnp.stack([leaf] * cfg.model.num_moe_layers), one_layer)
 

@@ -15,6 +15,7 @@ from moejax.sharding.params import bytes_on_device
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.cost import count_parameters, exchange_summary, flops_per_token
 
+# What a run's numbers may depend on, beside moejax itself.
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tokenizers', 'numpy')
 
 
@@ -41,6 +42,7 @@ def summarise(
     'flops_per_token': flops_per_token(parameters, cfg),
     'tokens': tokens,
     'tokens_per_active_parameter': tokens / parameters.active,
+    # The step's results need no memory of their own: they take the place of the old state.
     'memory_per_device_bytes': {
       'parameters': model_bytes,
       'optimizer': optimizer_bytes,

@@ -53,6 +53,8 @@ def gradients(state: TrainState, batch: Batch, cfg: ExperimentConfig) -> Gradien
   key = None
   if cfg.model.moe.router.random:
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
+  # What each part is multiplied by, and what it must know of sets that other parts share, comes
+  # from the whole batch: then the gradients of the parts simply add up.
   differentiate = jax.grad(objective(key, coefficients(cfg, state.step), cfg), has_aux=True)
   micro_batches = MicroBatch(
     batch=parts,
@@ -88,11 +90,13 @@ def gradients(state: TrainState, batch: Batch, cfg: ExperimentConfig) -> Gradien
     total = PartGradient(grads, add_terms(total.sums, more.sums))
     return (total, buffer), (set_counts, used)
 
+  # A scan, and not a vmap: the activations of one micro-batch at a time take memory.
   shapes, _ = jax.eval_shape(gradient_of, first)
   nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
   start = nothing, zero_terms(spans, state.router.bias)
   xs = jnp.arange(cfg.micro_batches), micro_batches
   (total, _), (set_counts, used) = jax.lax.scan(add_part, start, xs)
+  # Only now is the whole of each set known: how far was what the losses used from it?
   truth = {name: sum_over_sets(set_counts[name], n) for name, n in spans.items()}
   gaps = {}
   for name, n in spans.items():

@@ -37,6 +37,7 @@ def interference(state: TrainState, batch: Batch, cfg: ExperimentConfig) -> Term
   Returns:
     router_ratio, router_cosine, trunk_ratio, trunk_cosine: scalars f32.
   """
+  # Scales of a batch that is cut into one part: itself.
   scales = part_scales(jax.tree.map(lambda a: a[None], batch), cfg.model.mtp_depth, cfg)
   scale = jax.tree.map(lambda a: a[0], scales)
   part = MicroBatch(batch, scale, whole={}, rows=jnp.arange(cfg.batch_size))

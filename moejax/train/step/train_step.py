@@ -81,7 +81,14 @@ def train_step(
   stability, stability_metrics = update_stability(state.stability, lm_loss, grad_norm, ~finite)
   steps_taken = state.step + 1
   learned = jax.lax.cond(good, learn, skip)
-  new = TrainState(steps_taken, *learned, stability)
+  new = TrainState(
+    step=steps_taken,
+    model=learned.model,
+    opt_state=learned.opt_state,
+    router=learned.router,
+    lagged=learned.lagged,
+    stability=stability,
+  )
 
   # 4. What is logged of the step, the same on every device. Later names replace earlier ones:
   # lm_loss is the one that a fault may have spoiled.

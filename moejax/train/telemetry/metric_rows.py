@@ -66,6 +66,7 @@ def add_sums(sums: ValidationSums | None, batch: ValidationSums) -> ValidationSu
 
   In float64, so that counts are exact. Ratios are taken at the end.
   """
+  # Float32 counts are exact up to 2^24 only.
   batch = jax.tree.map(lambda a: np.asarray(a, np.float64), batch)
   if sums is None:
     return batch
@@ -82,9 +83,10 @@ def loss_scalars(
     suffix: of their names, '' or /TASK.
     nll: sum in nats over the tokens seen.
     seen: tokens that were predicted.
-    text_tokens, text_bytes: of the whole held-out text: how many tokens a byte makes.
+    text_tokens, text_bytes: the size of the whole held-out text.
   """
   nats = float(nll) / float(seen) if seen else math.nan
+  # By the tokens that a byte of the whole text makes: a validation may have read a part of it.
   return {
     f'eval/lm_loss{suffix}': nats,
     f'eval/perplexity{suffix}': perplexity(nats),
@@ -137,6 +139,7 @@ def progress_text(
     f'  {clock(seconds_left)}',
     left,
   ]
+  # In the order in which they go, the least missed first.
   for least_missed in (left, *balance[::-1], noise):
     if columns and len(''.join(parts)) > columns:
       parts.remove(least_missed)
