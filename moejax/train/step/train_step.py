@@ -79,35 +79,24 @@ def train_step(
 
   # A spike that is skipped moves the trend all the same: a level that stays is then let in.
   stability, stability_metrics = update_stability(state.stability, lm_loss, grad_norm, ~finite)
-  steps_taken = state.step + 1
   learned = jax.lax.cond(good, learn, skip)
-  new = TrainState(
-    step=steps_taken,
-    model=learned.model,
-    opt_state=learned.opt_state,
-    router=learned.router,
-    lagged=learned.lagged,
-    stability=stability,
-  )
+  new = state._replace(step=state.step + 1, stability=stability, **learned._asdict())
 
-  # 4. What is logged of the step, the same on every device. Later names replace earlier ones:
-  # lm_loss is the one that a fault may have spoiled.
-  metrics = (
-    sums.terms
-    | stability_metrics
-    | {f'f_gap/{name}': gap for name, gap in f_gaps.items()}
-    | {
-      'lm_loss': lm_loss,
-      'loss': loss,
-      'grad_norm': grad_norm,
-      'load': sums.load,
-      'layers': statistics(sums, state.router, cfg),
-      'skipped': ~good,
-      'skipped_total': new.step - updates_made(new.opt_state),
-      'learning_rate': learning_rate(cfg.optim, cfg.steps)(updates_made(state.opt_state)),
-    }
-  )
-  return new, replicated(metrics | task_losses(sums.nll, task_tokens(batch, cfg), cfg))
+  # 4. What is logged of the step, the same on every device.
+  metrics = {
+    'lm_loss': lm_loss,
+    'loss': loss,
+    'grad_norm': grad_norm,
+    'load': sums.load,
+    'layers': statistics(sums, state.router, cfg),
+    'skipped': ~good,
+    'skipped_total': new.step - updates_made(new.opt_state),
+    'learning_rate': learning_rate(cfg.optim, cfg.steps)(updates_made(state.opt_state)),
+  }
+  metrics |= {f'f_gap/{name}': gap for name, gap in f_gaps.items()}
+  metrics |= task_losses(sums.nll, task_tokens(batch, cfg), cfg)
+  # lm_loss is among the terms, too: the one above is what a fault may have made of it.
+  return new, replicated(sums.terms | stability_metrics | metrics)
 
 
 def is_spike(state: TrainState, lm_loss: Array, grad_norm: Array, cfg: ExperimentConfig) -> Array:
