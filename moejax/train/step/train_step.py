@@ -151,7 +151,7 @@ def compile_step(cfg: ExperimentConfig, state: TrainState, batch: Batch) -> jax.
 def update_router_bias(
   router: BiasState, seen: Array, step: Array, cfg: ExperimentConfig
 ) -> BiasState:
-  """The router bias after a step whose whole batch was seen so.
+  """The router bias after a step, by the rule of the config; without a rule it stays.
 
   Args:
     router: [L, E] f32 each.

@@ -149,11 +149,8 @@ def test_lagged_uses_the_counts_of_the_step_before_and_starts_without_any() -> N
   state, metrics = run(start(cfg), make_batch())
   for name in ('global_batch', 'ep_group'):  # f = 1 for all: P sums to 1, and nothing pulls
     np.testing.assert_allclose(metrics[f'balance/{name}'], 1, rtol=1e-5)
-  assert state.lagged['global_batch'].shape == (1, 2, 4) and state.lagged['ep_group'].shape == (
-    2,
-    2,
-    4,
-  )
+  assert state.lagged['global_batch'].shape == (1, 2, 4)
+  assert state.lagged['ep_group'].shape == (2, 2, 4)
   np.testing.assert_array_equal(state.lagged['ep_group'].sum(0), state.lagged['global_batch'][0])
   _, metrics = run(state, make_batch())
   assert abs(float(metrics['balance/global_batch']) - 1) > 1e-3

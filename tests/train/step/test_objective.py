@@ -34,10 +34,8 @@ from tests.train.step.step_cases import (
 TASKS = DataConfig(source='mixture', mixture=frozendict(code='0.7 stdlib', prose='0.3 synthetic'))
 D, DEPTHS = 4, 2
 KEYS = jax.random.split(jax.random.key(0), DEPTHS + 2)
-HEAD, HIDDEN = (
-  jax.random.normal(KEYS[0], (D, VOCAB)),
-  [jax.random.normal(k, (ROWS, LENGTH, D)) for k in KEYS[1:]],
-)
+HEAD = jax.random.normal(KEYS[0], (D, VOCAB))
+HIDDEN = [jax.random.normal(k, (ROWS, LENGTH, D)) for k in KEYS[1:]]
 
 
 def tasked(**weights: float) -> ExperimentConfig:

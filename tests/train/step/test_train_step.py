@@ -74,9 +74,8 @@ def test_training_learns_one_batch_by_heart() -> None:
 def test_a_non_finite_step_changes_nothing_but_the_count(bad: str) -> None:
   state = start(CONFIG)
   state, _ = stepper(CONFIG)(state, make_batch())
-  value = (
-    jnp.inf if bad == 'loss' else 1e30
-  )  # 1e30 squared overflows in the gradient's norm, or in the loss
+  # 1e30 squared overflows in the gradient's norm, or in the loss.
+  value = jnp.inf if bad == 'loss' else 1e30
   poisoned = jax.tree.map(lambda a: a, state.model)
   poisoned.norm.scale[...] = poisoned.norm.scale[...].at[0].set(value)
   before = state._replace(model=poisoned)
@@ -138,9 +137,8 @@ def test_a_fault_on_purpose_is_in_the_program_only_when_asked_for(
   for skips, name in enumerate(('loss', 'grad_norm'), 1):
     before = state
     state, metrics = run(before, make_batch())
-    assert (
-      metrics['skipped'] and metrics['skipped_total'] == skips and not np.isfinite(metrics[name])
-    )
+    assert metrics['skipped'] and metrics['skipped_total'] == skips
+    assert not np.isfinite(metrics[name])
     for part in ('model', 'opt_state', 'router', 'lagged', 'stability'):
       jax.tree.map(np.testing.assert_array_equal, getattr(state, part), getattr(before, part))
   assert not run(state, make_batch())[1]['skipped']

@@ -17,9 +17,8 @@ from tests.train.step import step_cases
 
 NONE = np.zeros(2)
 EVEN = np.full((2, 4), 1000.0)
-CROWDED = np.array(
-  [[1000, 1000, 1000, 1000], [2000, 700, 700, 600]], float
-)  # of 2000 tokens, two experts each
+# Of 2000 tokens, two experts each.
+CROWDED = np.array([[1000, 1000, 1000, 1000], [2000, 700, 700, 600]], float)
 IDLE = np.array([[1300, 1300, 1400, 0], [1000, 1000, 1000, 1000]], float)
 
 
@@ -41,15 +40,13 @@ def test_an_alarm_is_given_once_when_it_has_lasted() -> None:
     (EVEN, np.array([0.5, 0.98]), r'nearly all copies .* dropped: layer 1 \(98%\)\.'),
   ):
     lines = story((30, load, dropped))
-    assert (
-      len(lines) == 1 and re.search(what, lines[0]) and f'after step {PATIENCE + 10}, ' in lines[0]
-    ), lines
+    assert len(lines) == 1 and re.search(what, lines[0]), lines
+    assert f'after step {PATIENCE + 10}, ' in lines[0]
     assert 'Remedy: raise ' in lines[0]
     again = story((30, load, dropped), (1, EVEN, NONE), (30, load, dropped))
     assert len(again) == 2 and 'after step 420, ' in again[1], again
-    assert (
-      story((10, load, dropped), (1, EVEN, NONE), (10, load, dropped)) == []
-    )  # not long enough, twice
+    # Not long enough, twice.
+    assert story((10, load, dropped), (1, EVEN, NONE), (10, load, dropped)) == []
     assert count_alarms(load, dropped, 2) == 1
   assert count_alarms(EVEN, NONE, 2) == 0 and count_alarms(CROWDED, np.ones(2), 2) == 3
 
@@ -60,11 +57,8 @@ def test_a_little_better_is_not_over_and_not_told_again() -> None:
 
 
 def test_layers_that_collapse_together_are_one_line() -> None:
-  (line,) = story((20, np.array([[2000, 2000, 0, 0]] * 3, float), np.zeros(3)))[:1]
-  assert (
-    line.count('layer ') == 3
-    and len(story((20, np.array([[2000, 2000, 0, 0]] * 3, float), np.zeros(3)))) == 2
-  )
+  lines = story((20, np.array([[2000, 2000, 0, 0]] * 3, float), np.zeros(3)))
+  assert len(lines) == 2 and lines[0].count('layer ') == 3
 
 
 def test_what_is_chance_or_cannot_be_otherwise_is_none() -> None:
