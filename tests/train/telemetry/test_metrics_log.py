@@ -1,5 +1,5 @@
-"""metrics.jsonl: it survives a kill, is cut back where a run goes on, and on a full disk loses whole
-lines."""
+"""metrics.jsonl: it survives a kill, is cut back where a run goes on, and on a full disk loses
+whole lines."""
 
 import json
 import math
