@@ -1,25 +1,31 @@
-"""DeepSeek-V3's pre-training as its report has it (2412.19437), and the same in small on two CPU cores.
+"""DeepSeek-V3's pre-training as its report has it (2412.19437), and the same in small on two CPU
+cores.
 
   python train.py --config=configs/deepseek_v3.py:tiny
-  python train.py --config=configs/deepseek_v3.py --config.data.path=GLOBS --config.data.tokenizer=FILE
+  python train.py --config=configs/deepseek_v3.py \
+    --config.data.path=GLOBS --config.data.tokenizer=FILE
 
-From sections 2.1, 2.2 and 4.2: the model and its initialisation, AdamW and clipping, the rate over 14.8T tokens, rows
-of 4096 tokens, the sequence-wise balance loss and the bias rate, lambda of multi-token prediction (MTP), and no token
-dropped; tests hold these to the figures there. By count 671.0B parameters, 37.6B of them active, and 11.6B of MTP.
+From sections 2.1, 2.2 and 4.2: the model and its initialisation, AdamW and clipping, the rate over
+14.8T tokens, rows of 4096 tokens, the sequence-wise balance loss and the bias rate, lambda of
+multi-token prediction (MTP), and no token dropped; tests hold these to the figures there. By count
+671.0B parameters, 37.6B of them active, and 11.6B of MTP.
 
-Not as in the report: the batch is 15360 rows from the first step, where theirs grows to that from 3072 over 469B
-tokens, so that the 2000 steps of warm-up are more tokens. The balance loss is the mean over layers; the report does
-not say whether theirs add up. bfloat16 instead of FP8, float32 moments; documents do not see one another, and none is
-filled in the middle. YaRN and two stages of longer context come after this one (section 4.3). The report's text is not
-public: bring yours, and a tokenizer of at most 129280 tokens.
+Not as in the report: the batch is 15360 rows from the first step, where theirs grows to that from
+3072 over 469B tokens, so that the 2000 steps of warm-up are more tokens. The balance loss is the
+mean over layers; the report does not say whether theirs add up. bfloat16 instead of FP8, float32
+moments; documents do not see one another, and none is filled in the middle. YaRN and two stages of
+longer context come after this one (section 4.3). The report's text is not public: bring yours, and
+a tokenizer of at most 129280 tokens.
 
-Hardware: 512 chips of TPU v5p, or 256 H200s with --config.mesh.fsdp=32 --config.micro_batches=60. Nobody has run it:
-shapes and figures are what is checked, and that the compilers for both find room for a step, 67 of a v5p's 96 GiB and
-85 of an H200's 131: add --plan --topology=v5p:8x8x8, or h200:256, to see what of.
+Hardware: 512 chips of TPU v5p, or 256 H200s with --config.mesh.fsdp=32 --config.micro_batches=60.
+Nobody has run it: shapes and figures are what is checked, and that the compilers for both find room
+for a step, 67 of a v5p's 96 GiB and 85 of an H200's 131: add --plan --topology=v5p:8x8x8, or
+h200:256, to see what of.
 
 `:tiny` takes a minute on two CPU cores, on the standard library's sources, with every part at 2 M
-parameters. Its rate is 18 times and its bias rate 10 times as high, for 120 steps instead of 235240, and init.std goes
-with the root of d_model: 2.064 bits per byte of held-out text (2.99 for single tokens' frequencies), MaxVio 0.16.
+parameters. Its rate is 18 times and its bias rate 10 times as high, for 120 steps instead of
+235240, and init.std goes with the root of d_model: 2.064 bits per byte of held-out text (2.99 for
+single tokens' frequencies), MaxVio 0.16.
 """
 
 import dataclasses
@@ -38,7 +44,8 @@ from moejax.sharding.mesh import MeshConfig
 from moejax.train.experiment.config import EvalConfig, ExperimentConfig
 from moejax.train.optimizer import OptimConfig
 
-PEAK, TOKENS = 2.2e-4, 14.8e12
+PEAK = 2.2e-4  # the highest learning rate
+TOKENS = 14.8e12  # of the whole run
 
 
 def after(tokens: float) -> str:
@@ -47,8 +54,15 @@ def after(tokens: float) -> str:
 
 
 def full() -> ExperimentConfig:
-  """The report's."""
+  """The run of the report."""
   published, batch_size, seq_len = DEEPSEEK_V3.presets['full'], 15360, 4096
+  # Constant, a cosine to a tenth, constant, and 7.3e-6 at the very end.
+  phases = (
+    '1',
+    f'cosine 0.1@{after(10e12)}',
+    f'0.1@{after(14.3e12)}',
+    f'{7.3e-6 / PEAK:.6f}@{after(14.633e12)}',
+  )
   return ExperimentConfig(
     steps=round(TOKENS / (batch_size * seq_len)),
     batch_size=batch_size,
@@ -65,13 +79,15 @@ def full() -> ExperimentConfig:
     ),
     loss=LossConfig(mtp_coef=f'0.3, 0.1@{after(10e12)}'),
     balance=BalanceConfig(
-      losses=frozendict(sequence='0.0001'), bias_rule='sign', bias_rate=f'0.001, 0@{after(14.3e12)}'
+      losses=frozendict(sequence='0.0001'),
+      bias_rule='sign',
+      bias_rate=f'0.001, 0@{after(14.3e12)}',
     ),
     optim=OptimConfig(
       learning_rate=PEAK,
       warmup_steps=2000,
       schedule='phases',
-      phases=f'1, cosine 0.1@{after(10e12)}, 0.1@{after(14.3e12)}, {7.3e-6 / PEAK:.6f}@{after(14.633e12)}',
+      phases=', '.join(phases),
     ),
     mesh=MeshConfig(data=1, fsdp=64, expert=8),
     eval=EvalConfig(every=1000, batches=16),
@@ -79,7 +95,7 @@ def full() -> ExperimentConfig:
 
 
 def tiny() -> ExperimentConfig:
-  """Every part of it in small."""
+  """Every part of the report's run in small."""
   big, d_model = full(), 128
   attention, moe = big.model.attention, big.model.moe
   return dataclasses.replace(

@@ -1,26 +1,31 @@
-"""openPangu-Ultra-MoE-718B's pre-training as far as it is public (2505.04519), and the same in small on two CPU cores.
+"""openPangu-Ultra-MoE-718B's pre-training as far as it is public (2505.04519), and the same in
+small on two CPU cores.
 
   python train.py --config=configs/openpangu_ultra_moe.py:tiny
-  python train.py --config=configs/openpangu_ultra_moe.py --config.data.path=GLOBS --config.data.tokenizer=FILE
+  python train.py --config=configs/openpangu_ultra_moe.py \
+    --config.data.path=GLOBS --config.data.tokenizer=FILE
 
-Public: the model, by its config.json and Huawei's serving code: by count 719.1B parameters, 40.4B of them active, and
-12.4B of multi-token prediction. About 19T tokens. Depth-scaled sandwich norm, TinyInit and the embedding's deviation
-are those of Pangu Ultra, the dense 135B (2504.07866). That experts are balanced over the tokens of an expert-parallel
-group is 2505.04519's idea; our formula is `ep_group` of moejax/moe/balance.py, without a look at theirs.
+Public: the model, by its config.json and Huawei's serving code: by count 719.1B parameters, 40.4B
+of them active, and 12.4B of multi-token prediction. About 19T tokens. Depth-scaled sandwich norm,
+TinyInit and the embedding's deviation are those of Pangu Ultra, the dense 135B (2504.07866). That
+experts are balanced over the tokens of an expert-parallel group is 2505.04519's idea; our formula
+is `ep_group` of moejax/moe/balance, without a look at theirs.
 
-Ours, for want of a source: AdamW at 1e-4 with 2000 steps of warm-up and a cosine to a tenth, 0.9, 0.95, decay 0.1,
-clipping at 1; the coefficient 0.1, 0.01, 0.001 of the balance loss; lambda 0.3; batch, rows of 4096 and mesh. Nothing
-is dropped, and there is no expert dropout: --config.model.moe.router.expert_dropout=0.1 adds it, for 0.006 bits per
-byte in `:tiny`. Neither a curriculum nor early stopping is built. The text is not public: bring yours, and a tokenizer
-of at most 153600 tokens.
+Ours, for want of a source: AdamW at 1e-4 with 2000 steps of warm-up and a cosine to a tenth, 0.9,
+0.95, decay 0.1, clipping at 1; the coefficient 0.1, 0.01, 0.001 of the balance loss; lambda 0.3;
+batch, rows of 4096 and mesh. Nothing is dropped, and there is no expert dropout:
+--config.model.moe.router.expert_dropout=0.1 adds it, for 0.006 bits per byte in `:tiny`. Neither a
+curriculum nor early stopping is built. The text is not public: bring yours, and a tokenizer of at
+most 153600 tokens.
 
-Hardware: 512 chips of TPU v5p, or 256 H200s with --config.mesh.fsdp=64 --config.mesh.expert=4 --config.micro_batches=8.
-Nobody has run it: shapes and figures are what is checked, and that the compilers for both find room for a step, 77 of
-a v5p's 96 GiB and 119 of an H200's 131: add --plan --topology=v5p:8x8x8, or h200:256, to see what of.
+Hardware: 512 chips of TPU v5p, or 256 H200s with --config.mesh.fsdp=64 --config.mesh.expert=4
+--config.micro_batches=8. Nobody has run it: shapes and figures are what is checked, and that the
+compilers for both find room for a step, 77 of a v5p's 96 GiB and 119 of an H200's 131: add --plan
+--topology=v5p:8x8x8, or h200:256, to see what of.
 
 `:tiny` takes a minute on two CPU cores, on the standard library's sources, with every part at 2 M
-parameters. Its rate is 40 times and its balance coefficient 10 times as high, for 120 steps instead of 566244: 2.040
-bits per byte of held-out text (2.99 for single tokens' frequencies), MaxVio 0.26.
+parameters. Its rate is 40 times and its balance coefficient 10 times as high, for 120 steps instead
+of 566244: 2.040 bits per byte of held-out text (2.99 for single tokens' frequencies), MaxVio 0.26.
 """
 
 import dataclasses
@@ -38,7 +43,7 @@ from moejax.sharding.mesh import MeshConfig
 from moejax.train.experiment.config import EvalConfig, ExperimentConfig
 from moejax.train.optimizer import OptimConfig
 
-TOKENS = 19e12
+TOKENS = 19e12  # of the whole run
 
 
 def full() -> ExperimentConfig:
@@ -67,7 +72,7 @@ def full() -> ExperimentConfig:
 
 
 def tiny() -> ExperimentConfig:
-  """Every part of it in small."""
+  """Every part of the full run in small."""
   big = full()
   attention, moe = big.model.attention, big.model.moe
   return dataclasses.replace(

@@ -1,8 +1,10 @@
-"""A small language model with experts, on the Python standard library's own sources: the first run of anybody.
+"""A small language model with experts, on the Python standard library's own sources: anybody's
+first run.
 
   python train.py                                   (or `make train`, which installs first)
 
-Hardware: two CPU cores, 2 GB. 10 M parameters, of which 5 M are active; 2 M tokens, a quarter of an epoch.
+Hardware: two CPU cores, 2 GB. 10 M parameters, of which 5 M are active; 2 M tokens, a quarter of an
+epoch.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +19,8 @@ from moejax.train.optimizer import OptimConfig
 
 
 def get_config() -> ConfigDict:
-  """Eight experts, top two, kept even by a bias that follows the load and by a sequence-wise balance loss."""
+  """Eight experts, top two, kept even by two means: a bias that follows the load, and a
+  sequence-wise balance loss."""
   return to_config_dict(
     ExperimentConfig(
       steps=500,

@@ -1,8 +1,12 @@
-"""How a run begins: from random numbers, with another run's model, or with experts made of a dense run's FFN."""
+"""How a run begins: from random numbers, with another run's model, or with experts made of a dense
+run's FFN.
+"""
 
 import functools
 import itertools
 import logging
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -18,6 +22,7 @@ from moejax.train.experiment.run_dir import read_model, read_setup
 from moejax.train.shapes import sharded_state_shapes
 from moejax.train.step.train_state import TrainState, init_state
 
+Tree = TypeVar('Tree')
 log = logging.getLogger(__name__)
 
 
@@ -25,22 +30,20 @@ def initial_train_state(cfg: ExperimentConfig, target: TrainState, mesh: Mesh) -
   """A fresh state on the target's shardings, with the model of `init_from` where that is given.
 
   Raises:
-    ConfigError: that model has other shapes, and is not a dense one whose FFN could become this one's experts.
+    ConfigError: that model has other shapes, and is not a dense one whose FFN could become this
+      one's experts.
     NoLoadableCheckpoint: it has no checkpoint that verifies.
   """
-  # XLA has nothing to win in an initialisation, and takes a second to see it.
-  quickly = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 1})
-  state = quickly(
-    functools.partial(init_state, cfg), out_shardings=jax.tree.map(lambda a: a.sharding, target)
-  )()
+  state = quick_jit(functools.partial(init_state, cfg), target)()
   if not cfg.init_from:
     return state
-  source = config_of(cfg.init_from)
-  dense = sharded_state_shapes(source, mesh)
-  others = differences(cfg.model, source.model)
-  if kinds(dense.model) == kinds(target.model):
+  source = read_source_config(cfg.init_from)
+  source_shapes = sharded_state_shapes(source, mesh)
+  changed = differences(cfg.model, source.model)
+  # The same arrays: how the fields differ is told, and is no reason to refuse.
+  if kinds(source_shapes.model) == kinds(target.model):
     _, model, router = read_model(cfg.init_from, cfg, ModelAndRouter(target.model, target.router))
-    log.info('the model of %s%s', cfg.init_from, ''.join(f'; {other}' for other in others))
+    log.info('the model of %s%s', cfg.init_from, ''.join(f'; {line}' for line in changed))
     return state._replace(model=model, router=router)
   try:
     check(*not_dense(source.model))
@@ -49,22 +52,35 @@ def initial_train_state(cfg: ExperimentConfig, target: TrainState, mesh: Mesh) -
     raise ConfigError(
       'init_from: neither the same model nor one that experts can be made of',
       *error.problems,
-      *others,
+      *changed,
     ) from error
-  dense_model = jax.tree.map(replicate_unit_axes, ModelAndRouter(dense.model, dense.router))
-  _, model, _ = read_model(cfg.init_from, source, dense_model)
-  log.info(
-    'the model of %s, upcycled: %s', cfg.init_from, outcome(source.model, cfg.model, cfg.upcycle)
-  )
-  # Of the last step, which is never drawn from: steps are counted from 0.
+  # Read on the mesh of this run: the dense model need not fit on one device.
+  dense = ModelAndRouter(source_shapes.model, source_shapes.router)
+  _, model, _ = read_model(cfg.init_from, source, jax.tree.map(replicate_unit_axes, dense))
+  about = outcome(source.model, cfg.model, cfg.upcycle)
+  log.info('the model of %s, upcycled: %s', cfg.init_from, about)
+  # The key of a step that is never taken: steps are counted from 0.
   key = jax.random.fold_in(jax.random.key(cfg.seed), cfg.steps)
-  made = quickly(
-    upcycle, static_argnums=2, out_shardings=jax.tree.map(lambda a: a.sharding, target.model)
+  make_experts = quick_jit(upcycle, target.model, static_argnums=2)
+  return state._replace(model=make_experts(model, state.model, cfg.upcycle, key))
+
+
+def quick_jit(
+  function: Callable[..., Tree], target: Tree, static_argnums: int | None = None
+) -> Callable[..., Tree]:
+  """The function compiled with little optimisation, its result on the shardings of `target`.
+
+  XLA has nothing to win in what runs once, and takes a second to see it.
+  """
+  return jax.jit(
+    function,
+    static_argnums=static_argnums,
+    out_shardings=jax.tree.map(lambda a: a.sharding, target),
+    compiler_options={'xla_backend_optimization_level': 1},
   )
-  return state._replace(model=made(model, state.model, cfg.upcycle, key))
 
 
-def config_of(directory: str) -> ExperimentConfig:
+def read_source_config(directory: str) -> ExperimentConfig:
   """The config of the run in `directory`; problems are prefixed with init_from."""
   try:
     return read_setup(directory).cfg
@@ -73,13 +89,15 @@ def config_of(directory: str) -> ExperimentConfig:
 
 
 def replicate_unit_axes(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-  """The same with its axes of size 1 on every device: the one expert of a dense model is no stack to be split."""
-  axes = [
-    None if size == 1 else axis
-    for size, axis in itertools.zip_longest(leaf.shape, leaf.sharding.spec)
-  ]
-  where = NamedSharding(leaf.sharding.mesh, PartitionSpec(*axes))
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+  """The same shape with its axes of size 1 on every device.
+
+  The one expert of a dense model is no stack that an `expert` axis could split.
+  """
+  axes = []
+  for size, axis in itertools.zip_longest(leaf.shape, leaf.sharding.spec):
+    axes.append(None if size == 1 else axis)
+  sharding = NamedSharding(leaf.sharding.mesh, PartitionSpec(*axes))
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def model_fingerprint(model: ModelConfig) -> dict[str, str]:
@@ -89,8 +107,9 @@ def model_fingerprint(model: ModelConfig) -> dict[str, str]:
 
 
 def differences(here: ModelConfig, there: ModelConfig) -> list[str]:
-  """A line for each field that decides what a model computes and is not the same in two configs."""
-  ours, theirs = (fields_with_role(model, 'function', 'training') for model in (here, there))
+  """A line for each field of two configs that differs and decides what a model computes."""
+  ours = fields_with_role(here, 'function', 'training')
+  theirs = fields_with_role(there, 'function', 'training')
   return [
     f'model.{path}={value!r} here, {theirs[path]!r} there'
     for path, value in ours.items()

@@ -1,12 +1,16 @@
-"""What a run tells: a line a person reads, metrics.jsonl and TensorBoard for tools, a report at the end.
+"""What a run tells: a line a person reads, metrics.jsonl and TensorBoard for tools, a report at the
+end.
 
-Every number of a line but the clock's belongs to that one step, so that a resumed run writes the lines that an
-uninterrupted one would have written, bit for bit.
+Every number of a line but the clock's belongs to that one step, so that a resumed run writes the
+lines that an uninterrupted one would have written, bit for bit.
+
+Letters: E experts, K experts per token, L MoE layers, T tokens of the probe.
 """
 
 import pathlib
 import threading
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 import jax
@@ -21,9 +25,15 @@ from moejax.runtime.multiprocess import is_first_process
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.cost import devices_at_work, mfu
 from moejax.train.step.train_step import Metrics
-from moejax.train.telemetry.collapse_alarms import Alarms, sounding
+from moejax.train.telemetry.collapse_alarms import Alarms, count_alarms
 from moejax.train.telemetry.compression import gzip_bits_per_byte, xz_bits_per_byte
-from moejax.train.telemetry.final_report import at_step, best_row, last_words, monitors, not_finite
+from moejax.train.telemetry.final_report import (
+  best_bits_per_byte,
+  monitors,
+  non_finite_validations,
+  report_lines,
+  row_of_step,
+)
 from moejax.train.telemetry.load_plots import load_bars, load_image
 from moejax.train.telemetry.metric_rows import (
   ValidationSums,
@@ -37,29 +47,35 @@ from moejax.train.telemetry.tensorboard import TensorBoard
 
 
 class Journal:
-  """Opened for a run at the step it starts from; what an earlier process wrote after that step is cut away."""
+  """The journal of a run from the step it starts at, written by the first process.
+
+  What an earlier process wrote after that step is cut away.
+  """
 
   def __init__(self, cfg: ExperimentConfig, data: Data, flops_per_token: int, step: int) -> None:
+    self.cfg, self.data, self.flops_per_token = cfg, data, flops_per_token
     self.workdir = pathlib.Path(cfg.workdir)
-    self.cfg, self.data, self.flops_per_token, self.skips_in_a_row = cfg, data, flops_per_token, 0
+    self.skips_in_a_row = 0
     self.metrics = MetricsLog(self.workdir / 'metrics.jsonl', step)
     self.validated = {row['step'] for row in self.metrics.rows() if 'eval/lm_loss' in row}
     self.loads = MetricsLog(self.workdir / 'load.jsonl', step)
     self.board = TensorBoard(self.workdir / 'tensorboard', step)
     self.probes = Probes(self.workdir / 'probes', step)
-    self.console = Console(
-      highlight=False, soft_wrap=True, force_jupyter=False
-    )  # plain lines in a notebook, too
-    self.bar = Progress(
-      TextColumn('{task.description}'), console=self.console, disable=not self.console.is_terminal
-    )
+    # Plain lines in a notebook, too.
+    self.console = Console(highlight=False, soft_wrap=True, force_jupyter=False)
+    is_pipe = not self.console.is_terminal
+    self.bar = Progress(TextColumn('{task.description}'), console=self.console, disable=is_pipe)
     self.task = self.bar.add_task('compiling', total=cfg.steps, completed=step)
-    self.usage, self.text, self.alarms = '', '', Alarms(cfg.model.moe.router.top_k)
+    self.alarms = Alarms(cfg.model.moe.router.top_k)
+    # Of the newest validation, for the report.
+    self.usage, self.text = '', ''
+    # Compressor -> bits per byte, filled by a thread of its own.
     self.compressed: dict[str, float] = {}
     self.resume_clock()
 
   def __enter__(self) -> 'Journal':
     self.bar.start()
+    # A daemon: a run that ends before it is done does not wait for it.
     threading.Thread(target=self.compress, daemon=True).start()
     return self
 
@@ -67,57 +83,68 @@ class Journal:
     self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
   ) -> None:
     self.bar.stop()
+    # The thread of `compress` writes to none of them.
     for log in (self.metrics, self.loads, self.board):
       log.close()
 
   def say(self, *lines: str) -> None:
-    """Lines for the person at the terminal, above the progress bar where there is one."""
+    """Prints lines for the person at the terminal, above the progress bar where there is one."""
     self.console.print(*lines, sep='\n', markup=False)
 
   def save_failed(self, step: int, why: str) -> None:
-    """Tells of a save that did not reach the disk. saves_failed is a row of its own: no other has another number."""
+    """Tells of a save that did not reach the disk.
+
+    saves_failed is a row of its own: no other has another number.
+    """
     self.say(f'save of step {step} failed, {why}')
     self.metrics.write({'step': step, 'saves_failed': 1})
     self.board.scalars(step, {'saves_failed': 1})
 
   def compress(self) -> None:
-    """What gzip and xz make of the held-out text: seconds of work that nothing waits for, and that hold up no exit."""
+    """Finds what gzip and xz make of the held-out text.
+
+    It is seconds of work that nothing waits for, and that hold up no exit.
+    """
+    # gzip first: it is told while xz, the slower one, is still at work.
     training, text = self.data.train_text(), self.data.validation_text()
     self.compressed = {'gzip': gzip_bits_per_byte(training, text)}
     self.compressed['xz'] = xz_bits_per_byte(training, text)
 
   def resume_clock(self) -> None:
-    """Tokens per second are counted from here on: validation and saving are not training."""
+    """Counts tokens per second from here on: validation and saving are not training."""
     self.since, self.tokens = time.perf_counter(), 0
 
   def step(self, step: int, metrics: Metrics) -> None:
     """Reads a step's metrics, waiting for it if need be; writes them where they are due."""
+    # Asking whether it was skipped is what waits for the step.
     self.skips_in_a_row = self.skips_in_a_row + 1 if metrics['skipped'] else 0
     if metrics['skipped']:
       self.say(
-        f'step {step} skipped: loss {metrics["loss"]:.4g}, gradient norm {metrics["grad_norm"]:.4g} '
-        f'({self.skips_in_a_row} in a row)'
+        f'step {step} skipped: loss {metrics["loss"]:.4g}, '
+        f'gradient norm {metrics["grad_norm"]:.4g} ({self.skips_in_a_row} in a row)'
       )
     self.tokens += self.cfg.batch_size * self.cfg.seq_len
     if step > 1 and step % self.cfg.log_every and step != self.cfg.steps:
       return
     metrics = jax.device_get(metrics)
+    load, dropped = metrics['load'], metrics['layers']['dropped']
     row, layers = training_row(metrics, self.data.bytes_per_token)
     row['tokens_per_second'] = self.tokens / (time.perf_counter() - self.since)
-    seen = metrics['load'], metrics['layers']['dropped']
-    row['alarms'] = sounding(*seen, self.cfg.model.moe.router.top_k)
+    row['alarms'] = count_alarms(load, dropped, self.cfg.model.moe.router.top_k)
     row['mfu'] = mfu(row['tokens_per_second'], self.flops_per_token, devices_at_work())
     self.metrics.write({'step': step} | row | {'layers': layers})
-    self.loads.write({'step': step, 'load': metrics['load'].astype(int).tolist()})
+    self.loads.write({'step': step, 'load': load.astype(int).tolist()})
     self.board.scalars(step, row)
-    left = (
-      (self.cfg.steps - step) * self.cfg.batch_size * self.cfg.seq_len / row['tokens_per_second']
-    )
-    for alarm in self.alarms.heard(step, *seen):
+    for alarm in self.alarms.update(step, load, dropped):
       self.say(alarm)
-    line = progress_text(
-      step, self.cfg.steps, row, left, self.console.width if self.console.is_terminal else 0
-    )
+    self.show_progress(step, row)
+
+  def show_progress(self, step: int, row: Mapping[str, float]) -> None:
+    """The line of a step: in the progress bar, or printed where there is none."""
+    tokens_left = (self.cfg.steps - step) * self.cfg.batch_size * self.cfg.seq_len
+    seconds_left = tokens_left / row['tokens_per_second']
+    columns = self.console.width if self.console.is_terminal else 0
+    line = progress_text(step, self.cfg.steps, row, seconds_left, columns)
     self.bar.update(self.task, completed=step, description=line)
     if not self.console.is_terminal:
       self.say(line)
@@ -125,45 +152,59 @@ class Journal:
   def validation(
     self, step: int, sums: ValidationSums, probe: np.ndarray, interference: Metrics, text: str
   ) -> float:
-    """Writes what validation found, see `rows.added`, and keeps the probe; returns bits per byte of the text."""
-    row, layers = validation_row(
-      sums, self.cfg.model.moe.router.top_k, self.data, self.probes.record(step, probe)
-    )
+    """Writes what a validation found; returns bits per byte of the held-out text.
+
+    Args:
+      sums: over the batches of the validation, see `add_sums`.
+      probe: [L, T, K] u16, see routing_probe.py.
+      interference: scalars by name; {} where it was not asked for.
+      text: the prompt, and what the model made of it.
+    """
+    churn = self.probes.record(step, probe)
+    row, layers = validation_row(sums, self.cfg.model.moe.router.top_k, self.data, churn)
     row |= {f'interference/{name}': float(value) for name, value in interference.items()}
-    if step not in self.validated:  # else a finished run, again
+    # A finished run that is started again validates again, and has its row.
+    if step not in self.validated:
       self.metrics.write({'step': step} | row | {'eval/layers': layers})
     self.board.scalars(step, row)
     self.board.text('sample', text, step)
-    self.images(step)
-    self.text, self.usage = (
-      text,
-      (
-        f'{100 * row["eval/expert_usage"]:.0f}% of experts used, MaxVio {row["eval/max_vio"]:.2f} (noise '
-        f'{row["eval/noise_floor"]:.2f}), load '
-        + ' '.join(f'[{load_bars(layer)}]' for layer in sums['load'])
-      ),
+    self.draw_loads(step)
+    bars = ' '.join(f'[{load_bars(load)}]' for load in sums['load'])
+    self.text = text
+    self.usage = (
+      f'{100 * row["eval/expert_usage"]:.0f}% of experts used, '
+      f'MaxVio {row["eval/max_vio"]:.2f} (noise {row["eval/noise_floor"]:.2f}), load {bars}'
     )
     others = ''.join(f', {name} {value:.3f}' for name, value in self.compressed.items())
     bpb, tokens = row['eval/bits_per_byte'], int(sums['task_tokens'].sum())
     self.say(
-      f'step {step}: {bpb:.4f} bits per byte of held-out text ({tokens} tokens{others}); {self.usage}'
+      f'step {step}: {bpb:.4f} bits per byte of held-out text ({tokens} tokens{others}); '
+      f'{self.usage}'
     )
     return bpb
 
-  def images(self, step: int) -> None:
+  def draw_loads(self, step: int) -> None:
     """Each MoE layer's expert load over the steps so far, as pictures for TensorBoard."""
     history = np.array([row['load'] for row in self.loads.rows()])  # [steps logged, L, E]
-    for layer in range(history.shape[1] if history.size else 0):
+    # No step was logged where a run is validated before its first one: then there is no L either.
+    layers = history.shape[1] if history.size else 0
+    for layer in range(layers):
       self.board.image(f'expert_load/layer_{layer}', load_image(history[:, layer]), step)
 
   def report(self, digest: str, bpb: float) -> None:
-    """The last words, also as report.json."""
+    """Writes report.json, and says the same in words.
+
+    Args:
+      digest: of the last state.
+      bpb: bits per byte of the last validation.
+    """
     rows = self.metrics.rows()
-    watched = monitors(last := at_step(rows, self.cfg.steps))
+    last = row_of_step(rows, self.cfg.steps)
+    watched = monitors(last)
     report = {
       'bits_per_byte': bpb,
-      'best_bits_per_byte': best_row(rows, bpb),
-      'not_finite': not_finite(rows),
+      'best_bits_per_byte': best_bits_per_byte(rows, bpb),
+      'not_finite': non_finite_validations(rows),
       'digest': digest,
       **self.compressed,
       **watched,
@@ -171,34 +212,39 @@ class Journal:
     }
     with warn_once(self.workdir / 'report.json'):
       write_whole(self.workdir / 'report.json', as_json(report, indent=2) + '\n')
-    self.say(
-      *last_words(
-        report,
-        watched,
-        self.compressed,
-        self.usage,
-        self.text,
-        self.workdir,
-        self.cfg.sample_prompt,
-      )
+    lines = report_lines(
+      report,
+      watched,
+      self.compressed,
+      usage=self.usage,
+      text=self.text,
+      workdir=self.workdir,
+      prompt=self.cfg.sample_prompt,
     )
+    self.say(*lines)
 
-  def saturation(self, last: dict[str, object]) -> dict[str, float]:
-    """Of each validation but the last, the share of its probe's copies that already went where they end; a mean."""
+  def saturation(self, last: Mapping[str, object]) -> dict[str, float]:
+    """Of each validation but the last, the share of its probe's copies that already went where they
+    end, as a mean over layers, by the step; also written.
+
+    last: the row of the last step.
+    """
     layers = self.probes.saturation()
-    if layers and 'eval/saturation' not in last:  # else a finished run, again
-      self.metrics.write(
-        {'step': self.cfg.steps, 'eval/saturation': {str(step): layers[step] for step in layers}}
-      )
+    # A finished run that is started again has its row.
+    if layers and 'eval/saturation' not in last:
+      by_step = {str(step): share for step, share in layers.items()}
+      self.metrics.write({'step': self.cfg.steps, 'eval/saturation': by_step})
       for step, share in layers.items():
-        self.board.scalars(
-          step, {'eval/saturation': share.mean(), 'eval/saturation_worst': share.min()}
-        )
+        scalars = {'eval/saturation': share.mean(), 'eval/saturation_worst': share.min()}
+        self.board.scalars(step, scalars)
     return {str(step): float(share.mean()) for step, share in layers.items()}
 
 
 class NullJournal:
-  """Decides as a Journal does, and writes nothing."""
+  """A journal that writes nothing: for every process but the first.
+
+  It decides as a Journal does: all processes must skip, diverge and score alike.
+  """
 
   def __init__(self, cfg: ExperimentConfig, data: Data) -> None:
     self.cfg, self.data, self.skips_in_a_row = cfg, data, 0
@@ -209,16 +255,16 @@ class NullJournal:
   def __exit__(
     self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
   ) -> None:
-    """Nothing is open."""
+    """Closes nothing: nothing is open."""
 
   def say(self, *lines: str) -> None:
-    """The first process says it."""
+    """Prints nothing: the first process does."""
 
   def save_failed(self, step: int, why: str) -> None:
-    """The first process says it."""
+    """Tells nothing: the first process does."""
 
   def resume_clock(self) -> None:
-    """There is none."""
+    """Does nothing: speed is not measured here."""
 
   def step(self, step: int, metrics: Metrics) -> None:
     """Waits for a step, as a Journal does, so that no process runs ahead."""
@@ -227,17 +273,19 @@ class NullJournal:
   def validation(
     self, step: int, sums: ValidationSums, probe: np.ndarray, interference: Metrics, text: str
   ) -> float:
-    """Bits per byte of the text, as a Journal finds them."""
-    return validation_row(sums, self.cfg.model.moe.router.top_k, self.data, {}).scalars[
-      'eval/bits_per_byte'
-    ]
+    """Bits per byte of the held-out text, as a Journal finds them."""
+    row, _ = validation_row(sums, self.cfg.model.moe.router.top_k, self.data, {})
+    return row['eval/bits_per_byte']
 
   def report(self, digest: str, bpb: float) -> None:
-    """The first process says it."""
+    """Writes nothing: the first process does."""
 
 
 def open_journal(
   cfg: ExperimentConfig, data: Data, flops_per_token: int, step: int
 ) -> Journal | NullJournal:
-  """The journal of this process: only the first one writes."""
+  """The journal of this process: only the first one writes.
+
+  step: where the run starts; later lines of an earlier process are cut away.
+  """
   return Journal(cfg, data, flops_per_token, step) if is_first_process() else NullJournal(cfg, data)

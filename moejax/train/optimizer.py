@@ -1,4 +1,6 @@
-"""The optimiser: optax's AdamW with decay mask, warm-up and decay of the rate, and global-norm clipping."""
+"""The optimiser: optax's AdamW with a decay mask, warm-up and decay of the rate, and clipping of
+the global norm.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,21 +9,25 @@ import jax
 import optax
 from jax import Array
 
-from moejax.config import check
+from moejax.config import at_least, check, not_one_of, problem_if
 from moejax.config.schedule import piecewise, schedule_problem
 from moejax.sharding.params import is_param
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-  """AdamW (Loshchilov & Hutter 2019). `warmup_steps` rise linearly to `learning_rate`, then `schedule` takes over.
+  """AdamW (Loshchilov & Hutter 2019).
 
-  schedule: 'cosine' falls to `final_fraction` of the rate at the last step; 'wsd' stays, then falls linearly to it over
-    the last `decay_fraction` of the steps; 'constant' stays; 'phases' is `phases` times the rate, where percentages are
-    of the whole run, warm-up included ('1, cosine 0.1@60%, 0.03@90%', see moejax/schedule.py).
-  weight_decay: of matrices, not of norms' scales.  clip_norm: largest global norm of the gradient; 0: off.
-  skip_spikes: leave out a step whose loss or gradient norm is so many standard deviations above its trend, as one that
-    is not finite is left out; 0: off. Below 4, noise alone does it; spikes are counted in any case.
+  learning_rate: what `warmup_steps` rise to linearly; then `schedule` takes over.
+  schedule: 'cosine' falls to `final_fraction` of the rate at the last step; 'wsd' stays, then falls
+    linearly to it over the last `decay_fraction` of the steps; 'constant' stays; 'phases' is
+    `phases` times the rate, where percentages are of the whole run, warm-up included
+    ('1, cosine 0.1@60%, 0.03@90%', see moejax/config/schedule.py).
+  weight_decay: of matrices, not of norms' scales.
+  clip_norm: largest global norm of the gradient; 0: off.
+  skip_spikes: leave out a step whose loss or gradient norm is so many standard deviations above its
+    trend, as one that is not finite is left out; 0: off. Below 4, noise alone does it; spikes are
+    counted in any case.
   """
 
   learning_rate: float = 1e-3
@@ -39,42 +45,37 @@ class OptimConfig:
 
   def __post_init__(self) -> None:
     check(
-      f'learning_rate={self.learning_rate}: use a number above 0'
-      if self.learning_rate <= 0
-      else '',
-      f'schedule={self.schedule!r} is not one of {sorted(SCHEDULES)}'
-      if self.schedule not in SCHEDULES
-      else '',
-      schedule_problem('phases', self.phases)
-      if self.schedule == 'phases'
-      else f"phases={self.phases!r} is read by schedule='phases' only: use it, or phases=''"
-      if self.phases
-      else '',
-      *(
-        f'{name}={value}: use 0 or more'
-        for name, value in (
-          ('warmup_steps', self.warmup_steps),
-          ('weight_decay', self.weight_decay),
-          ('clip_norm', self.clip_norm),
-          ('skip_spikes', self.skip_spikes),
-        )
-        if value < 0
-      ),
-      *(
-        f'{name}={value}: use 0 to 1'
-        for name, value in (
-          ('final_fraction', self.final_fraction),
-          ('decay_fraction', self.decay_fraction),
-        )
-        if not 0 <= value <= 1
-      ),
-      *(
-        f'{name}={value}: use 0 or more, below 1'
-        for name, value in (('beta1', self.beta1), ('beta2', self.beta2))
-        if not 0 <= value < 1
-      ),
-      f'eps={self.eps}: use a number above 0' if self.eps <= 0 else '',
+      self._not_above_zero('learning_rate'),
+      not_one_of('schedule', self.schedule, SCHEDULES),
+      self._phases_problem(),
+      *at_least(0, self, 'warmup_steps', 'weight_decay'),
+      *at_least(0, self, 'clip_norm', 'skip_spikes'),
+      *self._outside_of_0_to_1('final_fraction', 'decay_fraction'),
+      *self._no_decay_rate('beta1', 'beta2'),
+      self._not_above_zero('eps'),
     )
+
+  def _phases_problem(self) -> str:
+    if self.schedule == 'phases':
+      return schedule_problem('phases', self.phases)
+    return problem_if(
+      self.phases,
+      f"phases={self.phases!r} is read by schedule='phases' only: use it, or phases=''",
+    )
+
+  def _not_above_zero(self, field: str) -> str:
+    value = getattr(self, field)
+    return problem_if(value <= 0, f'{field}={value}: use a number above 0')
+
+  def _outside_of_0_to_1(self, *fields: str) -> list[str]:
+    values = {name: getattr(self, name) for name in fields}
+    return [f'{name}={value}: use 0 to 1' for name, value in values.items() if not 0 <= value <= 1]
+
+  def _no_decay_rate(self, *fields: str) -> list[str]:
+    # At 1 an average of gradients would never move, and its bias correction divide by 0.
+    values = {name: getattr(self, name) for name in fields}
+    remedy = 'use 0 or more, below 1'
+    return [f'{name}={value}: {remedy}' for name, value in values.items() if not 0 <= value < 1]
 
 
 def cosine(cfg: OptimConfig, steps: int) -> optax.Schedule:
@@ -83,7 +84,10 @@ def cosine(cfg: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def wsd(cfg: OptimConfig, steps: int) -> optax.Schedule:
-  """Warm-up, stable, decay (MiniCPM, 2404.06395): flat, then linear; a run can be prolonged from its stable part."""
+  """Warm-up, stable, decay (MiniCPM, 2404.06395): flat, then linear to the final fraction.
+
+  A run can be prolonged from its stable part.
+  """
   decay = round(cfg.decay_fraction * steps)
   final = cfg.learning_rate * cfg.final_fraction
   return optax.linear_schedule(
@@ -98,13 +102,20 @@ def constant_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def phases(cfg: OptimConfig, steps: int) -> optax.Schedule:
-  """The rate times what `cfg.phases` says, of all the steps, those of the warm-up before these among them."""
+  """The rate times what `cfg.phases` says.
+
+  Its percentages are of the whole run: of `steps`, and of the warm-up steps before them.
+  """
   factor = piecewise(cfg.phases, cfg.warmup_steps + steps)
   return lambda count: cfg.learning_rate * factor(cfg.warmup_steps + count)
 
 
 def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
-  """Update count -> learning rate. The first update has 1/warmup_steps of the full rate, not 0."""
+  """Number of the update, from 0 -> learning rate, over a run of so many steps.
+
+  The first update has 1/warmup_steps of the full rate, not 0: it would be wasted.
+  """
+  # A run shorter than its warm-up rises to the full rate all the same.
   warmup = min(cfg.warmup_steps, steps)
   after = SCHEDULES[cfg.schedule](cfg, steps - warmup)
   if not warmup:
@@ -113,29 +124,35 @@ def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
   return optax.join_schedules([rise, after], [warmup])
 
 
-def decayed(params: object) -> object:
-  """True for every parameter that weight decay shrinks: all but vectors, the scales of norms and biases."""
+def decay_mask(params: object) -> object:
+  """True for every parameter that weight decay shrinks, as a tree of the parameters.
+
+  That is all but vectors: the scales of norms, biases and sinks, whose last axis is `norm`.
+  """
   return jax.tree.map(lambda p: p.get_metadata('axes')[-1] != 'norm', params, is_leaf=is_param)
 
 
 def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
-  """The whole chain; `steps` is the length of the run, which the schedule needs."""
+  """Clipping, then AdamW; `steps` is the length of the run, which the schedule needs."""
   clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
-  return optax.chain(
-    clip,
-    optax.adamw(
-      learning_rate(cfg, steps),
-      cfg.beta1,
-      cfg.beta2,
-      cfg.eps,
-      weight_decay=cfg.weight_decay,
-      mask=decayed,
-    ),
+  adamw = optax.adamw(
+    learning_rate(cfg, steps),
+    b1=cfg.beta1,
+    b2=cfg.beta2,
+    eps=cfg.eps,
+    weight_decay=cfg.weight_decay,
+    mask=decay_mask,
   )
+  # Clipped before the moments take it in; the decay, which is decoupled, is not clipped.
+  return optax.chain(clip, adamw)
 
 
 def updates_made(opt_state: optax.OptState) -> Array:
-  """How many updates the optimiser has made, skipped steps not among them: where its schedule stands."""
+  """How many updates the optimiser has made: where its schedule stands. Scalar i32.
+
+  Skipped steps are not among them, so this is not the step of the run.
+  """
+  # AdamW and its schedule each count, and always the same.
   return optax.tree.get_all_with_path(opt_state, 'count')[0][1]
 
 

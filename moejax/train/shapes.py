@@ -1,7 +1,8 @@
-"""The mesh of a run: what the config asks for, held against the devices, the batch and every parameter.
+"""The shapes of a run's arrays, and its mesh: what the config asks for, held against the devices,
+the batch and every parameter.
 
-config -> what each mesh axis must divide -> the mesh, or one error of everything that does not divide, and the
-nearest mesh that would do
+  config -> what each mesh axis must divide -> the mesh, or one error of everything that does not
+  divide, and the nearest mesh that would do
 """
 
 import functools
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from moejax.config import ConfigError
@@ -21,13 +23,23 @@ from moejax.sharding.params import is_param, param_axes, shardings
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.step.train_state import TrainState, init_state
 
+log = logging.getLogger(__name__)
+
+# logical axis -> what the config calls the number that lies along it
+CONFIG_NAMES = {
+  'vocab': 'config.model.vocab_size={} tokens',
+  'expert': 'config.model.moe.router.num_experts={} experts',
+}
+
 
 def sharded_state_shapes(cfg: ExperimentConfig, mesh: Mesh) -> TrainState:
   """ShapeDtypeStructs of a run's state, with shardings."""
+
+  def place(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
   shapes = state_shapes(cfg)
-  return jax.tree.map(
-    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings(shapes, mesh)
-  )
+  return jax.tree.map(place, shapes, shardings(shapes, mesh))
 
 
 def batch_shapes(cfg: ExperimentConfig, mesh: Mesh) -> Batch:
@@ -48,56 +60,61 @@ def batch_shapes(cfg: ExperimentConfig, mesh: Mesh) -> Batch:
   )
 
 
+# Two, for a run that starts from another one's model asks for the shapes of both.
 @functools.lru_cache(maxsize=2)
 def state_shapes(cfg: ExperimentConfig) -> TrainState:
-  """ShapeDtypeStructs of `init_state`. Kept: the mesh is held against them, and then the step is compiled for them."""
+  """ShapeDtypeStructs of `init_state`, without shardings.
+
+  Cached: the mesh is held against them, and then the step is compiled for them.
+  """
   return jax.eval_shape(functools.partial(init_state, cfg))
 
 
-log = logging.getLogger(__name__)
-
-
 def divided_parts(cfg: ExperimentConfig) -> list[Part]:
-  """Rows of a micro-batch, heads, and the dimensions of every parameter that RULES splits; each number once."""
-  model, state = cfg.model, state_shapes(cfg)
+  """What the axes of a mesh must divide, each number once for the same axes.
+
+  That is the rows of a micro-batch, the heads, and the dimensions of every parameter that RULES
+  splits.
+  """
+  rows, heads = cfg.batch_size // cfg.micro_batches, cfg.model.attention.num_heads
   parts = [
-    Part(
-      cfg.batch_size // cfg.micro_batches,
-      RULES['batch'],
-      'config.batch_size / micro_batches = {} rows',
-    ),
-    Part(model.attention.num_heads, RULES['heads'], 'config.model.attention.num_heads={} heads'),
+    Part(rows, RULES['batch'], 'config.batch_size / micro_batches = {} rows'),
+    Part(heads, RULES['heads'], 'config.model.attention.num_heads={} heads'),
   ]
-  names = {
-    'vocab': 'config.model.vocab_size={} tokens',
-    'expert': 'config.model.moe.router.num_experts={} experts',
-  }
-  for path, param in jax.tree.leaves_with_path(state, is_leaf=is_param):
-    axes = param_axes(param) if is_param(param) else ()
-    where = f'{jax.tree_util.keystr(path, simple=True, separator=".")} {list(param.shape)}'
-    parts += [
-      Part(
-        number,
-        RULES[axis],
-        names[axis] if axis in names else f'the {{}} {axis} channels of {where}',
-      )
-      for number, axis in zip(param.shape, axes)
-      if axis and RULES[axis]
-    ]
+  for path, param in jax.tree.leaves_with_path(state_shapes(cfg), is_leaf=is_param):
+    if is_param(param):
+      parts += parts_of_param(jax.tree_util.keystr(path, simple=True, separator='.'), param)
+  # Of parts alike the first is told: moments of the optimiser have the shapes of parameters.
   first: dict[tuple[int, tuple[str, ...]], Part] = {}
   for part in parts:
     first.setdefault((part.number, part.axes), part)
   return [*first.values()]
 
 
+def parts_of_param(path: str, param: nnx.Variable) -> list[Part]:
+  """The dimensions of a parameter that RULES splits, named as the config does where it does."""
+  parts = []
+  for number, axis in zip(param.shape, param_axes(param)):
+    if not axis or not RULES[axis]:
+      continue
+    if axis in CONFIG_NAMES:
+      name = CONFIG_NAMES[axis]
+    else:
+      name = f'the {{}} {axis} channels of {path} {list(param.shape)}'
+    parts.append(Part(number, RULES[axis], name))
+  return parts
+
+
 def make_run_mesh(cfg: ExperimentConfig, devices: Sequence[jax.Device] = ()) -> Mesh:
   """The mesh that cfg.mesh asks for, over these devices ((): all there are).
 
   Raises:
-    ConfigError: it does not divide the devices, the rows of a micro-batch, or a parameter; with the nearest that does.
+    ConfigError: it does not divide the devices, the rows of a micro-batch, or a parameter; with the
+      nearest that does.
   """
   devices, parts = devices or jax.devices(), divided_parts(cfg)
   asked = resolve_mesh(cfg.mesh, len(devices))
+  # All at once: who mends one number at a time would start as often as there are problems.
   problems = [product_problem(cfg.mesh, devices), *(part.problem(asked) for part in parts)]
   if any(problems):
     raise ConfigError(*filter(None, problems), nearest(cfg.mesh, parts, devices))

@@ -1,6 +1,7 @@
-"""The loop: the only place with side effects and time.
+"""The trainer: the only place with side effects and time.
 
-lock -> data -> mesh -> compile -> restore or initialise -> for each step: batch, step, log, validate, save -> report
+lock -> data -> mesh -> compile -> restore or initialise
+-> for each step: batch, step, log, validate, save -> report
 """
 
 import contextlib
@@ -29,12 +30,13 @@ from moejax.runtime.lifecycle import (
 )
 from moejax.runtime.multiprocess import Vote, check_alike, fail_together, is_first_process
 from moejax.runtime.watchdog import beat, watch
-from moejax.train.compile import Programs, compile_programs
+from moejax.train.compile import compile_programs
 from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
 from moejax.train.experiment.run_dir import CHECKPOINTS, TOKENIZER_FILE, read_config, write_config
-from moejax.train.experiment.summary import lines, summarise
+from moejax.train.experiment.summary import summarise, summary_lines
 from moejax.train.initial_state import initial_train_state, model_fingerprint
-from moejax.train.journal import Journal, NullJournal, open_journal
+from moejax.train.journal import open_journal
+from moejax.train.run import Run
 from moejax.train.shapes import make_run_mesh
 from moejax.train.step.train_state import TrainState
 from moejax.train.step.train_step import Metrics
@@ -52,12 +54,14 @@ def train(cfg: ExperimentConfig) -> int:
   """Trains, or goes on training, the run in cfg.workdir. Returns the exit status, see train.py."""
   keep_compiled_programs()
   try:
+    # A fault that cannot be is an error now, and not at the step that it was meant for.
     parse_environment()
     with configure_logging(), contextlib.ExitStack() as held, stop_signals() as received:
+      # One process locks for all; where it cannot, no process goes on.
       with fail_together(RunInUse, ConfigError):
         if is_first_process():
           held.enter_context(hold_run_directory(cfg.workdir))
-      return run(cfg, received)
+      return start(cfg, received)
   except tuple(EXIT_STATUS) as error:
     print(f'{type(error).__name__}: {error}', file=sys.stderr)
     return EXIT_STATUS[type(error)]
@@ -66,145 +70,175 @@ def train(cfg: ExperimentConfig) -> int:
     raise
 
 
-def run(cfg: ExperimentConfig, received: list[int]) -> int:
-  """Everything between holding the run directory and letting it go."""
+def start(cfg: ExperimentConfig, received: list[int]) -> int:
+  """Makes all parts of the run and trains it. The run directory is held.
+
+  received: the signals that came, filled as they do. Returns the exit status.
+  """
   workdir = pathlib.Path(cfg.workdir)
+  # 1. The text, tokenised and cached; its tokenizer says how large the vocabulary is.
   with fail_together(ConfigError):
     data = open_data(cfg.data, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=cfg.seed)
     full = with_vocabulary(cfg, data.vocab_size)
+  # Checkpoints carry it: they are only restored for the same data and the same model.
   data = dataclasses.replace(data, fingerprint=data.fingerprint | model_fingerprint(full.model))
-  check_alike(
-    'the config', repr(vars(cfg) | {'workdir': '', 'data': ''})
-  )  # paths may have other names on other machines
+  # 2. All processes are to run the same programs on the same text. Paths are not compared: they may
+  # have other names on other machines.
+  check_alike('the config', repr(vars(cfg) | {'workdir': '', 'data': ''}))
   check_alike('the text or tokenizer', repr(sorted(data.fingerprint.items())))
+  # 3. The devices, as a mesh that divides the batch and every parameter.
   mesh = make_run_mesh(full)
   with jax.set_mesh(mesh):
+    # 4. The programs, before there is any array: what does not fit is known now.
     programs = compile_programs(full, mesh)
+    # 5. The state: the newest checkpoint that verifies, or the state before the first step.
     checkpoints = Checkpoints(workdir / CHECKPOINTS, full.checkpoint)
-    state = restored(programs.target, checkpoints, data) or initial_train_state(
-      full, programs.target, mesh
+    state = restore_state(programs.target, checkpoints, data)
+    if state is None:
+      state = initial_train_state(full, programs.target, mesh)
+    # 6. What others read of the run. What has changed in the config is told once the journal is
+    # open, and found before the old config is written over.
+    target, temporaries = programs.target, programs.temporaries
+    summary = summarise(
+      full, target.model, target.opt_state, mesh, data=data, temporaries=temporaries
     )
-    about = summarise(
-      full, programs.target.model, programs.target.opt_state, mesh, data, programs.temporaries
-    )
-    changed = changed_since(cfg)
+    changed = changes_of_config(cfg)
     if is_first_process():
       write_config(cfg)
       write_whole(workdir / TOKENIZER_FILE, data.tokenizer.json_text)
-      write_whole(workdir / 'summary.json', json.dumps(about, indent=2) + '\n')
+      write_whole(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
+    # 7. The steps, under a watch that ends a process that hangs.
+    step = int(state.step)
+    stacks = workdir / f'hang.{jax.process_index()}.txt'
     with (
-      open_journal(full, data, about['flops_per_token'], int(state.step)) as journal,
-      watch(full.hang_after, workdir / f'hang.{jax.process_index()}.txt'),
+      open_journal(full, data, summary['flops_per_token'], step) as journal,
+      watch(full.hang_after, stacks),
     ):
-      journal.say(*lines(about, full))
-      if int(state.step):
-        journal.say(f'resuming after step {int(state.step)} of {workdir}', *changed)
-      return loop(full, data, programs, checkpoints, state, journal, Vote(received, mesh))
+      journal.say(*summary_lines(summary, full))
+      if step:
+        journal.say(f'resuming after step {step} of {workdir}', *changed)
+      run = Run(full, data, programs, checkpoints, journal)
+      return train_steps(run, state, Vote(received, mesh))
 
 
-def loop(
-  cfg: ExperimentConfig,
-  data: Data,
-  programs: Programs,
-  checkpoints: Checkpoints,
-  state: TrainState,
-  journal: Journal | NullJournal,
-  vote: Vote,
-) -> int:
-  """The steps. Metrics are read one step late, so that a device always has the next step to do."""
-  done = saved = int(state.step)
-  late: list[tuple[int, Metrics]] = []
-
-  def catch_up() -> None:
-    while late:
-      journal.step(*late.pop())
-      beat()
-      note_failed_save(checkpoints, journal)
-      if journal.skips_in_a_row >= cfg.stop_after_skips:
-        note_failed_save(
-          checkpoints, journal, wait=True
-        )  # the one in flight would die with this process
-        raise Diverged(
-          f'the last {journal.skips_in_a_row} steps had no usable loss or gradient and were skipped: '
-          'lower optim.learning_rate, look at the data of these steps, or raise optim.skip_spikes'
-        )
-
-  end = min(cfg.steps, cfg.stop_after or cfg.steps)
-  while not (signal := vote.cast()) and done < end:
-    fault_point('step', done + 1)
-    state, metrics = programs.train(state, programs.put(data.batch(done, programs.rows)))
-    catch_up()
-    done += 1
-    late.append((done, metrics))
-    validating = cfg.eval.every and done % cfg.eval.every == 0 and done < cfg.steps
-    if validating or done % cfg.checkpoint.every == 0:
-      catch_up()
-      score = (
-        validate(cfg, data, programs, state, journal, cfg.eval.batches) if validating else math.inf
-      )
-      if done < cfg.steps and done % cfg.checkpoint.every == 0:
-        saved = save_checkpoint(checkpoints, done, state, data, score, journal) or saved
-      journal.resume_clock()
-      beat()
-  catch_up()
-  early = signal or end < cfg.steps
-  final = math.inf if early else validate(cfg, data, programs, state, journal, 0)
-  unsaved = saved < done and not save_checkpoint(checkpoints, done, state, data, final, journal)
-  if note_failed_save(checkpoints, journal, wait=True) or unsaved:
-    journal.say(
-      f'the last save failed: give the same command again when {cfg.workdir} can be written to'
-    )
-    return 1
-  checkpoints.close()
-  if early:
-    why = f'by signal {signal}' if signal else 'by stop_after'
-    journal.say(
-      f'stopped {why} after step {done} of {cfg.steps}, saved; the same command goes on from here'
-    )
-    return 128 + signal if signal else 0
-  journal.report(digest(state), final)
-  return 0
+def restore_state(target: TrainState, checkpoints: Checkpoints, data: Data) -> TrainState | None:
+  """The newest verified state of the run directory; None where it holds none."""
+  restored = checkpoints.restore(target, data.fingerprint)
+  return restored[1] if restored else None
 
 
-def save_checkpoint(
-  checkpoints: Checkpoints,
-  step: int,
-  state: TrainState,
-  data: Data,
-  score: float,
-  journal: Journal | NullJournal,
-) -> int:
-  """Starts a save. Returns the step, or 0 when that did not go well: training goes on, and the next may."""
-  beat('save')
-  note_failed_save(checkpoints, journal, wait=True)
-  try:
-    checkpoints.save(step, state, data.fingerprint, score)
-  except SaveFailed as error:
-    journal.save_failed(error.step, f'training goes on: {error}')
-    return 0
-  return step
-
-
-def note_failed_save(
-  checkpoints: Checkpoints, journal: Journal | NullJournal, wait: bool = False
-) -> bool:
-  """Says so if the last save did not reach the disk; returns whether that is so."""
-  try:
-    checkpoints.check(wait)
-  except SaveFailed as error:
-    journal.save_failed(error.step, f'training goes on: {error}')
-    return True
-  return False
-
-
-def changed_since(cfg: ExperimentConfig) -> list[str]:
-  """How the config differs from the one that the run had last; nothing where that cannot be read."""
+def changes_of_config(cfg: ExperimentConfig) -> list[str]:
+  """How the config differs from the one that the run had last; [] where that cannot be read."""
   with contextlib.suppress(ConfigError):
     return [f'changed since: {line}' for line in changes(read_config(cfg.workdir), cfg)]
   return []
 
 
-def restored(target: TrainState, checkpoints: Checkpoints, data: Data) -> TrainState | None:
-  """The newest verified state of the run directory, if it holds any."""
-  found = checkpoints.restore(target, data.fingerprint)
-  return found[1] if found else None
+def train_steps(run: Run, state: TrainState, vote: Vote) -> int:
+  """The steps from where the state stands. Returns the exit status.
+
+  Metrics are read one step late, so that a device always has the next step to do.
+  """
+  cfg, programs = run.cfg, run.programs
+  done = saved = int(state.step)
+  unread: list[tuple[int, Metrics]] = []  # (step, metrics), of the newest step at most
+  signal = vote.cast()
+  while not signal and done < last_step(cfg):
+    fault_point('step', done + 1)
+    state, metrics = programs.train(state, programs.put(run.data.batch(done, programs.rows)))
+    # The step is only on its way; meanwhile, what the one before it measured.
+    read_metrics(run, unread)
+    done += 1
+    unread.append((done, metrics))
+    # The last step is validated and saved after the loop, with all of the held-out text.
+    validating = cfg.eval.every and done % cfg.eval.every == 0 and done < cfg.steps
+    at_checkpoint = done % cfg.checkpoint.every == 0
+    if validating or at_checkpoint:
+      read_metrics(run, unread)
+      score = validate(run, state, cfg.eval.batches) if validating else math.inf
+      if at_checkpoint and done < cfg.steps and save_checkpoint(run, done, state, score):
+        saved = done
+      run.journal.resume_clock()
+      beat()
+    signal = vote.cast()
+  read_metrics(run, unread)
+  return finish(run, state, saved, signal)
+
+
+def last_step(cfg: ExperimentConfig) -> int:
+  """The step after which this process ends, be the run done or not."""
+  return min(cfg.steps, cfg.stop_after or cfg.steps)
+
+
+def read_metrics(run: Run, unread: list[tuple[int, Metrics]]) -> None:
+  """Writes the metrics that were not read yet, waiting for their step, and takes them off the list.
+
+  Raises:
+    Diverged: too many steps in a row were skipped.
+  """
+  while unread:
+    run.journal.step(*unread.pop())
+    beat()
+    note_failed_save(run)
+    skips = run.journal.skips_in_a_row
+    if skips >= run.cfg.stop_after_skips:
+      # The save in flight would die with this process.
+      note_failed_save(run, wait=True)
+      raise Diverged(
+        f'the last {skips} steps had no usable loss or gradient and were skipped: lower '
+        'optim.learning_rate, look at the data of these steps, or raise optim.skip_spikes'
+      )
+
+
+def finish(run: Run, state: TrainState, saved: int, signal: int) -> int:
+  """Ends the loop: the last validation, the last save and the report. Returns the exit status.
+
+  Args:
+    saved: the newest step that was saved.
+    signal: the signal that ended the loop; 0: none did.
+  """
+  cfg, done = run.cfg, int(state.step)
+  is_early = bool(signal) or last_step(cfg) < cfg.steps
+  score = math.inf if is_early else validate(run, state, 0)
+  is_saved = saved >= done or save_checkpoint(run, done, state, score)
+  # Now that nothing is left to do, also of a save that is still in flight.
+  if note_failed_save(run, wait=True) or not is_saved:
+    run.journal.say(
+      f'the last save failed: give the same command again when {cfg.workdir} can be written to'
+    )
+    return 1
+  run.checkpoints.close()
+  if is_early:
+    why = f'by signal {signal}' if signal else 'by stop_after'
+    run.journal.say(
+      f'stopped {why} after step {done} of {cfg.steps}, saved; the same command goes on from here'
+    )
+    return 128 + signal if signal else 0
+  run.journal.report(digest(state), score)
+  return 0
+
+
+def save_checkpoint(run: Run, step: int, state: TrainState, score: float) -> bool:
+  """Starts a save. Returns whether that went well: if not, training goes on, and the next may.
+
+  score: bits per byte of the held-out text, by which the best is kept; inf: not measured.
+  """
+  beat('save')
+  # One save at a time.
+  note_failed_save(run, wait=True)
+  try:
+    run.checkpoints.save(step, state, run.data.fingerprint, score)
+  except SaveFailed as error:
+    run.journal.save_failed(error.step, f'training goes on: {error}')
+    return False
+  return True
+
+
+def note_failed_save(run: Run, wait: bool = False) -> bool:
+  """Says so if the last save did not reach the disk; returns whether that is so."""
+  try:
+    run.checkpoints.check(wait)
+  except SaveFailed as error:
+    run.journal.save_failed(error.step, f'training goes on: {error}')
+    return True
+  return False

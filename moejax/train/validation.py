@@ -1,50 +1,43 @@
-"""Validation: the held-out text through the model, one fixed batch of it for the probe, and a sample."""
+"""Validation: held-out text through the model, a fixed batch of it for the probe, and a sample."""
 
 import jax
 
-from moejax.data.pipeline import Data
 from moejax.inference.sampling import SampleConfig, sample
 from moejax.runtime.faults import inject
 from moejax.runtime.watchdog import beat
-from moejax.train.compile import Programs
-from moejax.train.experiment.config import ExperimentConfig
-from moejax.train.journal import Journal, NullJournal
+from moejax.train.run import Run
 from moejax.train.step.train_state import TrainState
+from moejax.train.step.train_step import Metrics
 from moejax.train.telemetry.metric_rows import add_sums
 
 SAMPLE_TOKENS = 96
 
 
-def validate(
-  cfg: ExperimentConfig,
-  data: Data,
-  programs: Programs,
-  state: TrainState,
-  journal: Journal | NullJournal,
-  batches: int,
-) -> float:
-  """Bits per byte of the held-out text, 0 for all of its batches; also has the model write something."""
-  sums, probe, step = None, None, int(state.step)
+def validate(run: Run, state: TrainState, batches: int) -> float:
+  """Bits per byte of the held-out text; also writes all that a validation tells.
+
+  batches: how many of the text are read; 0: all of them.
+  """
+  programs, step = run.programs, int(state.step)
+  sums = probe = None
+  # A named beat: what is called first now is compiled first, and may take its time.
   beat('validation')
-  for batch in data.validation(batches, programs.rows):
+  for batch in run.data.validation(batches, programs.rows):
     result = jax.device_get(programs.evaluate(state.model, state.router, programs.put(batch)))
-    first = result.pop('probe')
-    probe, sums = first if sums is None else probe, add_sums(sums, result)
+    batch_probe = result.pop('probe')
+    # Of the first batch, which is the same in every validation.
+    if sums is None:
+      probe = batch_probe
+    sums = add_sums(sums, result)
     beat()
   sums['task_nll'] = inject('validation', sums['task_nll'], step)
   beat('sample')
-  text = ''.join(
-    sample(
-      state.model,
-      state.router.bias,
-      data.tokenizer,
-      cfg.sample_prompt,
-      SampleConfig(max_tokens=SAMPLE_TOKENS, seed=cfg.seed),
-    )
-  )
-  found = (
-    programs.interfere(state, programs.put(data.batch(step, programs.rows)))
-    if cfg.eval.interference
-    else {}
-  )
-  return journal.validation(step, sums, probe, found, cfg.sample_prompt + text)
+  prompt = run.cfg.sample_prompt
+  sampling = SampleConfig(max_tokens=SAMPLE_TOKENS, seed=run.cfg.seed)
+  tokenizer = run.data.tokenizer
+  text = ''.join(sample(state.model, state.router.bias, tokenizer, prompt, sampling))
+  interference: Metrics = {}
+  if run.cfg.eval.interference:
+    next_batch = programs.put(run.data.batch(step, programs.rows))
+    interference = programs.interfere(state, next_batch)
+  return run.journal.validation(step, sums, probe, interference, prompt + text)

@@ -1,4 +1,5 @@
-"""How a run begins: what of another run it takes over, what it says of that, and what it refuses."""
+"""How a run begins: what of another run it takes over, what it says of that, and what it
+refuses."""
 
 import dataclasses
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from moejax.config import ConfigError
 from moejax.sharding.mesh import MeshConfig, make_mesh
 from moejax.train.experiment.run_dir import write_config
-from moejax.train.initial_state import config_of, differences, replicate_unit_axes
+from moejax.train.initial_state import differences, read_source_config, replicate_unit_axes
 from moejax.train.shapes import sharded_state_shapes
 from moejax.train.trainer import train
 from tests.support.tiny_run import CONFIG, config, rows
@@ -35,7 +36,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_dense_run_goes_on_as_it_is_and_as_experts(
   dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-  """Experts on a mesh that splits them, of which the dense run has one; they are two copies in two parts."""
+  """Experts on a mesh that splits them, of which the dense run has one; they are two copies in two
+  parts."""
   few = {'init_from': str(dense), 'stop_after': 1, 'eval__every': 0}
   other = {
     'model__moe__dispatch__dispatcher': 'dense_matmul',
@@ -48,10 +50,8 @@ def test_a_dense_run_goes_on_as_it_is_and_as_experts(
   assert 'remat' not in said and 'dispatch' not in said and 'upcycled' not in said
   assert train(config(tmp_path / 'experts', mesh__expert=4, **few)) == 0
   said = ' '.join(capsys.readouterr().err.split())
-  assert (
-    f'the model of {dense}, upcycled: 4 experts are 2 copies of its FFN in 2 parts; routers begin at rand'
-    in said
-  )
+  experts_of_ffn = '4 experts are 2 copies of its FFN in 2 parts; routers begin at rand'
+  assert f'the model of {dense}, upcycled: {experts_of_ffn}' in said
   assert train(config(tmp_path / 'drop', upcycle__drop=0.5, **few)) == 0
   assert '50% of their units are drawn anew' in ' '.join(capsys.readouterr().err.split())
   began, same, experts, drop = (
@@ -106,12 +106,12 @@ def test_what_differs_is_what_decides_the_result() -> None:
 
 def test_a_directory_that_is_no_run_is_told_as_init_from(tmp_path: Path) -> None:
   with pytest.raises(ConfigError, match='init_from: .*holds no config.json'):
-    config_of(str(tmp_path))
+    read_source_config(str(tmp_path))
   write_config(config(tmp_path))
   with pytest.raises(ConfigError, match='init_from: .*tokenizer.json'):
-    config_of(str(tmp_path))
+    read_source_config(str(tmp_path))
   write_config(config(tmp_path, model__vocab_size=300))
-  assert config_of(str(tmp_path)).model.vocab_size == 300
+  assert read_source_config(str(tmp_path)).model.vocab_size == 300
 
 
 def test_units_are_dropped_of_a_dense_model_only(tmp_path: Path) -> None:

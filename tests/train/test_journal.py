@@ -1,4 +1,5 @@
-"""The journal: every name reaches metrics.jsonl and TensorBoard, a resumed run's story is the straight one's."""
+"""The journal: every name reaches metrics.jsonl and TensorBoard, a resumed run's story is the
+straight one's."""
 
 import json
 import math
@@ -185,9 +186,8 @@ def test_the_report_has_the_monitors(straight: Path) -> None:
 def test_a_resumed_journal_tells_the_same_story(straight: Path, tmp_path: Path) -> None:
   workdir = tmp_path / 'run'
   run(workdir, 0, 5)  # killed after step 5, and resumed from a checkpoint of step 3
-  shutil.copy(
-    workdir / 'probes' / '2.npz', workdir / 'probes' / '5.npz'
-  )  # as other validations would have left
+  # As other validations would have left.
+  shutil.copy(workdir / 'probes' / '2.npz', workdir / 'probes' / '5.npz')
   run(workdir, 3, STEPS)
   assert rows(workdir) == rows(straight)
   assert (

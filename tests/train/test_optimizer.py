@@ -16,7 +16,7 @@ from moejax.sharding.params import constant_init, normal_init, param
 from moejax.train.optimizer import (
   SCHEDULES,
   OptimConfig,
-  decayed,
+  decay_mask,
   learning_rate,
   optimizer,
   updates_made,
@@ -64,7 +64,7 @@ def model() -> Model:
 
 
 def test_the_decay_mask_leaves_norms_out_also_when_stacked(model: Model) -> None:
-  mask = decayed(model)
+  mask = decay_mask(model)
   assert flat(model).keys() == DECAY.keys()
   assert [bool(leaf) for leaf in jax.tree.leaves(mask)] == [DECAY[name] for name in flat(model)]
 

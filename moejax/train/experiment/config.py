@@ -1,9 +1,9 @@
-"""One experiment: the root of the config tree, the checks that span its parts, and its file in a run directory."""
+"""One experiment: the root of the config tree, and the checks that span its parts."""
 
 import dataclasses
 
 from moejax.checkpoint.checkpoints import CheckpointConfig
-from moejax.config import check
+from moejax.config import at_least, check, problem_if
 from moejax.data.sources import DataConfig
 from moejax.model.config import ModelConfig
 from moejax.model.cross_entropy import LossConfig
@@ -15,35 +15,42 @@ from moejax.train.optimizer import OptimConfig
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-  """Validation `every` so many steps, 0: at the end only, on `batches` batches of the held-out text, 0: all of it;
-  and, if asked for, the `interference` of balance and LM gradients on the next training batch."""
+  """When held-out text is read, and how much of it.
+
+  every: steps between validations; 0: at the end only.
+  batches: batches of the held-out text in a validation; 0: all of it.
+  interference: whether the gradients of balance and LM losses are compared on the next training
+    batch, too.
+  """
 
   every: int = 100
   batches: int = 0
   interference: bool = False
 
   def __post_init__(self) -> None:
-    check(
-      *(
-        f'{name}={value}: use 0 or more'
-        for name, value in (('every', self.every), ('batches', self.batches))
-        if value < 0
-      )
-    )
+    check(*at_least(0, self, 'every', 'batches'))
 
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
   """All that decides a run.
 
-  batch_size: rows in a step, of seq_len tokens each, over all devices, in `micro_batches` equal parts.
-  stop_after: end here, with a checkpoint, what is planned for `steps`; 0: do not.
+  steps: optimiser steps, over which every schedule is stretched.
   seed: of initialisation and of the order of the data.
-  stop_after_skips: steps in a row with a non-finite loss or gradient, each skipped, after which the run gives up.
-  hang_after: seconds without progress, after which a process ends itself, with the stacks of its threads; 0: never.
-  workdir: where everything is written; the same one resumes.  init_from: directory of a run whose
-    model and router bias this one starts from, with a fresh optimiser; '' for random numbers.
-  upcycle: how experts are made where that is a dense model, of one expert, and this one has others.
+  batch_size: rows in a step, of seq_len tokens each, over all devices, in `micro_batches` equal
+    parts.
+  log_every: steps between two rows of the log; a validation has its own, see EvalConfig.
+  stop_after: end here, with a checkpoint, what is planned for `steps`; 0: do not.
+  stop_after_skips: steps in a row with a non-finite loss or gradient, each skipped, after which the
+    run gives up.
+  hang_after: seconds without progress, after which a process ends itself, with the stacks of its
+    threads; 0: never.
+  sample_prompt: what the model goes on from in the sample of each validation.
+  init_from: directory of a run whose model and router bias this one starts from, with a fresh
+    optimiser; '' for random numbers.
+  workdir: where everything is written; the same one resumes.
+  upcycle: how experts are made where init_from is a dense model, of one expert, and this one has
+    others.
   """
 
   steps: int = 500
@@ -69,48 +76,54 @@ class ExperimentConfig:
   upcycle: UpcycleConfig = UpcycleConfig()
 
   def __post_init__(self) -> None:
-    positive = ('steps', 'batch_size', 'seq_len', 'micro_batches', 'log_every', 'stop_after_skips')
+    # Each part has checked itself when it was made; here is what stands alone or spans two of them.
+    # Whether a mesh divides the batch is found where it is made: devices are not known here.
     check(
-      *(
-        f'{name}={getattr(self, name)}: use 1 or more'
-        for name in positive
-        if getattr(self, name) < 1
-      ),
-      *(
-        f'{n}={getattr(self, n)}: use 0 or more'
-        for n in ('seed', 'stop_after', 'hang_after')
-        if getattr(self, n) < 0
-      ),
-      "workdir='': name a directory for the run" if not self.workdir else '',
-      f'micro_batches={self.micro_batches} does not divide batch_size={self.batch_size}: use a divisor of it'
-      if self.micro_batches > 0 and self.batch_size % self.micro_batches
-      else '',
+      *at_least(1, self, 'steps', 'batch_size', 'seq_len'),
+      *at_least(1, self, 'micro_batches', 'log_every', 'stop_after_skips'),
+      *at_least(0, self, 'seed', 'stop_after', 'hang_after'),
+      problem_if(not self.workdir, "workdir='': name a directory for the run"),
+      self._uneven_micro_batches(),
       self.balance.groups_problem(self.batch_size, self.micro_batches),
-      *(
-        f'loss.task_weights.{task} is not a task of data: use one of {list(self.data.tasks)}'
-        for task in self.loss.task_weights
-        if task not in self.data.tasks
+      *self._unknown_tasks(),
+      problem_if(
+        self.upcycle.drop and not self.init_from,
+        f'upcycle.drop={self.upcycle.drop} is for a dense model: name one with init_from, or use 0',
       ),
-      f'upcycle.drop={self.upcycle.drop} is for a dense model: name one with init_from, or use 0'
-      if self.upcycle.drop and not self.init_from
-      else '',
       *router_problems(self.balance, self.model.moe.router, self.micro_batches),
     )
+
+  def _uneven_micro_batches(self) -> str:
+    # Micro-batches below 1 are a problem of their own, and nothing can be divided by them.
+    return problem_if(
+      self.micro_batches > 0 and self.batch_size % self.micro_batches,
+      f'micro_batches={self.micro_batches} does not divide batch_size={self.batch_size}: '
+      'use a divisor of it',
+    )
+
+  def _unknown_tasks(self) -> list[str]:
+    known = self.data.tasks
+    return [
+      f'loss.task_weights.{task} is not a task of data: use one of {list(known)}'
+      for task in self.loss.task_weights
+      if task not in known
+    ]
 
 
 def with_vocabulary(cfg: ExperimentConfig, vocab_size: int) -> ExperimentConfig:
   """The config with the tokenizer's vocabulary in the model's, where that is 0.
 
   Raises:
-    ConfigError: the tokenizer has more tokens than the model; ids past the last are clamped without a word by XLA.
+    ConfigError: the tokenizer has more tokens than the model; ids past the last are clamped without
+      a word by XLA.
   """
   model = cfg.model
   check(
-    f'config.model.vocab_size={model.vocab_size} is less than the {vocab_size} tokens of '
-    f'data.tokenizer={cfg.data.tokenizer!r}: use 0 or {vocab_size}'
-    if 0 < model.vocab_size < vocab_size
-    else ''
+    problem_if(
+      0 < model.vocab_size < vocab_size,
+      f'config.model.vocab_size={model.vocab_size} is less than the {vocab_size} tokens of '
+      f'data.tokenizer={cfg.data.tokenizer!r}: use 0 or {vocab_size}',
+    )
   )
-  return dataclasses.replace(
-    cfg, model=dataclasses.replace(model, vocab_size=model.vocab_size or vocab_size)
-  )
+  model = dataclasses.replace(model, vocab_size=model.vocab_size or vocab_size)
+  return dataclasses.replace(cfg, model=model)

@@ -1,6 +1,8 @@
-"""What a model costs: its parameters, total and active, the arithmetic of a token, and what experts exchange.
+"""What a model costs: its parameters, total and active, the FLOPs of a token, and the bytes that
+its experts exchange.
 
-Letters: D model, L layers, H heads, d head width, S sequence, V vocab.
+Letters: D model, L layers, H heads, d head width, S sequence, V vocab, K experts per token,
+E experts.
 """
 
 import dataclasses
@@ -19,9 +21,11 @@ from moejax.train.experiment.config import ExperimentConfig
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-  """Counts of numbers. `active` are those that one token's forward pass reads: K of E routed experts.
+  """Counts of numbers. `active` are those that one token's forward pass reads: K of E routed
+  experts.
 
-  `mtp` are the blocks of multi-token prediction, in the total and not among the active: decoding does without them.
+  `mtp` are the blocks of multi-token prediction, in the total and not among the active: decoding
+  does without them. `mtp_active` are those of them that a token reads in training.
   """
 
   total: int
@@ -32,62 +36,83 @@ class Parameters:
 
 
 def count_parameters(model: Transformer, cfg: ExperimentConfig) -> Parameters:
-  """From the model or its ShapeDtypeStructs."""
-  router, depth = cfg.model.moe.router, cfg.model.mtp_depth
+  """Counts the parameters of a model, or of its ShapeDtypeStructs."""
+  router = cfg.model.moe.router
 
-  def active(part: object, blocks: MoEBlock) -> int:
+  def active_in(part: object, blocks: MoEBlock) -> int:
+    # Routed experts are of one size, and a token goes through K of the E.
     routed = size(blocks.moe.experts)
     return size(part) - routed + routed * router.top_k // router.num_experts
 
-  mtp, mtp_active = (size(model.mtp), active(model.mtp, model.mtp.block)) if depth else (0, 0)
+  mtp = mtp_active = 0
+  if cfg.model.mtp_depth:
+    mtp, mtp_active = size(model.mtp), active_in(model.mtp, model.mtp.block)
   return Parameters(
-    size(model), active(model, model.blocks) - mtp, size(model.embed), mtp, mtp_active
+    total=size(model),
+    active=active_in(model, model.blocks) - mtp,
+    embedding=size(model.embed),
+    mtp=mtp,
+    mtp_active=mtp_active,
   )
 
 
 def flops_per_token(parameters: Parameters, cfg: ExperimentConfig) -> int:
-  """Forward and backward, matrix products only: 6 for each active number that multiplies, and causal attention.
+  """FLOPs of one token, forward and backward, of matrix products only.
 
-  An embedding is a lookup, unless it is also the head; each depth of multi-token prediction runs the head once more.
-  Attention's two products over half a square of S make 2 * S / 2 * H * (d of q + d of v) a layer forward, three times
-  that with the backward pass. Windows are not taken off; recomputation is not counted.
+  They are 6 for each active number that multiplies, and causal attention. An embedding is a lookup,
+  unless it is also the head; each depth of multi-token prediction runs the head once more.
+  Attention's two products over half a square of S make 2 * S / 2 * H * (d of q + d of v) a layer
+  forward, three times that with the backward pass. Windows are not taken off; recomputation is not
+  counted.
   """
   model = cfg.model
   lookup = 0 if model.tie_embeddings else parameters.embedding
-  products = (
-    parameters.active - lookup + parameters.mtp_active + model.mtp_depth * parameters.embedding
-  )
+  mtp_heads = model.mtp_depth * parameters.embedding
+  products = parameters.active - lookup + parameters.mtp_active + mtp_heads
   attention, latent = model.attention, model.attention.latent
-  widths = (
-    attention.d_head + latent.d_rope + latent.d_value if latent.kv_rank else 2 * attention.d_head
-  )
-  return 6 * products + 3 * cfg.seq_len * attention.num_heads * widths * (
-    model.num_layers + model.mtp_depth
-  )
+  if latent.kv_rank:
+    # Latent attention: the rotated part is added to q and k alone, and v has a width of its own.
+    widths = attention.d_head + latent.d_rope + latent.d_value
+  else:
+    widths = 2 * attention.d_head
+  layers = model.num_layers + model.mtp_depth
+  # 6: a multiplication and an addition forward, and twice that backward, to inputs and to weights.
+  return 6 * products + 3 * cfg.seq_len * attention.num_heads * widths * layers
 
 
 def exchange_summary(cfg: ExperimentConfig, mesh: AbstractMesh) -> tuple[str, dict[str, int]]:
-  """How tokens get to their experts, and each way's bytes, see `moved`; ('', {}) where all experts are at home."""
+  """How tokens get to their experts, and each way's bytes, see `exchange_bytes`.
+
+  ('', {}) where the `expert` axis is 1: every device then holds all experts.
+  """
   dispatch, router, model = cfg.model.moe.dispatch, cfg.model.moe.router, cfg.model
   if mesh.shape['expert'] == 1:
     return '', {}
-  tokens = cfg.batch_size // cfg.micro_batches * cfg.seq_len
   group = group_of(
-    dispatch, mesh, tokens, router.top_k, router.num_experts, model.d_model, model.dtype
+    dispatch,
+    mesh,
+    tokens=cfg.batch_size // cfg.micro_batches * cfg.seq_len,
+    top_k=router.top_k,
+    num_experts=router.num_experts,
+    d_model=model.d_model,
+    dtype=model.dtype,
   )
+  # Under expert choice a token may be taken by any number of experts, up to all of them.
   places = router.num_experts if router.selection == 'expert_choice' else router.top_k
-  return exchange_of(dispatch, group._replace(top_k=places), lacking_ragged(mesh)), exchange_bytes(
-    group
-  )
+  exchange = exchange_of(dispatch, group._replace(top_k=places), lacking_ragged(mesh))
+  return exchange, exchange_bytes(group)
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, devices: list[jax.Device]) -> float:
-  """Model FLOPs done over what the devices could do in bfloat16; 0 where that is not known, as on CPU."""
+  """Model FLOPs utilisation: those done over what the devices could do in bfloat16.
+
+  0 where the peak of a device is not known, as on CPU.
+  """
   peak = peak_flops(devices[0].device_kind)
   return tokens_per_second * flops_per_token / (peak * len(devices)) if peak else 0.0
 
 
 def devices_at_work() -> list[jax.Device]:
-  """Those of the mesh that is set, which may leave some idle; without one, all there are."""
+  """The devices of the mesh that is set, which may leave some idle; without one, all there are."""
   mesh = jax.sharding.get_mesh()
   return jax.devices() if mesh.empty else [*mesh.devices.flat]

@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import SingleDeviceSharding
 
 from moejax.checkpoint.checkpoints import Checkpoints, NoLoadableCheckpoint
-from moejax.config import check, from_config_dict
+from moejax.config import check, from_config_dict, problem_if
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.model.transformer import Transformer
 from moejax.moe.bias import BiasState
@@ -29,22 +29,22 @@ CHECKPOINTS = 'checkpoints'
 
 
 class RunSetup(NamedTuple):
-  """What a run was started with."""
+  """The config of a run and its tokenizer."""
 
-  cfg: ExperimentConfig  # with the size of the vocabulary
-  tokenizer: Tokenizer | None
+  cfg: ExperimentConfig  # with the size of the vocabulary filled in
+  tokenizer: Tokenizer | None  # None: there is none in the directory
 
 
 class StoredModel(NamedTuple):
-  """The model of a checkpoint."""
+  """The model of a checkpoint, with the router bias that it was trained to."""
 
-  step: int
+  step: int  # steps that it had been trained for
   model: Transformer
   router: BiasState  # [L, E] f32 each
 
 
 class OpenedRun(NamedTuple):
-  """A run that is ready to be sampled from."""
+  """A run that is ready to be sampled from, at its newest verified step."""
 
   cfg: ExperimentConfig
   tokenizer: Tokenizer | None
@@ -54,7 +54,10 @@ class OpenedRun(NamedTuple):
 
 
 def write_config(cfg: ExperimentConfig) -> None:
-  """Leaves the config in its run directory, for whoever reads the run later."""
+  """Writes the config into its run directory, for whoever reads the run later.
+
+  The file appears whole or not at all, and a link in its place keeps its target.
+  """
   workdir = Path(cfg.workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   write_whole(workdir / CONFIG_FILE, json.dumps(dataclasses.asdict(cfg), indent=2) + '\n')
@@ -67,14 +70,20 @@ def read_config(workdir: str) -> ExperimentConfig:
     ConfigError: there is none, or it does not fit this version.
   """
   fields = read_json(Path(workdir), CONFIG_FILE)
+  # A config.json of Hugging Face names its architecture so; ours has no such field.
   is_published = 'model_type' in fields
   import_command = f'python -m moejax.hf import {workdir} --out=DIR'
   check(
-    '' if fields else f'workdir={workdir!r} holds no {CONFIG_FILE}: name the directory of a run',
-    f'workdir={workdir!r} holds a published model: import it with `{import_command}` and name DIR'
-    if is_published
-    else '',
+    problem_if(
+      not fields, f'workdir={workdir!r} holds no {CONFIG_FILE}: name the directory of a run'
+    ),
+    problem_if(
+      is_published,
+      f'workdir={workdir!r} holds a published model: '
+      f'import it with `{import_command}` and name DIR',
+    ),
   )
+  # A run may have been moved since it wrote its config: it lies where it is read.
   return from_config_dict(ExperimentConfig, fields | {'workdir': workdir})
 
 
@@ -93,7 +102,7 @@ def read_tokenizer(directory: str | os.PathLike, vocab_size: int = 0) -> Tokeniz
     f'{path}: expected ids below vocab_size={vocab_size} of config.json, found {largest}: '
     'is it the tokenizer of this model?'
   )
-  check(problem if 0 < vocab_size <= largest else '')
+  check(problem_if(0 < vocab_size <= largest, problem))
   return tokenizer
 
 
@@ -107,7 +116,7 @@ def read_setup(workdir: str) -> RunSetup:
   cfg = with_vocabulary(cfg, tokenizer.vocab_size if tokenizer else 0)
   path = Path(workdir) / TOKENIZER_FILE
   missing = f'{path} is missing, and the config has model.vocab_size=0: put it back'
-  check('' if cfg.model.vocab_size else missing)
+  check(problem_if(not cfg.model.vocab_size, missing))
   return RunSetup(cfg, tokenizer)
 
 
@@ -119,15 +128,20 @@ def read_model(workdir: str, cfg: ExperimentConfig, target: ModelAndRouter) -> S
     NoLoadableCheckpoint: there is none, or none that verifies.
   """
   checkpoints = Checkpoints(Path(workdir) / CHECKPOINTS, cfg.checkpoint, readonly=True)
-  found = checkpoints.restore(target._asdict(), {}, only=target._fields)
-  if found is None:
+  # Of the arrays of a TrainState only the model and the router are read.
+  restored = checkpoints.restore(target._asdict(), {}, only=target._fields)
+  if restored is None:
     raise NoLoadableCheckpoint(f'workdir={workdir!r} has no checkpoint yet: train it first')
-  step, state = found[:2]
+  step, state = restored[:2]
   return StoredModel(step, state['model'], state['router'])
 
 
 def read_model_on(device: jax.Device, workdir: str, cfg: ExperimentConfig) -> StoredModel:
-  """The model of the newest verified checkpoint of a run, all of it on one device."""
+  """The model of the newest verified checkpoint of a run, all of it on one device.
+
+  Raises:
+    NoLoadableCheckpoint: there is none, or none that verifies.
+  """
   home = SingleDeviceSharding(device)
   target = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home),

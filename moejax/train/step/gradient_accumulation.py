@@ -1,6 +1,7 @@
-"""The gradient of the whole batch's objective, a micro-batch at a time, as if it had never been cut.
+"""The gradient of the whole batch's objective, a micro-batch at a time, as if it were never cut.
 
-  batch -> A parts -> (what losses must know of sets that span parts) -> gradient of each part -> their sum
+  batch -> A parts -> (what losses must know of sets that span parts) -> gradient of each part
+  -> their sum
 
 Letters: A micro-batches, B batch, S sequence, E experts, L MoE layers.
 """
@@ -28,54 +29,8 @@ from moejax.train.step.objective import (
 from moejax.train.step.train_state import TrainState, spanning
 
 
-def split_micro_batches(batch: Batch, micro_batches: int) -> Batch:
-  """Rows in A contiguous parts. [B, ...] -> [A, B / A, ...].
-
-  A device's rows of the batch are neighbours, of few parts. They are spread here, as integers, and not as activations.
-  """
-
-  def parts(a: Array) -> Array:
-    return constrain(a.reshape(micro_batches, -1, *a.shape[1:]), '', 'batch', *[''] * (a.ndim - 1))
-
-  return jax.tree.map(parts, batch)
-
-
-def nothing_seen(names: dict[str, int], like: Array) -> Terms:
-  """Zeros for each loss."""
-  return {name: jnp.zeros_like(like) for name in names}
-
-
-def whole_sets(
-  state: TrainState, parts: Batch, rows: Array, key: Array | None, cfg: ExperimentConfig
-) -> Terms:
-  """Before any gradient, what losses must know of sets that span micro-batches. loss -> [A, L, E].
-
-  'exact': from a forward pass that only counts. 'lagged': from the step before. 'buffer': nothing yet.
-  """
-  spans = spanning(cfg)
-  if cfg.balance.accumulation == 'lagged':
-    return {name: jnp.repeat(state.lagged[name], n, axis=0) for name, n in spans.items()}
-  if cfg.balance.accumulation == 'buffer' or not spans:
-    return {name: jnp.zeros((cfg.micro_batches, *state.router.bias.shape)) for name in spans}
-  some = nothing_seen(
-    spans, state.router.bias
-  )  # any will do: what is seen does not depend on the losses
-
-  def count(part: tuple[Batch, Array]) -> Terms:
-    draws = None if key is None else Draws(key, part[1])
-    return state.model(part[0], state.router.bias, whole=some, draws=draws).aux.whole
-
-  counted = jax.lax.map(count, (parts, rows))
-  return {name: jnp.repeat(pooled(counted[name], n), n, axis=0) for name, n in spans.items()}
-
-
-def pooled(seen: Array, parts_in_set: int) -> Array:
-  """Sums over the micro-batches of each set. [A, L, E] -> [sets, L, E]."""
-  return seen.reshape(-1, parts_in_set, *seen.shape[1:]).sum(1)
-
-
 class Gradients(NamedTuple):
-  """Of the whole batch."""
+  """The gradient of the whole batch, and its sums."""
 
   grads: Transformer
   sums: Sums
@@ -83,52 +38,140 @@ class Gradients(NamedTuple):
   gaps: Terms  # loss -> scalar, how far the f that was used is from it
 
 
+class PartGradient(NamedTuple):
+  """The gradient of one micro-batch, or of those before it too, and its sums."""
+
+  grads: Transformer
+  sums: Sums
+
+
 def gradients(state: TrainState, batch: Batch, cfg: ExperimentConfig) -> Gradients:
   """Gradient of the objective over the whole batch, and its terms."""
   parts = split_micro_batches(batch, cfg.micro_batches)
+  # Numbers in the global batch, with which rows draw: what is random does not depend on the cut.
   rows = jnp.arange(cfg.batch_size).reshape(cfg.micro_batches, -1)
-  key = (
-    jax.random.fold_in(jax.random.key(cfg.seed), state.step)
-    if cfg.model.moe.router.random
-    else None
-  )
-  spans, running = spanning(cfg), cfg.balance.accumulation == 'buffer'
+  key = None
+  if cfg.model.moe.router.random:
+    key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
+  # What each part is multiplied by, and what it must know of sets that other parts share, comes
+  # from the whole batch: then the gradients of the parts simply add up.
   differentiate = jax.grad(objective(key, coefficients(cfg, state.step), cfg), has_aux=True)
-  xs = MicroBatch(
-    parts,
-    part_scales(parts, cfg.model.mtp_depth, cfg),
-    whole_sets(state, parts, rows, key, cfg),
-    rows,
+  micro_batches = MicroBatch(
+    batch=parts,
+    scale=part_scales(parts, cfg.model.mtp_depth, cfg),
+    whole=whole_set_counts(state, parts, rows, key, cfg),
+    rows=rows,
   )
 
-  def one(part: MicroBatch) -> tuple[tuple[Transformer, Sums], Terms]:
-    grads, (sums, seen) = differentiate(state.model, state.router.bias, part)
-    return (grads, sums), seen
+  def gradient_of(part: MicroBatch) -> tuple[PartGradient, Terms]:
+    grads, (sums, set_counts) = differentiate(state.model, state.router.bias, part)
+    return PartGradient(grads, sums), set_counts
 
-  first = jax.tree.map(lambda a: a[0], xs)
+  first = jax.tree.map(lambda a: a[0], micro_batches)
   if cfg.micro_batches == 1:
-    return Gradients(*one(first)[0], {}, {})
+    # No loop, and no zeros to begin it with.
+    total, _ = gradient_of(first)
+    return Gradients(total.grads, total.sums, seen={}, gaps={})
 
-  def body(carry: tuple, x: tuple[Array, MicroBatch]) -> tuple[tuple, tuple[Terms, Terms]]:
-    (grads, sums), buffer = carry
-    index, part = x
-    if running:
+  spans, is_running = spanning(cfg), cfg.balance.accumulation == 'buffer'
+
+  def add_part(
+    carry: tuple[PartGradient, Terms], x: tuple[Array, MicroBatch]
+  ) -> tuple[tuple[PartGradient, Terms], tuple[Terms, Terms]]:
+    (total, buffer), (index, part) = carry, x
+    if is_running:
+      # A set begins: what is in the buffer is of the set before.
       buffer = {name: jnp.where(index % n == 0, 0.0, buffer[name]) for name, n in spans.items()}
       part = part._replace(whole=buffer)
-    (more, more_sums), seen = one(part)
-    buffer = jax.tree.map(jnp.add, buffer, seen)
-    used = buffer if running else part.whole
-    return ((jax.tree.map(jnp.add, grads, more), add_terms(sums, more_sums)), buffer), (seen, used)
+    more, set_counts = gradient_of(part)
+    buffer = jax.tree.map(jnp.add, buffer, set_counts)
+    used = buffer if is_running else part.whole
+    grads = jax.tree.map(jnp.add, total.grads, more.grads)
+    total = PartGradient(grads, add_terms(total.sums, more.sums))
+    return (total, buffer), (set_counts, used)
 
-  zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, first)[0])
-  start = zero, nothing_seen(spans, state.router.bias)
-  ((grads, sums), _), (seen, used) = jax.lax.scan(body, start, (jnp.arange(cfg.micro_batches), xs))
-  truth = {name: pooled(seen[name], n) for name, n in spans.items()}
-  gaps = {name: f_gap(used[name], jnp.repeat(truth[name], n, axis=0)) for name, n in spans.items()}
-  return Gradients(grads, sums, truth, gaps)
+  # A scan, and not a vmap: the activations of one micro-batch at a time take memory.
+  shapes, _ = jax.eval_shape(gradient_of, first)
+  nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+  start = nothing, zero_terms(spans, state.router.bias)
+  xs = jnp.arange(cfg.micro_batches), micro_batches
+  (total, _), (set_counts, used) = jax.lax.scan(add_part, start, xs)
+  # Only now is the whole of each set known: how far was what the losses used from it?
+  truth = {name: sum_over_sets(set_counts[name], n) for name, n in spans.items()}
+  gaps = {}
+  for name, n in spans.items():
+    gaps[name] = f_gap(used[name], jnp.repeat(truth[name], n, axis=0))
+  return Gradients(total.grads, total.sums, truth, gaps)
+
+
+def split_micro_batches(batch: Batch, micro_batches: int) -> Batch:
+  """Rows in A contiguous parts. [B, ...] -> [A, B / A, ...].
+
+  A device's rows of the batch are neighbours, of few parts. They are spread over the devices here,
+  as integers: later they would be sent as activations, in every layer.
+  """
+
+  def split(a: Array) -> Array:
+    parts = a.reshape(micro_batches, -1, *a.shape[1:])
+    return constrain(parts, '', 'batch', *[''] * (a.ndim - 1))
+
+  return jax.tree.map(split, batch)
+
+
+def zero_terms(names: dict[str, int], like: Array) -> Terms:
+  """Zeros of one shape for each loss."""
+  return {name: jnp.zeros_like(like) for name in names}
+
+
+def whole_set_counts(
+  state: TrainState, parts: Batch, rows: Array, key: Array | None, cfg: ExperimentConfig
+) -> Terms:
+  """What losses must know of sets that span micro-batches, before any gradient.
+
+  accumulation='exact' takes it from a forward pass that only counts, 'lagged' from the step before;
+  for 'buffer' nothing is known yet, and zeros stand for it.
+
+  Args:
+    parts: the batch, [A, b, S].
+    rows: [A, b] i32, their numbers in the global batch.
+    key: of the step, what routers draw from; None: nothing is random.
+
+  Returns:
+    loss -> [A, L, E], for each micro-batch the counts of the set that it is a part of.
+  """
+  spans = spanning(cfg)
+  if cfg.balance.accumulation == 'lagged':
+    return {name: jnp.repeat(state.lagged[name], n, axis=0) for name, n in spans.items()}
+  if cfg.balance.accumulation == 'buffer' or not spans:
+    return {name: jnp.zeros((cfg.micro_batches, *state.router.bias.shape)) for name in spans}
+  # Any counts will do here: what is seen does not depend on the losses.
+  placeholder = zero_terms(spans, state.router.bias)
+
+  def count(part: tuple[Batch, Array]) -> Terms:
+    batch, batch_rows = part
+    draws = None if key is None else Draws(key, batch_rows)
+    return state.model(batch, state.router.bias, whole=placeholder, draws=draws).aux.whole
+
+  # One micro-batch after the other, as their gradients: all at once would take A times the memory.
+  counts = jax.lax.map(count, (parts, rows))
+  of_sets = {}
+  for name, n in spans.items():
+    of_sets[name] = jnp.repeat(sum_over_sets(counts[name], n), n, axis=0)
+  return of_sets
+
+
+def sum_over_sets(counts: Array, parts_in_set: int) -> Array:
+  """Sums over the micro-batches of each set. [A, L, E] -> [sets, L, E]."""
+  return counts.reshape(-1, parts_in_set, *counts.shape[1:]).sum(1)
 
 
 def f_gap(used: Array, truth: Array) -> Array:
-  """Mean of |f - f of the whole set| over experts, layers and micro-batches; f is 1 at balance. [A, L, E] each."""
-  f, exact = (a.shape[-1] * a / positive(a.sum(-1, keepdims=True)) for a in (used, truth))
-  return jnp.abs(f - exact).mean()
+  """Mean of |f - f of the whole set| over experts, layers and micro-batches. [A, L, E] each.
+
+  f is an expert's share of the counts times E: 1 at balance.
+  """
+
+  def f_of(counts: Array) -> Array:
+    return counts.shape[-1] * counts / positive(counts.sum(-1, keepdims=True))
+
+  return jnp.abs(f_of(used) - f_of(truth)).mean()

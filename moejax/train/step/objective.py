@@ -1,12 +1,16 @@
-"""What is minimised: LM loss by task, balance losses, z-loss and multi-token prediction, each with its coefficient.
+"""What is minimised: LM loss by task, balance losses, z-loss, multi-token prediction, each with its
+coefficient.
 
-  one micro-batch, and what its terms are divided by -> its part of the objective, and everything else that adds up
+  one micro-batch, and what its terms are multiplied by -> its part of the objective, and all else
+  that micro-batches add up to
 
-Every term is divided by a count of the *whole* batch (tokens, documents, sets of rows), known from masks before the
-first micro-batch is differentiated. So the parts simply add: value and gradient do not depend on how the batch is cut.
-The value of a term that is logged is the value that is differentiated, its coefficient left out.
+Every term is divided by a count of the *whole* batch (tokens, documents, sets of rows), known from
+masks before the first micro-batch is differentiated. So the parts simply add: value and gradient do
+not depend on how the batch is cut. The value of a term that is logged is the value that is
+differentiated, its coefficient left out.
 
-Letters: A micro-batches, B batch, b rows of a micro-batch, S sequence, E experts, L MoE layers, R tasks.
+Letters: A micro-batches, B batch, b rows of a micro-batch, S sequence, D model, V vocab, E experts,
+L MoE layers, R tasks.
 """
 
 from collections.abc import Callable
@@ -41,68 +45,97 @@ class Sums(NamedTuple):
 
 
 def add_terms(a: Sums, b: Sums) -> Sums:
-  """Of two micro-batches together."""
+  """The sums of two micro-batches together."""
+  # Not all of Stats adds up: of the largest logit the larger one is taken.
   return jax.tree.map(jnp.add, a, b)._replace(stats=add(a.stats, b.stats))
 
 
 def coefficients(cfg: ExperimentConfig, step: Array) -> Terms:
-  """Term -> its coefficient at a step, f32."""
-  schedules = {'z_loss': cfg.loss.z_coef, 'mtp_loss': cfg.loss.mtp_coef} | {
-    f'balance/{name}': cfg.balance.losses[name] for name in cfg.balance.active()
-  }
+  """Each term's coefficient at a step, by its name in the log. Scalars f32."""
+  schedules = {'z_loss': cfg.loss.z_coef, 'mtp_loss': cfg.loss.mtp_coef}
+  for name in cfg.balance.active():
+    schedules[f'balance/{name}'] = cfg.balance.losses[name]
   return {name: piecewise(schedule, cfg.steps)(step) for name, schedule in schedules.items()}
 
 
 def task_weights(cfg: ExperimentConfig) -> Array:
-  """The weight of each task's tokens, [R] f32."""
+  """The weight of each task's tokens, 1 where the config names none. [R] f32."""
   named = cfg.loss.task_weights
   return jnp.array([named[task] if task in named else 1.0 for task in cfg.data.tasks], jnp.float32)
 
 
 def token_weights(batch: Batch, cfg: ExperimentConfig) -> Array:
-  """What each token's loss is multiplied by, before division by the sum of these over the whole batch. [..., B, S]."""
+  """The weight of each token's loss, 0 where nothing is to be predicted. [..., B, S].
+
+  The LM loss is the sum of weighted losses over the sum of these weights in the whole batch.
+  """
   return batch.mask * task_weights(cfg)[batch.task_ids][..., None]
 
 
 def sum_by_task(values: Array, batch: Batch, cfg: ExperimentConfig) -> Array:
-  """Sums over each task's tokens that are predicted. [B, S] -> [R] f32."""
+  """Sums over each task's tokens that are to be predicted. [B, S] -> [R] f32."""
   return jnp.zeros(len(cfg.data.tasks)).at[batch.task_ids].add((batch.mask * values).sum(-1))
 
 
 def part_scales(parts: Batch, depth: int, cfg: ExperimentConfig) -> Terms:
-  """What each micro-batch's terms are multiplied by, from masks alone: term -> [A, ...] f32. depth: of MTP."""
+  """What each micro-batch's terms are multiplied by so that they add up, from masks alone.
+
+  Args:
+    parts: the whole batch, [A, b, S].
+    depth: how many tokens further on multi-token prediction reaches; 0 without it.
+
+  Returns:
+    'tokens': [A, depth + 1], one over the weights of the whole batch, the same for all parts.
+    'load': [A], the part's share of all tokens.
+    Each balance loss by its name: [A], the part's share of it, see `micro_batch_shares`.
+  """
   valid = parts.segment_ids > 0
   by_tokens = valid.sum((1, 2)) / jnp.maximum(valid.sum(), 1)
   per_token = [
     1.0 / positive(token_weights(targets_ahead(parts, d), cfg).sum()) for d in range(depth + 1)
   ]
-  scopes = cfg.balance.scopes(cfg.batch_size, cfg.micro_batches)
-  return {
+  scales = {
     'tokens': jnp.broadcast_to(jnp.stack(per_token), (len(valid), depth + 1)),
     'load': by_tokens,
-  } | {
-    name: micro_batch_shares(name, valid, parts.segment_ids, scope)
-    for name, scope in scopes.items()
   }
+  for name, scope in cfg.balance.scopes(cfg.batch_size, cfg.micro_batches).items():
+    scales[name] = micro_batch_shares(name, valid, parts.segment_ids, scope)
+  return scales
 
 
 def positive(count: Array) -> Array:
-  """1 instead of 0: nothing is divided by it then."""
+  """The count, or 1 instead of 0, to divide by: what is divided is then 0, too."""
   return jnp.where(count > 0, count, 1.0)
 
 
 def targets_ahead(batch: Batch, depth: int) -> Batch:
-  """Targets `depth` tokens further on, of the same document; where there is none, nothing is predicted."""
+  """The batch with targets `depth` tokens further on, IGNORE where the document ends before."""
   if not depth:
     return batch
 
   def shifted(a: Array, fill: int) -> Array:
     return jnp.pad(a[..., depth:], [(0, 0)] * (a.ndim - 1) + [(0, depth)], constant_values=fill)
 
-  targets = jnp.where(
-    shifted(batch.segment_ids, 0) == batch.segment_ids, shifted(batch.targets, IGNORE), IGNORE
-  )
+  same_document = shifted(batch.segment_ids, 0) == batch.segment_ids
+  targets = jnp.where(same_document, shifted(batch.targets, IGNORE), IGNORE)
   return batch._replace(targets=targets, mask=targets != IGNORE)
+
+
+class DepthLoss(NamedTuple):
+  """The loss of the predictions so many tokens further on."""
+
+  objective: Array  # scalar, with its coefficients
+  mean_nll: Array  # scalar, the weighted mean over the whole batch, this part's share of it
+  z_loss: Array  # scalar, the same of log_z^2, times the depth's coefficient
+  nll: Array  # [B, S] f32, unweighted
+
+
+class LMTerms(NamedTuple):
+  """What the language model's part of the objective is made of."""
+
+  objective: Array  # scalar, with all coefficients
+  terms: Terms  # lm_loss, z_loss and, with multi-token prediction, mtp_loss
+  nll: Array  # [R] f32, of each task's tokens, unweighted
 
 
 def lm_terms(
@@ -112,33 +145,49 @@ def lm_terms(
   scale: Array,
   coefs: Terms,
   cfg: ExperimentConfig,
-) -> tuple[Array, Terms, Array]:
-  """Cross entropy and z-loss of hidden[0], and lambda/D times that of D depths after it (DeepSeek-V3 eq. 24, 25).
+) -> LMTerms:
+  """Cross entropy and z-loss of the next token, and lambda/D times those of D depths after it.
 
-  -> the part of the objective, its terms, and each task's unweighted nll [R]. scale: [D + 1], see `part_scales`.
+  The mean over depths and lambda, the coefficient of mtp_loss, are DeepSeek-V3 eq. 24 and 25.
+
+  Args:
+    hidden: [b, S, D] of the model, then of each depth of multi-token prediction.
+    head: [D, V].
+    scale: [depths + 1], see 'tokens' of `part_scales`.
+    coefs: see `coefficients`.
   """
-  total, depths = jnp.zeros(()), len(hidden) - 1
-  terms = {'lm_loss': total, 'z_loss': total} | ({'mtp_loss': total} if depths else {})
-  for depth, h in enumerate(hidden):
-    seen = targets_ahead(batch, depth)
-    weights = token_weights(seen, cfg) * scale[depth]
-    share = coefs['mtp_loss'] / depths if depth else 1.0
-    loss, parts = cross_entropy(
-      h, head, seen.targets, weights * share, coefs['z_loss'], cfg.loss.chunks
+
+  def loss_at(depth: int, share: Array | float) -> DepthLoss:
+    ahead = targets_ahead(batch, depth)
+    weights = token_weights(ahead, cfg) * scale[depth]
+    h, z_coef = hidden[depth], coefs['z_loss']
+    objective, parts = cross_entropy(
+      h, head, ahead.targets, weights * share, z_coef, chunks=cfg.loss.chunks
     )
-    total = total + loss
-    mean = (weights * parts.nll).sum()
-    if depth:
-      terms['mtp_loss'] += mean / depths
-    else:
-      terms['lm_loss'] = mean
-      nll = sum_by_task(parts.nll, batch, cfg)
-    terms['z_loss'] += share * (weights * jnp.square(parts.log_z)).sum()
-  return total, terms, nll
+    mean_nll = (weights * parts.nll).sum()
+    z_loss = share * (weights * jnp.square(parts.log_z)).sum()
+    return DepthLoss(objective, mean_nll, z_loss, parts.nll)
+
+  main = loss_at(0, 1.0)
+  nll = sum_by_task(main.nll, batch, cfg)
+  total, z_loss, terms = main.objective, main.z_loss, {'lm_loss': main.mean_nll}
+  depths = len(hidden) - 1
+  if depths:
+    terms['mtp_loss'] = jnp.zeros(())
+  for depth in range(1, depths + 1):
+    further = loss_at(depth, coefs['mtp_loss'] / depths)
+    total = total + further.objective
+    terms['mtp_loss'] += further.mean_nll / depths
+    z_loss = z_loss + further.z_loss
+  return LMTerms(total, terms | {'z_loss': z_loss}, nll)
 
 
 def balance_terms(aux: MoEAux, scale: Terms, coefs: Terms) -> tuple[Array, Terms]:
-  """Balance losses, the mean over MoE layers: the one declared reduction of layers."""
+  """The balance losses' part of the objective, and each of them by its name in the log.
+
+  A loss is the mean over MoE layers: the one declared reduction of layers. Layers are not pooled
+  before: two that collapse onto opposite experts would look balanced together.
+  """
   terms = {f'balance/{name}': scale[name] * values.mean() for name, values in aux.losses.items()}
   return sum((coefs[name] * value for name, value in terms.items()), jnp.zeros(())), terms
 
@@ -152,43 +201,61 @@ class MicroBatch(NamedTuple):
   rows: Array  # [b] i32, their numbers in the global batch
 
 
+class ForwardPass(NamedTuple):
+  """The two parts of the objective, and what else one micro-batch tells."""
+
+  lm: Array  # scalar, the language model's part of the objective
+  balance: Array  # scalar, the balance losses' part
+  sums: Sums
+  set_counts: Terms  # loss -> [L, E], what the micro-batch saw of its set
+
+
 def forward(
   model: Transformer,
-  router: Array,
+  bias: Array,
   part: MicroBatch,
   key: Array | None,
   coefs: Terms,
   cfg: ExperimentConfig,
-) -> tuple[Array, Array, Sums, Terms]:
-  """-> the LM part and the balance part of the objective, all that adds up, and loss -> [L, E] seen of its set."""
-  out = model(
-    part.batch, router, whole=part.whole, draws=None if key is None else Draws(key, part.rows)
-  )
-  hidden = (out.hidden, *out.mtp_hidden)
-  lm, terms, nll = lm_terms(
-    hidden, model.head_weights(), part.batch, part.scale['tokens'], coefs, cfg
-  )
+) -> ForwardPass:
+  """One micro-batch through the model and all losses.
+
+  Args:
+    bias: [L, E] f32, the router bias.
+    key: of the step, what routers draw from; None: nothing is random.
+    coefs: see `coefficients`.
+  """
+  draws = None if key is None else Draws(key, part.rows)
+  out = model(part.batch, bias, whole=part.whole, draws=draws)
+  hidden, head = (out.hidden, *out.mtp_hidden), model.head_weights()
+  tokens_scale = part.scale['tokens']
+  lm = lm_terms(hidden, head, part.batch, tokens_scale, coefs=coefs, cfg=cfg)
   balance, more = balance_terms(out.aux, part.scale, coefs)
   sums = Sums(
-    lm + balance,
-    terms | more,
-    nll,
-    out.aux.load,
-    part.scale['load'] * out.aux.dropped,
-    out.aux.seen,
-    out.aux.stats,
+    loss=lm.objective + balance,
+    terms=lm.terms | more,
+    nll=lm.nll,
+    load=out.aux.load,
+    dropped=part.scale['load'] * out.aux.dropped,
+    seen=out.aux.seen,
+    stats=out.aux.stats,
   )
-  return lm, balance, sums, out.aux.whole
+  return ForwardPass(lm.objective, balance, sums, out.aux.whole)
 
 
 Objective = Callable[[Transformer, Array, MicroBatch], tuple[Array, tuple[Sums, Terms]]]
 
 
 def objective(key: Array | None, coefs: Terms, cfg: ExperimentConfig) -> Objective:
-  """(model, router [L, E], micro-batch) -> its part of the objective, for `jax.grad(has_aux=True)`."""
+  """(model, router bias [L, E], micro-batch) -> its part of the objective, and (sums, set counts).
 
-  def of(model: Transformer, router: Array, part: MicroBatch) -> tuple[Array, tuple[Sums, Terms]]:
-    _, _, sums, seen = forward(model, router, part, key, coefs, cfg)
-    return sums.loss, (sums, seen)
+  What `jax.grad(has_aux=True)` takes. `key` and `coefs` are those of `forward`.
+  """
 
-  return of
+  def objective_of(
+    model: Transformer, bias: Array, part: MicroBatch
+  ) -> tuple[Array, tuple[Sums, Terms]]:
+    result = forward(model, bias, part, key, coefs=coefs, cfg=cfg)
+    return result.sums.loss, (result.sums, result.set_counts)
+
+  return objective_of

@@ -1,6 +1,7 @@
-"""Is training stable: spikes of the loss and of the gradient norm, and how much the loss fluctuates about its trend.
+"""Is training stable? Spikes of loss and gradient norm, and how much the loss fluctuates.
 
-Its state is part of TrainState, so that a resumed run says what an uninterrupted one would have said.
+Both are measured from a trend, a moving average. Its state is part of TrainState, so that a resumed
+run says what an uninterrupted one would have said.
 """
 
 from typing import NamedTuple
@@ -15,22 +16,36 @@ LARGEST = 1e15  # a distance from the trend is cut to this: its square is finite
 
 
 class Stability(NamedTuple):
-  """Moving averages, f32. Entries [2]: loss, gradient norm."""
+  """Moving averages, f32. Entries [2]: loss, gradient norm.
+
+  Field names are paths in checkpoints.
+  """
 
   steps: Array  # scalar, taken in: skipped ones are not
   trend: Array  # [2], average of the values
-  gap: Array  # [2], average of value - trend before it: below 0 while the loss falls, for an average lags
+  # [2], average of value - trend before it: below 0 while the loss falls, for an average lags.
+  gap: Array
   square: Array  # [2], average of (value - trend before it)^2
   spikes: Array  # [2], so far
 
 
 def init_stability() -> Stability:
-  """Nothing seen."""
-  return Stability(jnp.zeros(()), *(jnp.zeros(2) for _ in range(4)))
+  """The state before the first step."""
+  return Stability(
+    steps=jnp.zeros(()),
+    trend=jnp.zeros(2),
+    gap=jnp.zeros(2),
+    square=jnp.zeros(2),
+    spikes=jnp.zeros(2),
+  )
 
 
 def spike_limit(state: Stability, sigmas: float) -> Array:
-  """Where a spike begins, [2]: trend + gap + sigmas * std of the steps so far, std^2 = square - gap^2; inf of few."""
+  """The values above which a spike begins, [2]; inf while there are too few steps to say.
+
+  It is trend + gap + sigmas * std of the steps so far, with std^2 = square - gap^2.
+  """
+  # Rounding can take the difference of the two below 0.
   std = jnp.sqrt(jnp.maximum(state.square - state.gap**2, 0))
   return jnp.where(state.steps >= 1 / RATE, state.trend + state.gap + sigmas * std, jnp.inf)
 
@@ -38,31 +53,38 @@ def spike_limit(state: Stability, sigmas: float) -> Array:
 def update_stability(
   state: Stability, loss: Array, grad_norm: Array, skipped: Array
 ) -> tuple[Stability, dict[str, Array]]:
-  """One step taken in; scalars. A skipped step, or one that is not finite, changes nothing: a NaN would never leave.
+  """Takes one step in: the averages after it, and what is logged of it.
 
-  loss_spike, grad_norm_spike: 1 above the `limit`; NAME_spikes, how many so far. A spike is averaged in only up to
-    there, or it would hide the next; so the limit rises, and a level that stays gets in.
-  stability: std of the loss, which a stable run has below 0.1.  loss_trend: its trend.
+  A skipped step, or one that is not finite, changes nothing: a NaN would never leave an average.
+
+  Args:
+    state: the averages before the step.
+    loss, grad_norm: scalars, its values.
+    skipped: scalar bool.
+
+  Returns:
+    The new state, and scalars by name. NAME is loss and grad_norm.
+    NAME_spike: 1 above `spike_limit`; NAME_spikes: how many so far.
+    stability: std of the loss, which a stable run has below 0.1.
+    loss_trend: the trend of the loss.
   """
-  values, edge = jnp.stack([loss, grad_norm]), spike_limit(state, SIGMAS)
+  values, limit = jnp.stack([loss, grad_norm]), spike_limit(state, SIGMAS)
   good = ~jnp.asarray(skipped, bool) & jnp.isfinite(values).all()
-  spike = (good & (values > edge)).astype(jnp.float32)
-  most = edge + 1e-6 * jnp.abs(state.trend)  # at a std of 0 a new level still gets in
+  spike = (good & (values > limit)).astype(jnp.float32)
+  # A spike is averaged in only up to the limit, or it would hide the next; so the limit rises, and
+  # a level that stays gets in. At a std of 0 it gets in by the small share of the trend.
+  most = limit + 1e-6 * jnp.abs(state.trend)
   gap = jnp.clip(jnp.minimum(values, most) - state.trend, -LARGEST, LARGEST)
 
-  def averaged(old: Array, new: Array, count: Array) -> Array:
-    return old + jnp.maximum(RATE, 1 / jnp.maximum(count, 1)) * (
-      new - old
-    )  # of few values the plain mean
+  def moving_average(old: Array, new: Array, count: Array) -> Array:
+    # Of few values it is their plain mean: the rate is 1 / count until that is below RATE.
+    return old + jnp.maximum(RATE, 1 / jnp.maximum(count, 1)) * (new - old)
 
-  moved = [
-    jnp.where(
-      state.steps == 0, 0, averaged(old, new, state.steps)
-    )  # 0: no trend yet to be away from
-    for old, new in ((state.gap, gap), (state.square, gap**2))
-  ]
-  trend = averaged(state.trend, state.trend + gap, state.steps + 1)
-  taken_in = Stability(state.steps + 1, trend, *moved, state.spikes + spike)
+  # 0 at the first step: there is no trend yet to be away from.
+  new_gap = jnp.where(state.steps == 0, 0, moving_average(state.gap, gap, state.steps))
+  new_square = jnp.where(state.steps == 0, 0, moving_average(state.square, gap**2, state.steps))
+  trend = moving_average(state.trend, state.trend + gap, state.steps + 1)
+  taken_in = Stability(state.steps + 1, trend, new_gap, new_square, state.spikes + spike)
   new = jax.tree.map(lambda old, new: jnp.where(good, new, old), state, taken_in)
   return new, {
     'stability': jnp.sqrt(jnp.maximum(new.square - new.gap**2, 0))[0],

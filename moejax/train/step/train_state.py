@@ -1,4 +1,4 @@
-"""All that a run carries from step to step.
+"""The state of a training run: everything that one step hands to the next, and a checkpoint holds.
 
 Letters: E experts, L MoE layers.
 """
@@ -20,39 +20,41 @@ from moejax.train.step.spikes import Stability, init_stability
 
 
 class TrainState(NamedTuple):
-  """All that a run carries from step to step."""
+  """All that a run carries from step to step. Field names are paths in checkpoints."""
 
   step: Array  # scalar i32, steps taken, skipped ones included
   model: Transformer
   opt_state: optax.OptState
   router: BiasState  # [L, E] f32 each: no parameter, no gradient, moved once a step
-  lagged: dict[
-    str, Array
-  ]  # loss -> [sets, L, E] f32, the step before's counts; only for accumulation='lagged'
+  # loss -> [sets, L, E] f32, the step before's counts; empty unless accumulation='lagged'.
+  lagged: dict[str, Array]
   stability: Stability
 
 
 def init_state(cfg: ExperimentConfig) -> TrainState:
   """The state before the first step; every number follows from cfg.seed."""
   model, router = build_model_and_router(cfg)
-  layers, experts = cfg.model.num_moe_layers, cfg.model.moe.router.num_experts
-  lagged = {
-    name: jnp.zeros((cfg.micro_batches // parts, layers, experts))
-    for name, parts in spanning(cfg).items()
-    if cfg.balance.accumulation == 'lagged'
-  }
+  # Zeros: the first step has no step before it, and balance losses then pull nowhere.
+  lagged = {}
+  if cfg.balance.accumulation == 'lagged':
+    layers, experts = cfg.model.num_moe_layers, cfg.model.moe.router.num_experts
+    for name, parts in spanning(cfg).items():
+      lagged[name] = jnp.zeros((cfg.micro_batches // parts, layers, experts))
   return TrainState(
-    jnp.zeros((), jnp.int32),
-    model,
-    optimizer(cfg.optim, cfg.steps).init(model),
-    router,
-    lagged,
-    init_stability(),
+    step=jnp.zeros((), jnp.int32),
+    model=model,
+    opt_state=optimizer(cfg.optim, cfg.steps).init(model),
+    router=router,
+    lagged=lagged,
+    stability=init_stability(),
   )
 
 
 def spanning(cfg: ExperimentConfig) -> dict[str, int]:
-  """The losses whose sets are larger than a micro-batch -> how many micro-batches one set is spread over."""
+  """The losses whose sets are larger than a micro-batch, and of how many micro-batches one set is.
+
+  Empty where every set lies within a micro-batch, as with micro_batches=1.
+  """
   micro_rows = cfg.batch_size // cfg.micro_batches
   scopes = cfg.balance.scopes(cfg.batch_size, cfg.micro_batches)
   return {

@@ -1,11 +1,13 @@
-"""One optimiser step as a pure function: no I/O, no clock, and randomness only as a function of (seed, step).
+"""One optimiser step as a pure function: no I/O, no clock, randomness only from (seed, step).
 
-  batch -> gradients of the objective -> clip, AdamW -> parameters;   what routers saw -> bias rule -> router
+  batch -> gradients of the objective -> clip, AdamW -> parameters
+  what the routers saw of the batch -> bias rule -> router bias
 
 Letters: B batch, S sequence, E experts, K experts per token, L MoE layers, R tasks.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,56 +32,78 @@ from moejax.train.step.train_state import TrainState
 Metrics = dict[str, Array | dict[str, Array]]
 
 
+class Learned(NamedTuple):
+  """The parts of a TrainState that a skipped step leaves as they are."""
+
+  model: Transformer
+  opt_state: optax.OptState
+  router: BiasState  # [L, E] f32 each
+  lagged: Terms  # loss -> [sets, L, E] f32
+
+
 def train_step(
   state: TrainState, batch: Batch, cfg: ExperimentConfig
 ) -> tuple[TrainState, Metrics]:
-  """One step. A non-finite objective or gradient changes nothing but the step count: `skipped` is 1 then. With
-  optim.skip_spikes a spike does the same, but for the trend that spikes are measured from."""
-  grads, sums, seen, gaps = gradients(state, batch, cfg)
+  """One step: the next state, and what this step measured.
+
+  A non-finite objective or gradient changes nothing but the step count: `skipped` is 1 then. With
+  optim.skip_spikes a spike does the same, but for the trend that spikes are measured from.
+  """
+  # 1. The gradient of the whole batch's objective, a micro-batch at a time.
+  grads, sums, set_counts, f_gaps = gradients(state, batch, cfg)
+  # The identity, and no part of the program, unless MOEJAX_FAULT asks for a fault at this step.
   grads = inject('gradient', grads, state.step + 1)
   loss, lm_loss = inject('loss', (sums.loss, sums.terms['lm_loss']), state.step + 1)
+
+  # 2. May this step be learned from?
   grad_norm = optax.tree.norm(grads)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-  good = finite & ~spiking(state, lm_loss, grad_norm, cfg) if cfg.optim.skip_spikes else finite
+  good = finite
+  if cfg.optim.skip_spikes:
+    good = finite & ~is_spike(state, lm_loss, grad_norm, cfg)
+
+  # 3. Parameters follow the optimiser, the router bias follows its rule: it has no gradient.
   tx = optimizer(cfg.optim, cfg.steps)
 
-  def apply() -> tuple[Transformer, optax.OptState, BiasState, Terms]:
+  def learn() -> Learned:
     updates, opt_state = tx.update(grads, state.opt_state, state.model)
-    return (
-      optax.apply_updates(state.model, updates),
-      opt_state,
-      update_router_bias(state.router, sums.seen, state.step, cfg),
-      {name: seen[name] for name in state.lagged},
+    return Learned(
+      model=optax.apply_updates(state.model, updates),
+      opt_state=opt_state,
+      router=update_router_bias(state.router, sums.seen, state.step, cfg),
+      lagged={name: set_counts[name] for name in state.lagged},
     )
 
-  def skip() -> tuple[Transformer, optax.OptState, BiasState, Terms]:
-    return state.model, state.opt_state, state.router, state.lagged
+  def skip() -> Learned:
+    return Learned(state.model, state.opt_state, state.router, state.lagged)
 
-  stability, trend = update_stability(state.stability, lm_loss, grad_norm, ~finite)
-  new = TrainState(state.step + 1, *jax.lax.cond(good, apply, skip), stability)
-  metrics = (
-    sums.terms
-    | trend
-    | {f'f_gap/{name}': gap for name, gap in gaps.items()}
-    | {
-      'lm_loss': lm_loss,
-      'loss': loss,
-      'grad_norm': grad_norm,
-      'load': sums.load,
-      'layers': statistics(sums, state.router, cfg),
-      'skipped': ~good,
-      'skipped_total': new.step - updates_made(new.opt_state),
-      'learning_rate': learning_rate(cfg.optim, cfg.steps)(updates_made(state.opt_state)),
-    }
-  )
-  return new, replicated(metrics | task_losses(sums.nll, task_tokens(batch, cfg), cfg))
+  # A spike that is skipped moves the trend all the same: a level that stays is then let in.
+  stability, stability_metrics = update_stability(state.stability, lm_loss, grad_norm, ~finite)
+  learned = jax.lax.cond(good, learn, skip)
+  new = state._replace(step=state.step + 1, stability=stability, **learned._asdict())
+
+  # 4. What is logged of the step, the same on every device.
+  metrics = {
+    'lm_loss': lm_loss,
+    'loss': loss,
+    'grad_norm': grad_norm,
+    'load': sums.load,
+    'layers': statistics(sums, state.router, cfg),
+    'skipped': ~good,
+    'skipped_total': new.step - updates_made(new.opt_state),
+    'learning_rate': learning_rate(cfg.optim, cfg.steps)(updates_made(state.opt_state)),
+  }
+  metrics |= {f'f_gap/{name}': gap for name, gap in f_gaps.items()}
+  metrics |= task_losses(sums.nll, task_tokens(batch, cfg), cfg)
+  # lm_loss is among the terms, too: the one above is what a fault may have made of it.
+  return new, replicated(sums.terms | stability_metrics | metrics)
 
 
-def spiking(state: TrainState, lm_loss: Array, grad_norm: Array, cfg: ExperimentConfig) -> Array:
-  """Whether the loss or the gradient's norm is further above its trend than optim.skip_spikes allows. Scalar bool."""
-  return (
-    jnp.stack([lm_loss, grad_norm]) > spike_limit(state.stability, cfg.optim.skip_spikes)
-  ).any()
+def is_spike(state: TrainState, lm_loss: Array, grad_norm: Array, cfg: ExperimentConfig) -> Array:
+  """Whether the loss or the gradient's norm is further above its trend than optim.skip_spikes
+  standard deviations. Scalar bool."""
+  limit = spike_limit(state.stability, cfg.optim.skip_spikes)
+  return (jnp.stack([lm_loss, grad_norm]) > limit).any()
 
 
 def statistics(sums: Sums, router: BiasState, cfg: ExperimentConfig) -> Terms:
@@ -93,30 +117,33 @@ def statistics(sums: Sums, router: BiasState, cfg: ExperimentConfig) -> Terms:
 
 
 def task_tokens(batch: Batch, cfg: ExperimentConfig) -> Array:
-  """Tokens to predict, of each task. [R] f32."""
+  """How many tokens are to be predicted, of each task. [R] f32."""
   return sum_by_task(jnp.ones(batch.mask.shape), batch, cfg)
 
 
 def task_losses(nll: Array, tokens: Array, cfg: ExperimentConfig) -> Terms:
-  """nll: mean over all tokens, unweighted; of several tasks also lm_loss/TASK, NaN where a batch has none of it."""
-  each = jnp.where(tokens > 0, nll / positive(tokens), jnp.nan)
-  named = (
-    {f'lm_loss/{task}': each[i] for i, task in enumerate(cfg.data.tasks)}
-    if len(cfg.data.tasks) > 1
-    else {}
-  )
-  return {'nll': nll.sum() / positive(tokens.sum())} | named
+  """Mean losses by name, from sums [R] of nll and of tokens. Scalars.
+
+  nll: the mean over all tokens, unweighted. Of several tasks there is also lm_loss/TASK for each,
+  NaN and not 0 where the batch has no token of it.
+  """
+  by_task = jnp.where(tokens > 0, nll / positive(tokens), jnp.nan)
+  losses = {'nll': nll.sum() / positive(tokens.sum())}
+  if len(cfg.data.tasks) > 1:
+    losses |= {f'lm_loss/{task}': by_task[i] for i, task in enumerate(cfg.data.tasks)}
+  return losses
 
 
 def compile_step(cfg: ExperimentConfig, state: TrainState, batch: Batch) -> jax.stages.Compiled:
-  """`train_step` compiled for these shapes (ShapeDtypeStructs will do); the old state's memory becomes the new one's.
+  """`train_step` compiled for these shapes; ShapeDtypeStructs will do.
 
-  On CPU, XLA's memory-saving order takes a quarter off the temporaries; its default one lets virtual devices wait for
-  each other forever, at two collectives that they meet in different orders.
+  The old state is donated: its memory becomes the new one's.
   """
-  options = (
-    {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'} if platform() == 'cpu' else {}
-  )
+  options = {}
+  if platform() == 'cpu':
+    # This order takes a quarter off the temporaries; XLA's default one lets virtual devices wait
+    # for each other forever, at two collectives that they meet in different orders.
+    options['xla_cpu_scheduler_type'] = 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'
   step = jax.jit(functools.partial(train_step, cfg=cfg), donate_argnums=0, compiler_options=options)
   return step.lower(state, batch).compile()
 
@@ -124,30 +151,35 @@ def compile_step(cfg: ExperimentConfig, state: TrainState, batch: Batch) -> jax.
 def update_router_bias(
   router: BiasState, seen: Array, step: Array, cfg: ExperimentConfig
 ) -> BiasState:
-  """The router bias after a step in which the whole batch was seen so. [L, E], [L, ...] -> [L, E]."""
+  """The router bias after a step, by the rule of the config; without a rule it stays.
+
+  Args:
+    router: [L, E] f32 each.
+    seen: [L, ...], what the rule observed of the whole batch.
+    step: scalar i32, at which the schedule of the rate is read.
+  """
   if not cfg.balance.bias_rule:
     return router
   rate = piecewise(cfg.balance.bias_rate, cfg.steps)(step)
   update = BIAS_RULES[cfg.balance.bias_rule].update
-  return jax.vmap(lambda state, layer: update(state, layer, rate, cfg.model.moe.router.top_k))(
-    router, seen
-  )
+  top_k = cfg.model.moe.router.top_k
+  return jax.vmap(lambda state, layer: update(state, layer, rate, top_k))(router, seen)
 
 
 def eval_step(
   model: Transformer, router: BiasState, batch: Batch, cfg: ExperimentConfig
 ) -> Metrics:
-  """Sums over one batch, of each task: `task_nll` in nats, `task_tokens` predicted; and of each layer: `load` [L, E],
-  `stats`; also the `expert_ids` [L, B, S, K]. Moves nothing, and nothing is random."""
+  """Sums over one batch of held-out text. It changes no state, and nothing is random.
+
+  Returns:
+    Of each task [R]: `task_nll` in nats, `task_tokens` predicted. Of each MoE layer: `load` [L, E],
+    `stats` [L, ...], and the `expert_ids` [L, B, S, K].
+  """
   out = model(batch, router.bias)
-  _, parts = cross_entropy(
-    out.hidden,
-    model.head_weights(),
-    batch.targets,
-    batch.mask.astype(jnp.float32),
-    0.0,
-    cfg.loss.chunks,
-  )
+  # Every token counts once: what training weighs tasks by is no part of a measurement.
+  weights = batch.mask.astype(jnp.float32)
+  head = model.head_weights()
+  _, parts = cross_entropy(out.hidden, head, batch.targets, weights, 0.0, chunks=cfg.loss.chunks)
   return {
     'task_nll': sum_by_task(parts.nll, batch, cfg),
     'task_tokens': task_tokens(batch, cfg),

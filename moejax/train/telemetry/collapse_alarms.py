@@ -1,4 +1,5 @@
-"""Alarms when routing collapses: what has gone on for a while in a layer is told once, with a remedy.
+"""Alarms when routing collapses: what has gone on for a while in a layer is told once, with a
+remedy.
 
 Letters: E experts, K experts per token, L MoE layers.
 """
@@ -12,7 +13,10 @@ FEW = 20  # copies an expert, on average: below it an expert is without one by c
 
 
 class Kind(NamedTuple):
-  """A number of each layer, where it begins to be an alarm and where it ends, and the words."""
+  """A kind of alarm: at which value of a layer it begins and ends, and what it says.
+
+  It ends below where it begins, so that a value that wavers there is not told again and again.
+  """
 
   begins: float
   ends: float
@@ -33,53 +37,79 @@ ALARM_KINDS = {
 }
 
 
-def measured(load: np.ndarray, dropped: np.ndarray, top_k: int) -> dict[str, np.ndarray]:
-  """Load [L, E] and share dropped [L] -> of each kind [L]: share of tokens at the fullest expert, experts without a
-  token, share dropped. Where nothing can be said, 0."""
+def alarm_values(load: np.ndarray, dropped: np.ndarray, top_k: int) -> dict[str, np.ndarray]:
+  """The value of each kind of alarm in each layer, 0 where nothing can be said.
+
+  Args:
+    load: [L, E], counts of one step.
+    dropped: [L], share of copies dropped.
+
+  Returns:
+    Kind -> [L]. crowded: share of tokens at the fullest expert; idle: experts without a token;
+    dropped: as given.
+  """
   copies, experts = load.sum(axis=1), load.shape[1]
-  share = (
-    load.max(axis=1) * top_k / np.maximum(copies, 1) if experts > top_k else np.zeros(len(load))
-  )
+  crowded = np.zeros(len(load))
+  # Where a token takes all experts, each of them gets every token.
+  if experts > top_k:
+    crowded = load.max(axis=1) * top_k / np.maximum(copies, 1)
   idle = np.where(copies >= FEW * experts, (load == 0).sum(axis=1), 0)
-  return {'crowded': share, 'idle': idle, 'dropped': dropped}
+  return {'crowded': crowded, 'idle': idle, 'dropped': dropped}
 
 
-def sounding(load: np.ndarray, dropped: np.ndarray, top_k: int) -> int:
-  """Over all layers, how many kinds of alarm this one step would begin."""
-  return int(
-    sum(
-      (values >= ALARM_KINDS[name].begins).sum()
-      for name, values in measured(load, dropped, top_k).items()
-    )
-  )
+def count_alarms(load: np.ndarray, dropped: np.ndarray, top_k: int) -> int:
+  """How many alarms this one step would begin, over all kinds and layers.
+
+  Args as those of `alarm_values`.
+  """
+  count = 0
+  for name, values in alarm_values(load, dropped, top_k).items():
+    count += (values >= ALARM_KINDS[name].begins).sum()
+  return int(count)
 
 
 class Alarms:
-  """What has been going on since when, and what of it was told. A resumed run begins anew: it tells once more."""
+  """What has been going on since when, and what of it was told.
+
+  A resumed run begins anew: it tells once more.
+  """
 
   def __init__(self, top_k: int) -> None:
     self._top_k = top_k
+    # (kind, layer) -> the step at which it began, of those that go on
     self._since: dict[tuple[str, int], int] = {}
     self._told: set[tuple[str, int]] = set()
 
-  def heard(self, step: int, load: np.ndarray, dropped: np.ndarray) -> list[str]:
-    """A step's load [L, E] and share dropped [L] -> lines to say, most often none."""
+  def update(self, step: int, load: np.ndarray, dropped: np.ndarray) -> list[str]:
+    """Takes a step's load [L, E] and share dropped [L] in. Returns lines to say, most often none.
+
+    Layers that collapse at the same step are one line.
+    """
     lines = []
-    for name, values in measured(load, dropped, self._top_k).items():
-      kind, new = ALARM_KINDS[name], []
+    for name, values in alarm_values(load, dropped, self._top_k).items():
+      layers = []
       for layer, value in enumerate(values):
-        key = name, layer
-        if not value >= (kind.ends if key in self._since else kind.begins):
-          self._since.pop(key, None)
-          self._told.discard(key)
-        elif step - self._since.setdefault(key, step) >= PATIENCE and key not in self._told:
-          self._told.add(key)
-          new.append(
-            f'layer {layer} ({f"{value:.0f} of {load.shape[1]}" if name == "idle" else f"{value:.0%}"})'
-          )
-      if new:
+        if self._is_new(step, name, layer, value):
+          amount = f'{value:.0f} of {load.shape[1]}' if name == 'idle' else f'{value:.0%}'
+          layers.append(f'layer {layer} ({amount})')
+      if layers:
+        kind = ALARM_KINDS[name]
         lines.append(
-          f'ALARM after step {step}, for {PATIENCE} steps or more: {kind.says}: {", ".join(new)}. '
-          f'Remedy: {kind.remedy}'
+          f'ALARM after step {step}, for {PATIENCE} steps or more: {kind.says}: '
+          f'{", ".join(layers)}. Remedy: {kind.remedy}'
         )
     return lines
+
+  def _is_new(self, step: int, name: str, layer: int, value: float) -> bool:
+    # Whether a layer's alarm has lasted, and was not told yet.
+    kind, key = ALARM_KINDS[name], (name, layer)
+    limit = kind.ends if key in self._since else kind.begins
+    if not value >= limit:  # also of NaN, in a step without a token
+      self._since.pop(key, None)
+      self._told.discard(key)
+      return False
+    has_lasted = step - self._since.setdefault(key, step) >= PATIENCE
+    if not has_lasted or key in self._told:
+      return False
+    self._told.add(key)
+    return True

@@ -1,6 +1,8 @@
-"""Rows of numbers: what a step's metrics, or the sums of a validation, become before anybody reads them.
+"""Rows of numbers: what a step's metrics, or the sums of a validation, become before anybody reads
+them.
 
-  metrics of a step, or sums over batches -> scalars (means over layers, worst layers) and layers: name -> [L]
+  metrics of a step, or sums over batches -> scalars (means over layers, worst layers)
+  and layers: name -> [L]
 
 Letters: B batch, S sequence, E experts, K experts per token, L MoE layers, R tasks.
 """
@@ -20,97 +22,116 @@ ValidationSums = Mapping[str, object]
 
 
 class Row(NamedTuple):
-  """Scalars by name, and of each MoE layer, first to last, what the scalars are means and worsts of."""
+  """Scalars by name, and what the scalars are means and worsts of: each MoE layer's, in order."""
 
   scalars: dict[str, float]
   layers: dict[str, list[float]]
 
 
-def of_layers(layers: Mapping[str, np.ndarray], prefix: str = '') -> Row:
-  """name -> [L] as means, NAME_worst and lists. Lists keep six digits; who needs the bits has the means."""
+def layer_row(layers: Mapping[str, np.ndarray], prefix: str = '') -> Row:
+  """name -> [L] as a row: the mean and NAME_worst as scalars, and lists.
+
+  Lists keep six digits; who needs the bits has the means.
+  """
   scalars = {f'{prefix}{name}': float(value) for name, value in over_layers(layers).items()}
-  return Row(
-    scalars, {name: [float(f'{x:.6g}') for x in values] for name, values in layers.items()}
-  )
+  lists = {}
+  for name, values in layers.items():
+    lists[name] = [float(f'{x:.6g}') for x in values]
+  return Row(scalars, lists)
 
 
 def perplexity(nats: float) -> float:
   """exp of the mean cross entropy: how many tokens were as likely as each other to the model."""
+  # Beyond it a float overflows, and Python's exp is an error.
   return math.exp(min(nats, 700.0))
 
 
 def training_row(metrics: Mapping[str, object], bytes_per_token: float) -> Row:
-  """Of one step's metrics, read from the devices. `load` is left out: it is a list for every layer."""
+  """The row of one step, from its metrics as read from the devices.
+
+  `load` is left out: it is a list for every layer.
+  """
   scalars = {
     name: float(value) for name, value in metrics.items() if name not in ('load', 'layers')
   }
   nats = scalars['nll']
-  scalars |= {
-    'bits_per_byte': nats * BITS_PER_NAT / bytes_per_token,
-    'perplexity': perplexity(nats),
-  }
-  means, layers = of_layers(metrics['layers'])
+  scalars['bits_per_byte'] = nats * BITS_PER_NAT / bytes_per_token
+  scalars['perplexity'] = perplexity(nats)
+  means, layers = layer_row(metrics['layers'])
   return Row(scalars | means, layers)
 
 
 def add_sums(sums: ValidationSums | None, batch: ValidationSums) -> ValidationSums:
-  """A batch of a validation added to the ones before it, in float64: counts are exact. Ratios are taken at the end."""
+  """A batch of a validation added to the ones before it; None: it is the first.
+
+  In float64, so that counts are exact. Ratios are taken at the end.
+  """
+  # Float32 counts are exact up to 2^24 only.
   batch = jax.tree.map(lambda a: np.asarray(a, np.float64), batch)
   if sums is None:
     return batch
+  total = {name: sums[name] + batch[name] for name in batch if name != 'stats'}
+  return total | {'stats': add(sums['stats'], batch['stats'])}
+
+
+def loss_scalars(
+  suffix: str, nll: float, seen: float, text_tokens: int, text_bytes: int
+) -> dict[str, float]:
+  """The losses of a validation: nats a token, and bits a byte of the text.
+
+  Args:
+    suffix: of their names, '' or /TASK.
+    nll: sum in nats over the tokens seen.
+    seen: tokens that were predicted.
+    text_tokens, text_bytes: the size of the whole held-out text.
+  """
+  nats = float(nll) / float(seen) if seen else math.nan
+  # By the tokens that a byte of the whole text makes: a validation may have read a part of it.
   return {
-    name: add(sums[name], batch[name]) if name == 'stats' else sums[name] + batch[name]
-    for name in batch
+    f'eval/lm_loss{suffix}': nats,
+    f'eval/perplexity{suffix}': perplexity(nats),
+    f'eval/bits_per_byte{suffix}': nats * BITS_PER_NAT * text_tokens / text_bytes,
   }
 
 
 def validation_row(
   sums: ValidationSums, top_k: int, data: Data, more: Mapping[str, np.ndarray]
 ) -> Row:
-  """Of batches `added`. All names begin with eval/; of several tasks there are NAME/TASK, too.
+  """The row of a validation. All names begin with eval/; of several tasks there are NAME/TASK, too.
 
-  Statistics are of the whole held-out text, so that max_vio is the global one. more: further name -> [L].
+  Statistics are of the whole held-out text, so that max_vio is the global one.
+
+  Args:
+    sums: over its batches, see `add_sums`.
+    more: further name -> [L].
   """
-  losses = {
-    '': (
-      sums['task_nll'].sum(),
-      sums['task_tokens'].sum(),
-      data.validation_tokens,
-      data.validation_bytes,
-    )
-  }
+  nll, seen = sums['task_nll'], sums['task_tokens']
+  text = data.validation_tokens, data.validation_bytes
+  scalars = loss_scalars('', nll.sum(), seen.sum(), *text)
   if len(data.tasks) > 1:
-    losses |= {
-      f'/{task}': (nll, tokens, size.validation_tokens, size.validation_bytes)
-      for task, nll, tokens, size in zip(
-        data.tasks, sums['task_nll'], sums['task_tokens'], data.sizes, strict=True
-      )
-    }
-  scalars = {}
-  for task, (nll, seen, tokens, size) in losses.items():
-    nats = float(nll) / float(seen) if seen else math.nan
-    scalars |= {
-      f'eval/lm_loss{task}': nats,
-      f'eval/perplexity{task}': perplexity(nats),
-      f'eval/bits_per_byte{task}': nats * BITS_PER_NAT * tokens / size,
-    }
-  layers = layer_statistics(sums['load'], top_k) | token_statistics(sums['stats']) | dict(more)
-  means, layers = of_layers(layers, 'eval/')
+    for task, task_nll, task_seen, size in zip(data.tasks, nll, seen, data.sizes, strict=True):
+      text = size.validation_tokens, size.validation_bytes
+      scalars |= loss_scalars(f'/{task}', task_nll, task_seen, *text)
+  statistics = layer_statistics(sums['load'], top_k) | token_statistics(sums['stats']) | dict(more)
+  means, layers = layer_row(statistics, 'eval/')
   return Row(scalars | means, layers)
 
 
 def progress_text(
   step: int, steps: int, row: Mapping[str, float], seconds_left: float, columns: int
 ) -> str:
-  """The line that a person reads, without what is least missed where it is longer than `columns`; 0: all of it."""
-  balance = [
-    f'  {name.removeprefix("balance/")} {value:.3f}'
-    for name, value in sorted(row.items())
-    if name.startswith('balance/')
-  ]
+  """The line that a person reads, of at most so many columns; 0: all of it.
+
+  Where it is too long it goes without what is least missed: first words, then balance losses.
+  """
+  balance = []
+  for name, value in sorted(row.items()):
+    if name.startswith('balance/'):
+      balance.append(f'  {name.removeprefix("balance/")} {value:.3f}')
   noise, left = f' (noise {row["noise_floor"]:.2f})', ' left'
+  width = len(str(steps))
   parts = [
-    f'step {step:>{len(str(steps))}}/{steps}  loss {row["lm_loss"]:.3f}  bpb {row["bits_per_byte"]:.3f}',
+    f'step {step:>{width}}/{steps}  loss {row["lm_loss"]:.3f}  bpb {row["bits_per_byte"]:.3f}',
     *balance,
     f'  MaxVio {row["max_vio"]:.2f}',
     noise,
@@ -118,9 +139,10 @@ def progress_text(
     f'  {clock(seconds_left)}',
     left,
   ]
-  for missed in (left, *balance[::-1], noise):
+  # In the order in which they go, the least missed first.
+  for least_missed in (left, *balance[::-1], noise):
     if columns and len(''.join(parts)) > columns:
-      parts.remove(missed)
+      parts.remove(least_missed)
   return ''.join(parts)
 
 

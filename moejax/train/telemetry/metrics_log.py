@@ -1,7 +1,4 @@
-"""Where what a run measures goes: metrics.jsonl, TensorBoard, pictures of the load; and what its devices could do.
-
-Letters: E experts.
-"""
+"""metrics.jsonl and load.jsonl: a JSON object a line, cut back where a run goes on."""
 
 import json
 import math
@@ -19,32 +16,37 @@ from moejax.runtime.files import write_whole
 class MetricsLog:
   """A file of JSON objects, one a line, each with a `step`; see `as_json`.
 
-  Opened at the step that a run goes on from. Lines of later steps, which the run will write again, are cut
-  away, and so is what is no line: the one that a killed process was writing.
+  Opened at the step that a run goes on from. Lines of later steps, which the run will write again,
+  are cut away, and so is what is no line: the one that a killed process was writing.
   """
 
   def __init__(self, path: str | os.PathLike, step: int) -> None:
     self._path = Path(path)
     lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
-    stay = [line for line in lines if line.endswith(b'\n') and _step(line) <= step]
-    if stay != lines:
-      write_whole(self._path, b''.join(stay))
+    earlier = [line for line in lines if line.endswith(b'\n') and _step(line) <= step]
+    # Replaced as a whole and never cut in place: killed here, the file is the old one or the new.
+    if earlier != lines:
+      write_whole(self._path, b''.join(earlier))
     self._file = AppendLog(self._path)
 
   def write(self, row: Mapping[str, object]) -> None:
-    """When it returns the line has left the process: no kill takes it back. On a full disk it is lost."""
+    """Adds a line. When it returns the line has left the process: no kill takes it back.
+
+    On a full disk the line is lost.
+    """
     self._file.write(as_json(row).encode() + b'\n')
 
   def rows(self) -> list[dict[str, object]]:
-    """All lines, of earlier processes too."""
+    """The rows of all lines, those of earlier processes too."""
     return [json.loads(line) for line in self._path.read_text(encoding='utf-8').splitlines()]
 
   def close(self) -> None:
-    """Nothing is left to be written."""
+    """Closes the file; every line is in it already."""
     self._file.close()
 
 
 def _step(line: bytes) -> float:
+  # inf, later than any step, of what is no row.
   try:
     return json.loads(line)['step']
   except (ValueError, KeyError, TypeError):
@@ -52,7 +54,7 @@ def _step(line: bytes) -> float:
 
 
 def as_json(value: object, indent: int | None = None) -> str:
-  """NaN and infinities are null: JSON has none. Arrays are lists."""
+  """The value as JSON. NaN and infinities are null: JSON has none. Arrays are lists."""
   return json.dumps(_finite(value), allow_nan=False, indent=indent)
 
 

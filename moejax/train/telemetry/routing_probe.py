@@ -1,4 +1,5 @@
-"""Do routers still change their minds? The experts of one fixed batch of held-out text, and how far two such agree.
+"""Do routers still change their minds? The experts of one fixed batch of held-out text, and how far
+two such probes agree.
 
 Letters: B batch, S sequence, E experts, K experts per token, L MoE layers, T tokens of the probe.
 """
@@ -15,73 +16,102 @@ from jax import Array
 from moejax.runtime.append_log import warn_once
 from moejax.runtime.files import whole_file
 
-TOKENS = (
-  4096  # of the batch's first rows, one row at least: of a large run a batch would fill the disk
-)
-NOBODY = 2**16 - 1  # in place of an expert
-
-
-def compact(expert_ids: Array, mask: Array, num_experts: int) -> Array:
-  """[L, B, S, K] as a model gave them, and [B, S], tokens that count -> the probe [L, T, K] u16."""
-  rows = max(1, TOKENS // mask.shape[1])
-  ids = expert_ids[:, :rows]
-  ids = jnp.where(mask[:rows, :, None] & (ids < num_experts), ids, NOBODY)
-  return ids.reshape(len(ids), -1, ids.shape[-1]).astype(jnp.uint16)
-
-
-def agreement(probe: np.ndarray, other: np.ndarray) -> np.ndarray:
-  """Of the probe's copies, the share whose expert is one of the same token's experts in the other. [L, T, K] -> [L]."""
-  experts = 1 + int(max(np.max(ids, where=ids != NOBODY, initial=0) for ids in (probe, other)))
-  shares = []
-  for ids, others in zip(np.minimum(probe, experts), np.minimum(other, experts), strict=True):
-    among = np.zeros(
-      (len(others), experts + 1), bool
-    )  # NOBODY is now the column after the last expert
-    np.put_along_axis(among, others.astype(int), True, axis=1)
-    among[:, experts] = False
-    copies = (ids < experts).sum()
-    shares.append(
-      np.take_along_axis(among, ids.astype(int), axis=1).sum() / copies if copies else 1.0
-    )
-  return np.array(shares)
-
+# Of the batch's first rows, one row at least: of a large run a batch would fill the disk.
+TOKENS = 4096
+UNASSIGNED = 2**16 - 1  # in place of an expert: a copy of padding, or one that no expert took
 
 log = logging.getLogger(__name__)
 
 
+def make_probe(expert_ids: Array, mask: Array, num_experts: int) -> Array:
+  """The probe of one batch. [L, T, K] u16, UNASSIGNED where a copy has no expert.
+
+  Args:
+    expert_ids: [L, B, S, K], as a model gave them; an id of E is no expert.
+    mask: [B, S] bool, the tokens that count.
+  """
+  rows = max(1, TOKENS // mask.shape[1])
+  ids = expert_ids[:, :rows]
+  ids = jnp.where(mask[:rows, :, None] & (ids < num_experts), ids, UNASSIGNED)
+  return ids.reshape(len(ids), -1, ids.shape[-1]).astype(jnp.uint16)
+
+
+def agreement(probe: np.ndarray, other: np.ndarray) -> np.ndarray:
+  """The share of the probe's copies whose expert the same token also has in the other.
+
+  Neither the order of a token's experts counts, nor copies without an expert; 1 where no copy has
+  one. [L, T, K] u16 each -> [L].
+  """
+  layers = zip(probe, other, strict=True)
+  return np.array([layer_agreement(ids, others) for ids, others in layers])
+
+
+def layer_agreement(ids: np.ndarray, others: np.ndarray) -> float:
+  """The same for one layer. [T, K] u16 each."""
+  experts = 1 + max(largest_expert(ids), largest_expert(others))
+  # UNASSIGNED becomes the column after the last expert, which is never among a token's experts.
+  ids, others = np.minimum(ids, experts).astype(int), np.minimum(others, experts).astype(int)
+  is_expert_of = np.zeros((len(others), experts + 1), bool)
+  np.put_along_axis(is_expert_of, others, True, axis=1)
+  is_expert_of[:, experts] = False
+  copies = (ids < experts).sum()
+  agreeing = np.take_along_axis(is_expert_of, ids, axis=1).sum()
+  return agreeing / copies if copies else 1.0
+
+
+def largest_expert(ids: np.ndarray) -> int:
+  """The largest expert id; 0 where no copy has an expert."""
+  return int(np.max(ids, where=ids != UNASSIGNED, initial=0))
+
+
 class Probes:
-  """One file a validation, DIRECTORY/STEP.npz. Opened at the step that a run goes on from: later ones are deleted, and
-  those that cannot be read."""
+  """The probes of a run, one file a validation: DIRECTORY/STEP.npz.
+
+  Opened at the step that a run goes on from: later ones are deleted, and so are those that cannot
+  be read.
+  """
 
   def __init__(self, directory: str | os.PathLike, step: int) -> None:
     self._directory = pathlib.Path(directory)
     self._directory.mkdir(parents=True, exist_ok=True)
-    for path in [
-      *self._directory.glob('*.tmp'),
-      *(self._path(later) for later in self.steps() if later > step),
-    ]:
-      path.unlink()
-    for damaged in [earlier for earlier in self.steps() if not self._is_whole(earlier)]:
-      log.warning(
-        '%s is damaged: deleted, and what it told of this step is lost', self._path(damaged)
-      )
-      self._path(damaged).unlink()
+    # What a killed process was writing.
+    for unfinished in self._directory.glob('*.tmp'):
+      unfinished.unlink()
+    for recorded in self.steps():
+      if recorded > step:
+        self._path(recorded).unlink()
+      elif not self._is_whole(recorded):
+        path = self._path(recorded)
+        log.warning('%s is damaged: deleted, and what it told of this step is lost', path)
+        path.unlink()
 
   def steps(self) -> list[int]:
-    """Of which there is a probe, oldest first."""
+    """The steps of which there is a probe, oldest first."""
     return sorted(int(path.stem) for path in self._directory.glob('*.npz') if path.stem.isdecimal())
 
   def record(self, step: int, probe: np.ndarray) -> dict[str, np.ndarray]:
-    """Keeps a probe [L, T, K]. -> churn [L], the share of copies whose expert the token did not have in the probe
-    before this one, as a dict; the first probe has none."""
+    """Writes a probe [L, T, K], and compares it with the one before.
+
+    Returns:
+      churn: [L], the share of copies whose expert the token did not have in the probe before this
+      one; the first probe has none, and the dict is empty.
+    """
     with warn_once(self._directory), whole_file(self._path(step)) as file:
       np.savez_compressed(file, expert_ids=probe)
     before = [earlier for earlier in self.steps() if earlier < step]
-    return {'churn': 1 - agreement(probe, self._read(before[-1]))} if before else {}
+    if not before:
+      return {}
+    return {'churn': 1 - agreement(probe, self._read(before[-1]))}
 
   def saturation(self) -> dict[int, np.ndarray]:
-    """Of each probe but the last, the share of copies that already went where the last one's go. step -> [L]."""
-    *earlier, last = self.steps() or [0]
+    """How far routing already was where it ended, at each probe but the last.
+
+    It is the share of that probe's copies that went where the last one's go. step -> [L].
+    """
+    steps = self.steps()
+    if not steps:
+      return {}
+    *earlier, last = steps
     return {step: agreement(self._read(step), self._read(last)) for step in earlier}
 
   def _path(self, step: int) -> pathlib.Path:

@@ -1,4 +1,4 @@
-"""Event files for TensorBoard, written by its own protos."""
+"""Event files for TensorBoard, written with its own protos."""
 
 import os
 import socket
@@ -14,66 +14,68 @@ from moejax.train.telemetry.load_plots import png
 
 
 class TensorBoard:
-  """Events for TensorBoard by its own protos; its EventFileWriter would import TensorFlow where there is one.
+  """Events for TensorBoard, by its own protos.
 
-  Opened at the step that a run goes on from: TensorBoard forgets what was written of later ones before.
+  Its EventFileWriter would import TensorFlow where there is one. Opened at the step that a run goes
+  on from: TensorBoard forgets what was written of later ones before.
   """
 
   def __init__(self, directory: str | os.PathLike, step: int) -> None:
     Path(directory).mkdir(parents=True, exist_ok=True)
-    name = f'events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}'  # read in this order
+    # TensorBoard reads the files of a directory in the order of their names: the time comes first.
+    name = f'events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}'
     self._file = AppendLog(Path(directory) / name)
-    self._events = [
+    # The head of the file, kept until there was room for it. START is what makes TensorBoard forget
+    # later steps.
+    self._head = [
       {'file_version': 'brain.Event:2'},
       {'step': step + 1, 'session_log': {'status': 'START'}},
     ]
 
   def scalars(self, step: int, row: Mapping[str, float]) -> None:
-    """name -> value."""
+    """Writes values by their names."""
     self._write(step, *({'tag': name, 'simple_value': value} for name, value in row.items()))
 
   def text(self, tag: str, text: str, step: int) -> None:
-    """Shown as it is, and not as the Markdown that TensorBoard would take it for."""
+    """Writes a text, shown as it is, and not as the Markdown that TensorBoard would take it for."""
+    # Indented by four, a line is code.
     code = ''.join(f'    {line}\n' for line in text.split('\n'))
-    self._write(
-      step,
-      {
-        'tag': tag,
-        'metadata': {'plugin_data': {'plugin_name': 'text'}},
-        'tensor': {'dtype': 'DT_STRING', 'string_val': [code.encode()]},
-      },
-    )
+    value = {
+      'tag': tag,
+      'metadata': {'plugin_data': {'plugin_name': 'text'}},
+      'tensor': {'dtype': 'DT_STRING', 'string_val': [code.encode()]},
+    }
+    self._write(step, value)
 
   def image(self, tag: str, image: np.ndarray, step: int) -> None:
-    """[height, width, 3] u8."""
+    """Writes a picture, [height, width, 3] u8."""
     height, width, _ = image.shape
-    self._write(
-      step,
-      {
-        'tag': tag,
-        'image': {
-          'height': height,
-          'width': width,
-          'colorspace': 3,
-          'encoded_image_string': png(image),
-        },
-      },
-    )
+    picture = {
+      'height': height,
+      'width': width,
+      'colorspace': 3,  # RGB
+      'encoded_image_string': png(image),
+    }
+    self._write(step, {'tag': tag, 'image': picture})
 
   def close(self) -> None:
-    """Everything written is in the file before, too."""
+    """Closes the file; every event is in it already."""
     self._file.close()
 
   def _write(self, step: int, *values: Mapping[str, object]) -> None:
-    # Here, since the imports take a quarter of a second: by now the devices are at work on the next step.
+    # Here, since the imports take a quarter of a second: by now the devices are at work on the next
+    # step.
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
     records = b''
-    for event in [*self._events, {'step': step, 'summary': {'value': values}}]:
+    for event in [*self._head, {'step': step, 'summary': {'value': values}}]:
       data = Event(wall_time=time.time(), **event).SerializeToString()
+      # A TFRecord: the size, its checksum, the data, its checksum.
       size = struct.pack('<Q', len(data))
-      sums = [struct.pack('<I', masked_crc32c(part)) for part in (size, data)]
-      records += size + sums[0] + data + sums[1]
+      size_sum = struct.pack('<I', masked_crc32c(size))
+      data_sum = struct.pack('<I', masked_crc32c(data))
+      records += size + size_sum + data + data_sum
+    # In one piece, so that a file never ends within a record.
     if self._file.write(records):
-      self._events = []
+      self._head = []

@@ -1,7 +1,7 @@
-"""The combined loss: tasks, schedules, multi-token prediction; sets that span micro-batches; interference."""
+"""The combined loss: tasks, schedules, multi-token prediction; what padding and packing leave as
+it is."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,31 +13,29 @@ from moejax.data.batch import IGNORE, Batch
 from moejax.data.sources import DataConfig
 from moejax.model.cross_entropy import LossConfig
 from moejax.train.experiment.config import ExperimentConfig
-from moejax.train.step.gradient_accumulation import f_gap, gradients
-from moejax.train.step.gradient_interference import interference, only
 from moejax.train.step.objective import coefficients, lm_terms, targets_ahead, token_weights
-from moejax.train.step.train_step import task_losses, task_tokens, train_step
+from moejax.train.step.train_step import task_losses, task_tokens
 from tests.support import oracle
-from tests.train.step.test_train_step import (
+from tests.train.step.step_cases import (
   CONFIG,
   LENGTH,
-  QUICK,
   ROWS,
   VOCAB,
+  assert_same,
   differentiate,
+  features,
   flat,
   make_batch,
   replace,
+  result,
   start,
 )
 
 TASKS = DataConfig(source='mixture', mixture=frozendict(code='0.7 stdlib', prose='0.3 synthetic'))
 D, DEPTHS = 4, 2
 KEYS = jax.random.split(jax.random.key(0), DEPTHS + 2)
-HEAD, HIDDEN = (
-  jax.random.normal(KEYS[0], (D, VOCAB)),
-  [jax.random.normal(k, (ROWS, LENGTH, D)) for k in KEYS[1:]],
-)
+HEAD = jax.random.normal(KEYS[0], (D, VOCAB))
+HIDDEN = [jax.random.normal(k, (ROWS, LENGTH, D)) for k in KEYS[1:]]
 
 
 def tasked(**weights: float) -> ExperimentConfig:
@@ -62,7 +60,8 @@ def terms_of(
 
 
 def by_hand(depth: int, batch: Batch, weights: tuple[float, float]) -> tuple[float, float]:
-  """Weighted mean over tokens of the nll and of logsumexp^2, of a target `depth` tokens on in the same document."""
+  """Weighted mean over tokens of the nll and of logsumexp^2, of a target `depth` tokens on in the
+  same document."""
   logits = np.asarray(HIDDEN[depth], np.float64) @ np.asarray(HEAD, np.float64)
   targets, segments, tasks = (
     np.asarray(a) for a in (batch.targets, batch.segment_ids, batch.task_ids)
@@ -139,94 +138,58 @@ def test_weights_of_unknown_tasks_and_bad_numbers_are_refused() -> None:
     LossConfig(z_coef='x')
 
 
-def test_the_gap_of_f_is_0_for_the_truth_and_2_minus_2_over_e_for_all_to_one() -> None:
-  even, one = jnp.full((1, 1, 4), 3.0), jnp.eye(4)[:1][None]
-  assert f_gap(5 * even, even) == 0
-  np.testing.assert_allclose(f_gap(one, even), 2 - 2 / 4)
-
-
-def accumulating(mode: str) -> ExperimentConfig:
-  balance = dataclasses.replace(
-    CONFIG.balance,
-    losses=frozendict(global_batch='1', ep_group='1'),
-    ep_groups=2,
-    accumulation=mode,
+@features
+def test_padding_rows_and_columns_change_nothing(cfg: ExperimentConfig) -> None:
+  batch = make_batch()
+  wide = Batch(
+    *(
+      jnp.pad(a, ((0, 0), (0, 5)), constant_values=fill)
+      for a, fill in zip(batch[:5], (7, IGNORE, False, 0, 0))
+    ),
+    batch.task_ids,
   )
-  return replace(CONFIG, micro_batches=4, balance=balance)
+  state = start(cfg)
+  with_padding = differentiate(cfg)(state, wide)
+  assert_same(result(cfg), (flat(with_padding[0]), jax.device_get(with_padding[1])))
 
 
-def reordered(batch: Batch) -> Batch:
-  """The micro-batches of four, the last first; the rows of each expert-parallel group of two stay together."""
-  return jax.tree.map(
-    lambda a: a.reshape(4, -1, *a.shape[1:])[jnp.array([1, 0, 3, 2])].reshape(a.shape), batch
+@features
+def test_packing_documents_changes_nothing(cfg: ExperimentConfig) -> None:
+  """A row of two documents, and the same two in rows of their own: one mean over documents, one
+  over tokens."""
+  cfg = replace(
+    cfg, batch_size=2, balance=dataclasses.replace(CONFIG.balance, losses=frozendict(sequence=0.1))
   )
+  tokens = np.arange(1, 13)
+  first, second = 5, 7
 
-
-@pytest.mark.slow
-def test_exact_and_lagged_do_not_know_the_order_of_micro_batches_and_buffer_does() -> None:
-  found = {}
-  for mode in ('exact', 'lagged', 'buffer'):
-    cfg = accumulating(mode)
-    step = jax.jit(functools.partial(gradients, cfg=cfg), compiler_options=QUICK)
-    state = start(cfg)
-    if mode == 'lagged':  # the counts of some other step
-      state = state._replace(
-        lagged={
-          name: a + 1.0 + jnp.arange(a.size).reshape(a.shape) % 5
-          for name, a in state.lagged.items()
-        }
-      )
-    found[mode] = [step(state, batch) for batch in (make_batch(), reordered(make_batch()))]
-  largest = np.abs(flat(found['exact'][0].grads)).max()
-  apart = {
-    mode: np.abs(flat(a.grads) - flat(b.grads)).max() / largest for mode, (a, b) in found.items()
-  }
-  assert apart['exact'] < 1e-6 and apart['lagged'] < 1e-6 and apart['buffer'] > 1e-4, apart
-  for name in ('global_batch', 'ep_group'):
-    gaps = {mode: float(results[0].gaps[name]) for mode, results in found.items()}
-    assert gaps['exact'] == 0 and 0.01 < gaps['buffer'] and 0.01 < gaps['lagged'], gaps
-    np.testing.assert_array_equal(found['lagged'][0].seen[name], found['exact'][0].seen[name])
-
-
-@pytest.mark.slow
-def test_lagged_uses_the_counts_of_the_step_before_and_starts_without_any() -> None:
-  cfg = accumulating('lagged')
-  run = jax.jit(functools.partial(train_step, cfg=cfg), compiler_options=QUICK)
-  state, metrics = run(start(cfg), make_batch())
-  for name in ('global_batch', 'ep_group'):  # f = 1 for all: P sums to 1, and nothing pulls
-    np.testing.assert_allclose(metrics[f'balance/{name}'], 1, rtol=1e-5)
-  assert state.lagged['global_batch'].shape == (1, 2, 4) and state.lagged['ep_group'].shape == (
-    2,
-    2,
-    4,
-  )
-  np.testing.assert_array_equal(state.lagged['ep_group'].sum(0), state.lagged['global_batch'][0])
-  _, metrics = run(state, make_batch())
-  assert abs(float(metrics['balance/global_batch']) - 1) > 1e-3
-
-
-@pytest.mark.slow
-def test_interference_is_of_the_gradients_of_the_objective() -> None:
-  """Against the gradient of the step with and without balance losses; one config's schedules switch them off."""
-  losses = {name: f'{CONFIG.balance.losses[name]}, 0@50%' for name in CONFIG.balance.active()}
-  cfg = replace(CONFIG, balance=dataclasses.replace(CONFIG.balance, losses=frozendict(losses)))
-  batch, step = make_batch(), differentiate(cfg)
-  whole, lm = (step(start(cfg)._replace(step=jnp.int32(n)), batch).grads for n in (0, 10))
-  found = jax.jit(functools.partial(interference, cfg=cfg), compiler_options=QUICK)(
-    start(cfg), batch
-  )
-  for place, is_router in (('router', True), ('trunk', False)):
-    ours, theirs = (
-      np.concatenate([np.ravel(v) for v in only(g, is_router).values()]) for g in (whole, lm)
+  def row(*documents: np.ndarray) -> list[np.ndarray]:
+    pad = LENGTH - sum(map(len, documents))
+    columns = (
+      np.concatenate([*documents, np.full(pad, 3)]),
+      np.concatenate([*(np.roll(d, -1) for d in documents), np.full(pad, IGNORE)]),
+      np.concatenate([*(np.full(len(d), i + 1) for i, d in enumerate(documents)), np.zeros(pad)]),
+      np.concatenate([*(np.arange(len(d)) for d in documents), np.zeros(pad)]),
     )
-    pull = ours - theirs
-    np.testing.assert_allclose(
-      found[f'{place}_ratio'], np.linalg.norm(pull) / np.linalg.norm(theirs), rtol=1e-4
+    return [c.astype(np.int32) for c in columns]
+
+  def batch(*rows: list[np.ndarray]) -> Batch:
+    tokens, targets, segments, positions = (jnp.stack(column) for column in zip(*rows))
+    return Batch(
+      tokens, targets, targets != IGNORE, segments, positions, jnp.zeros(len(rows), jnp.int32)
     )
-    np.testing.assert_allclose(
-      found[f'{place}_cosine'],
-      pull @ theirs / np.linalg.norm(pull) / np.linalg.norm(theirs),
-      rtol=2e-3,
-      atol=1e-4,
-    )
-  assert len(only(whole, True)) == 1
+
+  state = start(cfg)
+  packed = batch(row(tokens[:first], tokens[first:]), row())
+  apart = batch(row(tokens[:first]), row(tokens[first : first + second]))
+  results = [differentiate(cfg)(state, b) for b in (packed, apart)]
+  assert_same(*((flat(r.grads), jax.device_get(r.sums)) for r in results))
+
+
+def test_the_loss_logged_is_the_loss_differentiated() -> None:
+  _, sums = result(CONFIG)
+  losses = CONFIG.balance.losses
+  total = sums.terms['lm_loss'] + sum(
+    float(losses[name]) * sums.terms[f'balance/{name}'] for name in CONFIG.balance.active()
+  )
+  np.testing.assert_allclose(sums.loss, total, rtol=1e-6)

@@ -1,4 +1,5 @@
-"""Stability: noise is measured, spikes are found once, and neither a bad step nor a resume changes the story."""
+"""Stability: noise is measured, spikes are found once, and neither a bad step nor a resume changes
+the story."""
 
 import functools
 import math
@@ -44,10 +45,8 @@ def story(
   """Runs of 200 steps, so that there is one program; what is left over is a skipped step."""
   n, size = len(losses), 200
   assert n <= size
-  norms, skipped = (
-    np.ones(n) if norms is None else norms,
-    np.zeros(n, bool) if skipped is None else skipped,
-  )
+  norms = np.ones(n) if norms is None else norms
+  skipped = np.zeros(n, bool) if skipped is None else skipped
 
   def room(a: list) -> np.ndarray:
     return np.asarray([*a, *np.zeros(size - n)], np.float32)
@@ -96,15 +95,9 @@ def test_it_is_its_formula() -> None:
 def test_stability_is_the_noise_and_not_the_fall() -> None:
   rng = np.random.default_rng(1)
   quiet, loud = (4 - 0.01 * np.arange(200) + noise * rng.normal(size=200) for noise in (0.03, 0.5))
-  assert (
-    0.015
-    < story(quiet)[1]['stability'][-1]
-    < 0.06
-    < 0.1
-    < 0.3
-    < story(loud)[1]['stability'][-1]
-    < 0.8
-  )
+  # A stable run has below 0.1.
+  assert 0.015 < story(quiet)[1]['stability'][-1] < 0.06
+  assert 0.3 < story(loud)[1]['stability'][-1] < 0.8
 
 
 def test_a_spike_is_counted_once_and_hides_no_later_one() -> None:
@@ -114,10 +107,8 @@ def test_a_spike_is_counted_once_and_hides_no_later_one() -> None:
   losses = 3 + 0.01 * rng.normal(size=200)
   losses[100] += 2
   _, found = story(losses, norms)
-  assert (
-    np.flatnonzero(found['grad_norm_spike']).tolist() == [60, 65]
-    and found['grad_norm_spikes'][-1] == 2
-  )
+  assert np.flatnonzero(found['grad_norm_spike']).tolist() == [60, 65]
+  assert found['grad_norm_spikes'][-1] == 2
   assert np.flatnonzero(found['loss_spike']).tolist() == [100] and found['loss_spikes'][-1] == 1
 
 
@@ -134,31 +125,26 @@ def test_a_skipped_step_changes_nothing(bad: float) -> None:
   losses, norms = falling(60), 1 + 0.1 * np.random.default_rng(3).normal(size=60)
   want, clean = story(losses, norms)
   where = [0, 5, 30, 60]
-  dirty = (
-    np.insert(losses, where, [bad, 3.0, bad, bad]),
-    np.insert(norms, where, [1.0, bad, bad, 1.0]),
-  )
-  skipped = np.insert(
-    np.zeros(60, bool), where, [True, True, True, False]
-  )  # the last: not finite, and not told so
-  end, found = story(*dirty, skipped)
+  dirty_losses = np.insert(losses, where, [bad, 3.0, bad, bad])
+  dirty_norms = np.insert(norms, where, [1.0, bad, bad, 1.0])
+  # The last is not finite, and not told so.
+  skipped = np.insert(np.zeros(60, bool), where, [True, True, True, False])
+  end, found = story(dirty_losses, dirty_norms, skipped)
   jax.tree.map(np.testing.assert_array_equal, end, want)
   good = np.delete(np.arange(64), [0, 6, 32, 63])
   for name in NAMES:
     np.testing.assert_array_equal(found[name][good], clean[name], err_msg=name)
     assert np.isfinite(found[name]).all(), name
-  step, metrics = one(
-    want, np.float32(99.0), np.float32(99.0), np.True_
-  )  # finite, and skipped all the same
+  # Finite, and skipped all the same.
+  step, metrics = one(want, np.float32(99.0), np.float32(99.0), np.True_)
   jax.tree.map(np.testing.assert_array_equal, step, want)
   assert metrics['loss_spike'] == 0
 
 
 def test_numbers_whose_squares_are_not_finite() -> None:
   end, found = story([3e38, -3e38, *[1.0] * 60, 3e38, *[1.0] * 60], [3e38] * 123)
-  assert all(np.isfinite(leaf).all() for leaf in end) and all(
-    np.isfinite(v).all() for v in found.values()
-  )
+  assert all(np.isfinite(leaf).all() for leaf in end)
+  assert all(np.isfinite(value).all() for value in found.values())
 
 
 def test_going_on_is_the_same_as_not_stopping() -> None:
@@ -182,7 +168,8 @@ def test_noise_alone_seldom_makes_a_spike() -> None:
 
 @pytest.mark.parametrize('jump', [10, 60, 500])
 def test_the_limit_rises_until_a_level_that_stays_is_none(jump: float) -> None:
-  """As with optim.skip_spikes, where such steps are left out: within ten, if the level is not out of this world."""
+  """As with optim.skip_spikes, where such steps are left out: within ten, unless the level is far
+  beyond all before."""
   rng = np.random.default_rng(5)
   noise = rng.normal(size=100)
   state, _ = story(3 + 0.1 * noise)

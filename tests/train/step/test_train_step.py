@@ -1,252 +1,37 @@
-"""One optimiser step: how the batch is cut, sharded, padded, packed or recomputed changes nothing."""
+"""One optimiser step: what a mesh, recomputing and unrolling leave as it is, what a bad step
+changes, and how the router bias moves."""
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
 
-from moejax.certify.tiny_model import LENGTH, ROWS, VOCAB
-from moejax.certify.tiny_model import batch as make_batch
-from moejax.config import frozendict
-from moejax.data.batch import IGNORE, Batch
-from moejax.model.config import AttentionConfig, LatentConfig, ModelConfig
-from moejax.model.cross_entropy import LossConfig
-from moejax.model.rope import RopeConfig, YarnConfig
-from moejax.model.transformer import Transformer
-from moejax.moe.balance.config import BalanceConfig
-from moejax.moe.balance.losses import BALANCE_LOSSES
 from moejax.moe.bias import BIAS_RULES
 from moejax.moe.dispatch.dispatchers import DispatchConfig
-from moejax.moe.layer import MoEConfig
-from moejax.moe.routing import SCORE_FNS, RouterConfig
-from moejax.moe.statistics import token_statistics
 from moejax.runtime import faults
-from moejax.sharding.logical_axes import spec
-from moejax.sharding.mesh import MeshConfig, make_mesh
-from moejax.sharding.params import shardings
+from moejax.sharding.mesh import MeshConfig
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.step import train_step as step
 from moejax.train.step.gradient_accumulation import gradients
-from moejax.train.step.train_state import TrainState, init_state
 from moejax.train.step.train_step import eval_step, train_step
 from tests.support.quick import QUICK
-
-# Of a gradient's largest entry: sums in another order, float32.
-TOLERANCE = 1e-6
-
-CONFIG = ExperimentConfig(
-  steps=20,
-  batch_size=ROWS,
-  seq_len=LENGTH,
-  model=ModelConfig(
-    vocab_size=VOCAB,
-    d_model=16,
-    num_layers=2,
-    attention=AttentionConfig(num_heads=2, num_kv_heads=2, d_head=8),
-    # The dispatcher that compiles fastest; the others are compared with it.
-    moe=MoEConfig(
-      router=RouterConfig(num_experts=4, top_k=2),
-      dispatch=DispatchConfig('dense_matmul'),
-      d_expert=8,
-      num_shared=1,
-    ),
-  ),
-  balance=BalanceConfig(
-    losses=frozendict(sequence=0.1, ep_group=0.2, global_batch=0.3, router_z=0.01),
-    bias_rule='sign',
-    ep_groups=4,
-  ),
-)
-
-
-def replace(cfg: ExperimentConfig, **changes: object) -> ExperimentConfig:
-  """Fields of the model by their names, of the root otherwise."""
-  model = {k: v for k, v in changes.items() if k in ModelConfig.__dataclass_fields__}
-  root = {k: v for k, v in changes.items() if k not in model}
-  return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **model), **root)
-
-
-def with_moe(cfg: ExperimentConfig, **changes: object) -> ExperimentConfig:
-  return replace(cfg, moe=dataclasses.replace(cfg.model.moe, **changes))
-
-
-# What else families are made of, in two: each goes through all that must change nothing.
-LATENT = replace(
+from tests.train.step.step_cases import (
   CONFIG,
-  mtp_depth=2,
-  sandwich_norm=True,
-  loss=LossConfig(z_coef='0.01', mtp_coef='0.5'),
-  attention=AttentionConfig(
-    2,
-    2,
-    8,
-    RopeConfig(interleaved=True, yarn=YarnConfig(4.0, 8, mscale_all_dim=1.0)),
-    latent=LatentConfig(kv_rank=6, q_rank=10, d_rope=4, d_value=6),
-  ),
-  moe=dataclasses.replace(CONFIG.model.moe, shared_gate=True),
+  FEATURES,
+  LATENT,
+  WINDOWED,
+  assert_same,
+  differentiate,
+  make_batch,
+  replace,
+  result,
+  start,
+  with_moe,
 )
-WINDOWED = replace(
-  CONFIG,
-  attention=AttentionConfig(
-    4,
-    2,
-    8,
-    RopeConfig(fraction=0.5),
-    windows=(3, 0),
-    sinks=True,
-    qkv_bias=True,
-    out_bias=True,
-    qk_norm='head',
-    clip_qkv=1.5,
-  ),
-  moe=dataclasses.replace(
-    CONFIG.model.moe,
-    expert_bias=True,
-    activation='clamped_swiglu',
-    activation_limit=0.5,
-    router=dataclasses.replace(CONFIG.model.moe.router, logit_bias=True),
-  ),
-)
-FEATURES = {'plain': CONFIG, 'latent': LATENT, 'windowed': WINDOWED}
-features = pytest.mark.parametrize(
-  'cfg',
-  [
-    CONFIG,
-    *(pytest.param(FEATURES[name], marks=pytest.mark.slow) for name in ('latent', 'windowed')),
-  ],
-  ids=FEATURES,
-)
-
-
-@functools.cache
-def parameters(cfg: ModelConfig) -> list[jax.Array]:
-  """The numbers of a fresh model; vectors moved from where they start, since 1 and 0 hide what is done with them."""
-  rng = np.random.default_rng(3)
-  made = jax.jit(lambda key: Transformer(key, cfg), compiler_options=QUICK)(jax.random.key(0))
-  return [
-    leaf + (rng.normal(scale=0.1, size=leaf.shape).astype(np.float32) if np.ptp(leaf) == 0 else 0)
-    for leaf in jax.tree.leaves(made)
-  ]
-
-
-def start(cfg: ExperimentConfig) -> TrainState:
-  """A state with routers that choose unevenly, as trained ones do, and a bias that matters."""
-  shapes = jax.eval_shape(functools.partial(init_state, cfg))
-  state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-  # Whatever else the config says of how to compute with them.
-  plain = dataclasses.replace(
-    cfg.model,
-    remat='none',
-    unroll=1,
-    moe=dataclasses.replace(cfg.model.moe, dispatch=CONFIG.model.moe.dispatch),
-  )
-  model = jax.tree.unflatten(jax.tree.structure(shapes.model), parameters(plain))
-  w = model.blocks.moe.router
-  w[...] = 20 * w[...]
-  bias = 0.02 * jnp.arange(state.router.bias.size, dtype=jnp.float32).reshape(
-    state.router.bias.shape
-  )
-  return state._replace(model=model, router=state.router._replace(bias=bias % 0.07))
-
-
-@functools.cache
-def differentiate(cfg: ExperimentConfig):
-  return jax.jit(functools.partial(gradients, cfg=cfg), compiler_options=QUICK)
-
-
-def flat(grads: object) -> np.ndarray:
-  return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])
-
-
-@functools.cache
-def result(
-  cfg: ExperimentConfig, mesh: MeshConfig | None = None, step: int = 0
-) -> tuple[np.ndarray, object]:
-  """(gradient as one vector, sums) of the batch."""
-  state, batch, run = start(cfg)._replace(step=jnp.int32(step)), make_batch(), differentiate(cfg)
-  if mesh is None:
-    grads, sums, *_ = run(state, batch)
-  else:
-    devices = make_mesh(mesh)
-    with jax.set_mesh(devices):
-      state = jax.device_put(state, shardings(state, devices))
-      grads, sums, *_ = run(state, jax.device_put(batch, NamedSharding(devices, spec('batch'))))
-  return flat(grads), jax.device_get(sums)
-
-
-def assert_same(one: tuple, other: tuple) -> None:
-  (grads, sums), (grads2, sums2) = one, other
-  np.testing.assert_allclose(grads2, grads, rtol=0, atol=TOLERANCE * np.abs(grads).max())
-  np.testing.assert_array_equal(sums2.load, sums.load)
-  np.testing.assert_allclose(sums2.loss, sums.loss, rtol=1e-6)
-  for name, value in sums.terms.items():
-    np.testing.assert_allclose(sums2.terms[name], value, rtol=2e-6, err_msg=name)
-  statistics = token_statistics(sums2.stats)
-  for name, value in token_statistics(sums.stats).items():
-    np.testing.assert_allclose(statistics[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
-
-
-@features
-def test_micro_batches_change_nothing(cfg: ExperimentConfig) -> None:
-  assert_same(result(cfg), result(replace(cfg, micro_batches=4)))
-
-
-@pytest.mark.slow
-def test_micro_batch_loss_is_the_one_that_depends_on_the_cut_by_definition() -> None:
-  balance = dataclasses.replace(CONFIG.balance, losses=frozendict(micro_batch=1.0))
-  one, two = (
-    result(replace(CONFIG, micro_batches=n, balance=balance))[1].terms['balance/micro_batch']
-    for n in (1, 2)
-  )
-  assert abs(one - two) > 1e-3
-  halves = dataclasses.replace(balance, losses=frozendict(ep_group=1.0), ep_groups=2)
-  np.testing.assert_allclose(
-    two, result(replace(CONFIG, balance=halves))[1].terms['balance/ep_group'], rtol=1e-6
-  )
-
-
-@pytest.mark.parametrize(
-  'score_fn',
-  [
-    'sigmoid',
-    *(pytest.param(name, marks=pytest.mark.slow) for name in SCORE_FNS if name != 'sigmoid'),
-  ],
-)
-def test_each_balance_gradient_survives_accumulation(score_fn: str) -> None:
-  """Where it fails the router's balance gradient falls with the number of tokens, and the log looks right.
-
-  One after the other holds the whole coefficient, by schedules: one program for all, and for 1 and 4 micro-batches.
-  The router is a noisy one: what is random does not depend on the cut either.
-  """
-  names = sorted(set(BALANCE_LOSSES) - {'micro_batch', 'gshard'})  # of a micro-batch by definition
-  part = 100 // len(names)
-  schedules = {name: f'0, 100@{i * part}%, 0@{(i + 1) * part}%' for i, name in enumerate(names)}
-  balance = dataclasses.replace(
-    CONFIG.balance, losses=frozendict(schedules), bias_rule='', ep_groups=2
-  )
-  router = dataclasses.replace(
-    CONFIG.model.moe.router, score_fn=score_fn, noisy=True, jitter=0.1, expert_dropout=0.25
-  )
-  moe = dataclasses.replace(CONFIG.model.moe, router=router)
-  cfg = replace(CONFIG, balance=balance, steps=100, moe=moe)
-  gradients_of = []
-  for i, name in enumerate(names):
-    one, four = (result(replace(cfg, micro_batches=n), step=i * part) for n in (1, 4))
-    assert_same(one, four)
-    np.testing.assert_allclose(
-      one[1].loss - one[1].terms['lm_loss'], 100 * one[1].terms[f'balance/{name}'], rtol=1e-5
-    )
-    gradients_of.append(one[0])
-  assert all(np.abs(a - b).max() > 0.1 for a, b in itertools.combinations(gradients_of, 2)), (
-    'the same loss twice'
-  )
-
 
 MIXED = MeshConfig(1, fsdp=2, expert=2, tensor=2)
 
@@ -271,62 +56,6 @@ def test_unrolled_layers_change_nothing() -> None:
   assert_same(result(CONFIG), result(replace(CONFIG, unroll=2)))
 
 
-@features
-def test_padding_rows_and_columns_change_nothing(cfg: ExperimentConfig) -> None:
-  batch = make_batch()
-  wide = Batch(
-    *(
-      jnp.pad(a, ((0, 0), (0, 5)), constant_values=fill)
-      for a, fill in zip(batch[:5], (7, IGNORE, False, 0, 0))
-    ),
-    batch.task_ids,
-  )
-  state = start(cfg)
-  with_padding = differentiate(cfg)(state, wide)
-  assert_same(result(cfg), (flat(with_padding[0]), jax.device_get(with_padding[1])))
-
-
-@features
-def test_packing_documents_changes_nothing(cfg: ExperimentConfig) -> None:
-  """A row of two documents, and the same two in rows of their own: one mean over documents, one over tokens."""
-  cfg = replace(
-    cfg, batch_size=2, balance=dataclasses.replace(CONFIG.balance, losses=frozendict(sequence=0.1))
-  )
-  tokens = np.arange(1, 13)
-  first, second = 5, 7
-
-  def row(*documents: np.ndarray) -> list[np.ndarray]:
-    pad = LENGTH - sum(map(len, documents))
-    columns = (
-      np.concatenate([*documents, np.full(pad, 3)]),
-      np.concatenate([*(np.roll(d, -1) for d in documents), np.full(pad, IGNORE)]),
-      np.concatenate([*(np.full(len(d), i + 1) for i, d in enumerate(documents)), np.zeros(pad)]),
-      np.concatenate([*(np.arange(len(d)) for d in documents), np.zeros(pad)]),
-    )
-    return [c.astype(np.int32) for c in columns]
-
-  def batch(*rows: list[np.ndarray]) -> Batch:
-    tokens, targets, segments, positions = (jnp.stack(column) for column in zip(*rows))
-    return Batch(
-      tokens, targets, targets != IGNORE, segments, positions, jnp.zeros(len(rows), jnp.int32)
-    )
-
-  state = start(cfg)
-  packed = batch(row(tokens[:first], tokens[first:]), row())
-  apart = batch(row(tokens[:first]), row(tokens[first : first + second]))
-  results = [differentiate(cfg)(state, b) for b in (packed, apart)]
-  assert_same(*((flat(r.grads), jax.device_get(r.sums)) for r in results))
-
-
-def test_the_loss_logged_is_the_loss_differentiated() -> None:
-  _, sums = result(CONFIG)
-  losses = CONFIG.balance.losses
-  total = sums.terms['lm_loss'] + sum(
-    float(losses[name]) * sums.terms[f'balance/{name}'] for name in CONFIG.balance.active()
-  )
-  np.testing.assert_allclose(sums.loss, total, rtol=1e-6)
-
-
 @functools.cache
 def stepper(cfg: ExperimentConfig):
   return jax.jit(functools.partial(train_step, cfg=cfg), compiler_options=QUICK)
@@ -345,9 +74,8 @@ def test_training_learns_one_batch_by_heart() -> None:
 def test_a_non_finite_step_changes_nothing_but_the_count(bad: str) -> None:
   state = start(CONFIG)
   state, _ = stepper(CONFIG)(state, make_batch())
-  value = (
-    jnp.inf if bad == 'loss' else 1e30
-  )  # 1e30 squared overflows in the gradient's norm, or in the loss
+  # 1e30 squared overflows in the gradient's norm, or in the loss.
+  value = jnp.inf if bad == 'loss' else 1e30
   poisoned = jax.tree.map(lambda a: a, state.model)
   poisoned.norm.scale[...] = poisoned.norm.scale[...].at[0].set(value)
   before = state._replace(model=poisoned)
@@ -358,7 +86,8 @@ def test_a_non_finite_step_changes_nothing_but_the_count(bad: str) -> None:
 
 
 def test_a_spike_changes_nothing_where_it_is_to_be_skipped() -> None:
-  """A trend far below the loss, or below the gradient's norm: left out, counted, and the trend itself goes on."""
+  """A trend far below the loss, or below the gradient's norm: left out, counted, and the trend
+  itself goes on."""
   cfg = replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, skip_spikes=6.0))
   state, metrics = stepper(cfg)(start(cfg), make_batch())
   assert not metrics['skipped']  # no trend yet
@@ -384,7 +113,8 @@ def test_a_spike_changes_nothing_where_it_is_to_be_skipped() -> None:
 def test_a_fault_on_purpose_is_in_the_program_only_when_asked_for(
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-  """Unset, a step is the program it would be if nobody had thought of faults. Set, it changes that step and nothing."""
+  """Unset, a step is the program it would be if nobody had thought of faults. Set, it changes that
+  step and nothing else."""
 
   def program() -> str:
     return str(
@@ -407,9 +137,8 @@ def test_a_fault_on_purpose_is_in_the_program_only_when_asked_for(
   for skips, name in enumerate(('loss', 'grad_norm'), 1):
     before = state
     state, metrics = run(before, make_batch())
-    assert (
-      metrics['skipped'] and metrics['skipped_total'] == skips and not np.isfinite(metrics[name])
-    )
+    assert metrics['skipped'] and metrics['skipped_total'] == skips
+    assert not np.isfinite(metrics[name])
     for part in ('model', 'opt_state', 'router', 'lagged', 'stability'):
       jax.tree.map(np.testing.assert_array_equal, getattr(state, part), getattr(before, part))
   assert not run(state, make_batch())[1]['skipped']

@@ -1,4 +1,5 @@
-"""Routing that collapses: gradients stay finite, one alarm is given, with its remedy, and sound runs give none."""
+"""Routing that collapses: gradients stay finite, one alarm is given, with its remedy, and sound
+runs give none."""
 
 import re
 from pathlib import Path
@@ -9,16 +10,15 @@ import pytest
 
 from moejax.certify.tiny_model import batch
 from moejax.moe.dispatch.dispatchers import DispatchConfig
-from moejax.train.telemetry.collapse_alarms import ALARM_KINDS, FEW, PATIENCE, Alarms, sounding
+from moejax.train.telemetry.collapse_alarms import ALARM_KINDS, FEW, PATIENCE, Alarms, count_alarms
 from moejax.train.trainer import train
 from tests.support.tiny_run import config, rows
-from tests.train.step import test_train_step as test_step
+from tests.train.step import step_cases
 
 NONE = np.zeros(2)
 EVEN = np.full((2, 4), 1000.0)
-CROWDED = np.array(
-  [[1000, 1000, 1000, 1000], [2000, 700, 700, 600]], float
-)  # of 2000 tokens, two experts each
+# Of 2000 tokens, two experts each.
+CROWDED = np.array([[1000, 1000, 1000, 1000], [2000, 700, 700, 600]], float)
 IDLE = np.array([[1300, 1300, 1400, 0], [1000, 1000, 1000, 1000]], float)
 
 
@@ -28,7 +28,7 @@ def story(*parts: tuple[int, np.ndarray, np.ndarray], every: int = 10) -> list[s
   for number, load, dropped in parts:
     for _ in range(number):
       step += every
-      lines += alarms.heard(step, load, dropped)
+      lines += alarms.update(step, load, dropped)
   return lines
 
 
@@ -40,17 +40,15 @@ def test_an_alarm_is_given_once_when_it_has_lasted() -> None:
     (EVEN, np.array([0.5, 0.98]), r'nearly all copies .* dropped: layer 1 \(98%\)\.'),
   ):
     lines = story((30, load, dropped))
-    assert (
-      len(lines) == 1 and re.search(what, lines[0]) and f'after step {PATIENCE + 10}, ' in lines[0]
-    ), lines
+    assert len(lines) == 1 and re.search(what, lines[0]), lines
+    assert f'after step {PATIENCE + 10}, ' in lines[0]
     assert 'Remedy: raise ' in lines[0]
     again = story((30, load, dropped), (1, EVEN, NONE), (30, load, dropped))
     assert len(again) == 2 and 'after step 420, ' in again[1], again
-    assert (
-      story((10, load, dropped), (1, EVEN, NONE), (10, load, dropped)) == []
-    )  # not long enough, twice
-    assert sounding(load, dropped, 2) == 1
-  assert sounding(EVEN, NONE, 2) == 0 and sounding(CROWDED, np.ones(2), 2) == 3
+    # Not long enough, twice.
+    assert story((10, load, dropped), (1, EVEN, NONE), (10, load, dropped)) == []
+    assert count_alarms(load, dropped, 2) == 1
+  assert count_alarms(EVEN, NONE, 2) == 0 and count_alarms(CROWDED, np.ones(2), 2) == 3
 
 
 def test_a_little_better_is_not_over_and_not_told_again() -> None:
@@ -59,11 +57,8 @@ def test_a_little_better_is_not_over_and_not_told_again() -> None:
 
 
 def test_layers_that_collapse_together_are_one_line() -> None:
-  (line,) = story((20, np.array([[2000, 2000, 0, 0]] * 3, float), np.zeros(3)))[:1]
-  assert (
-    line.count('layer ') == 3
-    and len(story((20, np.array([[2000, 2000, 0, 0]] * 3, float), np.zeros(3)))) == 2
-  )
+  lines = story((20, np.array([[2000, 2000, 0, 0]] * 3, float), np.zeros(3)))
+  assert len(lines) == 2 and lines[0].count('layer ') == 3
 
 
 def test_what_is_chance_or_cannot_be_otherwise_is_none() -> None:
@@ -85,18 +80,18 @@ def test_what_is_chance_or_cannot_be_otherwise_is_none() -> None:
 )
 def test_gradients_stay_finite(dispatch: DispatchConfig) -> None:
   """All tokens to one expert, experts without any, and a buffer of one row an expert."""
-  cfg = test_step.with_moe(test_step.CONFIG, dispatch=dispatch)
-  state = test_step.start(cfg)
+  cfg = step_cases.with_moe(step_cases.CONFIG, dispatch=dispatch)
+  state = step_cases.start(cfg)
   loads = []
   for bias in ([99, 0, 0, 0], [99, 99, 0, 0], [-99, 0, 0, 0]):
     router = state.router._replace(
       bias=jnp.broadcast_to(jnp.array(bias, jnp.float32), state.router.bias.shape)
     )
-    grads, sums, *_ = test_step.differentiate(cfg)(state._replace(router=router), batch())
+    grads, sums, *_ = step_cases.differentiate(cfg)(state._replace(router=router), batch())
     assert (
-      np.isfinite(test_step.flat(grads)).all()
+      np.isfinite(step_cases.flat(grads)).all()
       and np.isfinite(sums.loss)
-      and test_step.flat(grads).any()
+      and step_cases.flat(grads).any()
     )
     loads.append(np.asarray(sums.load))
     assert (np.asarray(sums.dropped) > 0.8).all() == (dispatch.capacity_factor > 0)

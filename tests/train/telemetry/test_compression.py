@@ -1,4 +1,5 @@
-"""The compressors' yardstick: what they say of noise, of repetition, and of text that they have seen before."""
+"""The compressors' yardstick: what they say of noise, of repetition, and of text that they have
+seen before."""
 
 import gzip
 import lzma

@@ -1,4 +1,5 @@
-"""Rows: what is logged is what was measured, of all batches and each task; the progress line fits."""
+"""Rows: what is logged is what was measured, of all batches and each task; the progress line
+fits."""
 
 import math
 from types import SimpleNamespace
@@ -147,8 +148,8 @@ ROW = {
 
 def test_progress_says_what_fits() -> None:
   assert progress_text(490, 500, ROW, 75, 0) == (
-    'step 490/500  loss 4.033  bpb 1.684  router_z 0.500  sequence 1.255  MaxVio 0.25 (noise 0.10)  8.4k tok/s  '
-    '1m15s left'
+    'step 490/500  loss 4.033  bpb 1.684  router_z 0.500  sequence 1.255  MaxVio 0.25 '
+    '(noise 0.10)  8.4k tok/s  1m15s left'
   )
   assert progress_text(490, 500, ROW, 75, 80) == (
     'step 490/500  loss 4.033  bpb 1.684  MaxVio 0.25 (noise 0.10)  8.4k tok/s  1m15s'

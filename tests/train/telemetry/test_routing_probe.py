@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moejax.train.telemetry.routing_probe import NOBODY, TOKENS, Probes, agreement, compact
+from moejax.train.telemetry.routing_probe import TOKENS, UNASSIGNED, Probes, agreement, make_probe
 
 L, B, S, K, E = 2, 4, 5, 2, 6
 
@@ -34,23 +34,25 @@ def test_agreement_is_its_formula() -> None:
   ids, other = random_ids(0), random_ids(1)
   ids[:, 0, :2, 1] = other[:, 0, 1:3, 1] = E  # nobody, and nobody is no expert in common
   mask = np.random.default_rng(2).random((B, S)) < 0.7
-  a, b = compact(ids, mask, E), compact(other, mask, E)
+  a, b = make_probe(ids, mask, E), make_probe(other, mask, E)
   assert (
-    a.shape == (L, B * S, K) and a.dtype == np.uint16 and (a[:, ~mask.reshape(-1)] == NOBODY).all()
+    a.shape == (L, B * S, K)
+    and a.dtype == np.uint16
+    and (a[:, ~mask.reshape(-1)] == UNASSIGNED).all()
   )
   wanted = by_the_formula(ids, other, mask)
   np.testing.assert_allclose(agreement(a, b), wanted, rtol=1e-12)
   assert 0.1 < min(wanted) < max(wanted) < 0.9 and wanted[0] != wanted[1]
   assert (agreement(a, a[..., ::-1]) == 1).all()
-  assert (agreement(a, np.full_like(a, NOBODY)) == 0).all() and (
-    agreement(np.full_like(a, NOBODY), a) == 1
+  assert (agreement(a, np.full_like(a, UNASSIGNED)) == 0).all() and (
+    agreement(np.full_like(a, UNASSIGNED), a) == 1
   ).all()
 
 
 def test_a_large_batch_is_probed_in_part() -> None:
   ids = np.zeros((L, 10, 1000, K), np.int32)
-  assert compact(ids, np.ones((10, 1000), bool), E).shape == (L, TOKENS // 1000 * 1000, K)
-  assert compact(np.zeros((L, 3, 9000, K), np.int32), np.ones((3, 9000), bool), E).shape == (
+  assert make_probe(ids, np.ones((10, 1000), bool), E).shape == (L, TOKENS // 1000 * 1000, K)
+  assert make_probe(np.zeros((L, 3, 9000, K), np.int32), np.ones((3, 9000), bool), E).shape == (
     L,
     9000,
     K,
@@ -59,7 +61,7 @@ def test_a_large_batch_is_probed_in_part() -> None:
 
 def test_churn_is_since_the_one_before_and_saturation_by_the_last(tmp_path: Path) -> None:
   mask = np.ones((B, S), bool)
-  probes = {step: compact(random_ids(step), mask, E) for step in (100, 200, 1000)}
+  probes = {step: make_probe(random_ids(step), mask, E) for step in (100, 200, 1000)}
   kept = Probes(tmp_path / 'probes', 0)
   assert kept.saturation() == {} and kept.record(100, probes[100]) == {} and kept.saturation() == {}
   np.testing.assert_array_equal(
@@ -86,14 +88,14 @@ def test_churn_is_since_the_one_before_and_saturation_by_the_last(tmp_path: Path
 def test_a_resumed_run_forgets_later_probes_and_what_was_half_written(tmp_path: Path) -> None:
   mask = np.ones((B, S), bool)
   straight = Probes(tmp_path / 'a', 0)
-  wanted = [straight.record(step, compact(random_ids(step), mask, E)) for step in (10, 20, 30)]
+  wanted = [straight.record(step, make_probe(random_ids(step), mask, E)) for step in (10, 20, 30)]
   killed = Probes(tmp_path / 'b', 0)
   for step in (10, 20, 30):
-    killed.record(step, compact(random_ids(step if step == 10 else -step % 7), mask, E))
+    killed.record(step, make_probe(random_ids(step if step == 10 else -step % 7), mask, E))
   (tmp_path / 'b' / '40.npz.0f.tmp').write_bytes(b'half')
   resumed = Probes(tmp_path / 'b', 10)
   assert [path.name for path in (tmp_path / 'b').iterdir()] == ['10.npz']
-  found = [resumed.record(step, compact(random_ids(step), mask, E)) for step in (20, 30)]
+  found = [resumed.record(step, make_probe(random_ids(step), mask, E)) for step in (20, 30)]
   for now, then in zip(found, wanted[1:], strict=True):
     np.testing.assert_array_equal(now['churn'], then['churn'])
   for step in (10, 20, 30):
@@ -113,7 +115,7 @@ def test_a_probe_appears_whole_or_not_at_all(
 
   monkeypatch.setattr(np, 'savez_compressed', killed)
   with pytest.raises(KeyboardInterrupt):
-    probes.record(10, compact(random_ids(0), np.ones((B, S), bool), E))
+    probes.record(10, make_probe(random_ids(0), np.ones((B, S), bool), E))
   assert Probes(tmp_path, 10).steps() == [] and not list(tmp_path.iterdir())
 
 
@@ -122,7 +124,7 @@ def test_a_damaged_probe_is_deleted_and_the_others_stay(
 ) -> None:
   probes, mask = Probes(tmp_path, 0), np.ones((B, S), bool)
   for step in (10, 20, 30):
-    probes.record(step, compact(random_ids(step), mask, E))
+    probes.record(step, make_probe(random_ids(step), mask, E))
   (tmp_path / '10.npz').write_bytes((tmp_path / '10.npz').read_bytes()[:-40])
   np.savez(tmp_path / '30.npz', expert_ids=np.array([object()]))  # a pickle
   caplog.clear()
@@ -131,6 +133,6 @@ def test_a_damaged_probe_is_deleted_and_the_others_stay(
     '10.npz',
     '30.npz',
   ]
-  assert 'churn' in resumed.record(40, compact(random_ids(40), mask, E)) and list(
+  assert 'churn' in resumed.record(40, make_probe(random_ids(40), mask, E)) and list(
     resumed.saturation()
   ) == [20]

@@ -1,0 +1,74 @@
+"""The directory of a run: what is read from it, and what is said where something is missing."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moejax.checkpoint.checkpoints import NoLoadableCheckpoint
+from moejax.config import ConfigError
+from moejax.data.tokenizer import load_tokenizer
+from moejax.train.experiment.run_dir import (
+  CONFIG_FILE,
+  TOKENIZER_FILE,
+  open_run,
+  read_config,
+  read_setup,
+  read_tokenizer,
+  write_config,
+)
+from tests.support.tiny_run import config
+
+
+def test_a_config_is_read_as_it_was_written_wherever_the_run_lies_now(tmp_path: Path) -> None:
+  cfg = config(tmp_path / 'run')
+  write_config(cfg)
+  assert read_config(cfg.workdir) == cfg
+  (tmp_path / 'run').rename(tmp_path / 'moved')
+  assert read_config(str(tmp_path / 'moved')).workdir == str(tmp_path / 'moved')
+
+
+def test_a_directory_that_is_no_run_is_one_error(tmp_path: Path) -> None:
+  for missing in (tmp_path / 'nowhere', tmp_path):
+    for read in (read_config, read_setup, open_run):
+      with pytest.raises(ConfigError, match='holds no config.json: name the directory of a run'):
+        read(str(missing))
+  assert not (tmp_path / 'nowhere').exists()
+
+
+def test_a_published_model_is_to_be_imported(tmp_path: Path) -> None:
+  (tmp_path / CONFIG_FILE).write_text(json.dumps({'model_type': 'llama'}))
+  with pytest.raises(ConfigError) as error:
+    read_setup(str(tmp_path))
+  assert f'import it with `python -m moejax.hf import {tmp_path} --out=DIR`' in str(error.value)
+
+
+def test_a_tokenizer_must_fit_its_model(tmp_path: Path) -> None:
+  assert read_tokenizer(tmp_path) is None
+  written = load_tokenizer('bytes')
+  written.save(tmp_path / TOKENIZER_FILE)
+  size = written.vocab_size
+  for enough in (0, size, size + 1):
+    assert read_tokenizer(tmp_path, enough).vocab_size == size
+  with pytest.raises(ConfigError, match=f'below vocab_size={size - 1} .*, found {size - 1}: is it'):
+    read_tokenizer(tmp_path, size - 1)
+
+
+def test_the_vocabulary_is_the_tokenizers_where_the_config_has_none(tmp_path: Path) -> None:
+  cfg = config(tmp_path / 'run')
+  write_config(cfg)
+  with pytest.raises(ConfigError, match='tokenizer.json is missing, .* model.vocab_size=0'):
+    read_setup(cfg.workdir)
+  tokenizer = load_tokenizer('bytes')
+  tokenizer.save(tmp_path / 'run' / TOKENIZER_FILE)
+  setup = read_setup(cfg.workdir)
+  assert setup.cfg.model.vocab_size == setup.tokenizer.vocab_size == tokenizer.vocab_size
+  assert read_config(cfg.workdir).model.vocab_size == 0
+
+
+def test_a_run_that_has_saved_nothing_cannot_be_opened(tmp_path: Path) -> None:
+  cfg = config(tmp_path / 'run', model__vocab_size=300)
+  write_config(cfg)
+  with pytest.raises(NoLoadableCheckpoint, match='has no checkpoint yet: train it first'):
+    open_run(cfg.workdir)
+  assert [path.name for path in (tmp_path / 'run').iterdir()] == [CONFIG_FILE]
