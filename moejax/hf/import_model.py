@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from moejax.checkpoint.checkpoints import Checkpoints
 from moejax.config import frozendict
 from moejax.data.sources import DataConfig
-from moejax.hf.export_model import ORIGIN_FILE, origin_of
+from moejax.hf.export_model import ORIGIN_FILE
+from moejax.hf.export_plan import origin_of
 from moejax.hf.logits import ONE_DEVICE, read_published_model
 from moejax.hf.progress import say
 from moejax.hf.weights import open_published
@@ -24,35 +25,44 @@ from moejax.train.experiment.run_dir import CHECKPOINTS, CONFIG_FILE, TOKENIZER_
 
 
 def import_model(directory: str, out: str, mesh: MeshConfig = ONE_DEVICE) -> None:
-  """Makes `out` the directory of a run whose step 0 is the published model; whatever happens, it is whole or not there.
+  """Makes `out` the directory of a run whose step 0 is the published model.
+
+  Whatever happens, `out` is whole or not there.
+
+  Args:
+    directory: has config.json and safetensors.
+    out: the directory to make.
+    mesh: of the devices that hold the model while it is read.
 
   Raises:
     ConfigError: the model cannot be read as it is, or `out` holds something.
   """
-  source, target, start = open_published(directory), Path(out).resolve(), time.monotonic()
+  start = time.monotonic()
+  source, target = open_published(directory), Path(out).resolve()
   tokenizer = read_tokenizer(directory, source.cfg.vocab_size)
   cfg = run_config(source.cfg, out, str(target / TOKENIZER_FILE) if tokenizer else '')
   with staged(target) as partial:
     model, bias = read_published_model(source, mesh)
     checkpoints = Checkpoints(partial / CHECKPOINTS, cfg.checkpoint)
+    # The momentum of the bias rules begins at zero, as in a new run.
     checkpoints.save(0, {'model': model, 'router': BiasState(bias, jnp.zeros_like(bias))}, {})
     checkpoints.close()
     if tokenizer:
       tokenizer.save(partial / TOKENIZER_FILE)
-    for name, content in (
-      (CONFIG_FILE, dataclasses.asdict(cfg)),
-      (ORIGIN_FILE, origin_of(source)._asdict()),
-    ):
+    files = {CONFIG_FILE: dataclasses.asdict(cfg), ORIGIN_FILE: origin_of(source)._asdict()}
+    for name, content in files.items():
       write_whole(partial / name, json.dumps(content, indent=2) + '\n')
   say(f'imported {directory} to {out} in {time.monotonic() - start:.1f} s')
 
 
 def run_config(model: ModelConfig, workdir: str, tokenizer: str = '') -> ExperimentConfig:
-  """Of a model that was not trained here: no balance losses, and no rule that moves the bias."""
-  data = DataConfig(tokenizer=tokenizer) if tokenizer else DataConfig()
+  """Returns the config of a run that holds a model which was not trained here.
+
+  It has no balance losses, and no rule that moves the bias.
+  """
   return ExperimentConfig(
     workdir=workdir or 'none',
-    data=data,
+    data=DataConfig(tokenizer=tokenizer) if tokenizer else DataConfig(),
     model=model,
     balance=BalanceConfig(frozendict(), bias_rule=''),
   )

@@ -1,4 +1,4 @@
-"""A model in a directory, published files or a run's, opened: its config, tokenizer and parameters, and logits of it.
+"""The logits of a model in a directory, of published files or of a run.
 
 Letters: B batch, S sequence, V vocab, L layers, E experts.
 """
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from moejax.config import ConfigError, check
+from moejax.config import ConfigError, check, problem_if
 from moejax.data.batch import make_batch
 from moejax.hf.progress import progress_bar
 from moejax.hf.weights import Published, open_published, read_weights
@@ -22,59 +22,62 @@ ONE_DEVICE = MeshConfig(data=1)
 
 
 def token_ids(path: str, vocab_size: int) -> np.ndarray:
-  """[B, S] i32 from a .npy; ConfigError for anything that is not ids of the vocabulary."""
+  """Returns the token ids [B, S] i32 of a .npy.
+
+  Raises:
+    ConfigError: it holds anything but ids of the vocabulary.
+  """
   try:
-    found = np.load(path, allow_pickle=False)
+    ids = np.load(path, allow_pickle=False)
   except (OSError, ValueError, EOFError) as error:
     raise ConfigError(f'{path}: expected a .npy of token ids, found {error}') from error
-  is_ids = (
-    isinstance(found, np.ndarray) and found.ndim == 2 and found.size and found.dtype.kind in 'iu'
-  )
-  check(
-    ''
-    if is_ids
-    else f'{path}: expected whole numbers [B, S], one or more, found '
-    + (
-      f'{found.dtype} {list(found.shape)}'
-      if isinstance(found, np.ndarray)
-      else type(found).__name__
+  is_array = isinstance(ids, np.ndarray)  # np.load gives an archive of a .npz under another name
+  kind = f'{ids.dtype} {list(ids.shape)}' if is_array else type(ids).__name__
+  is_ids = is_array and ids.ndim == 2 and ids.size and ids.dtype.kind in 'iu'
+  check(problem_if(not is_ids, f'{path}: expected whole numbers [B, S], one or more, found {kind}'))
+  for row, column in np.argwhere((ids < 0) | (ids >= vocab_size))[:1]:
+    raise ConfigError(
+      f'{path}: expected ids from 0 to {vocab_size - 1}, found {ids[row, column]} in row {row}, '
+      f'column {column}'
     )
-  )
-  wrong = np.argwhere((found < 0) | (found >= vocab_size))
-  check(
-    *(
-      f'{path}: expected ids from 0 to {vocab_size - 1}, found {found[row, column]} in row {row}, column {column}'
-      for row, column in wrong[:1]
-    )
-  )
-  return found.astype(np.int32)
+  return ids.astype(np.int32)
 
 
 def read_published_model(source: Published, mesh: MeshConfig) -> tuple[Transformer, Array]:
-  """The published model and its router bias, on as many devices as the mesh has."""
+  """Returns the model and its router bias [L, E] f32, on as many devices as the mesh has."""
   devices = make_mesh(mesh)
   with progress_bar('reading', source.nbytes) as advance:
     return read_weights(source, devices, advance)
 
 
 def write_logits(directory: str, tokens_file: str, out: str) -> None:
-  """Logits [B, S, V] f32 of the token ids [B, S] in a .npy, each row by itself; of published files or of a run."""
+  """Writes a .npy with the logits [B, S, V] f32 of the token ids [B, S] in another one.
+
+  Each row is a document by itself.
+
+  Args:
+    directory: published files, or a run, whose newest checkpoint is read.
+    tokens_file: .npy of whole numbers [B, S].
+    out: .npy to write; whole, or not there.
+
+  Raises:
+    ConfigError: the model or the token ids cannot be read as they are.
+  """
   device = jax.local_devices()[0]
-  if is_run := (Path(directory) / CHECKPOINTS).is_dir():
+  # The ids are held against the vocabulary before the long work of reading the model.
+  if (Path(directory) / CHECKPOINTS).is_dir():
     cfg = read_setup(directory).cfg
-    vocab_size = cfg.model.vocab_size
-  else:
-    source = open_published(directory)
-    vocab_size = source.cfg.vocab_size
-  tokens = token_ids(tokens_file, vocab_size)
-  if is_run:
+    tokens = token_ids(tokens_file, cfg.model.vocab_size)
     _, model, router = read_model_on(device, directory, cfg)
     bias = router.bias
   else:
+    source = open_published(directory)
+    tokens = token_ids(tokens_file, source.cfg.vocab_size)
     model, bias = read_published_model(source, ONE_DEVICE)
   with whole_path(Path(out)) as partial:
     # A row at a time: all logits of a long batch are larger than the model.
-    rows = np.lib.format.open_memmap(partial, 'w+', np.float32, (*tokens.shape, vocab_size))
+    shape = (*tokens.shape, model.cfg.vocab_size)
+    rows = np.lib.format.open_memmap(partial, 'w+', np.float32, shape)
     for row, ids in zip(rows, tokens):
       row[...] = whole_row_logits(model, bias, ids[None])[0]
     rows.flush()
@@ -82,7 +85,14 @@ def write_logits(directory: str, tokens_file: str, out: str) -> None:
 
 @jax.jit
 def whole_row_logits(model: Transformer, bias: Array, tokens: Array) -> Array:
-  """Of whole rows, each one document. tokens [B, S], bias [L, E] -> [B, S, V] f32."""
+  """Returns the logits [B, S, V] f32 of token ids [B, S], each row one document.
+
+  Args:
+    model: the parameters.
+    bias: of the routers [L, E].
+    tokens: ids [B, S].
+  """
   batch = make_batch(tokens)
+  # On TPUs and GPUs products of float32 would otherwise be rounded to less.
   with jax.default_matmul_precision('highest'):
     return model.logits(model(batch, bias).hidden)

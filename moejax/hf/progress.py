@@ -18,7 +18,7 @@ from rich.progress import (
 
 @contextlib.contextmanager
 def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-  """A bar of bytes on stderr; gives what to call with the bytes that are done."""
+  """Shows a bar of bytes on stderr; yields what to call with the bytes that have been done."""
   columns = (
     TextColumn('{task.description}'),
     BarColumn(),
@@ -32,8 +32,10 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def say(text: str) -> None:
-  """For the person at the terminal; the most memory that this process has had comes behind, where the system tells."""
-  status = Path('/proc/self/status')
+  """Prints on stderr, with the most memory that this process has had where the system tells."""
+  status = Path('/proc/self/status')  # of Linux
   lines = status.read_text().split('\n') if status.exists() else []
+  # VmHWM is the high-water mark of the resident set, in kB.
   peak = [int(line.split()[1]) / 2**20 for line in lines if line.startswith('VmHWM')]
-  print(text + ''.join(f', peak memory {gib:.2f} GiB' for gib in peak), file=sys.stderr)
+  memory = ''.join(f', peak memory {gib:.2f} GiB' for gib in peak)
+  print(text + memory, file=sys.stderr)

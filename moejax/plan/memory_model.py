@@ -1,4 +1,12 @@
-"""An estimate of the memory that a training step takes on one device, by kind, without compiling it."""
+"""An estimate of the memory that a training step takes on one device, without compiling it.
+
+It orders the candidates of --plan=fit; the compiler then decides. A factor below is a count of
+arrays of a shape that the code of the model makes, assumed to be alive at once, unless its comment
+names another source.
+
+Letters: T tokens of one device in one micro-batch, S sequence, D model, F FFN hidden, K experts per
+  token.
+"""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +18,6 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from moejax.model.transformer import Transformer
 from moejax.moe.dispatch.dispatchers import exchange_of
 from moejax.moe.dispatch.exchange_cost import Group, exchange_bytes, lacking_ragged
-from moejax.plan.hlo.collectives import Collective
 from moejax.plan.topology import Topology
 from moejax.sharding.logical_axes import RULES
 from moejax.sharding.mesh import MeshConfig
@@ -18,193 +25,220 @@ from moejax.sharding.params import is_param, param_axes
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.shapes import state_shapes
 
+FLOAT32_BYTES = 4  # parameters, gradients and both moments of the optimiser are float32
 
-class Shapes(NamedTuple):
-  """A model's parameters: (numbers, logical axes, is it a stack of layers) of each."""
+# Of the forward pass, kept for the backward pass: arrays a token and layer.
+HEAD_ARRAYS = 4  # q, k, v and what attention gives, of the width of a head; k and v as many as q
+ROTARY_ARRAYS = 2  # the rotated channels of q and k in latent attention
+FFN_ARRAYS = 2  # gate x and up x
+ATTENTION_SCORES = 2  # [S, S] of a head before and after the softmax, where no kernel avoids them
+DOT_COPIES = 2  # the result of a product, and what follows from it element by element
+RESIDUAL_ARRAYS = 6  # [T, D] that remat='none' keeps beside the residual and the products
+
+# Of the backward pass of one block. moe/experts/ragged_dot_ffn.py, window_size: a quarter more rows
+# than an even routing gives a device.
+TPU_WINDOW_MARGIN = 1.25
+# model/attention_cores.py, chunked: a float32 score and its gradient, over 5/8 of the square in
+# four chunks of queries.
+CHUNKED_SCORE_BYTES = 8 * 5 / 8
+# The next two TPU terms were set from two compiled programs; without them guesses were half of the
+# truth.
+TPU_COPY_ARRAYS = 4  # [copies, D] of the grouped products
+TPU_WEIGHT_FORMS = 8  # as below, most of them laid out anew for the grouped products
+WEIGHT_FORMS = 3  # gathered over fsdp, cast, and their gradient
+COPY_HIDDEN_ARRAYS = 4  # [copies, F]: gate x, up x and their gradients
+ROOM_ARRAYS = 3  # [room, D]
+BLOCK_ARRAYS = 12  # [T, D]
+LOGIT_BYTES = 8  # a float32 logit and its gradient
+
+
+class ParameterShape(NamedTuple):
+  """A parameter of a model, of which a stack of layers is one."""
+
+  size: int  # numbers
+  axes: tuple[str, ...]  # the logical axis of each dimension
+  is_stacked: bool  # its first axis is the layer
+
+
+class ModelShapes(NamedTuple):
+  """The ShapeDtypeStructs of a model, and what the estimates need to know of its parameters."""
 
   model: Transformer
-  rows: tuple[tuple[int, tuple[str, ...], bool], ...]
+  parameters: tuple[ParameterShape, ...]
 
   def count(self, mesh: MeshConfig, *whole: str) -> float:
-    """Numbers on one device; over the mesh axes `whole` they are not split."""
-    return sum(size / shards(mesh, axes, whole) for size, axes, _ in self.rows)
+    """Returns how many numbers one device holds; over the mesh axes `whole` they are not split."""
+    return sum(each.size / shards(mesh, each.axes, whole) for each in self.parameters)
 
 
-def shapes(cfg: ExperimentConfig) -> Shapes:
-  """Of a config's model."""
+def model_shapes(cfg: ExperimentConfig) -> ModelShapes:
+  """Returns the shapes of the model of a config; nothing is allocated."""
   model = state_shapes(cfg).model
-  params = [p for p in jax.tree.leaves(model, is_leaf=is_param) if is_param(p)]
-  return Shapes(
-    model, tuple((math.prod(p.shape), param_axes(p), param_axes(p)[0] == 'layer') for p in params)
-  )
+  parameters = []
+  for leaf in jax.tree.leaves(model, is_leaf=is_param):
+    if is_param(leaf):
+      axes = param_axes(leaf)
+      parameters.append(ParameterShape(math.prod(leaf.shape), axes, axes[0] == 'layer'))
+  return ModelShapes(model, tuple(parameters))
 
 
 def shards(mesh: MeshConfig, axes: Sequence[str], whole: Sequence[str]) -> int:
-  """Into how many parts an array of these logical axes is cut."""
-  return math.prod(
-    getattr(mesh, name) for axis in axes if axis for name in RULES[axis] if name not in whole
-  )
+  """Returns into how many parts an array of these logical axes is cut.
+
+  Args:
+    mesh: the size of each mesh axis.
+    axes: the logical axis of each dimension; '' for one that is never split.
+    whole: mesh axes that are left out, as those over which an array has been gathered.
+  """
+  count = 1
+  for axis in filter(None, axes):
+    count *= math.prod(getattr(mesh, name) for name in RULES[axis] if name not in whole)
+  return count
 
 
 def tokens_per_device(cfg: ExperimentConfig, mesh: MeshConfig) -> int:
-  """T."""
+  """Returns T, the tokens of one device in one micro-batch."""
   return cfg.batch_size // cfg.micro_batches * cfg.seq_len // (mesh.data * mesh.fsdp * mesh.expert)
 
 
-class Exchanged(NamedTuple):
-  """What the exchange of one layer does to a device."""
+def itemsize_of(cfg: ExperimentConfig) -> int:
+  """Returns the bytes of a number in the compute dtype."""
+  return FLOAT32_BYTES if cfg.model.dtype == 'float32' else 2
+
+
+class ExchangeSizes(NamedTuple):
+  """What the exchange of tokens in one layer takes of a device."""
 
   sent: float  # bytes over `expert` in the forward pass
   room: float  # rows [D] that may arrive
   copies: float  # rows that the experts' products hold at once
 
 
-def exchanged(cfg: ExperimentConfig, mesh: MeshConfig, topology: Topology) -> Exchanged:
-  """TPUs take copies a window at a time, see moejax/moe/ragged.py; elsewhere there is room for all that may come."""
+def exchange_sizes(cfg: ExperimentConfig, mesh: MeshConfig, topology: Topology) -> ExchangeSizes:
+  """Returns the sizes of the exchange that the dispatcher would choose on these devices.
+
+  TPUs take the copies a window at a time, see moejax/moe/experts/ragged_dot_ffn.py; on others there
+  is room for all that may come.
+  """
   model, tokens = cfg.model, tokens_per_device(cfg, mesh)
-  router, here = model.moe.router, model.moe.router.num_experts // mesh.expert
+  router, dispatch = model.moe.router, model.moe.dispatch
   if mesh.expert == 1:
-    return Exchanged(0.0, tokens, tokens * router.top_k)
+    return ExchangeSizes(0.0, tokens, tokens * router.top_k)
   group = Group(
-    mesh.expert, tokens, router.top_k, router.num_experts, model.d_model, itemsize_of(cfg), 0
+    devices=mesh.expert,
+    tokens=tokens,
+    top_k=router.top_k,
+    num_experts=router.num_experts,
+    d_model=model.d_model,
+    itemsize=itemsize_of(cfg),
+    capacity=0,
   )
-  device = AbstractDevice(
-    topology.chip.kind if topology.chip else 'cpu', None, platform=topology.compiler
-  )
-  lacking = lacking_ragged(AbstractMesh((topology.count,), ('expert',), abstract_device=device))
-  name = (
-    exchange_of(model.moe.dispatch, group, lacking)
-    if not model.moe.dispatch.capacity_factor
-    else 'gather'
-  )
-  each = min(router.top_k, here) if name == 'ragged' else router.top_k
-  copies = tokens * each * (1.25 if topology.compiler == 'tpu' else mesh.expert)
-  return Exchanged(
-    exchange_bytes(group)[name], mesh.expert * tokens * (each if name == 'ragged' else 1), copies
+  # Buffers of a fixed capacity are counted like a gather.
+  is_dropless = not dispatch.capacity_factor
+  name = exchange_of(dispatch, group, no_ragged_on(topology)) if is_dropless else 'gather'
+  rows, copies_per_token = tokens, router.top_k
+  if name == 'ragged':
+    # A device is sent a copy of a token for each chosen expert that it has, and it may have fewer
+    # than K.
+    copies_per_token = min(router.top_k, router.num_experts // mesh.expert)
+    rows = tokens * copies_per_token
+  held = TPU_WINDOW_MARGIN if topology.compiler == 'tpu' else mesh.expert
+  return ExchangeSizes(
+    exchange_bytes(group)[name], mesh.expert * rows, tokens * copies_per_token * held
   )
 
 
-def itemsize_of(cfg: ExperimentConfig) -> int:
-  """Bytes of a number in the compute dtype."""
-  return 4 if cfg.model.dtype == 'float32' else 2
+def no_ragged_on(topology: Topology) -> str:
+  """Returns what the devices are, where they have no `ragged_all_to_all`; else ''."""
+  kind = topology.chip.kind if topology.chip else 'cpu'
+  device = AbstractDevice(kind, None, platform=topology.compiler)
+  return lacking_ragged(AbstractMesh((topology.count,), ('expert',), abstract_device=device))
 
 
-def saved_activation_bytes(cfg: ExperimentConfig, moves: Exchanged, topology: Topology) -> float:
-  """Bytes that the forward pass of one micro-batch keeps for the backward pass."""
+def saved_activation_bytes(
+  cfg: ExperimentConfig, exchange: ExchangeSizes, topology: Topology
+) -> float:
+  """Returns the bytes that the forward pass of one micro-batch keeps for the backward pass."""
   model, mesh, tokens = cfg.model, cfg.mesh, tokens_per_device(cfg, cfg.mesh)
-  attention, moe, layers = model.attention, model.moe, model.num_layers + model.mtp_depth
+  attention, latent, moe = model.attention, model.attention.latent, model.moe
+  layers = model.num_layers + model.mtp_depth
   residual = tokens * model.d_model
-  if model.remat == 'full':
+  if model.remat == 'full':  # the input of each layer, and nothing in it
     return layers * residual * itemsize_of(cfg)
-  latent = attention.latent
-  low = (latent.kv_rank + latent.q_rank) if latent.kv_rank else 0
-  heads = (
-    attention.num_heads
-    * (4 * attention.d_head + 2 * (latent.d_rope if latent.kv_rank else 0))
-    / mesh.tensor
-  )
-  shared = 2 * moe.num_shared * moe.d_expert / mesh.tensor
-  dots = tokens * (heads + low + shared + model.d_model)
-  dense = tokens * 2 * model.d_ff / mesh.tensor * model.num_dense_layers
-  if model.remat == 'dots':
+  low_rank = d_rope = 0
+  if latent.kv_rank:
+    low_rank, d_rope = latent.kv_rank + latent.q_rank, latent.d_rope
+  head_width = HEAD_ARRAYS * attention.d_head + ROTARY_ARRAYS * d_rope
+  heads = attention.num_heads * head_width / mesh.tensor
+  shared = FFN_ARRAYS * moe.num_shared * moe.d_expert / mesh.tensor
+  dots = tokens * (heads + low_rank + shared + model.d_model)
+  dense = tokens * FFN_ARRAYS * model.d_ff / mesh.tensor * model.num_dense_layers
+  if model.remat == 'dots':  # routed experts are ragged products, which this policy does not keep
     return (layers * (residual + dots) + dense) * itemsize_of(cfg)
-  scores = (
-    2 * tokens * cfg.seq_len * attention.num_heads / mesh.tensor * (topology.compiler == 'cpu')
-  )
-  hidden = 0.0 if topology.compiler == 'tpu' else moves.copies * 2 * moe.d_expert / mesh.tensor
-  experts = moves.room * model.d_model + hidden + 6 * residual
-  return (layers * (residual + 2 * dots + scores + experts) + 2 * dense) * itemsize_of(cfg)
+  scores = hidden = 0.0
+  if topology.compiler == 'cpu':
+    scores = ATTENTION_SCORES * tokens * cfg.seq_len * attention.num_heads / mesh.tensor
+  if topology.compiler != 'tpu':  # the windows of TPUs are computed anew in the backward pass
+    hidden = exchange.copies * FFN_ARRAYS * moe.d_expert / mesh.tensor
+  experts = exchange.room * model.d_model + hidden + RESIDUAL_ARRAYS * residual
+  layer = residual + DOT_COPIES * dots + scores + experts
+  return (layers * layer + DOT_COPIES * dense) * itemsize_of(cfg)
 
 
 def peak_temporary_bytes(
-  cfg: ExperimentConfig, moves: Exchanged, found: Shapes, topology: Topology
+  cfg: ExperimentConfig, exchange: ExchangeSizes, shapes: ModelShapes, topology: Topology
 ) -> float:
-  """Bytes of the backward pass of one block, or of the head: weights gathered over fsdp, rows of experts, scores."""
-  model, mesh, tokens, itemsize = (
-    cfg.model,
-    cfg.mesh,
-    tokens_per_device(cfg, cfg.mesh),
-    itemsize_of(cfg),
-  )
-  layers = model.num_layers + model.mtp_depth
-  weights = (
-    sum(size / shards(mesh, axes, ('fsdp',)) for size, axes, stacked in found.rows if stacked)
-    / layers
-  )
-  # Without a kernel that never holds them: four chunks of queries each see half of the keys, on average.
-  scores = (
-    model.attention.num_heads / mesh.tensor * tokens * cfg.seq_len * 5
-    if topology.compiler == 'cpu'
-    else 0.0
-  )
-  wide = 4 * model.d_model if topology.compiler == 'tpu' else 0
-  experts = (
-    moves.copies * (wide + 4 * model.moe.d_expert / mesh.tensor) + moves.room * 3 * model.d_model
-  )
-  # Gathered, cast, and their gradient; TPUs lay most of these out anew for their grouped products.
-  forms = 8 if topology.compiler == 'tpu' else 3
-  block = (weights * forms + 12 * tokens * model.d_model) * itemsize + max(
-    scores, experts * itemsize
-  )
+  """Returns the bytes of the backward pass of one block, or of the head, whichever takes more.
+
+  A block holds weights gathered over fsdp, and either the rows of experts or the scores of
+  attention.
+  """
+  model, mesh, tokens = cfg.model, cfg.mesh, tokens_per_device(cfg, cfg.mesh)
+  itemsize, d_expert = itemsize_of(cfg), model.moe.d_expert
+  scores = copy_width = 0.0
+  weight_forms = WEIGHT_FORMS
+  if topology.compiler == 'cpu':
+    # The chips have kernels that never hold the scores.
+    heads = model.attention.num_heads / mesh.tensor
+    scores = heads * tokens * cfg.seq_len * CHUNKED_SCORE_BYTES
+  if topology.compiler == 'tpu':
+    copy_width, weight_forms = TPU_COPY_ARRAYS * model.d_model, TPU_WEIGHT_FORMS
+  copies = exchange.copies * (copy_width + COPY_HIDDEN_ARRAYS * d_expert / mesh.tensor)
+  experts = copies + exchange.room * ROOM_ARRAYS * model.d_model
+  weights = gathered_layer_size(cfg, shapes)
+  arrays = weights * weight_forms + BLOCK_ARRAYS * tokens * model.d_model
+  block = arrays * itemsize + max(scores, experts * itemsize)
   vocab = model.vocab_size / mesh.tensor
-  head = tokens / cfg.loss.chunks * vocab * 8 + model.d_model * vocab * (itemsize * 2 + 4)
+  # The head's weights gathered, and cast, in the compute dtype; their gradient in float32.
+  head_weights = model.d_model * vocab * (itemsize * 2 + FLOAT32_BYTES)
+  head = tokens / cfg.loss.chunks * vocab * LOGIT_BYTES + head_weights
   # XLA casts the stacks of all layers at once, before the loop over them.
-  cast = found.count(mesh) * itemsize if itemsize < 4 else 0.0
+  cast = shapes.count(mesh) * itemsize if itemsize < FLOAT32_BYTES else 0.0
   return cast + max(block, head)
 
 
-def memory(cfg: ExperimentConfig, found: Shapes, topology: Topology) -> dict[str, float]:
-  """Kind -> bytes on one device, at the fullest moment of a step."""
-  own, moves = 4 * found.count(cfg.mesh), exchanged(cfg, cfg.mesh, topology)
+def gathered_layer_size(cfg: ExperimentConfig, shapes: ModelShapes) -> float:
+  """Returns the numbers of an average layer's weights on a device, once gathered over fsdp."""
+  sizes = [
+    each.size / shards(cfg.mesh, each.axes, ('fsdp',))
+    for each in shapes.parameters
+    if each.is_stacked
+  ]
+  return sum(sizes) / (cfg.model.num_layers + cfg.model.mtp_depth)
+
+
+def memory_by_kind(
+  cfg: ExperimentConfig, shapes: ModelShapes, topology: Topology
+) -> dict[str, float]:
+  """Returns kind -> bytes on one device, at the fullest moment of a step."""
+  own = FLOAT32_BYTES * shapes.count(cfg.mesh)
+  exchange = exchange_sizes(cfg, cfg.mesh, topology)
+  # With micro-batches there are two sets: the sum so far, and what is to be added to it.
+  gradient_sets = 2 if cfg.micro_batches > 1 else 1
   return {
     'parameters': own,
     'optimiser': 2 * own,
-    'gradients': own * (2 if cfg.micro_batches > 1 else 1),
-    'activations': saved_activation_bytes(cfg, moves, topology),
-    'other temporaries': peak_temporary_bytes(cfg, moves, found, topology),
+    'gradients': own * gradient_sets,
+    'activations': saved_activation_bytes(cfg, exchange, topology),
+    'other temporaries': peak_temporary_bytes(cfg, exchange, shapes, topology),
   }
-
-
-def estimated_collectives(
-  cfg: ExperimentConfig, found: Shapes, topology: Topology
-) -> list[Collective]:
-  """The collectives of a step, guessed: weights gathered, gradients scattered, tokens exchanged, sums over tensor."""
-  mesh, model, parts = cfg.mesh, cfg.model, cfg.micro_batches
-  itemsize, again = itemsize_of(cfg), 0 if model.remat == 'none' else 1
-  layers = model.num_layers + model.mtp_depth
-  own, gathered, tokens = found.count(mesh), found.count(mesh, 'fsdp'), tokens_per_device(cfg, mesh)
-  sent = exchanged(cfg, mesh, topology).sent
-  sizes = {
-    'fsdp': (gathered - own) * itemsize * (2 + again + 1),
-    'data': 2 * own * 4 * (mesh.data - 1) / mesh.data,
-    'expert': sent * layers * (2 + again),
-    'tensor': 2
-    * tokens
-    * model.d_model
-    * itemsize
-    * 2
-    * layers
-    * (2 + again)
-    * (mesh.tensor - 1)
-    / mesh.tensor,
-  }
-  return [
-    Collective('all', (axis,), 1, size * parts)
-    for axis, size in sizes.items()
-    if getattr(mesh, axis) > 1
-  ]
-
-
-def moved_through_memory(cfg: ExperimentConfig, found: Shapes, topology: Topology) -> float:
-  """Bytes through one device's memory in a step: optimiser, gradients, gathered weights, activations."""
-  mesh, model = cfg.mesh, cfg.model
-  itemsize, passes = itemsize_of(cfg), 3 if model.remat == 'none' else 4
-  layers, tokens = model.num_layers + model.mtp_depth, tokens_per_device(cfg, mesh)
-  moves = exchanged(cfg, mesh, topology)
-  block = (
-    moves.copies * (6 * model.d_model + 8 * model.moe.d_expert / mesh.tensor)
-    + (moves.room * 4 + tokens * 20) * model.d_model
-  )
-  weights = 3 * found.count(mesh, 'fsdp')
-  each = passes * itemsize * (layers * block + weights) + 16 * found.count(mesh)
-  return cfg.micro_batches * each + 36 * found.count(mesh)

@@ -1,177 +1,158 @@
-"""A plan in words: parameters, arithmetic, memory by kind, collectives, the least time of a step, and remedies."""
+"""A plan in words: parameters, arithmetic, memory, collectives, time of a step, remedies."""
 
-import contextlib
 import dataclasses
 import math
 from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from moejax.config import ConfigError
-from moejax.plan.hlo.collectives import collectives
+from moejax.plan.hlo.collectives import Collective, collectives
 from moejax.plan.hlo.memory_traffic import traffic
-from moejax.plan.memory_model import memory, shapes
-from moejax.plan.roofline import Bound, least_time, mfu_ceiling, step_flops, time_bounds
+from moejax.plan.memory_model import memory_by_kind, model_shapes
+from moejax.plan.remedies import remedy_configs
+from moejax.plan.roofline import Bound, StepFlops, least_time, mfu_ceiling, step_flops, time_bounds
 from moejax.plan.topology import Topology
 from moejax.runtime.units import human
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.cost import Parameters, flops_per_token
-from moejax.train.shapes import divided_parts
 
-PLAN_MEMORY_FRACTION = 0.96  # of a device's memory may be planned for: the rest goes to what others hold, and to pieces too small
+# Of a device's memory, what may be planned for: the rest goes to what others hold, and to pieces
+# too small.
+PLAN_MEMORY_FRACTION = 0.96
 
 
-class Compiled(NamedTuple):
+class CompiledStep(NamedTuple):
   """What the compiler says of a step; `text` is '' where it refused because of memory."""
 
   cfg: ExperimentConfig
   mesh: Mesh
   parameters: Parameters
   memory: dict[str, float]  # kind -> bytes on one device, all kinds together what the step needs
-  text: str
+  text: str  # of the compiled program
 
 
-def total(done: Compiled) -> float:
-  """Bytes that a device must have."""
-  return sum(done.memory.values())
+def needed_bytes(step: CompiledStep) -> float:
+  """Returns the bytes that a device must have; NaN where the compiler refused without a figure."""
+  return sum(step.memory.values())
 
 
-def fits(done: Compiled, topology: Topology) -> bool:
-  """Whether a device has them, and a little more; nobody knows what a CPU will have."""
-  return bool(done.text) and (
-    topology.chip is None or total(done) <= PLAN_MEMORY_FRACTION * topology.chip.memory
-  )
+def fits(step: CompiledStep, topology: Topology) -> bool:
+  """Returns whether a device has the memory; what a CPU will have is not known, and is enough."""
+  if not step.text:
+    return False
+  chip = topology.chip
+  return chip is None or needed_bytes(step) <= PLAN_MEMORY_FRACTION * chip.memory
 
 
 def describe_layout(cfg: ExperimentConfig) -> str:
-  """What a plan may change, in words."""
+  """Returns in words what a plan may change: mesh, remat and micro-batches."""
   mesh = ' x '.join(f'{axis} {size}' for axis, size in dataclasses.asdict(cfg.mesh).items())
   return f'{mesh}, remat {cfg.model.remat}, {cfg.micro_batches} micro-batches'
 
 
-def plan_lines(done: Compiled, topology: Topology) -> list[str]:
-  """The plan for a person."""
-  cfg, parameters, devices = done.cfg, done.parameters, done.mesh.size
-  useful, all_flops = step_flops(cfg, parameters)
-  spoken = collectives(done.text, done.mesh.shape) if done.text else []
-  flags = ' '.join(f'--config.mesh.{axis}={size}' for axis, size in done.mesh.shape.items())
-  lines = [
-    f'plan of {cfg.workdir} on {topology.text}: {devices} devices',
-    *([f'note        {topology.note}'] if topology.note else []),
-    f'flags       {flags} --config.model.remat={cfg.model.remat} --config.micro_batches={cfg.micro_batches}',
+def plan_lines(step: CompiledStep, topology: Topology) -> list[str]:
+  """Returns the lines of a plan, for a person to read."""
+  flops = step_flops(step.cfg, step.parameters)
+  lines = heading_lines(step, flops, topology) + memory_lines(step, topology)
+  if step.text:
+    sent = collectives(step.text, step.mesh.shape)
+    lines += collective_lines(sent)
+    if topology.chip:
+      bounds = time_bounds(
+        flops=flops.recomputing / step.mesh.size,
+        moved=traffic(step.text),
+        sent=sent,
+        mesh=step.mesh,
+        topology=topology,
+      )
+      lines += time_lines(bounds, step, topology)
+  return lines + remedy_lines(step, topology)
+
+
+def heading_lines(step: CompiledStep, flops: StepFlops, topology: Topology) -> list[str]:
+  """Returns what is planned for, the flags that give it, the size of the model and of a step."""
+  cfg, parameters = step.cfg, step.parameters
+  lines = [f'plan of {cfg.workdir} on {topology.text}: {step.mesh.size} devices']
+  if topology.note:
+    lines.append(f'note        {topology.note}')
+  flags = [f'--config.mesh.{axis}={size}' for axis, size in step.mesh.shape.items()]
+  flags += [f'--config.model.remat={cfg.model.remat}']
+  flags += [f'--config.micro_batches={cfg.micro_batches}']
+  tokens = cfg.batch_size * cfg.seq_len
+  return lines + [
+    f'flags       {" ".join(flags)}',
     f'model       {human(parameters.total)} parameters, {human(parameters.active)} active',
-    f'arithmetic  {human(flops_per_token(parameters, cfg))}FLOP a token, {human(useful)}FLOP a step of '
-    f'{human(cfg.batch_size * cfg.seq_len)} tokens; with recomputation {human(all_flops)}FLOP',
+    f'arithmetic  {human(flops_per_token(parameters, cfg))}FLOP a token, '
+    f'{human(flops.model)}FLOP a step of {human(tokens)} tokens; '
+    f'with recomputation {human(flops.recomputing)}FLOP',
   ]
-  lines += memory_lines(done, topology)
-  if done.text:
-    lines += [
-      '',
-      'collectives of one step, bytes that a device sends',
-      *(
-        f'  {c.kind:<20}{"+".join(c.axes) or "parts of axes":<24}{c.count:>9} times {human(c.bytes):>9}B'
-        for c in spoken
-      ),
-    ]
-  if done.text and topology.chip:
-    lines += time_lines(
-      time_bounds(all_flops / devices, traffic(done.text), spoken, done.mesh, topology),
-      done,
-      topology,
-    )
-  return lines + remedies(done, topology)
 
 
-def memory_lines(done: Compiled, topology: Topology) -> list[str]:
-  """Each kind of memory, and all of it beside what a device has."""
-  has = topology.chip.memory if topology.chip else math.inf
-  share = (
-    f', {total(done) / has:.0%} of the {human(has, 1024)}B that it has' if topology.chip else ''
-  )
+def memory_lines(step: CompiledStep, topology: Topology) -> list[str]:
+  """Returns each kind of memory, and all of it beside what a device has."""
+  needed, share = needed_bytes(step), ''
+  if topology.chip:
+    has = topology.chip.memory
+    share = f', {needed / has:.0%} of the {human(has, 1024)}B that it has'
   return [
     '',
     'bytes on one device',
-    *(f'  {kind:<44}{human(size, 1024):>9}B' for kind, size in done.memory.items()),
-    f'  {"all":<44}{human(total(done), 1024):>9}B{share}',
+    *(f'  {kind:<44}{human(size, 1024):>9}B' for kind, size in step.memory.items()),
+    f'  {"all":<44}{human(needed, 1024):>9}B{share}',
   ]
 
 
-def time_lines(found: list[Bound], done: Compiled, topology: Topology) -> list[str]:
-  """Each bound of a step's time, and what follows from the one that rules."""
-  seconds, rules = least_time(found)
-  cfg, (useful, _) = done.cfg, step_flops(done.cfg, done.parameters)
-  apart = sum(bound.seconds for bound in found)
-  tokens = cfg.batch_size * cfg.seq_len
+def collective_lines(sent: list[Collective]) -> list[str]:
+  """Returns a line for each kind of collective and mesh axes."""
+  lines = ['', 'collectives of one step, bytes that a device sends']
+  for each in sent:
+    axes = '+'.join(each.axes) or 'parts of axes'
+    lines.append(f'  {each.kind:<20}{axes:<24}{each.count:>9} times {human(each.bytes):>9}B')
+  return lines
 
-  def at(time: float) -> str:
-    return f'{human(tokens / time)}tokens/s, MFU {mfu_ceiling(time, useful, done.mesh.size, topology.chip):.1%}'
 
-  return [
-    '',
-    'least time of a step: arithmetic, memory and links at their rated speed',
-    *(
-      f'  {bound.name:<52}{bound.seconds:>9.3g} s {bound.seconds / seconds:>6.0%}'
-      for bound in found
-    ),
-    f'  {rules} rules: {seconds:.3g} s a step at least, {at(seconds)}',
-    f'  if nothing overlapped: {apart:.3g} s, {at(apart)}',
+def time_lines(bounds: list[Bound], step: CompiledStep, topology: Topology) -> list[str]:
+  """Returns each bound of a step's time, and the speed that follows from the one that rules."""
+  least, apart = least_time(bounds), sum(bound.seconds for bound in bounds)
+  flops = step_flops(step.cfg, step.parameters).model
+  tokens = step.cfg.batch_size * step.cfg.seq_len
+
+  def speed(seconds: float) -> str:
+    mfu = mfu_ceiling(seconds, flops, step.mesh.size, topology.chip)
+    return f'{human(tokens / seconds)}tokens/s, MFU {mfu:.1%}'
+
+  lines = ['', 'least time of a step: arithmetic, memory and links at their rated speed']
+  for bound in bounds:
+    share = bound.seconds / least.seconds
+    lines.append(f'  {bound.name:<52}{bound.seconds:>9.3g} s {share:>6.0%}')
+  return lines + [
+    f'  {least.rules} rules: {least.seconds:.3g} s a step at least, {speed(least.seconds)}',
+    f'  if nothing overlapped: {apart:.3g} s, {speed(apart)}',
   ]
 
 
-def remedies(done: Compiled, topology: Topology) -> list[str]:
-  """What would make it fit, if it does not, with a guess of what each would give."""
-  if topology.chip is None or fits(done, topology):
-    return ['', 'it fits' if topology.chip else 'what a CPU has is not compared']
-  found, has = shapes(done.cfg), topology.chip.memory
-  before = sum(memory(done.cfg, found, topology).values())
-
-  def after(cfg: ExperimentConfig) -> float:
-    return total(done) - before + sum(memory(cfg, found, topology).values())
-
-  known = not math.isnan(total(done))
-  return [
-    '',
-    f'it does not fit: a device has {human(has, 1024)}B'
-    + (
-      f', of which {PLAN_MEMORY_FRACTION:.0%} may be planned for: {human(total(done) - PLAN_MEMORY_FRACTION * has, 1024)}B too little'
-      if known
-      else ''
-    )
-    + '. What would help:',
-    *(
-      f'  {flags}' + (f': about {human(after(cfg), 1024)}B' if known else '')
-      for flags, cfg in options(done.cfg).items()
-      if after(cfg) < total(done) or not known
-    ),
-    '  more devices, or --plan=fit to look for a mesh, remat and micro-batches that fit',
+def remedy_lines(step: CompiledStep, topology: Topology) -> list[str]:
+  """Returns what would make the step fit, if it does not, with a guess of what each would give."""
+  if topology.chip is None:
+    return ['', 'what a CPU has is not compared']
+  if fits(step, topology):
+    return ['', 'it fits']
+  has, needed = topology.chip.memory, needed_bytes(step)
+  is_known = not math.isnan(needed)
+  missing = ''
+  if is_known:
+    too_little = human(needed - PLAN_MEMORY_FRACTION * has, 1024)
+    missing = f', of which {PLAN_MEMORY_FRACTION:.0%} may be planned for: {too_little}B too little'
+  lines = ['', f'it does not fit: a device has {human(has, 1024)}B{missing}. What would help:']
+  # A remedy is worth the difference of two guesses, added to what the compiler said.
+  shapes = model_shapes(step.cfg)
+  before = sum(memory_by_kind(step.cfg, shapes, topology).values())
+  for flags, cfg in remedy_configs(step.cfg).items():
+    after = needed - before + sum(memory_by_kind(cfg, shapes, topology).values())
+    if not is_known:
+      lines.append(f'  {flags}')
+    elif after < needed:
+      lines.append(f'  {flags}: about {human(after, 1024)}B')
+  return lines + [
+    '  more devices, or --plan=fit to look for a mesh, remat and micro-batches that fit'
   ]
-
-
-def options(cfg: ExperimentConfig) -> dict[str, ExperimentConfig]:
-  """Flags -> the config with them: remat, smaller micro-batches, more fsdp; those that the model and batch allow."""
-  mesh, model, rows = cfg.mesh, cfg.model, cfg.batch_size // cfg.micro_batches
-  shards = mesh.data * mesh.fsdp * mesh.expert
-  smaller = [n for n in range(shards, rows, shards) if cfg.batch_size % n == 0]
-  changes: dict[str, dict[str, object]] = {
-    '--config.model.remat=full': {'model': dataclasses.replace(model, remat='full')},
-    **{
-      f'--config.micro_batches={cfg.batch_size // n}': {'micro_batches': cfg.batch_size // n}
-      for n in smaller[::-1]
-    },
-    **{
-      f'--config.mesh.{axis}={getattr(mesh, axis) // 2} --config.mesh.fsdp={2 * mesh.fsdp}': {
-        'mesh': dataclasses.replace(mesh, fsdp=2 * mesh.fsdp, **{axis: getattr(mesh, axis) // 2})
-      }
-      for axis in ('data', 'tensor')
-      if getattr(mesh, axis) % 2 == 0 and getattr(mesh, axis)
-    },
-  }
-  found: dict[str, ExperimentConfig] = {}
-  for flags, change in changes.items():
-    with contextlib.suppress(
-      ConfigError
-    ):  # such as balance.ep_groups, which must go with micro_batches
-      other = dataclasses.replace(cfg, **change)
-      if other != cfg and not any(part.problem(other.mesh) for part in divided_parts(other)):
-        found[flags] = other
-  return found

@@ -1,4 +1,4 @@
-"""The least time that a step can take: arithmetic, memory and links, each by itself, the slowest rules.
+"""The least time that a step can take, as the slowest of arithmetic, memory and links has it.
 
 compiled text, mesh, chip -> seconds of each bound -> tokens/s and MFU at best
 """
@@ -18,101 +18,149 @@ from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.cost import Parameters, flops_per_token
 
 
+class StepFlops(NamedTuple):
+  """The arithmetic of one step in FLOP, of all devices together."""
+
+  model: float
+  recomputing: float  # with what remat computes again
+
+
 class Bound(NamedTuple):
-  """One thing that takes time. `uses`: what it has for itself; bounds that use the same add up."""
+  """One thing that takes time."""
 
   name: str
   seconds: float
-  uses: tuple[str, ...]
+  uses: tuple[str, ...]  # what it has for itself; the times of bounds that use the same add up
 
 
-def step_flops(cfg: ExperimentConfig, parameters: Parameters) -> tuple[float, float]:
-  """(of the model, with what remat computes again) in one step, all devices together.
+class Links(NamedTuple):
+  """The links that a group of devices has to itself."""
 
-  'full' runs the forward pass of all blocks again, 'dots' of routed experts and attention's products.
+  names: tuple[str, ...]
+  bandwidth: float  # bytes/s that each device can send over all of them
+
+
+class LeastTime(NamedTuple):
+  """The least time of a step."""
+
+  seconds: float
+  rules: str  # the resource that is in use for so long
+
+
+def step_flops(cfg: ExperimentConfig, parameters: Parameters) -> StepFlops:
+  """Returns the arithmetic of a step.
+
+  remat='full' runs the forward pass of all blocks again, 'dots' that of routed experts and
+  attention's products.
   """
   model, tokens = cfg.model, cfg.batch_size * cfg.seq_len
+  router = model.moe.router
   useful = flops_per_token(parameters, cfg)
+  # As in flops_per_token: 6 for each number that multiplies, 2 forward and 4 backward.
   heads = 6 * parameters.embedding * (1 + model.mtp_depth)
-  no_rows = dataclasses.replace(cfg, seq_len=1)
-  attention = useful - flops_per_token(parameters, no_rows)
-  routed = (
-    6 * 3 * model.d_model * model.moe.d_expert * model.moe.router.top_k * model.num_moe_layers
-  )
+  # What depends on the length of a sequence is attention's two products.
+  one_token = dataclasses.replace(cfg, seq_len=1)
+  attention = useful - flops_per_token(parameters, one_token)
+  # Three matrices of a routed expert multiply: gate, up and down.
+  routed = 6 * 3 * model.d_model * model.moe.d_expert * router.top_k * model.num_moe_layers
   again = {'none': 0.0, 'dots': attention + routed, 'full': useful - heads}[model.remat]
-  return tokens * useful, tokens * (useful + again / 3)
+  # A forward pass is a third of forward and backward.
+  return StepFlops(tokens * useful, tokens * (useful + again / 3))
 
 
-def places(mesh: Mesh, axes: Sequence[str], topology: Topology) -> np.ndarray:
-  """Where the devices of one group over these mesh axes are: [n, torus axes], or their numbers [n, 1]."""
-  group = mesh.devices[
-    tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
-  ].reshape(-1)
+def group_places(mesh: Mesh, axes: Sequence[str], topology: Topology) -> np.ndarray:
+  """Returns where the n devices of one group over these mesh axes are.
+
+  They are coordinates [n, torus axes], or, of GPUs, the numbers of the devices [n, 1].
+  """
+  along = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
+  group = mesh.devices[along].reshape(-1)
   chip = topology.chip
   if topology.compiler == 'tpu':
     return np.array([device.coords for device in group])
   ids = np.array([device.id for device in group])
-  return (
-    np.stack(np.unravel_index(ids // chip.per_chip, topology.sizes), -1)
-    if chip.torus
-    else ids[:, None]
-  )
+  if chip.torus:  # virtual devices that stand in for TPUs, numbered in row-major order
+    return np.stack(np.unravel_index(ids // chip.per_chip, topology.sizes), -1)
+  return ids[:, None]
 
 
-def links(where: np.ndarray, sizes: Sequence[int], chip: Chip) -> tuple[tuple[str, ...], float]:
-  """Which links a group of devices has to itself, and the bytes/s that each of them can send over these.
+def group_links(places: np.ndarray, sizes: Sequence[int], chip: Chip) -> Links:
+  """Returns which links a group of devices has to itself, and what each device can send over them.
 
-  TPU: the torus axes that the group spans; both directions of one that is a closed ring. GPU: NVLink within a node;
-  else the network, of as many GPUs as the group has in a node, since a ring enters and leaves each node once.
+  TPU: the torus axes that the group spans; both directions of one that is a closed ring. GPU:
+    NVLink within a node;
+  else the network, of as many GPUs as the group has in a node, since a ring enters and leaves each
+  node once.
+
+  Args:
+    places: from `group_places`.
+    sizes: chips along each axis of the torus.
+    chip: whose links they are.
   """
   if chip.torus:
-    spans = [i for i in range(chip.torus) if len(set(where[:, i])) > 1]
-    closed = [len(set(where[:, i])) == sizes[i] >= chip.wraps for i in spans]
-    # Two devices of a chip talk over links of their own, which are not slower.
-    return tuple(f'ICI {"xyz"[i]}' for i in spans) or ('chip',), chip.link * max(
-      1, sum(1 + ring for ring in closed)
-    )
-  nodes = len(set(where[:, 0] // chip.node))
+    spans = [axis for axis in range(chip.torus) if len(set(places[:, axis])) > 1]
+    if not spans:
+      # Two devices of a chip talk over links of their own, which are not slower.
+      return Links(('chip',), chip.link)
+    directions = len(spans)
+    for axis in spans:
+      is_whole = len(set(places[:, axis])) == sizes[axis]
+      directions += is_whole and sizes[axis] >= chip.wraps
+    return Links(tuple(f'ICI {"xyz"[axis]}' for axis in spans), chip.link * directions)
+  nodes = len(set(places[:, 0] // chip.node))
   if nodes == 1:
-    return ('NVLink',), chip.link
-  return ('network',), min(chip.link, chip.network * len(where) / nodes)
+    return Links(('NVLink',), chip.link)
+  return Links(('network',), min(chip.link, chip.network * len(places) / nodes))
 
 
 def time_bounds(
-  flops: float, moved: float, spoken: Sequence[Collective], mesh: Mesh, topology: Topology
+  flops: float, moved: float, sent: Sequence[Collective], mesh: Mesh, topology: Topology
 ) -> list[Bound]:
-  """flops: of one device, recomputation included.  moved: bytes through its memory."""
+  """Returns what takes time in a step: arithmetic, memory, the links of each group of devices.
+
+  Args:
+    flops: FLOP of one device, recomputation included.
+    moved: bytes through the memory of one device.
+    sent: the collectives of a step.
+    mesh: of the devices.
+    topology: says where they are; its chip must be known.
+  """
   chip = topology.chip
-  found = [
+  bounds = [
     Bound('compute', flops / chip.flops, ('compute',)),
     Bound('memory', moved / chip.hbm, ('memory',)),
   ]
-  sent: dict[tuple[str, ...], float] = {}
-  for collective in spoken:
+  bytes_over: dict[tuple[str, ...], float] = {}
+  for collective in sent:
+    # Groups that are no product of mesh axes may be anywhere: as if they spanned all devices.
     axes = collective.axes or tuple(mesh.axis_names)
-    sent[axes] = (sent[axes] if axes in sent else 0.0) + collective.bytes
-  for axes, size in sent.items():
-    uses, bandwidth = links(places(mesh, axes, topology), topology.sizes, chip)
-    found.append(
-      Bound(
-        f'{"+".join(axes)} over {", ".join(uses)}, {bandwidth / 1e9:.0f} GB/s',
-        size / bandwidth,
-        uses,
-      )
-    )
-  return found
+    bytes_over.setdefault(axes, 0.0)
+    bytes_over[axes] += collective.bytes
+  for axes, size in bytes_over.items():
+    links = group_links(group_places(mesh, axes, topology), topology.sizes, chip)
+    name = f'{"+".join(axes)} over {", ".join(links.names)}, {links.bandwidth / 1e9:.0f} GB/s'
+    bounds.append(Bound(name, size / links.bandwidth, links.names))
+  return bounds
 
 
-def least_time(found: Sequence[Bound]) -> tuple[float, str]:
-  """(seconds, what takes them): everything overlaps but what uses the same."""
-  total: dict[str, float] = dict.fromkeys((use for bound in found for use in bound.uses), 0.0)
-  for bound in found:
+def least_time(bounds: Sequence[Bound]) -> LeastTime:
+  """Returns the least time of a step, in which everything overlaps but what uses the same."""
+  seconds: dict[str, float] = {}
+  for bound in bounds:
     for use in bound.uses:
-      total[use] += bound.seconds
-  use = max(total, key=lambda use: total[use])
-  return total[use], use
+      seconds.setdefault(use, 0.0)
+      seconds[use] += bound.seconds
+  rules = max(seconds, key=lambda use: seconds[use])
+  return LeastTime(seconds[rules], rules)
 
 
 def mfu_ceiling(seconds: float, flops: float, devices: int, chip: Chip) -> float:
-  """MFU of a step of so many seconds; flops of the model, all devices together."""
+  """Returns the MFU of a step of so many seconds; 0 where the time is not known.
+
+  Args:
+    seconds: of the step.
+    flops: FLOP of the model without recomputation, all devices together.
+    devices: how many there are.
+    chip: what they are.
+  """
   return flops / (seconds * devices * chip.flops) if math.isfinite(seconds) and seconds > 0 else 0.0

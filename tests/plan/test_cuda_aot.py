@@ -1,4 +1,4 @@
-"""The tiny training step compiled for H200s that are not here, and what is in the program."""
+"""The tiny training step compiled ahead of time for H200s, and what is in the program."""
 
 import functools
 import importlib.util
@@ -29,7 +29,10 @@ pytestmark = [
 
 @pytest.mark.parametrize('exchange', ['gather', 'ragged'])
 def test_the_step_of_eight_gpus(exchange: str) -> None:
-  """Latent attention, heads of 192 channels, by cuDNN's kernel, forward and backward; tokens go as the config says."""
+  """Latent attention is cuDNN's kernel both ways, and tokens are exchanged as the config says.
+
+  Its heads have 192 channels.
+  """
   latent = LatentConfig(kv_rank=128, q_rank=256, d_rope=64, d_value=128)
   moe = MoEConfig(
     d_expert=384,
@@ -53,9 +56,8 @@ def test_the_step_of_eight_gpus(exchange: str) -> None:
   mesh = make_run_mesh(cfg, parse_topology('h200:8').devices())
   with jax.set_mesh(mesh):
     target = sharded_state_shapes(cfg, mesh)
-    lowered = jax.jit(functools.partial(train_step, cfg=cfg), donate_argnums=0).lower(
-      target, batch_shapes(cfg, mesh)
-    )
+    step = jax.jit(functools.partial(train_step, cfg=cfg), donate_argnums=0)
+    lowered = step.lower(target, batch_shapes(cfg, mesh))
     text = lowered.compile({'xla_gpu_autotune_level': 0}).as_text()  # nothing can be timed
   aliases = re.findall(r'\{(\d+)\}: \((\d+), \{\}', text.partition('\n')[0])
   assert aliases == [(str(i), str(i)) for i in range(len(jax.tree.leaves(target)))]

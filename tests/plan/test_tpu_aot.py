@@ -1,6 +1,7 @@
-"""The tiny training step compiled for TPU slices that are not here, and what is in the program.
+"""The tiny training step compiled ahead of time for TPU slices, and what is in the program.
 
-Each program is compiled once; several tests look at it. Widths are multiples of 128, as the tiles of a TPU are.
+Each program is compiled once; several tests look at it. Widths are multiples of 128, as the tiles
+of a TPU are.
 """
 
 import dataclasses
@@ -119,7 +120,7 @@ def no_cache() -> Iterator[None]:
 
 @functools.cache
 def devices(name: str) -> list[jax.Device]:
-  """Of a slice that is not here."""
+  """The devices of a slice, which the machine need not have."""
   # No chip is touched: there is no metadata server to ask, and nothing that a lock would protect.
   os.environ.update(TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1')
   return list(topologies.get_topology_desc(topology_name=name, platform='tpu').devices)
@@ -133,14 +134,13 @@ class Program(NamedTuple):
 
   def results(self, *ops: str) -> list[list[tuple[int, ...]]]:
     """The shapes that each of these operations gives."""
-    found = re.findall(rf'= (.*?) (?:{"|".join(ops)})\(', self.text)
-    return [
-      [
-        tuple(map(int, filter(None, sizes.split(','))))
-        for sizes in re.findall(r'\w\[([\d,]*)\]', result)
-      ]
-      for result in found
-    ]
+    results = re.findall(rf'= (.*?) (?:{"|".join(ops)})\(', self.text)
+    return [list(map(shape_of, re.findall(r'\w\[([\d,]*)\]', result))) for result in results]
+
+
+def shape_of(sizes: str) -> tuple[int, ...]:
+  """(2, 4) of '2,4', () of ''."""
+  return tuple(map(int, filter(None, sizes.split(','))))
 
 
 def compiled(case: Case, sizes: MeshConfig, rows: int) -> Program:
@@ -152,9 +152,8 @@ def compiled(case: Case, sizes: MeshConfig, rows: int) -> Program:
   mesh = make_run_mesh(cfg, devices(case.slice))
   with jax.set_mesh(mesh):
     target = sharded_state_shapes(cfg, mesh)
-    return Program(
-      compile_step(cfg, target, batch_shapes(cfg, mesh)).as_text(), len(jax.tree.leaves(target))
-    )
+    text = compile_step(cfg, target, batch_shapes(cfg, mesh)).as_text()
+  return Program(text, len(jax.tree.leaves(target)))
 
 
 @pytest.mark.parametrize('name', CASES)
@@ -165,7 +164,8 @@ def test_the_step_of_a_slice(name: str) -> None:
   # The state's memory becomes the new state's.
   aliases = re.findall(r'\{(\d+)\}: \((\d+), \{\}', this.text.partition('\n')[0])
   assert aliases == [(str(i), str(i)) for i in range(this.leaves)]
-  # No device is sent the experts of others: all projections of one kind are more than anything else that is gathered.
+  # No device is sent the experts of others: all projections of one kind are more than anything else
+  # that is gathered.
   gathered = this.results('all-gather', 'all-gather-start')
   assert gathered and max(math.prod(shape) for shapes in gathered for shape in shapes) < E * D * F
   # Tokens go over `expert` as the config says, and no other way.
@@ -173,7 +173,8 @@ def test_the_step_of_a_slice(name: str) -> None:
     op for op in ('all-to-all', 'ragged-all-to-all') if re.search(rf' {op}(-start)?\(', this.text)
   }
   assert moved == MOVED[case.dispatch]
-  # Attention is a kernel, forward and backward; and so is the grouped matmul, with both of its gradients.
+  # Attention is a kernel, forward and backward; and so is the grouped matmul, with both of its
+  # gradients.
   assert {*re.findall(r'%splash_mha_([a-z]+)_\S+ = .* custom-call\(', this.text)} == {
     'fwd',
     'dq',
@@ -185,15 +186,11 @@ def test_the_step_of_a_slice(name: str) -> None:
   grouped = {('transpose' in op, shape) for shape, op in kernels}
   rows = 8 * 128 * K // 4 * 5 // 4  # a quarter more than a device of a group of four is given
   products = {f'bf16[{rows},{F}]', f'bf16[{rows},{D}]'}
-  assert grouped == (
-    set()
-    if case.dispatch.dispatcher == 'dense_matmul'
-    else {
-      *((backward, product) for backward in (False, True) for product in products),
-      (True, f'bf16[{E // 4},{D},{F}]'),
-      (True, f'bf16[{E // 4},{F},{D}]'),
-    }
-  )
+  expected = {(backward, product) for backward in (False, True) for product in products}
+  expected |= {(True, f'bf16[{E // 4},{D},{F}]'), (True, f'bf16[{E // 4},{F},{D}]')}
+  if case.dispatch.dispatcher == 'dense_matmul':
+    expected = set()
+  assert grouped == expected
 
 
 def test_a_slice_without_the_ragged_exchange_refuses_it() -> None:

@@ -1,4 +1,4 @@
-"""A model's directory of tensors, as the world exchanges them: model.safetensors, or shards with an index.
+"""A model's directory of tensors: model.safetensors, or shards of it with an index.
 
 open_tensors(directory) -> Tensors -> expect(tensors, shapes) -> tensors.read(name, index)
 write_tensors(directory, [Spec], extra files): whole under its name, or not there
@@ -14,7 +14,7 @@ import numpy as np
 
 from moejax.config import ConfigError, check
 from moejax.hf.safetensors.file import Index, Spec, Stored, read_header, write_file
-from moejax.hf.safetensors.quantised import PackedFP4, ScaledBlocks, unquantised
+from moejax.hf.safetensors.quantised import BlockSize, PackedFP4, ScaledBlocks, unquantised
 from moejax.runtime.files import (
   FETCH_AGAIN,
   bad_file,
@@ -31,44 +31,61 @@ SHOWN = 10  # names of each kind in a message
 
 
 class Tensors:
-  """The tensors of a directory, read on demand; those in blocks with scales as the weights that they stand for."""
+  """The tensors of a directory, read on demand.
+
+  Those in blocks with scales are the weights that they stand for.
+  """
 
   def __init__(
-    self, directory: Path, found: Mapping[str, Stored | ScaledBlocks | PackedFP4]
+    self, directory: Path, tensors: Mapping[str, Stored | ScaledBlocks | PackedFP4]
   ) -> None:
-    self.directory, self._found = directory, dict(found)
+    self.directory, self._tensors = directory, dict(tensors)
 
   @property
   def names(self) -> tuple[str, ...]:
-    return tuple(self._found)
+    """The names of all tensors, in the order of the files."""
+    return tuple(self._tensors)
 
   def shape(self, name: str) -> tuple[int, ...]:
-    return self._of(name).shape
+    """Returns the shape of what `read` gives."""
+    return self._named(name).shape
 
   def dtype(self, name: str) -> str:
-    """A row of DTYPES: what `read` gives, which is what is stored but for blocks with scales."""
-    return self._of(name).dtype
+    """Returns the dtype of what `read` gives, a row of DTYPES.
+
+    It is what is stored but for blocks with scales.
+    """
+    return self._named(name).dtype
 
   def is_quantised(self, name: str) -> bool:
-    """Whether it lies in blocks with scales."""
-    return not isinstance(self._of(name), Stored)
+    """Returns whether the tensor lies in blocks with scales."""
+    return not isinstance(self._named(name), Stored)
 
   def path(self, name: str) -> Path:
-    """The file that it lies in, for a message."""
-    return self._of(name).path
+    """Returns the file that the tensor lies in, for a message."""
+    return self._named(name).path
 
   def read(self, name: str, index: Index = ()) -> np.ndarray:
-    """A new array: the slice by `index`, a tuple of slices without steps, and nothing else is read of the file."""
-    return self._of(name).read(index)
+    """Returns a slice as a new array; nothing else is read of the file.
 
-  def _of(self, name: str) -> Stored | ScaledBlocks | PackedFP4:
-    if name not in self._found:
-      raise ConfigError(f'{self.directory}: no tensor {name!r}; it has {_some(self._found)}')
-    return self._found[name]
+    Args:
+      name: of the tensor.
+      index: a slice without a step for each of the first axes; the others are whole.
+    """
+    return self._named(name).read(index)
+
+  def _named(self, name: str) -> Stored | ScaledBlocks | PackedFP4:
+    if name not in self._tensors:
+      raise ConfigError(f'{self.directory}: no tensor {name!r}; it has {_some(self._tensors)}')
+    return self._tensors[name]
 
 
 def open_tensors(directory: str | os.PathLike) -> Tensors:
-  """Reads and checks every header, and no tensor; ConfigError names the file that cannot be trusted, and why."""
+  """Reads and checks every header, and no tensor.
+
+  Raises:
+    ConfigError: names the file that cannot be trusted, and why.
+  """
   directory = Path(directory)
   try:
     return Tensors(directory, unquantised(_stored(directory), _block_size(directory)))
@@ -77,26 +94,34 @@ def open_tensors(directory: str | os.PathLike) -> Tensors:
 
 
 def expect(tensors: Tensors, wanted: Mapping[str, tuple[int, ...]]) -> None:
-  """ConfigError of all that is missing, extra or of another shape than wanted, not only of the first."""
+  """Checks that a directory has just the tensors that are wanted, in their shapes.
+
+  Args:
+    tensors: of the directory.
+    wanted: name -> shape.
+
+  Raises:
+    ConfigError: tells all that is missing, extra or of another shape, not only the first.
+  """
   have = {name: tensors.shape(name) for name in tensors.names}
-  kinds = {
-    'missing': [f'{name} {shape}' for name, shape in wanted.items() if name not in have],
-    'extra': [
-      f'{name} {shape} in {tensors.path(name).name}'
-      for name, shape in have.items()
-      if name not in wanted
-    ],
-    'of another shape': [
-      f'{name}: expected {shape}, found {have[name]} in {tensors.path(name).name}'
-      for name, shape in wanted.items()
-      if name in have and have[name] != shape
-    ],
-  }
+  missing: list[str] = []
+  extra: list[str] = []
+  misshapen: list[str] = []
+  for name, shape in wanted.items():
+    if name not in have:
+      missing.append(f'{name} {shape}')
+    elif have[name] != shape:
+      misshapen.append(f'{name}: expected {shape}, found {have[name]} in {tensors.path(name).name}')
+  for name, shape in have.items():
+    if name not in wanted:
+      extra.append(f'{name} {shape} in {tensors.path(name).name}')
+  kinds = {'missing': missing, 'extra': extra, 'of another shape': misshapen}
   check(
     *(
-      f'{tensors.directory}: {len(which)} tensors {kind}: {_some(which)}; are config.json and they of one model?'
-      for kind, which in kinds.items()
-      if which
+      f'{tensors.directory}: {len(names)} tensors {kind}: {_some(names)}; '
+      'are config.json and they of one model?'
+      for kind, names in kinds.items()
+      if names
     )
   )
 
@@ -107,28 +132,29 @@ def write_tensors(
   extra_files: Mapping[str, str | bytes],
   max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-  """Writes a new directory, one tensor in memory at a time; whatever happens, it is whole or not there.
+  """Writes a new directory, one tensor in memory at a time; it is whole or not there.
 
-  ConfigError where the directory holds anything: nothing is ever overwritten.
+  Args:
+    directory: to be made.
+    specs: the tensors, in the order in which they fill the shards.
+    extra_files: name -> content.
+    max_shard_bytes: a shard is no larger, unless a single tensor is.
+
+  Raises:
+    ConfigError: the directory holds anything: nothing is ever overwritten.
   """
-  target, shards, size = Path(directory).resolve(), [[]], 0
-  for spec in specs:
-    if shards[-1] and size + spec.nbytes > max_shard_bytes:
-      shards, size = [*shards, []], 0
-    shards[-1].append(spec)
-    size += spec.nbytes
-  files = {
-    f'model-{i:05d}-of-{len(shards):05d}.safetensors': shard for i, shard in enumerate(shards, 1)
-  }
-  index = {
-    'metadata': {'total_size': sum(spec.nbytes for shard in shards for spec in shard)},
-    'weight_map': {spec.name: file for file, shard in files.items() for spec in shard},
-  }
-  if len(index['weight_map']) < sum(map(len, shards)):
+  target = Path(directory).resolve()
+  shards = fill_shards(specs, max_shard_bytes)
+  files = {ONE: shards[0]}
+  if len(shards) > 1:
+    names = [f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors' for i in range(len(shards))]
+    files = dict(zip(names, shards))
+  weight_map = {spec.name: file for file, shard in files.items() for spec in shard}
+  if len(weight_map) < sum(map(len, shards)):
     raise ValueError(f'{target}: a name is given twice')  # a header could hold only one of them
-  if len(shards) == 1:
-    files = {ONE: shards[0]}
-  else:
+  if len(shards) > 1:
+    total_size = sum(spec.nbytes for shard in shards for spec in shard)
+    index = {'metadata': {'total_size': total_size}, 'weight_map': weight_map}
     extra_files = {**extra_files, INDEX: json.dumps(index, indent=2, sort_keys=True) + '\n'}
   try:
     with staged(target) as partial:
@@ -142,6 +168,19 @@ def write_tensors(
     ) from error
 
 
+def fill_shards(specs: Iterable[Spec], max_shard_bytes: int) -> list[list[Spec]]:
+  """Returns the tensors of each shard, in their order; one empty shard where there are none."""
+  shards: list[list[Spec]] = [[]]
+  size = 0
+  for spec in specs:
+    if shards[-1] and size + spec.nbytes > max_shard_bytes:
+      shards.append([])
+      size = 0
+    shards[-1].append(spec)
+    size += spec.nbytes
+  return shards
+
+
 def _stored(directory: Path) -> dict[str, Stored]:
   """What lies in the directory: every tensor of every shard once, as the index has it."""
   one, index = inside(directory, ONE), inside(directory, INDEX)
@@ -153,13 +192,11 @@ def _stored(directory: Path) -> dict[str, Stored]:
     return _indexed(directory, index)
   pickles = sorted(path.name for kind in PICKLES for path in directory.glob(kind))
   if pickles:
-    raise bad_file(
-      directory,
-      f'{ONE} or {INDEX}',
-      f'pickles: {_some(pickles)}',
-      'they could run any code and are never '
-      'unpickled: convert them where you trust them, with save_pretrained(..., safe_serialization=True)',
+    remedy = (
+      'they could run any code and are never unpickled: convert them where you trust them, '
+      'with save_pretrained(..., safe_serialization=True)'
     )
+    raise bad_file(directory, f'{ONE} or {INDEX}', f'pickles: {_some(pickles)}', remedy)
   raise bad_file(
     directory,
     f'{ONE} or {INDEX}',
@@ -169,10 +206,10 @@ def _stored(directory: Path) -> dict[str, Stored]:
 
 
 def _indexed(directory: Path, index: Path) -> dict[str, Stored]:
+  """The tensors of all shards that the index names, each of which has just those that it says."""
   weight_map = parse_json_object(index, index.read_bytes()).pop('weight_map', None)
-  if not isinstance(weight_map, dict) or not all(
-    isinstance(file, str) and file.isprintable() for file in weight_map.values()
-  ):
+  files = weight_map.values() if isinstance(weight_map, dict) else [None]
+  if not all(isinstance(file, str) and file.isprintable() for file in files):
     raise bad_file(index, 'a weight_map of tensor to file', f'{weight_map!r:.200}', FETCH_AGAIN)
   shards: dict[str, set[str]] = {}
   for name, file in weight_map.items():
@@ -186,29 +223,28 @@ def _indexed(directory: Path, index: Path) -> dict[str, Stored]:
     )
   stored: dict[str, Stored] = {}
   for file, wanted in shards.items():
-    found = read_header(paths[file])
-    if found.keys() != wanted:
-      problems = f'missing {_some(wanted - found.keys())}; extra {_some(found.keys() - wanted)}'
-      raise bad_file(
-        paths[file], f'the {len(wanted)} tensors that {INDEX} says', problems, FETCH_AGAIN
-      )
-    stored |= found
+    header = read_header(paths[file])
+    if header.keys() != wanted:
+      problems = f'missing {_some(wanted - header.keys())}; extra {_some(header.keys() - wanted)}'
+      expected = f'the {len(wanted)} tensors that {INDEX} says'
+      raise bad_file(paths[file], expected, problems, FETCH_AGAIN)
+    stored |= header
   return stored
 
 
-def _block_size(directory: Path) -> tuple[int, int]:
-  """Rows and columns of a block of FP8: those of config.json, where it says so."""
+def _block_size(directory: Path) -> BlockSize:
+  """The size of config.json, where it says so; else DeepSeek's."""
   path = directory / 'config.json'
   match read_json(directory, path.name):
     case {'quantization_config': {'weight_block_size': [int(rows), int(columns)]}} if (
       min(rows, columns) > 0
     ):
-      return rows, columns
+      return BlockSize(rows, columns)
     case {'quantization_config': {'weight_block_size': found}}:
       raise bad_file(
         path, 'weight_block_size of two positive numbers', f'{found!r:.200}', 'mend it'
       )
-  return 128, 128
+  return BlockSize(128, 128)
 
 
 def _some(names: Collection[str]) -> str:

@@ -1,7 +1,8 @@
 """How many bytes a compiled program moves through its device's memory, read from its text.
 
-Each instruction outside a fusion reads its operands and writes its result; of an operand that is only sliced or
-gathered from, what is taken counts, of an array that is updated in place, the update. On-chip memory does not count.
+Each instruction outside a fusion reads its operands and writes its result. Of an operand that is
+only sliced or gathered from, what is taken counts; of an array that is updated in place, the
+update. On-chip memory does not count.
 """
 
 import re
@@ -16,6 +17,7 @@ from moejax.plan.hlo.program import (
   trip_count,
 )
 
+# What makes no array, or one that whoever reads it makes anew.
 FREE = {
   'parameter',
   'constant',
@@ -32,39 +34,51 @@ FREE = {
 TAKES = {'dynamic-slice', 'slice', 'gather'}
 UPDATES = {'dynamic-update-slice': 1, 'scatter': 2}  # in place: which operand is written
 RUNS = {'while', 'call', 'conditional'}
-ON_CHIP = re.compile(
-  r'\w+\[[\d,]*\]\{[^}]*S\([1-9]\d*\)\}'
-)  # XLA's memory space 0 is the large one
+# XLA's memory space 0 is the large one.
+ON_CHIP = re.compile(r'\w+\[[\d,]*\]\{[^}]*S\([1-9]\d*\)\}')
 
 Computations = dict[str, list[Instruction]]
 
 
 def traffic(text: str) -> float:
-  """Bytes read and written in one run. Loops whose length depends on data count as one turn."""
-  computations, entry = parse_program(text)
-  return sum(
-    times * touched(instruction, {i.name: i for i in computations[name]}, computations)
-    for name, instruction, times in steps(computations, entry, 1)
-  )
+  """Returns the bytes read and written in one run of a program, from its `as_text()`.
+
+  A loop whose length depends on data counts as one turn.
+  """
+  program = parse_program(text)
+  by_name = {
+    name: {instruction.name: instruction for instruction in instructions}
+    for name, instructions in program.computations.items()
+  }
+  total = 0.0
+  for name, instruction, times in executed(program.computations, program.entry, 1):
+    total += times * touched_bytes(instruction, by_name[name], program.computations)
+  return total
 
 
-def steps(
+def executed(
   computations: Computations, name: str, times: int
 ) -> Iterator[tuple[str, Instruction, int]]:
-  """(computation, instruction, how often it runs) of all that is not inside a fusion."""
+  """Yields (computation, instruction, how often it runs) of all that is not inside a fusion."""
   for instruction in computations[name]:
     if instruction.op in RUNS:
       turns = trip_count(instruction, computations) if instruction.op == 'while' else 1
       for called in calls(instruction):
-        yield from steps(computations, called, times * turns)
+        yield from executed(computations, called, times * turns)
     else:
       yield name, instruction, times
 
 
-def touched(
+def touched_bytes(
   instruction: Instruction, near: dict[str, Instruction], computations: Computations
 ) -> float:
-  """Bytes that one instruction reads and writes. `near`: those of its computation."""
+  """Returns the bytes that one instruction reads and writes each time.
+
+  Args:
+    instruction: one outside a fusion; or a fusion.
+    near: name -> instruction of its computation, in which its operands are.
+    computations: of the program, in which the inside of a fusion is.
+  """
   op = instruction.op
   if op in FREE or op.endswith(('-done', '-update')):
     return 0.0
@@ -72,55 +86,63 @@ def touched(
     return 2 * in_memory(instruction.shape)
   if op in UPDATES:
     return 2 * in_memory(near[operands(instruction)[UPDATES[op]]].shape)
-  if op.endswith('-start') and op != 'fusion-start':  # its result holds its operands, too
-    return in_memory(instruction.shape)
   if op in ('fusion', 'fusion-start'):
-    return fused(computations[calls(instruction)[0]], instruction, near)
-  return in_memory(instruction.shape) + sum(
-    in_memory(near[name].shape) for name in operands(instruction)
-  )
+    inside = computations[calls(instruction)[0]]
+    return read_by_fusion(inside, instruction, near) + written_by_fusion(inside, instruction)
+  if op.endswith('-start'):  # its result holds its operands, too
+    return in_memory(instruction.shape)
+  read = sum(in_memory(near[name].shape) for name in operands(instruction))
+  return in_memory(instruction.shape) + read
 
 
-def fused(inside: list[Instruction], fusion: Instruction, near: dict[str, Instruction]) -> float:
-  """Bytes that a fusion reads and writes."""
-  byname = {i.name: i for i in inside}
-  read = 0.0
-  for parameter in (i for i in inside if i.op == 'parameter'):
-    outside = near[operands(fusion)[int(parameter.rest.partition(')')[0])]]
-    users = [i for i in inside if parameter.name in operands(i)]
-    if in_memory(outside.shape):
-      taken = all(i.op in TAKES and operands(i)[0] == parameter.name for i in users)
-      read += (
-        sum(sum(array_bytes(i.shape)) for i in users)
-        if taken
-        else 0.0
-        if all(updates(i, parameter.name) for i in users)
-        else in_memory(outside.shape)
-      )
+def read_by_fusion(
+  inside: list[Instruction], fusion: Instruction, near: dict[str, Instruction]
+) -> float:
+  """Returns the bytes that a fusion reads of its operands; arguments as in `touched_bytes`."""
+  total = 0.0
+  for parameter in inside:
+    if parameter.op != 'parameter':
+      continue
+    number = int(parameter.rest.partition(')')[0])
+    outside = near[operands(fusion)[number]]
+    if not in_memory(outside.shape):
+      continue
+    users = [user for user in inside if parameter.name in operands(user)]
+    if all(user.op in TAKES and operands(user)[0] == parameter.name for user in users):
+      total += sum(sum(array_bytes(user.shape)) for user in users)
+    elif not all(updates(user, parameter.name) for user in users):
+      total += in_memory(outside.shape)
+  return total
+
+
+def written_by_fusion(inside: list[Instruction], fusion: Instruction) -> float:
+  """Returns the bytes that a fusion writes; of a result updated in place, only the update."""
+  by_name = {instruction.name: instruction for instruction in inside}
   root = inside[-1]
-  parts = [byname[name] for name in operands(root)] if root.op == 'tuple' else [root]
-  if fusion.op == 'fusion' and not any(part.op in UPDATES for part in parts):
-    return read + in_memory(fusion.shape)
-  return read + sum(
-    sum(
-      array_bytes(
-        byname[operands(part)[UPDATES[part.op]]].shape if part.op in UPDATES else part.shape
-      )
-    )
-    for part in parts
-  )
+  results = [by_name[name] for name in operands(root)] if root.op == 'tuple' else [root]
+  if fusion.op == 'fusion' and not any(result.op in UPDATES for result in results):
+    return in_memory(fusion.shape)
+  # The shape of a fusion-start has its operands, too: its results are looked at inside.
+  total = 0.0
+  for result in results:
+    written = result
+    if result.op in UPDATES:
+      written = by_name[operands(result)[UPDATES[result.op]]]
+    total += sum(array_bytes(written.shape))
+  return total
 
 
 def updates(instruction: Instruction, name: str) -> bool:
-  """Whether it writes a part of `name`, in place."""
+  """Returns whether an instruction writes a part of `name`, in place."""
   return instruction.op in UPDATES and operands(instruction)[0] == name
 
 
 def operands(instruction: Instruction) -> list[str]:
-  """Names, in their order."""
-  return re.findall(r'%([\w.\-]+)', CALLED.split(instruction.rest)[0].partition('), ')[0])
+  """Returns the names of an instruction's operands, in their order."""
+  before_calls = CALLED.split(instruction.rest)[0]
+  return re.findall(r'%([\w.\-]+)', before_calls.partition('), ')[0])
 
 
 def in_memory(shape: str) -> float:
-  """Bytes of the arrays of a shape that lie in the large memory."""
+  """Returns the bytes of those arrays of a shape that lie in the large memory."""
   return sum(array_bytes(ON_CHIP.sub('', shape)))

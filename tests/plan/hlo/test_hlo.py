@@ -1,4 +1,4 @@
-"""What is read from a compiled program: collectives against what was written, bytes against sums done by hand."""
+"""What is read from a compiled program: collectives as they were written, bytes as by hand."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.plan.hlo.collectives import Collective, collectives, sent_bytes, walk
 from moejax.plan.hlo.memory_traffic import traffic
-from moejax.plan.hlo.program import parse_program
+from moejax.plan.hlo.program import array_bytes, parse_program
 from moejax.plan.hlo.replica_groups import axes_of, groups_of
 from moejax.sharding.mesh import MeshConfig, make_mesh
 from tests.support.quick import QUICK
@@ -36,9 +36,8 @@ def test_collectives_of_a_program_are_those_that_it_was_made_of() -> None:
       return jax.lax.psum(x, 'fsdp') * 0.1, None
 
     def outer(x: Array, _: None) -> tuple[Array, None]:
-      return jax.lax.ppermute(
-        jax.lax.scan(inner, x, None, length=5)[0], 'data', [(0, 1), (1, 0)]
-      ), None
+      x, _ = jax.lax.scan(inner, x, None, length=5)
+      return jax.lax.ppermute(x, 'data', [(0, 1), (1, 0)]), None
 
     x, _ = jax.lax.scan(outer, x, None, length=3)
     x = jax.lax.all_gather(x, 'expert', axis=0, tiled=True)  # [16, 16]
@@ -94,13 +93,15 @@ ASYNC = """HloModule x
 
 %all-reduce-scatter.3 (a: bf16[64,8]) -> bf16[8,8] {
   %a = bf16[64,8]{1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %all-reduce.1 = bf16[64,8]{1,0:T(8,128)(2,1)} all-reduce(%a), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  ROOT %all-reduce.1 = bf16[64,8]{1,0:T(8,128)(2,1)} all-reduce(%a), \
+replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
 }
 
 %body (q: (s32[])) -> (s32[]) {
   %q = (s32[], bf16[64,8]{1,0}) parameter(0)
   %g = bf16[64,8]{1,0} get-tuple-element(%q), index=1
-  %s = (bf16[64,8]{1,0}, bf16[128,8]{1,0}) all-gather-start(%g), replica_groups=[4,2]<=[8], dimensions={0}
+  %s = (bf16[64,8]{1,0}, bf16[128,8]{1,0}) all-gather-start(%g), \
+replica_groups=[4,2]<=[8], dimensions={0}
   %d = bf16[128,8]{1,0} all-gather-done(%s)
   %f = bf16[8,8]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.3
   %room = bf16[999,8]{1,0} broadcast(%z), dimensions={}
@@ -117,7 +118,11 @@ ENTRY %main (x: bf16[64,8]) -> bf16[64,8] {
 
 
 def test_a_tpus_way_of_writing() -> None:
-  """No noted trip count, starts apart from ends, a reduce-scatter in disguise, room for more rows than are sent."""
+  """What a program for TPUs has that one for the CPU has not.
+
+  The trip count is not noted, starts are apart from ends, a reduce-scatter is written as an
+  all-reduce, and there is room for more rows than are sent.
+  """
   found = {c.kind: c for c in collectives(ASYNC, SIZES)}
   size = 64 * 8 * 2
   assert found == {
@@ -128,14 +133,25 @@ def test_a_tpus_way_of_writing() -> None:
     'ragged-all-to-all': Collective('ragged-all-to-all', ('expert',), 58, 58 * size / 2),
   }
   computations, entry = parse_program(ASYNC)
-  permute = next(walk(computations, entry))[1]._replace(
+  _, first, _ = next(walk(computations, entry))
+  permute = first._replace(
     op='collective-permute-start', shape='(f32[8]{0}, f32[8]{0}, u32[]{:S(2)}, u32[]{:S(2)})'
   )
   assert sent_bytes('collective-permute', permute, 2, []) == 32
 
 
+def test_the_bytes_of_a_shape_are_those_of_each_array_in_it() -> None:
+  assert array_bytes('(bf16[64,8]{1,0:T(8,128)(2,1)}, s4[3], pred[], f8e4m3fn[2,2])') == [
+    1024,
+    1.5,
+    1,
+    4,
+  ]
+  assert array_bytes('token[]') == [0]
+
+
 def test_bytes_through_memory() -> None:
-  """A loop of ten turns that each take one of the matrices and update one row: not all of either array each time."""
+  """Ten turns of a loop each take one matrix and update one row: neither array is read whole."""
 
   def f(w: Array, x: Array) -> Array:
     def turn(
@@ -175,6 +191,6 @@ ENTRY %main (x: bf16[1000,8], j: s32[4,1], v: bf16[4,8]) -> bf16[1000,8] {
 
 
 def test_what_is_updated_in_place_is_not_read_and_written_whole() -> None:
-  """The rows that are added and their places, the rows that are written; and a copy that stays on the chip."""
+  """The rows that are added, their places, the rows that are written; a copy stays on the chip."""
   rows, places = 4 * 8 * 2, 4 * 4
   assert traffic(SCATTER) == rows + places + rows + rows

@@ -1,0 +1,211 @@
+"""How a model is published: its family, its config.json, the names and dtypes of its tensors.
+
+a run's config, and the Origin that an import kept -> plan_export(...) -> ExportPlan
+
+All of it is decided before a byte is written.
+"""
+
+import dataclasses
+from collections import Counter
+from typing import NamedTuple
+
+from moejax.config import ConfigError, check, problem_if
+from moejax.families import FAMILIES, config_json, family_of
+from moejax.families.schema.family import KEPT, Family, read_config
+from moejax.families.schema.tensor_names import leaves, tensors
+from moejax.hf.weights import MadeOf, Published, repeated
+from moejax.model.config import ModelConfig
+from moejax.runtime.files import read_json
+from moejax.train.experiment.config import ExperimentConfig
+
+GENERATION_FILE = 'generation_config.json'
+# What --dtype may be -> a row of safetensors.file.DTYPES.
+EXPORT_DTYPES = {'float32': 'F32', 'bfloat16': 'BF16'}
+TOKEN_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+Json = dict[str, object]
+
+
+class Origin(NamedTuple):
+  """What an import keeps of the files that a model came from, to be given back by an export."""
+
+  config: Json  # config.json as it was
+  generation_config: Json
+  dtype: str  # of most tensors; a row of safetensors.file.DTYPES
+  other_dtypes: dict[str, str]  # name -> that of the others
+  copies: list[str]  # names of tensors that repeat another one
+  dequantised: bool  # the files had blocks with scales
+
+
+class ExportPlan(NamedTuple):
+  """How a model will lie in files."""
+
+  known: Family
+  config: Json  # config.json
+  generation_config: Json
+  made_of: MadeOf  # path of each leaf -> the tensors that it is made of
+  copies: dict[str, str]  # from weights.repeated
+  dtypes: dict[str, str]  # name -> row of safetensors.file.DTYPES
+
+
+class Spelling(NamedTuple):
+  """A model in the words of one family."""
+
+  known: Family
+  config: Json  # config.json
+  made_of: MadeOf
+
+
+def origin_of(source: Published) -> Origin:
+  """Returns what is to be kept of published files.
+
+  What lies in blocks with scales cannot be written again to the byte: it becomes bfloat16, as it
+  is served.
+  """
+  stored = source.tensors
+  names = {part.name for parts in source.made_of.values() for part in parts} | {*source.copies}
+  dtypes: dict[str, str] = {}
+  for name in sorted(names):
+    dtypes[name] = 'BF16' if stored.is_quantised(name) else stored.dtype(name)
+  [(usual, _)] = Counter(dtypes.values()).most_common(1)
+  return Origin(
+    config=source.config,
+    generation_config=read_json(source.directory, GENERATION_FILE),
+    dtype=usual,
+    other_dtypes={name: dtype for name, dtype in dtypes.items() if dtype != usual},
+    copies=sorted(source.copies),
+    dequantised=any(map(stored.is_quantised, stored.names)),
+  )
+
+
+def plan_export(
+  cfg: ExperimentConfig, origin: Origin | None, eod_id: int, wanted: str, dtype: str
+) -> ExportPlan:
+  """Returns how the model of a run is published.
+
+  Args:
+    cfg: of the run, its vocabulary resolved.
+    origin: of an imported model.
+    eod_id: the token between the run's documents, which begins a text as well; -1: not known.
+    wanted: model_type of the family; '': the origin's, or the only one whose files can hold the
+      model.
+    dtype: a row of EXPORT_DTYPES for all but the router bias, which small steps move; '': the
+      origin's, or float32, since anything else would round what was trained.
+
+  Raises:
+    ConfigError: no such family or dtype, or files of the family cannot hold the model; or several
+      families' can.
+  """
+  check(
+    problem_if(
+      wanted and wanted not in FAMILIES, f'--family={wanted!r} is not one of {sorted(FAMILIES)}'
+    ),
+    problem_if(
+      dtype and dtype not in EXPORT_DTYPES,
+      f'--dtype={dtype!r} is not one of {sorted(EXPORT_DTYPES)}',
+    ),
+  )
+  if origin and wanted and FAMILIES[wanted] is not family_of(origin.config):
+    origin = None  # in another family nothing of the old files means the same
+  spelling = _spell(cfg, origin, eod_id, wanted)
+  config, made_of = spelling.config, spelling.made_of
+  copies = repeated(cfg.model, made_of)
+  if origin:
+    copies = {copy: name for copy, name in copies.items() if copy in origin.copies}
+  generation = origin.generation_config if origin else {}
+  if not origin or dtype or origin.dequantised:
+    # transformers 5 reads both spellings, 4 the older one.
+    key = 'dtype' if 'dtype' in config else 'torch_dtype'
+    config[key] = dtype or ('bfloat16' if origin else 'float32')
+  return ExportPlan(
+    known=spelling.known,
+    config=config,
+    generation_config=generation or {key: config[key] for key in TOKEN_IDS if key in config},
+    made_of=made_of,
+    copies=copies,
+    dtypes=_tensor_dtypes(made_of, copies, origin, dtype),
+  )
+
+
+def _tensor_dtypes(
+  made_of: MadeOf, copies: dict[str, str], origin: Origin | None, dtype: str
+) -> dict[str, str]:
+  """Name -> row of safetensors.file.DTYPES; arguments as in `plan_export`."""
+  paths = {part.name: path for path, parts in made_of.items() for part in parts}
+  dtypes: dict[str, str] = {}
+  for name, path in (paths | copies).items():
+    if origin and not dtype:
+      others = origin.other_dtypes
+      dtypes[name] = others[name] if name in others else origin.dtype
+    elif path == 'router.bias':
+      # The small steps of the bias rules would be lost in bfloat16.
+      dtypes[name] = 'F32'
+    else:
+      dtypes[name] = EXPORT_DTYPES[dtype or 'float32']
+  return dtypes
+
+
+def _spell(cfg: ExperimentConfig, origin: Origin | None, eod_id: int, wanted: str) -> Spelling:
+  """The model in the words of its origin, of the family wanted, or of the only one that can."""
+  if not origin:
+    candidates = [FAMILIES[wanted]] if wanted else [*FAMILIES.values()]
+    return _only_able(candidates, cfg.model, _unsaid_keys(cfg, eod_id))
+  known = family_of(origin.config)
+  spelling = _spell_in(known, cfg.model, _kept_keys(known, origin.config))
+  # To the byte what was imported, if that is what the model still is.
+  unchanged = _unchanged_config(known, cfg.model, origin, spelling.config)
+  return spelling._replace(config=unchanged or spelling.config)
+
+
+def _unsaid_keys(cfg: ExperimentConfig, eod_id: int) -> Json:
+  """Keys that no field of the model says, of a run that was not imported."""
+  yarn = cfg.model.attention.rope.yarn
+  longest = round(yarn.original_length * yarn.factor) if yarn.factor > 1 else cfg.seq_len
+  ids = {name: eod_id for name in TOKEN_IDS[:2]} if eod_id >= 0 else {}
+  return {'max_position_embeddings': longest} | ids
+
+
+def _kept_keys(known: Family, config: Json) -> Json:
+  """Keys that no field of the model says, and those that say what files hold."""
+  names = KEPT | {row.key for row in known.names.values()}
+  return {name: config[name] for name in names if name in config}
+
+
+def _spell_in(known: Family, cfg: ModelConfig, kept: Json) -> Spelling:
+  """Raises ConfigError where the family's files cannot hold the model."""
+  config = config_json(known, cfg, kept)
+  return Spelling(known, config, tensors(known.names, cfg, config, leaves(cfg)))
+
+
+def _unchanged_config(known: Family, cfg: ModelConfig, origin: Origin, written: Json) -> Json:
+  """The origin's config.json, if that is what the model still is; {} if not."""
+  # Files may lack the layers of multi-token prediction that their config.json speaks of; then the
+  # import has none.
+  before = dataclasses.replace(read_config(known, origin.config), mtp_depth=cfg.mtp_depth)
+  if config_json(known, before, _kept_keys(known, origin.config)) != written:
+    return {}
+  return {name: value for name, value in origin.config.items() if name != 'quantization_config'}
+
+
+def _only_able(candidates: list[Family], cfg: ModelConfig, kept: Json) -> Spelling:
+  """The model in the words of the only candidate whose files can hold it.
+
+  Raises:
+    ConfigError: none can, with the reasons of each; or several can.
+  """
+  able: dict[str, Spelling] = {}
+  problems: list[str] = []
+  for known in candidates:
+    try:
+      able[known.model_type] = _spell_in(known, cfg, kept)
+    except ConfigError as error:
+      problems += [f'  {known.model_type}: {problem}' for problem in error.problems]
+  if not able:
+    several = 'no family here has files that can hold this model:'
+    one = 'files of this family cannot hold this model:'
+    raise ConfigError(several if len(candidates) > 1 else one, *problems)
+  names = ' or '.join(sorted(able))
+  check(
+    problem_if(len(able) > 1, f'this model can be published as {names}: choose one with --family=')
+  )
+  [spelling] = able.values()
+  return spelling

@@ -1,0 +1,79 @@
+"""An estimate of what a training step sends and moves through memory, without compiling it.
+
+It stands in for plan/hlo, which reads both from a compiled program. The factors that have no
+comment of their own are assumed counts of the reads and writes of an array.
+
+Letters: T tokens of one device in one micro-batch, D model, F FFN hidden.
+"""
+
+from moejax.plan.hlo.collectives import Collective
+from moejax.plan.memory_model import (
+  FLOAT32_BYTES,
+  ModelShapes,
+  exchange_sizes,
+  itemsize_of,
+  tokens_per_device,
+)
+from moejax.plan.topology import Topology
+from moejax.train.experiment.config import ExperimentConfig
+
+ALL_REDUCE_SENDS = 2  # times (n - 1)/n of an array: a reduce-scatter and an all-gather, in a ring
+TENSOR_SUMS = 2  # a layer: after attention, and after the FFN
+
+# Reads and writes in one pass of a block, of numbers.
+COPY_WIDE_ACCESSES = 6  # [copies, D]
+COPY_HIDDEN_ACCESSES = 8  # [copies, F]
+ROOM_ACCESSES = 4  # [room, D]
+TOKEN_ACCESSES = 20  # [T, D]
+WEIGHT_ACCESSES = 3  # the weights, gathered over fsdp
+# Bytes for each parameter of a device, in float32 numbers.
+MICRO_BATCH_BYTES = 4 * FLOAT32_BYTES  # gradients of one micro-batch, and their sum
+OPTIMIZER_BYTES = 9 * FLOAT32_BYTES  # gradients, parameters and both moments, once a step
+
+
+def estimated_collectives(
+  cfg: ExperimentConfig, shapes: ModelShapes, topology: Topology
+) -> list[Collective]:
+  """Returns the collectives of a step as a guess, one for each mesh axis of more than one device.
+
+  Weights are gathered and gradients scattered over fsdp, gradients summed over data, tokens
+  exchanged over expert, and activations summed over tensor.
+  """
+  mesh, model = cfg.mesh, cfg.model
+  itemsize, layers = itemsize_of(cfg), model.num_layers + model.mtp_depth
+  passes = 2 if model.remat == 'none' else 3  # forward, backward, and forward again
+  own, gathered = shapes.count(mesh), shapes.count(mesh, 'fsdp')
+  activations = tokens_per_device(cfg, mesh) * model.d_model * itemsize
+  tensor_sums = TENSOR_SUMS * layers * passes
+  sizes = {
+    # Every pass gathers the weights; the gradients are scattered once.
+    'fsdp': (gathered - own) * itemsize * (passes + 1),
+    'data': ALL_REDUCE_SENDS * own * FLOAT32_BYTES * (mesh.data - 1) / mesh.data,
+    'expert': exchange_sizes(cfg, mesh, topology).sent * layers * passes,
+    'tensor': ALL_REDUCE_SENDS * activations * tensor_sums * (mesh.tensor - 1) / mesh.tensor,
+  }
+  return [
+    Collective('all', (axis,), 1, size * cfg.micro_batches)
+    for axis, size in sizes.items()
+    if getattr(mesh, axis) > 1
+  ]
+
+
+def memory_traffic(cfg: ExperimentConfig, shapes: ModelShapes, topology: Topology) -> float:
+  """Returns the bytes that go through the memory of one device in a step, as a guess.
+
+  They are those of the optimiser, the gradients, the gathered weights and the activations.
+  """
+  mesh, model = cfg.mesh, cfg.model
+  # A backward pass counts as two forward passes; remat runs one more.
+  passes = 3 if model.remat == 'none' else 4
+  layers, tokens = model.num_layers + model.mtp_depth, tokens_per_device(cfg, mesh)
+  exchange = exchange_sizes(cfg, mesh, topology)
+  hidden = COPY_HIDDEN_ACCESSES * model.moe.d_expert / mesh.tensor
+  copies = exchange.copies * (COPY_WIDE_ACCESSES * model.d_model + hidden)
+  rows = (exchange.room * ROOM_ACCESSES + tokens * TOKEN_ACCESSES) * model.d_model
+  block = copies + rows
+  weights = WEIGHT_ACCESSES * shapes.count(mesh, 'fsdp')
+  own = shapes.count(mesh)
+  micro_batch = passes * itemsize_of(cfg) * (layers * block + weights) + MICRO_BATCH_BYTES * own
+  return cfg.micro_batches * micro_batch + OPTIMIZER_BYTES * own
