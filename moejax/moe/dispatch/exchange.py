@@ -209,9 +209,10 @@ def expert_parallel(
   def run_on_device(tokens: RoutedTokens, experts: Weights) -> tuple[Array, Array]:
     tokens = jax.tree.map(lambda a: jax.lax.pcast(a, 'tensor', to='varying'), tokens)
     y, dropped = run(tokens, gather_local_experts(experts))
+    y = jax.lax.psum(y, 'tensor')
     # All devices along `tensor` see the same tokens, and count the same drops.
     num_dropped = jax.lax.psum(dropped, MESH_AXES) / jax.lax.axis_size('tensor')
-    return jax.lax.psum(y, 'tensor'), num_dropped
+    return y, num_dropped
 
   rows = PartitionSpec(RULES['batch'])
   return jax.shard_map(run_on_device, in_specs=(rows, specs), out_specs=(rows, PartitionSpec()))

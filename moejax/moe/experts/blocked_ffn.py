@@ -108,10 +108,10 @@ def loop_over_blocks(
     owned_R = start + jnp.arange(size, dtype=start.dtype) < end
     return body(Block(size, start, owned_R, is_first=is_rest), carry)
 
+  rest_start = begin + num_whole * sizes[-1]
   # Loops of no or one turn, not `switch`: XLA copies the buffers that a conditional writes to.
   for smaller, size in zip((0, *sizes), sizes):
     turns = ((rest_rows > smaller) & (rest_rows <= size)).astype(jnp.int32)
-    rest_start = begin + num_whole * sizes[-1]
     run_rest = functools.partial(run_block, size, rest_start, True)
     carry = jax.lax.fori_loop(0, turns, run_rest, carry)
   run_whole = functools.partial(run_block, sizes[-1], begin, False)

@@ -80,10 +80,10 @@ def loop_over_windows(
 
   def run_window(i: Array, carry: Carry) -> Carry:
     start = i * size
-    # What of each expert's run of copies lies in the window.
-    last_E = jnp.clip(ends_E, start, start + size)
-    first_E = jnp.clip(ends_E - copies.load, start, start + size)
-    load_E = last_E - first_E
+    stop = start + size
+    # How much of each expert's run of copies lies in the window.
+    begins_E = ends_E - copies.load
+    load_E = jnp.clip(ends_E, start, stop) - jnp.clip(begins_E, start, stop)
     tokens_W = jax.lax.dynamic_slice_in_dim(tokens_P, start, size)
     weights_W = jax.lax.dynamic_slice_in_dim(weights_P, start, size)
     return body(Window(Copies(tokens_W, weights_W, load_E), start), carry)
@@ -154,10 +154,11 @@ def ragged_backward(residuals: Residuals, activation: Activation, dy_TD: Array) 
     d_hidden_WF = grouped_product(dy_WD, weights.down.swapaxes(1, 2), None, own)
     d_scale_W = (d_hidden_WF * hidden_WF).sum(-1)
     d_gate_WF, d_up_WF = pull(d_hidden_WF * scale_W1)
+    scaled_hidden_WF = hidden_WF * scale_W1
     d_weights = Weights(
       gate=ragged_outer(x_WD, d_gate_WF, own),
       up=ragged_outer(x_WD, d_up_WF, own),
-      down=ragged_outer(hidden_WF * scale_W1, dy_WD, own),
+      down=ragged_outer(scaled_hidden_WF, dy_WD, own),
     )
     if weights.biases.down is not None:
       # A product with ones and zeros; as a sum of rows by their expert it would be a scatter.
@@ -166,16 +167,12 @@ def ragged_backward(residuals: Residuals, activation: Activation, dy_TD: Array) 
       d_out_WD = dy_WD * scale_W1
       d_biases = Biases(one_hot_WE.T @ d_gate_WF, one_hot_WE.T @ d_up_WF, one_hot_WE.T @ d_out_WD)
       d_weights = d_weights._replace(biases=d_biases)
-    dx_WD = sum(
-      (
-        grouped_product(d_gate_WF, weights.gate.swapaxes(1, 2), None, own),
-        grouped_product(d_up_WF, weights.up.swapaxes(1, 2), None, own),
-      )
-    )
+    dx_gate_WD = grouped_product(d_gate_WF, weights.gate.swapaxes(1, 2), None, own)
+    dx_up_WD = grouped_product(d_up_WF, weights.up.swapaxes(1, 2), None, own)
     d_scale_P = jax.lax.dynamic_update_slice_in_dim(
       sums.copy_weights, d_scale_W.astype(jnp.float32), window.start, 0
     )
-    dx_TD = sums.x.at[own.tokens].add(dx_WD)
+    dx_TD = sums.x.at[own.tokens].add(dx_gate_WD + dx_up_WD)
     # What the first window gives is the sum so far: an addition less, of arrays as large as all
     # experts.
     if sums.weights is not None:
