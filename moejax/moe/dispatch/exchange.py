@@ -1,14 +1,16 @@
-"""Tokens to the devices of their experts and back, over the `expert` mesh axis: what a dispatcher runs in on a mesh.
+"""Exchanges: tokens to the devices of their experts and back, over the `expert` mesh axis.
 
-  a device's own tokens -> exchange around a local dispatcher, under `shard_map` -> y of its own tokens
+  a device's own tokens -> exchange around a local dispatcher, under `shard_map` -> y of its own
+  tokens
 
-- gather: each device sees the tokens of its whole group and adds up what its own experts give; a reduce-scatter
-  brings the sums home. Works everywhere.
-- ragged: each copy goes to the device of its expert alone, and what comes of it goes back.
+- gather: each device sees the tokens of its whole group and adds up what its own experts give; a
+  reduce-scatter brings the sums back. Works everywhere.
+- ragged: each copy goes to the device of its expert alone, and its output comes back.
 - all_to_all: each device fills buffers for all experts from its own tokens, and the buffers travel.
 
-Letters: D model, E experts, K experts per token, C capacity; X devices in an expert-parallel group, T tokens of one
-of them, N = T * K copies, R rows of a buffer that holds whatever may come.
+Letters: X devices in an expert-parallel group, E experts of the group, L = E / X local experts of a
+device, T tokens of a device, K experts per token, N = T * K copies, R rows of a buffer that holds
+whatever may come, C capacity, D model, F FFN hidden.
 """
 
 import functools
@@ -26,150 +28,212 @@ from moejax.sharding.logical_axes import RULES
 from moejax.sharding.mesh import MESH_AXES
 
 
-class Local(NamedTuple):
-  """One device's view: tokens, and the experts that are here."""
+class RoutedTokens(NamedTuple):
+  """Tokens and where they are routed: [T, ...] on a device, [B, S, ...] as global arrays."""
 
   x: Array  # [T, D]
-  expert_ids: Array  # [T, K] i32, outside [0, num_experts) for nobody; no expert twice for a token
-  scores: Array  # [T, K] f32, who stays when a buffer is full
-  weights: Array  # [T, K] f32
-  experts: Weights
-  activation: Activation
-  num_experts: int  # that ids count: those that are here, or all those of the group
-
-
-LocalDispatcher = Callable[
-  [Local], tuple[Array, Array]
-]  # -> y [T, D], copies dropped: a scalar f32
-Exchange = Callable[[LocalDispatcher, Local], tuple[Array, Array]]
-
-
-def at_home(local: LocalDispatcher, tokens: Local) -> tuple[Array, Array]:
-  """No exchange: all experts are here, or the dispatcher sends its buffers itself, see `to_experts`."""
-  return local(tokens)
-
-
-def gather(local: LocalDispatcher, tokens: Local) -> tuple[Array, Array]:
-  """The group's tokens to each device, and what its experts give summed at home."""
-  here = tokens.experts.gate.shape[0]
-  x, ids, scores, weights = (
-    jax.lax.all_gather(a, 'expert', axis=0, tiled=True)
-    for a in (tokens.x, tokens.expert_ids, tokens.scores, tokens.weights)
+  expert_ids: (
+    Array  # [T, K] i32, outside [0, num_experts) if unassigned; no expert twice for a token
   )
-  ids -= jax.lax.axis_index('expert') * here
-  y, dropped = local(Local(x, ids, scores, weights, tokens.experts, tokens.activation, here))
+  scores: Array  # [T, K] f32, which copies stay when a buffer is full: the highest
+  weights: Array  # [T, K] f32
+
+
+class LocalView(NamedTuple):
+  """What a device sees: tokens, and the experts that it holds."""
+
+  tokens: RoutedTokens
+  experts: Weights  # [L, ...]
+  activation: Activation
+  num_experts: int  # that ids count: L, or E where the dispatcher fills buffers for the whole group
+
+
+# view -> y [T, D], copies dropped: a scalar f32
+LocalDispatcher = Callable[[LocalView], tuple[Array, Array]]
+# (local dispatcher, a device's own tokens) -> y [T, D] of these tokens, copies dropped
+Exchange = Callable[[LocalDispatcher, LocalView], tuple[Array, Array]]
+
+
+def no_exchange(local: LocalDispatcher, view: LocalView) -> tuple[Array, Array]:
+  """Runs the dispatcher as it is: all experts are local, or `ffn_at_experts` sends its buffers."""
+  return local(view)
+
+
+def gather(local: LocalDispatcher, view: LocalView) -> tuple[Array, Array]:
+  """Brings the whole group's tokens to each device, and the summed outputs back."""
+  num_local = view.experts.gate.shape[0]
+  group_tokens = jax.tree.map(
+    lambda a: jax.lax.all_gather(a, 'expert', axis=0, tiled=True), view.tokens
+  )
+  # Ids from the first local expert on: those of other devices' experts fall outside [0, L).
+  ids = group_tokens.expert_ids - jax.lax.axis_index('expert') * num_local
+  group_view = view._replace(tokens=group_tokens._replace(expert_ids=ids), num_experts=num_local)
+  y, dropped = local(group_view)
   return jax.lax.psum_scatter(y, 'expert', scatter_dimension=0, tiled=True), dropped
 
 
-def ragged(local: LocalDispatcher, tokens: Local) -> tuple[Array, Array]:
-  """Each copy to the device of its expert, as a token of one expert there, and what comes of it back.
+def ragged(local: LocalDispatcher, view: LocalView) -> tuple[Array, Array]:
+  """Sends each copy to its expert's device, as a token of one expert there, and its output back.
 
-  Nothing is dropped: there is room for all copies that can come, R = X * T * min(K, E / X). Weights travel, too: so
-  what an expert gave need not be kept for their gradient.
+  Nothing is dropped: there is room for all copies that can come, R = X * T * min(K, L). The weights
+  travel too, so that an expert's output need not be kept for their gradient.
   """
-  here, group = tokens.experts.gate.shape[0], jax.lax.axis_size('expert')
-  copies = sort_copies(tokens.expert_ids, tokens.weights, tokens.num_experts)
-  counts = jax.lax.all_gather(copies.load, 'expert').reshape(
-    group, group, here
-  )  # from whom, to whom, which expert
-  to = counts.sum(-1)  # [X, X]
-  room = group * tokens.x.shape[0] * min(tokens.expert_ids.shape[1], here)
-  x, weights = (
-    move(a, to, room) for a in (tokens.x[copies.tokens], copies.weights[:, None])
-  )  # [R, D], [R, 1]
-  mine = counts[:, jax.lax.axis_index('expert')].reshape(
-    -1
-  )  # a run for each source, sorted by expert: [X * E / X]
-  ids = jnp.repeat(jnp.tile(jnp.arange(here), group), mine, total_repeat_length=room)
-  ids = jnp.where(jnp.arange(room) < mine.sum(), ids, here)[:, None]
-  y, dropped = local(
-    Local(x, ids, jnp.zeros_like(weights), weights, tokens.experts, tokens.activation, here)
-  )
-  y = move(y, to.T, copies.tokens.size)  # [N, D]
-  return jnp.zeros_like(tokens.x).at[copies.tokens].add(y), dropped
+  tokens, num_local = view.tokens, view.experts.gate.shape[0]
+  group_size = jax.lax.axis_size('expert')
+  num_tokens, top_k = tokens.expert_ids.shape
+  # Sorted by expert is sorted by device: experts lie on the devices in order.
+  copies = sort_copies(tokens.expert_ids, tokens.weights, view.num_experts)
+  # Copies from which device, to which device, for which of its experts.
+  counts_XXL = jax.lax.all_gather(copies.load, 'expert').reshape(group_size, group_size, num_local)
+  sent_XX = counts_XXL.sum(-1)
+  room = group_size * num_tokens * min(top_k, num_local)
+  x_ND, weights_N1 = tokens.x[copies.tokens], copies.weights[:, None]
+  x_RD = send_rows(x_ND, sent_XX, room)
+  weights_R1 = send_rows(weights_N1, sent_XX, room)
+  # What arrives is a run for each source, each sorted by expert.
+  run_lengths = counts_XXL[:, jax.lax.axis_index('expert')].reshape(-1)  # [X * L]
+  run_ids = jnp.tile(jnp.arange(num_local), group_size)  # [X * L]
+  ids_R = jnp.repeat(run_ids, run_lengths, total_repeat_length=room)
+  # Rows past the last run are no copies: unassigned.
+  ids_R1 = jnp.where(jnp.arange(room) < run_lengths.sum(), ids_R, num_local)[:, None]
+  received = RoutedTokens(x_RD, ids_R1, jnp.zeros_like(weights_R1), weights_R1)
+  y_RD, dropped = local(view._replace(tokens=received, num_experts=num_local))
+  y_ND = send_rows(y_RD, sent_XX.T, copies.tokens.size)
+  return jnp.zeros_like(tokens.x).at[copies.tokens].add(y_ND), dropped
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def move(rows: Array, to: Array, room: int) -> Array:
-  """Runs of rows to every device of the group. [N, D] -> [room, D], in the order of their sources, then zeros.
+def send_rows(rows_ND: Array, sent_XX: Array, room: int) -> Array:
+  """Sends runs of rows to every device of the group. [N, D] -> [room, D].
+
+  Args: rows_ND: in the order of their receivers; rows past the last run go nowhere. sent_XX: [X, X]
+    i32, the same on all devices: how many rows each one (first axis) sends to each (second axis).
+    room: rows of the result, static; no device may receive more.
+
+  Returns:
+    What this device receives in the order of its sources, then zeros.
+  """
+  starts_at_source_XX = jnp.cumsum(sent_XX, 1) - sent_XX
+  starts_at_receiver_XX = jnp.cumsum(sent_XX, 0) - sent_XX
+  me = jax.lax.axis_index('expert')
+  # Not jnp.zeros: these zeros vary over the same mesh axes as the rows, as the collective's output
+  # must.
+  zeros_RD = jax.lax.full_like(rows_ND, 0, shape=(room, *rows_ND.shape[1:]))
+  return jax.lax.ragged_all_to_all(
+    rows_ND,
+    zeros_RD,
+    input_offsets=starts_at_source_XX[me],
+    send_sizes=sent_XX[me],
+    output_offsets=starts_at_receiver_XX[me],
+    recv_sizes=sent_XX[:, me],
+    axis_name='expert',
+  )
+
+
+class SentRows(NamedTuple):
+  """What the way back needs to know of the rows that were sent."""
+
+  sent_XX: Array  # who sent how many to whom
+  shape_N0: (
+    Array  # as many rows as were given, without columns: a static number in the form of an array
+  )
+
+
+def send_rows_fwd(rows_ND: Array, sent_XX: Array, room: int) -> tuple[Array, SentRows]:
+  """Sends the rows, and keeps none of them."""
+  return send_rows(rows_ND, sent_XX, room), SentRows(sent_XX, rows_ND[:, :0])
+
+
+def send_rows_bwd(room: int, residuals: SentRows, d_RD: Array) -> tuple[Array, None]:
+  """Sends the cotangents back to where the rows came from.
+
+  By hand: the transpose that JAX has makes zeros that vary over no mesh axis.
+  """
+  del room
+  return send_rows(d_RD, residuals.sent_XX.T, residuals.shape_N0.shape[0]), None
+
+
+send_rows.defvjp(send_rows_fwd, send_rows_bwd)
+
+
+def ffn_at_experts(ffn: Callable[[Array], Array], buffers_ECD: Array, num_local: int) -> Array:
+  """Returns `ffn` of the buffers of all experts, computed on the experts' devices. [E, C, D].
 
   Args:
-    to: [X, X] i32, the same on all of them: how many rows each sends to each. They lie in the order of their receivers.
+    ffn: of [L, X * C, D], the buffers that the whole group has for the local experts.
+    buffers_ECD: this device's buffers, for all experts of the group.
+    num_local: L; E where nothing has to travel.
   """
-  at_source, at_receiver, me = (
-    jnp.cumsum(to, 1) - to,
-    jnp.cumsum(to, 0) - to,
-    jax.lax.axis_index('expert'),
-  )
-  nothing = jax.lax.full_like(rows, 0, shape=(room, *rows.shape[1:]))
-  return jax.lax.ragged_all_to_all(
-    rows, nothing, at_source[me], to[me], at_receiver[me], to[:, me], axis_name='expert'
-  )
-
-
-def move_fwd(rows: Array, to: Array, room: int) -> tuple[Array, tuple[Array, Array]]:
-  """Keeps who sent how many, and an array without columns that has as many rows."""
-  return move(rows, to, room), (to, rows[:, :0])
-
-
-def move_bwd(room: int, kept: tuple[Array, Array], d: Array) -> tuple[Array, None]:
-  """The way back. By hand: the transpose that JAX has makes zeros that vary over no mesh axis."""
-  del room
-  to, rows = kept
-  return move(d, to.T, rows.shape[0]), None
-
-
-move.defvjp(move_fwd, move_bwd)
-
-
-def to_experts(ffn: Callable[[Array], Array], buffers: Array, here: int) -> Array:
-  """`ffn` of [E / X, X * C, D] where the experts are, on buffers [E, C, D] of all experts, which come back so."""
-  if here == buffers.shape[0]:
-    return ffn(buffers)
-  out = ffn(jax.lax.all_to_all(buffers, 'expert', split_axis=0, concat_axis=1, tiled=True))
+  if num_local == buffers_ECD.shape[0]:
+    return ffn(buffers_ECD)
+  # Cut along experts, one part for each device, and laid side by side along capacity; then the
+  # other way round.
+  group_buffers = jax.lax.all_to_all(
+    buffers_ECD, 'expert', split_axis=0, concat_axis=1, tiled=True
+  )  # [L, X * C, D]
+  out = ffn(group_buffers)
   return jax.lax.all_to_all(out, 'expert', split_axis=1, concat_axis=0, tiled=True)
 
 
-def layout(experts: Weights) -> Weights:
-  """How the experts' arrays lie: experts over `expert`, their hidden layer over `tensor`, what remains over `fsdp`."""
-  wide, narrow = (
-    PartitionSpec('expert', 'fsdp', 'tensor'),
-    PartitionSpec('expert', 'tensor', 'fsdp'),
-  )
-  hidden, out = PartitionSpec('expert', 'tensor'), PartitionSpec('expert', None)
-  return Weights(
-    wide, wide, narrow, Biases() if experts.biases.down is None else Biases(hidden, hidden, out)
-  )
+def expert_specs(experts: Weights) -> Weights:
+  """Returns how the experts' arrays lie on the mesh.
+
+  Experts over `expert`, their hidden layer over `tensor`, what remains of matrices over `fsdp`.
+
+  Args:
+    experts: only whether they have biases matters.
+  """
+  wide = PartitionSpec('expert', 'fsdp', 'tensor')
+  narrow = PartitionSpec('expert', 'tensor', 'fsdp')
+  if experts.biases.down is None:
+    return Weights(wide, wide, narrow)
+  hidden = PartitionSpec('expert', 'tensor')
+  # The output's bias is whole on every device; `gather_local_experts` says which of them adds it.
+  out = PartitionSpec('expert', None)
+  return Weights(wide, wide, narrow, Biases(hidden, hidden, out))
 
 
 def expert_parallel(
-  flat: Callable[..., tuple[Array, Array]], specs: Weights
-) -> Callable[..., tuple[Array, Array]]:
-  """`flat` on each device's own tokens and experts, summed over `tensor`; drops are summed over all devices."""
+  run: Callable[[RoutedTokens, Weights], tuple[Array, Array]], specs: Weights
+) -> Callable[[RoutedTokens, Weights], tuple[Array, Array]]:
+  """Returns `run` under `shard_map`: on each device's own tokens and experts, summed over `tensor`.
 
-  def sharded(
-    x: Array, ids: Array, scores: Array, weights: Array, experts: Weights
-  ) -> tuple[Array, Array]:
-    x, ids, scores, weights = (
-      jax.lax.pcast(a, 'tensor', to='varying') for a in (x, ids, scores, weights)
-    )
-    # Token shards add to gradients: to vary over an axis makes the transpose a sum, and to be gathered, a split one.
-    whole = (
-      jax.lax.all_gather(w, 'fsdp', axis=axis, tiled=True)
-      for w, axis in zip(experts[:3], (1, 1, 2))
-    )
-    biases = jax.lax.pcast(experts.biases, 'fsdp', to='varying')
-    # The hidden layer is split over `tensor`: all have the same drops, and one of them adds the bias of the whole sum.
-    of_one = jax.tree.map(lambda b: jnp.where(jax.lax.axis_index('tensor') == 0, b, 0), biases.down)
-    experts = jax.lax.pcast(Weights(*whole, biases._replace(down=of_one)), 'data', to='varying')
-    y, dropped = flat(x, ids, scores, weights, experts)
-    return jax.lax.psum(y, 'tensor'), jax.lax.psum(dropped, MESH_AXES) / jax.lax.axis_size('tensor')
+  Args:
+    run: (tokens, experts) of a device -> its y, and how many copies it dropped.
+    specs: how the experts lie, see `expert_specs`.
+
+  Returns:
+    The same of global arrays; drops are summed over all devices.
+  """
+
+  def run_on_device(tokens: RoutedTokens, experts: Weights) -> tuple[Array, Array]:
+    tokens = jax.tree.map(lambda a: jax.lax.pcast(a, 'tensor', to='varying'), tokens)
+    y, dropped = run(tokens, gather_local_experts(experts))
+    y = jax.lax.psum(y, 'tensor')
+    # All devices along `tensor` see the same tokens, and count the same drops.
+    num_dropped = jax.lax.psum(dropped, MESH_AXES) / jax.lax.axis_size('tensor')
+    return y, num_dropped
 
   rows = PartitionSpec(RULES['batch'])
-  return jax.shard_map(
-    sharded, in_specs=(rows, rows, rows, rows, specs), out_specs=(rows, PartitionSpec())
+  return jax.shard_map(run_on_device, in_specs=(rows, specs), out_specs=(rows, PartitionSpec()))
+
+
+def gather_local_experts(experts: Weights) -> Weights:
+  """Returns a device's own experts: gathered over `fsdp`, the hidden layer split over `tensor`.
+
+  Token shards add to gradients: to vary over an axis makes the transpose a sum, and to be gathered,
+  a split one.
+  """
+  biases = jax.lax.pcast(experts.biases, 'fsdp', to='varying')
+  # Outputs are summed over `tensor`: one of its devices adds the bias of the whole sum.
+  down_bias = jax.tree.map(
+    lambda b: jnp.where(jax.lax.axis_index('tensor') == 0, b, 0), biases.down
   )
+  gate = jax.lax.all_gather(experts.gate, 'fsdp', axis=1, tiled=True)
+  up = jax.lax.all_gather(experts.up, 'fsdp', axis=1, tiled=True)
+  down = jax.lax.all_gather(experts.down, 'fsdp', axis=2, tiled=True)
+  whole = Weights(gate, up, down, biases._replace(down=down_bias))
+  return jax.lax.pcast(whole, 'data', to='varying')
 
 
-# name -> (local dispatcher, a device's own tokens) -> (y of these tokens, dropped)
-EXCHANGES: dict[str, Exchange] = {'all_to_all': at_home, 'gather': gather, 'ragged': ragged}
+EXCHANGES: dict[str, Exchange] = {'all_to_all': no_exchange, 'gather': gather, 'ragged': ragged}

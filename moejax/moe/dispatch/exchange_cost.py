@@ -1,9 +1,11 @@
-"""What an exchange of tokens between devices costs in bytes, and where its collectives are to be had."""
+"""What an exchange of tokens costs in bytes, and which devices have its collectives."""
 
 from typing import NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh
+
+NUMBER_BYTES = 4  # of an expert id, a score, a routing weight, a count: int32 and float32
 
 
 class Group(NamedTuple):
@@ -19,29 +21,43 @@ class Group(NamedTuple):
 
 
 def exchange_bytes(group: Group) -> dict[str, int]:
-  """Exchange -> bytes that a device receives in one layer's forward pass over `expert`; it sends as many.
+  """Returns exchange -> bytes that a device receives over `expert` in a layer's forward pass.
 
-  A ragged exchange depends on the routing: 'ragged' where all experts have the same load, 'ragged_worst' of a device
-  to which all tokens go. The backward pass moves as many again (integers have no gradient, and are not moved), and
-  where the layer is computed again (remat), so is its exchange. The sum over `tensor` is not counted.
+  It sends as many.
+  A ragged exchange depends on the routing: 'ragged' where all experts have the same load,
+  'ragged_worst' of a device to which all tokens go. The backward pass moves as many again (integers
+  have no gradient, and are not moved), and where the layer is computed again (remat), so is its
+  exchange. The sum over `tensor` is not counted.
   """
-  devices, tokens, top_k, num_experts, d_model, itemsize, capacity = group
-  others, here, row, number = devices - 1, num_experts // devices, d_model * itemsize, 4
-  near = min(top_k, here)
-  counts, away = others * num_experts * number, tokens * top_k * others // devices
-  found = {
-    'gather': others * tokens * (2 * row + 2 * number * top_k),
-    'ragged': counts + away * (2 * row + number),
-    'ragged_worst': counts
-    + others * tokens * near * (row + number)
-    + tokens * (top_k - near) * row,
+  others = group.devices - 1
+  num_local = group.num_experts // group.devices
+  tokens, top_k = group.tokens, group.top_k
+  row_bytes = group.d_model * group.itemsize
+  # Every device tells every other how many copies each expert gets.
+  count_bytes = others * group.num_experts * NUMBER_BYTES
+  # Of an even load all copies leave but those of a device's own experts, and as many arrive.
+  num_away = tokens * top_k * others // group.devices
+  # Copies that a token can have at most on one device.
+  num_near = min(top_k, num_local)
+  # The others' rows and weights come in, and outputs of what this device's tokens have elsewhere.
+  worst_in = others * tokens * num_near * (row_bytes + NUMBER_BYTES)
+  worst_back = tokens * (top_k - num_near) * row_bytes
+  sizes = {
+    # Rows and sums; each token's K ids and weights. XLA drops the scores, which only buffers need.
+    'gather': others * tokens * (2 * row_bytes + 2 * NUMBER_BYTES * top_k),
+    'ragged': count_bytes + num_away * (2 * row_bytes + NUMBER_BYTES),
+    'ragged_worst': count_bytes + worst_in + worst_back,
   }
-  return found | ({'all_to_all': 2 * others * here * capacity * row} if capacity else {})
+  if group.capacity:
+    # Buffers are sent full or not, there and back.
+    sizes['all_to_all'] = 2 * others * num_local * group.capacity * row_bytes
+  return sizes
 
 
 def lacking_ragged(mesh: AbstractMesh) -> str:
-  """What the mesh is of, where there is no `ragged_all_to_all` on it; else ''."""
+  """Returns what devices the mesh is of, where they have no `ragged_all_to_all`; else ''."""
   device = mesh.abstract_device or jax.devices()[0]
   # The TPU compiler refuses larger slices of v5e: "limited ICI routing".
-  lacks = device.platform == 'cpu' or device.device_kind == 'TPU v5 lite' and mesh.size > 16
+  is_large_v5e = device.device_kind == 'TPU v5 lite' and mesh.size > 16
+  lacks = device.platform == 'cpu' or is_large_v5e
   return f'{mesh.size} x {device.device_kind}' if lacks else ''

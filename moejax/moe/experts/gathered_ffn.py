@@ -1,4 +1,4 @@
-"""The grouped FFN of few copies, as in decoding: each copy's expert is gathered, and no other is read.
+"""The grouped FFN of few copies, as in decoding: each copy's expert is gathered, no other is read.
 
 Letters: T tokens, D model, F FFN hidden, E experts, N copies.
 """
@@ -7,38 +7,45 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moejax.moe.experts.sorted_copies import Copies, expert_of, owned
-from moejax.moe.experts.weights import Activation, Weights, plus
+from moejax.moe.experts.residuals import FfnGradients, PreActivations, Residuals
+from moejax.moe.experts.sorted_copies import Copies, assigned_mask, expert_of_copies
+from moejax.moe.experts.weights import Activation, Weights, add_bias
 
 
 def gathered_forward(
-  x: Array, copies: Copies, weights: Weights, activation: Activation
-) -> tuple[Array, Array, Array]:
-  """`blocked_forward` from an expert for each copy, [N, D, F] and [N, F, D]; gate x and up x [N, F]."""
-  rows = x[copies.tokens]
-  w = jax.tree.map(lambda stacked: stacked[expert_of(copies)], weights)
-  gate, up = (
-    plus(jnp.einsum('nd,ndf->nf', rows, of), bias)
-    for of, bias in ((w.gate, w.biases.gate), (w.up, w.biases.up))
-  )
-  out = plus(jnp.einsum('nf,nfd->nd', activation(gate, up), w.down), w.biases.down)
-  scale = jnp.where(owned(copies), copies.weights[:, None], 0).astype(x.dtype)
-  return jnp.zeros_like(x).at[copies.tokens].add(scale * out), gate, up
+  x_TD: Array, copies: Copies, weights: Weights, activation: Activation
+) -> tuple[Array, PreActivations]:
+  """Returns what `blocked_forward` does, from a gathered expert for each copy; N pre-activations.
+
+  Args:
+    x_TD: [T, D] in the compute dtype.
+    copies: N of them, sorted by expert.
+    weights: of all E experts; gathered to [N, D, F] and [N, F, D].
+    activation: of the gate and the up projection.
+  """
+  x_ND = x_TD[copies.tokens]
+  # Every copy brings its own matrices: for a few copies less to read than all experts are.
+  w = jax.tree.map(lambda stacked: stacked[expert_of_copies(copies)], weights)
+  gate_NF = add_bias(jnp.einsum('nd,ndf->nf', x_ND, w.gate), w.biases.gate)
+  up_NF = add_bias(jnp.einsum('nd,ndf->nf', x_ND, w.up), w.biases.up)
+  hidden_NF = activation(gate_NF, up_NF)
+  out_ND = add_bias(jnp.einsum('nf,nfd->nd', hidden_NF, w.down), w.biases.down)
+  scale_N1 = jnp.where(assigned_mask(copies), copies.weights[:, None], 0).astype(x_TD.dtype)
+  y_TD = jnp.zeros_like(x_TD).at[copies.tokens].add(scale_N1 * out_ND)
+  return y_TD, PreActivations(gate_NF, up_NF)
 
 
-def gathered_backward(
-  x: Array,
-  copies: Copies,
-  weights: Weights,
-  activation: Activation,
-  gates: Array,
-  ups: Array,
-  dy: Array,
-) -> tuple[Array, Array, Weights]:
-  """`blocked_backward`, by computing everything again: nobody trains on so few tokens."""
-  del gates, ups
+def gathered_backward(residuals: Residuals, activation: Activation, dy_TD: Array) -> FfnGradients:
+  """Returns what `blocked_backward` does, by computing everything again.
 
-  def forward(x: Array, copy_weights: Array, weights: Weights) -> Array:
-    return gathered_forward(x, copies._replace(weights=copy_weights), weights, activation)[0]
+  It is there so that small models differentiate: training batches have many more copies than
+  experts.
+  """
+  copies = residuals.copies
 
-  return jax.vjp(forward, x, copies.weights, weights)[1](dy)
+  def forward(x_TD: Array, copy_weights_N: Array, weights: Weights) -> Array:
+    weighted = copies._replace(weights=copy_weights_N)
+    return gathered_forward(x_TD, weighted, weights, activation)[0]
+
+  _, pull = jax.vjp(forward, residuals.x, copies.weights, residuals.weights)
+  return FfnGradients(*pull(dy_TD))

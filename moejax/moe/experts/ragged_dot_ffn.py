@@ -1,135 +1,191 @@
-"""The grouped FFN by `jax.lax.ragged_dot`: one grouped-matmul kernel a product, which leaves anything in nobody's rows.
+"""The grouped FFN by `jax.lax.ragged_dot`: one grouped-matmul kernel for each product.
 
-A device of an expert-parallel group has room for all copies of the group, and its own experts are given few of them.
-So rows are made a window at a time: exact for any routing, and an even one takes a single window. To keep what windows
-computed, room for all copies would be needed: the backward pass computes it anew, which with remat='full' is no more.
+The kernel leaves anything in the rows of unassigned copies, so they are masked after each product.
 
-Letters: T tokens, D model, F FFN hidden, E experts, N copies, W rows of a window.
+A device of an expert-parallel group has room for all copies of the group, and its own experts are
+given few of them.
+So rows are made a window at a time: exact for any routing, and an even one takes a single window.
+To keep what
+windows computed, room for all copies would be needed: the backward pass computes it anew, which
+with remat='full' is no more.
+
+Letters: T tokens, D model, F FFN hidden, E experts, N copies, W rows of a window, P = N in whole
+  windows.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moejax.moe.experts.sorted_copies import Copies, expert_of, owned
+from moejax.moe.experts.residuals import FfnGradients, PreActivations, Residuals
+from moejax.moe.experts.sorted_copies import Copies, assigned_mask, expert_of_copies
 from moejax.moe.experts.weights import Activation, Biases, Weights
+
+Carry = TypeVar('Carry')
 
 # dW_e = lhs_e^T rhs_e: the ragged dimension is the contracted one.
 RAGGED_OUTER = jax.lax.RaggedDotDimensionNumbers(
   dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
 )
+TILE = 128  # a window is a multiple of this many rows
 
 
-def window_size(copies: int) -> int:
-  """W: all copies; in an expert-parallel group a quarter more than an even routing gives a device, in tiles of 128."""
+class GradientSums(NamedTuple):
+  """What the windows of the backward pass add up so far."""
+
+  x: Array  # [T, D]
+  copy_weights: Array  # [P] f32, each window writes its own
+  weights: Weights | None  # None before the first window
+
+
+class Window(NamedTuple):
+  """W of the sorted copies that lie one after another."""
+
+  copies: Copies  # tokens and weights [W], and how many of them each expert has, [E]
+  start: Array  # scalar i32, the first copy
+
+
+def window_size(num_copies: int) -> int:
+  """Returns W, the rows of a window: without an expert-parallel group, all copies.
+
+  In a group, a quarter more than an even routing gives a device, in whole tiles.
+  """
   mesh = jax.sharding.get_abstract_mesh().shape
-  group = mesh['expert'] if 'expert' in mesh else 1
-  return copies if group == 1 else min(copies, -(-5 * copies // (4 * group * 128)) * 128)
+  group_size = mesh['expert'] if 'expert' in mesh else 1
+  if group_size == 1:
+    return num_copies
+  tiles = -(-5 * num_copies // (4 * group_size * TILE))
+  return min(num_copies, tiles * TILE)
 
 
-def over_windows(
-  copies: Copies, size: int, body: Callable[[Copies, Array, tuple], tuple], carry: tuple, peel: bool
-) -> tuple:
-  """`carry = body(copies of a window, where it begins, carry)` for each with somebody's. peel: the first anyway."""
-  tokens, weights = (jnp.pad(a, (0, -a.size % size)) for a in (copies.tokens, copies.weights))
-  ends = jnp.cumsum(copies.load)
+def loop_over_windows(
+  copies: Copies,
+  size: int,
+  body: Callable[[Window, Carry], Carry],
+  carry: Carry,
+  peel_first: bool,
+) -> Carry:
+  """Returns the carry after `carry = body(window, carry)` for each window with an assigned copy.
 
-  def window(i: Array, carry: tuple) -> tuple:
-    at = i * size
-    load = jnp.clip(ends, at, at + size) - jnp.clip(ends - copies.load, at, at + size)
-    here = (jax.lax.dynamic_slice_in_dim(a, at, size) for a in (tokens, weights))
-    return body(Copies(*here, load), at, carry)
+  Args: copies: all N. size: W, of each window; the last one is padded. body: what a window does.
+    carry: of the first call. peel_first: whether the first window runs before the loop and in any
+    case, also without an assigned copy: its carry may then have another structure or other shapes
+    than it returns.
+  """
+  tokens_P, weights_P = (jnp.pad(a, (0, -a.size % size)) for a in (copies.tokens, copies.weights))
+  ends_E = jnp.cumsum(copies.load)
 
-  carry = window(jnp.zeros_like(ends[-1]), carry) if peel else carry
-  return (
-    carry
-    if size == tokens.size
-    else jax.lax.fori_loop(int(peel), -(-ends[-1] // size), window, carry)
+  def run_window(i: Array, carry: Carry) -> Carry:
+    start = i * size
+    stop = start + size
+    # How much of each expert's run of copies lies in the window.
+    begins_E = ends_E - copies.load
+    load_E = jnp.clip(ends_E, start, stop) - jnp.clip(begins_E, start, stop)
+    tokens_W = jax.lax.dynamic_slice_in_dim(tokens_P, start, size)
+    weights_W = jax.lax.dynamic_slice_in_dim(weights_P, start, size)
+    return body(Window(Copies(tokens_W, weights_W, load_E), start), carry)
+
+  if peel_first:
+    # A zero made from an array of this device varies over the mesh axes that the loop's index does.
+    carry = run_window(jnp.zeros_like(ends_E[-1]), carry)
+  if size == tokens_P.size:
+    return carry
+  num_windows = -(-ends_E[-1] // size)
+  return jax.lax.fori_loop(int(peel_first), num_windows, run_window, carry)
+
+
+def grouped_product(a_ND: Array, w_EDF: Array, bias_EF: Array | None, copies: Copies) -> Array:
+  """Returns each row times its expert's matrix, plus its bias; 0 for unassigned copies. [N, F]."""
+  y_NF = jax.lax.ragged_dot(a_ND, w_EDF, copies.load)
+  is_assigned_N1 = assigned_mask(copies)
+  if bias_EF is not None:
+    y_NF = y_NF + bias_EF[expert_of_copies(copies)]
+  return jnp.where(is_assigned_N1, y_NF, 0)
+
+
+def pre_activations(x_ND: Array, copies: Copies, weights: Weights) -> PreActivations:
+  """Returns gate x and up x of these copies. [N, D] -> [N, F] each."""
+  return PreActivations(
+    gate=grouped_product(x_ND, weights.gate, weights.biases.gate, copies),
+    up=grouped_product(x_ND, weights.up, weights.biases.up, copies),
   )
-
-
-def product(a: Array, w: Array, bias: Array | None, copies: Copies) -> Array:
-  """Each row times its expert's matrix, plus its bias; 0 for nobody. [N, D], [E, D, F], [E, F] -> [N, F]."""
-  y = jax.lax.ragged_dot(a, w, copies.load)
-  return jnp.where(owned(copies), y if bias is None else y + bias[expert_of(copies)], 0)
-
-
-def projected(rows: Array, copies: Copies, weights: Weights) -> tuple[Array, Array]:
-  """gate x and up x of copies at hand. [N, D] -> [N, F] twice."""
-  pairs = (weights.gate, weights.biases.gate), (weights.up, weights.biases.up)
-  return tuple(product(rows, w, bias, copies) for w, bias in pairs)
 
 
 def ragged_forward(
-  x: Array, copies: Copies, weights: Weights, activation: Activation
-) -> tuple[Array, Array, Array]:
-  """`blocked_forward` by `ragged_dot`; gate x and up x of a single window [N, F], or of several [0, F]."""
-  size, nothing = (
-    window_size(copies.tokens.size),
-    jnp.zeros_like(x, shape=(0, weights.gate.shape[2])),
-  )
+  x_TD: Array, copies: Copies, weights: Weights, activation: Activation
+) -> tuple[Array, PreActivations]:
+  """Returns what `blocked_forward` does; of several windows, pre-activations of no rows [0, F]."""
+  num_copies = copies.tokens.size
+  size = window_size(num_copies)
+  is_single = size == num_copies
 
-  def window(here: Copies, at: Array, carry: tuple) -> tuple:
-    gate, up = projected(x[here.tokens], here, weights)
-    out = product(activation(gate, up), weights.down, weights.biases.down, here) * here.weights[
-      :, None
-    ].astype(x.dtype)
-    return carry[0].at[here.tokens].add(out), *(
-      (gate, up) if size == copies.tokens.size else carry[1:]
-    )
+  def body(window: Window, carry: tuple[Array, PreActivations]) -> tuple[Array, PreActivations]:
+    y_TD, pre = carry
+    tokens_W = window.copies.tokens
+    pre_WF = pre_activations(x_TD[tokens_W], window.copies, weights)
+    hidden_WF = activation(*pre_WF)
+    out_WD = grouped_product(hidden_WF, weights.down, weights.biases.down, window.copies)
+    scaled_WD = out_WD * window.copies.weights[:, None].astype(x_TD.dtype)
+    return y_TD.at[tokens_W].add(scaled_WD), pre_WF if is_single else pre
 
-  return over_windows(
-    copies, size, window, (jnp.zeros_like(x), nothing, nothing), size == copies.tokens.size
-  )
+  none_0F = jnp.zeros_like(x_TD, shape=(0, weights.gate.shape[2]))
+  carry = jnp.zeros_like(x_TD), PreActivations(none_0F, none_0F)
+  # A single window gives pre-activations of another shape than [0, F], which a loop's carry cannot.
+  return loop_over_windows(copies, size, body, carry, peel_first=is_single)
 
 
-def ragged_backward(
-  x: Array,
-  copies: Copies,
-  weights: Weights,
-  activation: Activation,
-  gates: Array,
-  ups: Array,
-  dy: Array,
-) -> tuple[Array, Array, Weights]:
-  """`blocked_backward` by `ragged_dot`. What the first window gives is the sum so far: an addition less."""
-  num_copies, size = copies.tokens.size, window_size(copies.tokens.size)
+def ragged_backward(residuals: Residuals, activation: Activation, dy_TD: Array) -> FfnGradients:
+  """Returns what `blocked_backward` does, from what `ragged_forward` kept."""
+  x_TD, copies, weights, kept = residuals
+  num_copies = copies.tokens.size
+  size = window_size(num_copies)
 
-  def window(here: Copies, at: Array, carry: tuple) -> tuple:
-    dx, d_copies, *so_far = carry
-    rows, dy_rows = x[here.tokens], jnp.where(owned(here), dy[here.tokens], 0)
-    pre_activations = (gates, ups) if size == num_copies else projected(rows, here, weights)
-    copy_weights = here.weights[:, None].astype(x.dtype)
-    hidden, pull = jax.vjp(activation, *pre_activations)
-    d_hidden = product(dy_rows, weights.down.swapaxes(1, 2), None, here)
-    d_scale = (d_hidden * hidden).sum(-1)
-    d_gate, d_up = pull(d_hidden * copy_weights)
+  def body(window: Window, sums: GradientSums) -> GradientSums:
+    own = window.copies
+    x_WD = x_TD[own.tokens]
+    # What the kernel or the gather left in unassigned rows must not reach a sum over rows.
+    dy_WD = jnp.where(assigned_mask(own), dy_TD[own.tokens], 0)
+    pre_WF = kept if size == num_copies else pre_activations(x_WD, own, weights)
+    scale_W1 = own.weights[:, None].astype(x_TD.dtype)
+    hidden_WF, pull = jax.vjp(activation, *pre_WF)
+    d_hidden_WF = grouped_product(dy_WD, weights.down.swapaxes(1, 2), None, own)
+    d_scale_W = (d_hidden_WF * hidden_WF).sum(-1)
+    d_gate_WF, d_up_WF = pull(d_hidden_WF * scale_W1)
+    scaled_hidden_WF = hidden_WF * scale_W1
     d_weights = Weights(
-      *(
-        jax.lax.ragged_dot_general(a, b, here.load, RAGGED_OUTER)
-        for a, b in ((rows, d_gate), (rows, d_up), (hidden * copy_weights, dy_rows))
-      )
+      gate=ragged_outer(x_WD, d_gate_WF, own),
+      up=ragged_outer(x_WD, d_up_WF, own),
+      down=ragged_outer(scaled_hidden_WF, dy_WD, own),
     )
     if weights.biases.down is not None:
       # A product with ones and zeros; as a sum of rows by their expert it would be a scatter.
-      whose = jax.nn.one_hot(expert_of(here), here.load.size, dtype=x.dtype)  # [W, E]
-      d_scale += (dy_rows * weights.biases.down[expert_of(here)]).sum(-1)
-      d_weights = d_weights._replace(
-        biases=Biases(*(whose.T @ d for d in (d_gate, d_up, dy_rows * copy_weights)))
-      )
-    d_rows = sum(
-      product(d, w.swapaxes(1, 2), None, here)
-      for d, w in ((d_gate, weights.gate), (d_up, weights.up))
+      one_hot_WE = jax.nn.one_hot(expert_of_copies(own), own.load.size, dtype=x_TD.dtype)
+      d_scale_W += (dy_WD * weights.biases.down[expert_of_copies(own)]).sum(-1)
+      d_out_WD = dy_WD * scale_W1
+      d_biases = Biases(one_hot_WE.T @ d_gate_WF, one_hot_WE.T @ d_up_WF, one_hot_WE.T @ d_out_WD)
+      d_weights = d_weights._replace(biases=d_biases)
+    dx_gate_WD = grouped_product(d_gate_WF, weights.gate.swapaxes(1, 2), None, own)
+    dx_up_WD = grouped_product(d_up_WF, weights.up.swapaxes(1, 2), None, own)
+    d_scale_P = jax.lax.dynamic_update_slice_in_dim(
+      sums.copy_weights, d_scale_W.astype(jnp.float32), window.start, 0
     )
-    d_copies = jax.lax.dynamic_update_slice_in_dim(d_copies, d_scale.astype(jnp.float32), at, 0)
-    return (
-      dx.at[here.tokens].add(d_rows),
-      d_copies,
-      jax.tree.map(lambda *a: sum(a[1:], a[0]), d_weights, *so_far),
-    )
+    dx_TD = sums.x.at[own.tokens].add(dx_gate_WD + dx_up_WD)
+    # What the first window gives is the sum so far: an addition less, of arrays as large as all
+    # experts.
+    if sums.weights is not None:
+      d_weights = jax.tree.map(jnp.add, d_weights, sums.weights)
+    return GradientSums(dx_TD, d_scale_P, d_weights)
 
-  nothing = jnp.zeros_like(copies.weights, shape=(num_copies + -num_copies % size,))
-  dx, d_copies, d_weights = over_windows(copies, size, window, (jnp.zeros_like(x), nothing), True)
-  return dx, d_copies[:num_copies], d_weights
+  d_scale_P = jnp.zeros_like(copies.weights, shape=(num_copies + -num_copies % size,))
+  nothing = GradientSums(jnp.zeros_like(x_TD), d_scale_P, weights=None)
+  # Peeled even where no copy is assigned, since its sums give the loop's carry its weights.
+  sums = loop_over_windows(copies, size, body, nothing, peel_first=True)
+  return FfnGradients(sums.x, sums.copy_weights[:num_copies], sums.weights)
+
+
+def ragged_outer(a_ND: Array, b_NF: Array, copies: Copies) -> Array:
+  """Returns `a_e^T b_e` over the rows of each expert e. [E, D, F]."""
+  return jax.lax.ragged_dot_general(a_ND, b_NF, copies.load, RAGGED_OUTER)

@@ -1,5 +1,9 @@
 """The copies of tokens that experts work on, sorted by expert.
 
+A copy is one (token, chosen expert) pair. One that no expert takes is *unassigned*: its id lies
+outside [0, E), as those of padding, of dropped copies and of other devices' experts do. Unassigned
+copies come last.
+
 Letters: T tokens, E experts, K experts per token, N = T * K copies.
 """
 
@@ -10,40 +14,47 @@ from jax import Array
 
 
 class Copies(NamedTuple):
-  """The copies of tokens sorted by expert; those of nobody (dropped, padding, another shard's) come last."""
+  """The copies of tokens sorted by expert, the unassigned ones last."""
 
   tokens: Array  # [N] i32  the token that each is a copy of
   weights: Array  # [N] f32  what its output is multiplied by
-  load: Array  # [E] i32  copies of each expert; what is past their sum belongs to nobody
+  load: Array  # [E] i32  copies of each expert; what is past their sum is unassigned
 
 
 def sort_copies(expert_ids: Array, weights: Array, num_experts: int) -> Copies:
-  """The copies sorted by expert, then by token. [T, K] each -> [N].
+  """Returns the copies sorted by expert, then by token.
 
-  One sort of `expert * N + index` packed in an integer: several times faster than an argsort.
+  Args:
+    expert_ids: [T, K] integers; outside [0, num_experts) for an unassigned copy.
+    weights: [T, K] f32.
+    num_experts: E, of which some may get no copy.
   """
-  copies, top_k = expert_ids.size, expert_ids.shape[1]
-  ids = clip_unassigned(expert_ids, num_experts).reshape(-1)
-  if (num_experts + 1) * copies >= 2**31:
-    order = jnp.argsort(ids, stable=True).astype(jnp.int32)
+  num_copies, top_k = expert_ids.size, expert_ids.shape[1]
+  ids_N = clip_unassigned(expert_ids, num_experts).reshape(-1)
+  if (num_experts + 1) * num_copies >= 2**31:
+    # The packed keys would overflow an int32.
+    order_N = jnp.argsort(ids_N, stable=True).astype(jnp.int32)
   else:
-    order = jnp.sort(ids * copies + jnp.arange(copies, dtype=jnp.int32)) % copies
-  load = jnp.bincount(ids, length=num_experts + 1)[:num_experts].astype(jnp.int32)
-  return Copies(order // top_k, weights.reshape(-1)[order], load)
+    # One sort of `expert * N + index` packed in an integer: several times faster than an argsort.
+    keys_N = ids_N * num_copies + jnp.arange(num_copies, dtype=jnp.int32)
+    order_N = jnp.sort(keys_N) % num_copies
+  # One bin more than experts counts the unassigned, and is cut off.
+  load_E = jnp.bincount(ids_N, length=num_experts + 1)[:num_experts].astype(jnp.int32)
+  return Copies(order_N // top_k, weights.reshape(-1)[order_N], load_E)
 
 
 def clip_unassigned(expert_ids: Array, num_experts: int) -> Array:
-  """Every id outside [0, E) becomes E."""
-  return jnp.where((expert_ids >= 0) & (expert_ids < num_experts), expert_ids, num_experts)
+  """Returns the ids with every one outside [0, E) set to E, so that unassigned copies sort last."""
+  is_assigned = (expert_ids >= 0) & (expert_ids < num_experts)
+  return jnp.where(is_assigned, expert_ids, num_experts)
 
 
-def owned(copies: Copies) -> Array:
-  """[N, 1] bool: copies that belong to some expert."""
+def assigned_mask(copies: Copies) -> Array:
+  """[N, 1] bool: which of the sorted copies have an expert."""
   return (jnp.arange(copies.tokens.shape[0]) < copies.load.sum())[:, None]
 
 
-def expert_of(copies: Copies) -> Array:
-  """[N] i32: whose each copy is; of nobody's, the last expert's."""
-  return jnp.repeat(
-    jnp.arange(copies.load.size), copies.load, total_repeat_length=copies.tokens.size
-  )
+def expert_of_copies(copies: Copies) -> Array:
+  """[N] i32: the expert of each sorted copy; of unassigned ones the last one, to be masked out."""
+  ids_E = jnp.arange(copies.load.size)
+  return jnp.repeat(ids_E, copies.load, total_repeat_length=copies.tokens.size)
