@@ -111,12 +111,12 @@ ROWS = (
   Row(
     'torn or corrupted token cache; source text changed',
     'made again from the source; exit 2 where that cannot be',
-    'system/save_faults::a_damaged_cache_is_made_again_and_damaged_text_is_named',
+    'system/run_directory::a_damaged_cache_is_made_again_and_damaged_text_is_named',
   ),
   Row(
     'two trainers on one directory; readers while one saves',
     'the second exits 5 naming the first; readers delete nothing',
-    'system/save_faults::a_second_trainer_is_turned_away_and_readers_are_not '
+    'system/run_directory::a_second_trainer_is_turned_away_and_readers_are_not '
     'checkpoint/checkpoints::a_step_deleted_under_a_reader_is_no_damage checkpoint/checkpoints::a_reader_changes_nothing',
   ),
   Row(
@@ -127,9 +127,9 @@ ROWS = (
   Row(
     'pickles, ../, absolute paths and links in what is read; a name with a path in it',
     'refused',
-    'system/save_faults::ids_and_probes_are_never_unpickled system/save_faults::a_run_is_named_by_a_directory '
-    'system/save_faults::a_link_in_the_place_of_a_file_to_be_written_keeps_its_target '
-    'system/save_faults::what_a_reader_of_a_run_cannot_trust_is_one_error '
+    'system/run_directory::ids_and_probes_are_never_unpickled system/run_directory::a_run_is_named_by_a_directory '
+    'system/run_directory::a_link_in_the_place_of_a_file_to_be_written_keeps_its_target '
+    'system/run_directory::what_a_reader_of_a_run_cannot_trust_is_one_error '
     'checkpoint/checkpoints::a_link_inside_a_step_is_not_followed checkpoint/checkpoints::a_pickle_in_place_of_a_file_is_never_run '
     'hf/safetensors/directory::what_cannot_be_trusted_is_refused_in_one_message hf/safetensors/directory::a_pickle_is_never_run',
   ),

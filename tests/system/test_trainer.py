@@ -15,6 +15,10 @@ from moejax.train.trainer import train
 from tests.support.tiny_run import ROOT, config, final_digest, rows
 
 
+# They compare with, or go on from, one run: one worker takes them all.
+pytestmark = pytest.mark.xdist_group('trainer')
+
+
 @pytest.fixture(scope='module')
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
   """A run without any trouble."""

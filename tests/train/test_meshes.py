@@ -19,32 +19,33 @@ from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.cost import devices_at_work
 from moejax.train.shapes import divided_parts, make_run_mesh, state_shapes
 from tests.support.emulated_exchange import emulate
-from tests.support.mesh_table import (
+from tests.support.mesh_cases import (
   ALONE,
-  COLUMNS,
   DISPATCHES,
+  FAST,
   MESHES,
   REFERENCE,
   Case,
+  axes,
   batch,
   cases,
   config,
-  measure,
-  reference,
+  covering_cases,
+  features,
 )
-
-FAST = [
-  (MeshConfig(1, fsdp=2, expert=2, tensor=2), 'sparse_matmul'),
-  (MeshConfig(2, expert=4), 'sparse_matmul, ragged'),
-  (MeshConfig(1, fsdp=3, expert=2), 'dense_matmul with capacity'),
-]
+from tests.support.mesh_table import COLUMNS, measure, reference
 
 
-@pytest.mark.parametrize(
-  'case',
-  [case if case[:2] in FAST else pytest.param(case, marks=pytest.mark.slow) for case in cases()],
-  ids=lambda case: '-'.join(map(str, (*dataclasses.astuple(case.mesh), *case[1:]))),
-)
+def marked(case: Case) -> object:
+  """A case as a parameter of a test; all but a few are slow. `make meshes` measures those that are not covering."""
+  return case if case[:2] in FAST else pytest.param(case, marks=pytest.mark.slow)
+
+
+def case_id(case: Case) -> str:
+  return '-'.join(map(str, (*dataclasses.astuple(case.mesh), *case[1:])))
+
+
+@pytest.mark.parametrize('case', map(marked, covering_cases()), ids=case_id)
 def test_the_same_numbers_on_every_mesh_by_every_dispatcher(
   case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,9 +59,24 @@ def test_nothing_is_left_out() -> None:
   assert len(MESHES) >= 12 and {*FAST} <= {case[:2] for case in cases()}
   for name in DISPATCHES:
     mine = [case for case in cases() if case.dispatch == name]
-    assert {case.micro_batches for case in mine} == {1, 2} and {
-      case.mtp_depth for case in mine
-    } == {0, 1}, name
+    assert {case.micro_batches for case in mine} == {1, 2}, name
+    assert {case.mtp_depth for case in mine} == {0, 1}, name
+
+
+def test_the_cases_of_every_run_cover_all_that_there_are() -> None:
+  """Every mesh, and every dispatcher with every axis, every pair of axes, both numbers of micro-batches and depths."""
+  chosen = covering_cases()
+  assert {*chosen} <= {*cases()} and len(chosen) == len({*chosen}) <= 24
+  assert {case.mesh for case in chosen} == {ALONE, *MESHES}
+  assert {case[:2] for case in chosen} >= {*FAST}
+  for name in DISPATCHES:
+    mine = [case for case in chosen if case.dispatch == name]
+    assert {case.micro_batches for case in mine} == {1, 2}, name
+    assert {case.mtp_depth for case in mine} == {0, 1}, name
+    for pair in itertools.combinations_with_replacement(('data', 'fsdp', 'expert', 'tensor'), 2):
+      possible = any({*pair} <= {*axes(case.mesh)} for case in cases() if case.dispatch == name)
+      assert possible == any({*pair} <= {*axes(case.mesh)} for case in mine), (name, pair)
+  assert set().union(*map(features, chosen)) == set().union(*map(features, cases()))
 
 
 def test_the_batch_and_the_routers_are_as_uneven_as_they_are_meant_to_be() -> None:
