@@ -14,7 +14,6 @@ from moejax.train.telemetry.tensorboard import TensorBoard
 from moejax.train.trainer import train
 from tests.support.tiny_run import ROOT, config, final_digest, rows
 
-
 # They compare with, or go on from, one run: one worker takes them all.
 pytestmark = pytest.mark.xdist_group('trainer')
 
