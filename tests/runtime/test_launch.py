@@ -1,4 +1,5 @@
-"""How a process finds the others: flags, the environment of a cluster, and a TPU that tells of itself."""
+"""How a process finds the others: flags, the environment of a cluster, and a TPU that tells of
+itself."""
 
 import os
 

@@ -1,9 +1,10 @@
-"""The meshes, dispatchers and batch of the table of meshes, and which of its cases every test run takes.
+"""The meshes, dispatchers and batch of the table of meshes, and which of its cases every test run
+takes.
 
   mesh, dispatcher, micro-batches, depths -> the config of the smallest model that has every part
 
-Routers choose unevenly and one expert gets no token; rows are ragged, some of them all padding; losses over
-documents, groups and the whole batch are on.
+Routers choose unevenly and one expert gets no token; rows are ragged, some of them all padding;
+losses over documents, groups and the whole batch are on.
 """
 
 import dataclasses
@@ -71,9 +72,11 @@ class Case(NamedTuple):
 
 
 def cases() -> list[Case]:
-  """Every mesh with every dispatcher, except the reference itself and ragged exchanges without a second device.
+  """Every mesh with every dispatcher, except the reference itself and ragged exchanges without a
+  second device.
 
-  Two micro-batches and multi-token prediction take turns, so that every dispatcher meets both of them.
+  Two micro-batches and multi-token prediction take turns, so that every dispatcher meets both of
+  them.
   """
   chosen = []
   for i, mesh in enumerate((ALONE, *MESHES)):
@@ -91,8 +94,8 @@ def axes(mesh: MeshConfig) -> tuple[str, ...]:
 
 
 def features(case: Case) -> frozenset[Hashable]:
-  """What a case covers: its mesh; its dispatcher with each axis, each pair of axes, its number of micro-batches and its
-  depth; each axis with these two numbers."""
+  """What a case covers: its mesh; its dispatcher with each axis, each pair of axes, its number of
+  micro-batches and its depth; each axis with these two numbers."""
   parts = axes(case.mesh)
   numbers = (('micro_batches', case.micro_batches), ('mtp_depth', case.mtp_depth))
   beside = (*parts, *itertools.combinations(parts, 2), *numbers)
@@ -102,7 +105,8 @@ def features(case: Case) -> frozenset[Hashable]:
 
 @functools.cache
 def covering_cases() -> tuple[Case, ...]:
-  """The cases that every test run takes, in the order of `cases`: together they have every feature of all.
+  """The cases that every test run takes, in the order of `cases`: together they have every feature
+  of all.
 
   Greedy after the fast ones: each time the case with the most features that no case before it had.
   """
@@ -144,15 +148,16 @@ def config(case: Case) -> ExperimentConfig:
       '0.05',
       ep_groups=4,
     ),
-    # A large eps makes the update smooth in the gradient: at 1e-8 it would be the sign of the rounding of a zero.
+    # A large eps makes the update smooth in the gradient: at 1e-8 it would be the sign of the
+    # rounding of a zero.
     optim=OptimConfig(learning_rate=0.05, warmup_steps=0, eps=1e-2, clip_norm=0.0),
   )
 
 
 @functools.cache
 def batch() -> Batch:
-  """Documents of uneven lengths in ragged rows; so many rows are padding alone that one of eight devices has no
-  token."""
+  """Documents of uneven lengths in ragged rows; so many rows are padding alone that one of eight
+  devices has no token."""
   rng = np.random.default_rng(0)
   text = rng.integers(1, VOCAB, (ROWS, LENGTH + 1))
   segments = np.cumsum(rng.random((ROWS, LENGTH)) < 0.2, 1) + 1

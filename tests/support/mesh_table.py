@@ -1,6 +1,8 @@
-"""Training steps on many meshes, by every dispatcher, against those on one device: `make meshes` prints the table.
+"""Training steps on many meshes, by every dispatcher, against those on one device: `make meshes`
+prints the table.
 
-  mesh, dispatcher -> two steps on virtual devices -> worst deviation of objective, gradient, load, bias, next routing
+  mesh, dispatcher -> two steps on virtual devices -> worst deviation of objective, gradient, load,
+  bias, next routing
 
 The reference is dense_matmul on one device, in one micro-batch.
 """
@@ -56,7 +58,8 @@ def initial_leaves(mtp_depth: int) -> list[np.ndarray]:
 
 
 def start(cfg: ExperimentConfig) -> TrainState:
-  """A state whose routers prefer some experts by far, and whose bias keeps every token from the last one. NumPy."""
+  """A state whose routers prefer some experts by far, and whose bias keeps every token from the
+  last one. NumPy."""
   fresh = [leaf.copy() for leaf in initial_leaves(cfg.model.mtp_depth)]
   state = jax.tree.unflatten(jax.tree.structure(state_shapes(cfg)), fresh)
   model, bias = state.model, state.router.bias
@@ -80,7 +83,8 @@ class Taken(NamedTuple):
 
 @functools.cache
 def choose_experts(mtp_depth: int) -> Callable[[Transformer, BiasState, Batch], jax.Array]:
-  """A program that gives the expert ids [L, B, S, K] of a state: one for all meshes and dispatchers."""
+  """A program that gives the expert ids [L, B, S, K] of a state: one for all meshes and
+  dispatchers."""
   cfg = config(Case(ALONE, REFERENCE, 1, mtp_depth))
   return jax.jit(
     lambda model, router, rows: eval_step(model, router, rows, cfg)['expert_ids'],
@@ -114,7 +118,8 @@ def take(case: Case) -> Taken:
   step = jax.jit(functools.partial(train_step, cfg=cfg), compiler_options=QUICK)
 
   def one(state: TrainState) -> tuple[TrainState, Metrics]:
-    # Two programs of eight virtual devices at once, and each may hold the threads that the other waits for.
+    # Two programs of eight virtual devices at once, and each may hold the threads that the other
+    # waits for.
     return jax.block_until_ready(step(state, rows))
 
   with jax.set_mesh(mesh):
@@ -125,7 +130,8 @@ def take(case: Case) -> Taken:
   bias = after.router.bias
   assert bias.sharding.is_fully_replicated
   bits = [np.asarray(shard.data).tobytes() for shard in bias.addressable_shards]
-  # The same leaves in the structure of the reference, whose one program then chooses for every case.
+  # The same leaves in the structure of the reference, whose one program then chooses for every
+  # case.
   plain = state_shapes(config(Case(ALONE, REFERENCE, 1, case.mtp_depth)))
   leaves = jax.tree.leaves(jax.device_get(after.model))
   model = jax.tree.unflatten(jax.tree.structure(plain.model), leaves)
@@ -151,9 +157,9 @@ COLUMNS = {'loss': 1e-6, 'gradient': 2e-6, 'load': 0.0, 'bias': 0.0, 'apart': 0.
 
 
 def measure(case: Case) -> dict[str, float]:
-  """The worst deviations of a case: of the objective and its terms, relative; of each parameter's gradient, relative to
-  its largest entry; of the load, in copies; of the bias; devices whose bias is another; copies that go elsewhere
-  afterwards."""
+  """The worst deviations of a case: of the objective and its terms, relative; of each parameter's
+  gradient, relative to its largest entry; of the load, in copies; of the bias; devices whose bias
+  is another; copies that go elsewhere afterwards."""
   one, other = reference(case.mtp_depth), take(case)
   assert one.gradient.keys() == other.gradient.keys()
   assert one.terms[0].keys() == other.terms[0].keys()
@@ -187,7 +193,8 @@ def named(mesh: MeshConfig) -> str:
 
 
 def markdown_rows(rows: dict[Case, dict[str, float]]) -> str:
-  """The table in Markdown: a row for each mesh, objective and gradient by dispatcher, and the worst of the rest."""
+  """The table in Markdown: a row for each mesh, objective and gradient by dispatcher, and the worst
+  of the rest."""
   exact = [column for column, allowed in COLUMNS.items() if not allowed]
   cells = [['mesh', *DISPATCHES, 'load, bias, routing'], ['---'] * (2 + len(DISPATCHES))]
   for mesh in dict.fromkeys(case.mesh for case in rows):

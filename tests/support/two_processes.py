@@ -1,4 +1,5 @@
-"""One run on two processes of four devices each, over loopback, as tests start and wait for them."""
+"""One run on two processes of four devices each, over loopback, as tests start and wait for
+them."""
 
 import contextlib
 import socket

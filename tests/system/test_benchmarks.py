@@ -1,4 +1,5 @@
-"""Every benchmark runs, as a real process at its smallest size, and prints what it is to measure."""
+"""Every benchmark runs, as a real process at its smallest size, and prints what it is to
+measure."""
 
 import re
 import subprocess

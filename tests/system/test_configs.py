@@ -1,4 +1,5 @@
-"""Every file in configs/ is an experiment that could start; recipes have the figures of what they reproduce."""
+"""Every file in configs/ is an experiment that could start; recipes have the figures of what they
+reproduce."""
 
 import dataclasses
 import functools
@@ -147,7 +148,8 @@ def at(tokens: float, cfg: ExperimentConfig) -> jax.Array:
 
 
 def test_deepseeks_schedules_are_the_reports() -> None:
-  """Section 4.2: 14.8T tokens; the figures are at what it says of tokens, and between, of a cosine's shape."""
+  """Section 4.2: 14.8T tokens; the figures are at what it says of tokens, and between, of a
+  cosine's shape."""
   cfg = config_of('configs/deepseek_v3.py')
   assert abs(cfg.steps * cfg.batch_size * cfg.seq_len / 14.8e12 - 1) < 1e-5
   optim = cfg.optim

@@ -1,5 +1,5 @@
-"""Faults on purpose, in real processes: what a run survives, and with which exit status it ends when
-it does not."""
+"""Faults on purpose, in real processes: what a run survives, and with which exit status it ends
+when it does not."""
 
 import ast
 import json
@@ -18,7 +18,7 @@ from moejax.config import ConfigError
 from moejax.runtime.faults import ACTIONS, NUMBERS, POINTS, SPOILS, planned
 from moejax.runtime.watchdog import HANG
 from moejax.train.trainer import EXIT_STATUS
-from tests.support import fault_table as faults
+from tests.support.fault_rows import ROWS
 from tests.support.tiny_run import ROOT, final_digest, rows
 from tests.support.trainer_process import FEW, PATIENCE, spawn, train_command, wait_for
 
@@ -84,7 +84,7 @@ def test_the_table_names_tests_that_there_are() -> None:
     for node in ast.parse(path.read_text()).body
     if isinstance(node, ast.FunctionDef)
   }
-  named = [name for row in faults.ROWS for name in faults.nodes(row)]
+  named = [name for row in ROWS for name in row.nodes()]
   assert {*named} <= found, {*named} - found
 
 
@@ -231,7 +231,8 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_soak_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
-  """300 steps with ten faults, and 300 without any: the same metrics and the same digest, to the bit."""
+  """300 steps with ten faults, and 300 without any: the same metrics and the same digest, to the
+  bit."""
   few = {'steps': 300, 'log_every': 5, 'eval__every': 100, 'checkpoint__every': 10}
   whole, workdir = tmp_path / 'whole' / 'run', tmp_path / 'soak' / 'run'
   reference = run(whole, **few)

@@ -1,4 +1,5 @@
-"""One run on two processes of four devices each, over loopback: as on one, whatever becomes of either."""
+"""One run on two processes of four devices each, over loopback: as on one, whatever becomes of
+either."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""What lies in a run directory: a reader trusts nothing in it, and only one trainer writes to it."""
+"""What lies in a run directory: a reader trusts nothing in it, and only one trainer writes to
+it."""
 
 import os
 import pickle
@@ -101,7 +102,8 @@ def test_ids_and_probes_are_never_unpickled(tmp_path: Path) -> None:
   ('workdir', 'says'), [('file', 'File exists'), ('file/run', 'Not a directory'), ('', '')]
 )
 def test_a_run_is_named_by_a_directory(tmp_path: Path, workdir: str, says: str) -> None:
-  """The directory may lie anywhere; names that become a part of a path, as those of tasks, may not be paths."""
+  """The directory may lie anywhere; names that become a part of a path, as those of tasks, may not
+  be paths."""
   (tmp_path / 'file').write_text('mine')
   with pytest.raises(ConfigError) as error:
     if workdir:
@@ -116,7 +118,8 @@ def test_a_run_is_named_by_a_directory(tmp_path: Path, workdir: str, says: str) 
 
 @pytest.mark.slow
 def test_a_second_trainer_is_turned_away_and_readers_are_not(tmp_path: Path) -> None:
-  """The first saves and deletes all the time; whoever reads meanwhile ends with a whole step, and deletes nothing."""
+  """The first saves and deletes all the time; whoever reads meanwhile ends with a whole step, and
+  deletes nothing."""
   workdir = tmp_path / 'run'
   often = {
     'steps': 100_000,
@@ -154,7 +157,8 @@ def test_a_second_trainer_is_turned_away_and_readers_are_not(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_a_damaged_cache_is_made_again_and_damaged_text_is_named(tmp_path: Path) -> None:
-  """Tokens with another bit, tokens cut short, a survey of zeros; then another text, and one that is no text."""
+  """Tokens with another bit, tokens cut short, a survey of zeros; then another text, and one that
+  is no text."""
   workdir, cache, texts = tmp_path / 'run', tmp_path / 'cache', tmp_path / 'texts'
   texts.mkdir()
   for i in range(40):

@@ -1,7 +1,8 @@
-"""Faults about saves, by real processes: whatever happens to a run, the same command goes on, or says
-why it does not.
+"""Faults about saves, by real processes: whatever happens to a run, the same command goes on, or
+says why it does not.
 
-A fault that a run survives leaves the metrics and the last state of the run without it, bit for bit.
+A fault that a run survives leaves the metrics and the last state of the run without it, bit for
+bit.
 """
 
 import random
@@ -52,7 +53,8 @@ def copy(straight: Path, tmp_path: Path) -> Path:
 def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(
   straight: Path, tmp_path: Path
 ) -> None:
-  """While a save is in flight, before it has its name, while an old step is deleted, and at five random steps."""
+  """While a save is in flight, before it has its name, while an old step is deleted, and at five
+  random steps."""
   workdir, kinds = tmp_path / 'run', []
   at_random = sorted(random.Random(0).sample(range(14, 25), 5))
   for fault in ('save:1', 'commit:1', 'delete:1', *(f'step:{step}' for step in at_random)):
@@ -130,7 +132,8 @@ def test_a_save_that_fails_is_a_line_and_a_metric_and_the_last_one_a_status(
 
 @pytest.mark.slow
 def test_where_one_process_cannot_save_none_has_saved_and_none_waits(tmp_path: Path) -> None:
-  """The first fails at the end of two saves, the last among them, the second at the beginning of another."""
+  """The first fails at the end of two saves, the last among them, the second at the beginning of
+  another."""
   with two(tmp_path / 'run', faults=('full@commit:1,full@commit:4', 'full@save:2')) as both:
     statuses, _ = both.wait()
     output = both.output()
@@ -144,7 +147,8 @@ def test_where_one_process_cannot_save_none_has_saved_and_none_waits(tmp_path: P
 
 @pytest.mark.slow
 def test_damage_is_named_and_the_newest_good_step_is_used(straight: Path, copy: Path) -> None:
-  """A file missing, one cut short, one with another bit; beside them what is no checkpoint at all."""
+  """A file missing, one cut short, one with another bit; beside them what is no checkpoint at
+  all."""
   files = {}
   for step, harm in ((24, Path.unlink), (21, cut), (18, flip)):
     files[step] = largest(copy / 'checkpoints' / str(step) / 'state')
@@ -178,7 +182,8 @@ def test_without_a_good_step_a_run_is_not_started_over(copy: Path) -> None:
 
 
 def refusal(cfg: ExperimentConfig) -> str:
-  """Why a run with this config does not go on from the checkpoints in its directory; '' if it does."""
+  """Why a run with this config does not go on from the checkpoints in its directory; '' if it
+  does."""
   data = open_data(cfg.data, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=cfg.seed)
   cfg = with_vocabulary(cfg, data.vocab_size)
   checkpoints = Checkpoints(Path(cfg.workdir) / 'checkpoints', cfg.checkpoint, readonly=True)

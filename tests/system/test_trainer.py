@@ -1,4 +1,5 @@
-"""The loop as a real process: it resumes to the bit, stops when told, and says with its exit status how it ended."""
+"""The loop as a real process: it resumes to the bit, stops when told, and says with its exit status
+how it ended."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""Every mesh trains, gives the numbers of one device, and one that does not fit is told with the nearest that does."""
+"""Every mesh trains, gives the numbers of one device, and one that does not fit is told with the
+nearest that does."""
 
 import dataclasses
 import itertools
@@ -37,7 +38,8 @@ from tests.support.mesh_table import COLUMNS, measure, reference
 
 
 def marked(case: Case) -> object:
-  """A case as a parameter of a test; all but a few are slow. `make meshes` measures those that are not covering."""
+  """A case as a parameter of a test; all but a few are slow. `make meshes` measures those that are
+  not covering."""
   return case if case[:2] in FAST else pytest.param(case, marks=pytest.mark.slow)
 
 
@@ -64,7 +66,8 @@ def test_nothing_is_left_out() -> None:
 
 
 def test_the_cases_of_every_run_cover_all_that_there_are() -> None:
-  """Every mesh, and every dispatcher with every axis, every pair of axes, both numbers of micro-batches and depths."""
+  """Every mesh, and every dispatcher with every axis, every pair of axes, both numbers of
+  micro-batches and depths."""
   chosen = covering_cases()
   assert {*chosen} <= {*cases()} and len(chosen) == len({*chosen}) <= 24
   assert {case.mesh for case in chosen} == {ALONE, *MESHES}
@@ -154,12 +157,16 @@ def test_all_that_does_not_divide_is_one_error() -> None:
     asked(MeshConfig(fsdp=5, expert=3, tensor=2), batch_size=32, model=model)
   )
   assert problems == [
-    'mesh data=1 * fsdp=5 * expert=3 * tensor=2 = 30, but there are 8 devices: use sizes whose product is 8',
-    'config.batch_size / micro_batches = 32 rows do not divide over data * fsdp * expert = 15 devices: 45 would',
-    'the 24 embed channels of model.blocks.attention.k.w [1, 24, 8] do not divide over mesh.fsdp=5: 25 would',
+    'mesh data=1 * fsdp=5 * expert=3 * tensor=2 = 30, but there are 8 devices: '
+    'use sizes whose product is 8',
+    'config.batch_size / micro_batches = 32 rows do not divide over '
+    'data * fsdp * expert = 15 devices: 45 would',
+    'the 24 embed channels of model.blocks.attention.k.w [1, 24, 8] do not divide over '
+    'mesh.fsdp=5: 25 would',
     'config.model.moe.router.num_experts=8 experts do not divide over mesh.expert=3: 9 would',
     'config.model.vocab_size=33 tokens do not divide over mesh.tensor=2: 34 would',
-    'the 48 embed channels of model.mtp.projection.w [1, 48, 24] do not divide over mesh.fsdp=5: 50 would',
+    'the 48 embed channels of model.mtp.projection.w [1, 48, 24] do not divide over '
+    'mesh.fsdp=5: 50 would',
   ]
   assert remedy == (
     'the nearest mesh that would do, of 8 devices out of 8: '
@@ -187,8 +194,8 @@ def test_rows_are_those_of_a_micro_batch_heads_are_whole_and_ranks_divide() -> N
   )
   found, _ = refused(asked(MeshConfig(fsdp=4), model=latent))
   assert found == (
-    'the 6 embed channels of model.blocks.attention.kv_b.w [1, 6, 32] do not divide over mesh.fsdp=4: '
-    '8 would'
+    'the 6 embed channels of model.blocks.attention.kv_b.w [1, 6, 32] do not divide over '
+    'mesh.fsdp=4: 8 would'
   )
 
 
