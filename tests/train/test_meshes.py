@@ -47,7 +47,7 @@ def case_id(case: Case) -> str:
   return '-'.join(map(str, (*dataclasses.astuple(case.mesh), *case[1:])))
 
 
-@pytest.mark.parametrize('case', map(marked, covering_cases()), ids=case_id)
+@pytest.mark.parametrize('case', [*map(marked, covering_cases())], ids=case_id)
 def test_the_same_numbers_on_every_mesh_by_every_dispatcher(
   case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
