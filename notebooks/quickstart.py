@@ -21,14 +21,14 @@
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/moejax/moejax/blob/main/notebooks/quickstart.ipynb)
 #
 # Train a small Mixture-of-Experts language model on the sources of Python's standard library, on
-# whatever device is here (a laptop's CPU will do), look at what its experts do, stop and resume, and
-# have it write something.
+# whatever device is here (a laptop's CPU will do), look at what its experts do, stop and resume,
+# and have it write something.
 
 # %% [markdown]
 # ## Install
 #
-# Colab's TPU runtime has JAX, but not all that moejax stands on. If a package that is already loaded
-# has to change, the runtime restarts once: then run the cells again from the top.
+# Colab's TPU runtime has JAX, but not all that moejax stands on. If a package that is already
+# loaded has to change, the runtime restarts once: then run the cells again from the top.
 
 # %%
 import importlib.util
@@ -60,9 +60,9 @@ print(len(jax.devices()), 'x', jax.devices()[0].device_kind)
 # %% [markdown]
 # ## Train
 #
-# The same as `python train.py --workdir=...` in a shell: `configs/tiny.py`, with a few fields changed.
-# We stop half-way on purpose: `stop_after` steps are done, a checkpoint is written, and the process
-# ends as if it had been told to.
+# The same as `python train.py --workdir=...` in a shell: `configs/tiny.py`, with a few fields
+# changed. We stop half-way on purpose: `stop_after` steps are done, a checkpoint is written, and
+# the process ends as if it had been told to.
 
 # %%
 from configs.tiny import get_config
