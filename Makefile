@@ -1,10 +1,14 @@
-# Every target sets itself up: a virtual environment in .venv, made again only when pyproject.toml changes.
-#   make train [ARGS="--config.steps=100"]    make test [ARGS="-k balance"]    PYTHON=python3.12 VENV=.venv-312
+# Every target sets itself up: a virtual environment in .venv, made again only when pyproject.toml
+# changes.
+#   make train [ARGS="--config.steps=100"]      make test [ARGS="-k balance"]
+#   make fast PYTHON=python3.12 VENV=.venv-312
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 WORKERS ?= 2
 PY = $(VENV)/bin/python
+# Tests that share a run are marked as a group, which one worker takes.
+PYTEST = $(PY) -m pytest -n $(WORKERS) --dist loadgroup
 install = $(PY) -m pip install --quiet --disable-pip-version-check -e
 
 .PHONY: train test fast aot certify families meshes faults bench lint
@@ -14,14 +18,14 @@ train: $(VENV)/.dev
 
 test: $(VENV)/.dev
 	$(PY) -m ruff check .
-	$(PY) -m pytest -n $(WORKERS) --durations=10 $(ARGS)
+	$(PYTEST) --durations=25 $(ARGS)
 
 fast: $(VENV)/.dev
-	$(PY) -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 # Programs for chips that are not here.
 aot: $(VENV)/.tpu
-	$(PY) -m pytest -n $(WORKERS) --durations=5 tests/plan/test_tpu_aot.py $(ARGS)
+	$(PYTEST) --durations=5 tests/plan/test_tpu_aot.py $(ARGS)
 
 certify: $(VENV)/.dev
 	$(PY) -m moejax.certify $(ARGS)
@@ -30,9 +34,11 @@ certify: $(VENV)/.dev
 DEVICES = JAX_PLATFORMS=cpu XLA_FLAGS="--xla_force_host_platform_device_count=8 \
   --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
 
+# `ARGS=--readme` also rewrites the table in docs/: of these two, and of the faults.
 families: $(VENV)/.dev
 	$(DEVICES) $(PY) -m tests.support.family_table $(ARGS)
 
+# All cases; `make test` takes those that together have every mesh, dispatcher and pair of axes.
 meshes: $(VENV)/.dev
 	$(DEVICES) $(PY) -m tests.support.mesh_table $(ARGS)
 
@@ -41,9 +47,9 @@ faults: $(VENV)/.dev
 	$(PY) -m tests.support.fault_table --workers=$(WORKERS) $(ARGS)
 
 bench: $(VENV)/.bench
-	$(PY) benchmarks/moe_layer.py
-	$(PY) benchmarks/train_step.py
-	$(PY) benchmarks/start_up.py
+	$(PY) -m benchmarks.moe_layer
+	$(PY) -m benchmarks.train_step
+	$(PY) -m benchmarks.start_up
 	$(PY) -m benchmarks.metrics_cost
 	$(PY) -m benchmarks.balance_rules
 	$(PY) -m benchmarks.decode

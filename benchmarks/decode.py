@@ -1,11 +1,12 @@
-"""How fast is decoding: everything anew for each token, with a cache, and with guesses that are checked all at once?
+"""How fast is decoding: all anew for each token, with a cache, and with guesses checked at once?
 
-  python -m benchmarks.decode [--rounds=9 --tokens=48 --prompt=512 --rows=1 --train=90]
+  python -m benchmarks.decode [--rounds=9 --tokens=48 --prompt=512 --rows=1 --train=90] [--quick]
 
-One model of 12 layers, with grouped-query or latent attention, in float32. Guesses are by one block of multi-token
-prediction: of random weights, which are never right; of weights after --train seconds on the standard library's
-sources; and of weights made so that every guess is right, at the same cost. The likeliest token is taken, and with
-guesses the text is the same. The rows of the table take turns, once a round; printed are the median and its range.
+One model of 12 layers, with grouped-query or latent attention, in float32. Guesses are by one block
+of multi-token prediction: of random weights, which are never right; of weights after --train
+seconds on the standard library's sources; and of weights made so that every guess is right, at the
+same cost. The likeliest token is taken, and with guesses the text is the same. The rows of the
+table take turns, once a round; printed are the median and its range.
 """
 
 import argparse
@@ -48,25 +49,29 @@ MODEL = ModelConfig(
   mtp_depth=1,
   moe=MoEConfig(RouterConfig(8, 2), d_expert=256),
 )
+# What `--quick` decodes with, and trains on.
+SMALLEST = {'rounds': 1, 'tokens': 4, 'prompt': 16, 'rows': 1, 'train': 0}
+SMALL_MODEL = dataclasses.replace(MODEL, vocab_size=257, d_model=32, num_layers=1)
+SMALL_TEXT = DataConfig(source='synthetic', tokenizer='bytes', synthetic_tokens=20_000)
 Prompts = list[list[int]]
 Run = Callable[[], Iterator[list[list[int]]]]  # decodes prompts: what each step adds to each row
 
 
-def config(attention: AttentionConfig) -> ExperimentConfig:
-  """Of training the model with this attention."""
+def config(attention: AttentionConfig, quick: bool) -> ExperimentConfig:
+  """The config that trains the model with this attention."""
   return ExperimentConfig(
     steps=400,
     batch_size=8,
     seq_len=128,
-    data=DataConfig(tokenizer='bytes'),
+    data=SMALL_TEXT if quick else DataConfig(tokenizer='bytes'),
     balance=BalanceConfig(bias_rule='sign'),
     optim=OptimConfig(learning_rate=3e-3, warmup_steps=20),
-    model=dataclasses.replace(MODEL, attention=attention),
+    model=dataclasses.replace(SMALL_MODEL if quick else MODEL, attention=attention),
   )
 
 
 def trained(cfg: ExperimentConfig, data: Data, seconds: float) -> tuple[Transformer, Array, int]:
-  """Model and router bias after so long, and the steps that it took."""
+  """Model and router bias after so long, and the steps that were made in it."""
   state, steps = jax.jit(functools.partial(init_state, cfg))(), 0
   if seconds:
     step = compile_step(cfg, state, data.batch(0))
@@ -79,7 +84,8 @@ def trained(cfg: ExperimentConfig, data: Data, seconds: float) -> tuple[Transfor
 
 
 def foreseeing(model: Transformer) -> Transformer:
-  """The same shapes, but each token follows from the one before alone, and the guesser knows how: blocks add 0."""
+  """The same shapes, but each token follows from the one before alone, and the guesser knows how:
+  blocks add 0."""
   model = jax.tree.map(lambda a: a, model)
   for block in (model.blocks, model.mtp.block):
     block.attention.out.w[...] = 0 * block.attention.out.w[...]
@@ -111,61 +117,55 @@ def anew(
 
 
 def timed(run: Run) -> tuple[float, float, float]:
-  """Seconds to the first token, tokens/s after it, of all rows together, and tokens a step, of one."""
+  """Seconds to the first token, tokens/s after it, of all rows together, and tokens a step of one
+  row."""
   start, times, counts = time.perf_counter(), [], []
   for new in run():
     times.append(time.perf_counter())
     counts.append(len(sum(new, [])))
     rows = len(new)
-  return (
-    times[0] - start,
-    sum(counts[1:]) / (times[-1] - times[0]),
-    sum(counts[1:]) / len(counts[1:]) / rows,
-  )
+  later = sum(counts[1:])
+  return times[0] - start, later / (times[-1] - times[0]), later / len(counts[1:]) / rows
 
 
-def cache_bytes(attention: AttentionConfig) -> int:
-  """That one more token takes in the caches of one row, of all layers."""
-  caches = jax.eval_shape(
-    lambda: empty_caches(1, 1024, dataclasses.replace(MODEL, attention=attention))
-  )
-  return (
-    sum(a.size * a.dtype.itemsize for turn in caches.values() for c in turn for a in c.entries)
-    // 1024
-  )
+def cache_bytes(model: ModelConfig) -> int:
+  """The bytes that one more token takes in the caches of one row, of all layers."""
+  caches = jax.eval_shape(lambda: empty_caches(1, 1024, model))
+  arrays = [array for turn in caches.values() for cache in turn for array in cache.entries]
+  return sum(array.size * array.dtype.itemsize for array in arrays) // 1024
+
+
+def first_text(run: Run) -> list[int]:
+  """The tokens of the first row."""
+  return sum((new[0] for new in run()), [])
 
 
 def contenders(args: argparse.Namespace) -> tuple[dict[str, tuple[Run, int]], int]:
   """name -> how it decodes, and its cache's bytes a token; and the steps of training."""
-  cfg = config(LATENT)
+  cfg = config(LATENT, args.quick)
   data = open_data(cfg.data, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=0)
   text = next(iter(data.validation(1))).tokens.ravel().tolist()
   prompts = [text[i : i + args.prompt] for i in range(args.rows)]
-  random = {attention: trained(config(attention), data, 0)[:2] for attention in (GROUPED, LATENT)}
+  grouped = config(GROUPED, args.quick)
+  random_grouped = trained(grouped, data, 0)[:2]
+  model, router, _ = trained(cfg, data, 0)
   *after, steps = trained(cfg, data, args.train)
 
   def cached(model: Transformer, router: Array, draft: bool = False) -> Run:
-    return functools.partial(
-      decode, model, router, prompts, SampleConfig(args.tokens, 0.0, draft=draft)
-    )
+    sampling = SampleConfig(args.tokens, 0.0, draft=draft)
+    return functools.partial(decode, model, router, prompts, sampling)
 
-  same = [list(cached(*after, draft)()) for draft in (False, True)]
-  if [sum((new[0] for new in said), []) for said in same] != [
-    sum((new[0] for new in same[0]), [])
-  ] * 2:
+  plain, guessed = (first_text(cached(*after, draft)) for draft in (False, True))
+  if plain != guessed:
     raise SystemExit('with guesses the text is another one')
-  model, router = random[LATENT]
-  few = max(3, args.tokens // 8)
+  few, size = max(3, args.tokens // 8), cache_bytes(cfg.model)
   return {
     'latent, everything anew': (functools.partial(anew, model, router, prompts, few), 0),
-    'grouped-query, cache': (cached(*random[GROUPED]), cache_bytes(GROUPED)),
-    'latent, cache': (cached(model, router), cache_bytes(LATENT)),
-    '  + guesses, never right': (cached(model, router, True), cache_bytes(LATENT)),
-    f'  + guesses, after {args.train:.0f} s of training': (
-      cached(*after, True),
-      cache_bytes(LATENT),
-    ),
-    '  + guesses, always right': (cached(foreseeing(model), router, True), cache_bytes(LATENT)),
+    'grouped-query, cache': (cached(*random_grouped), cache_bytes(grouped.model)),
+    'latent, cache': (cached(model, router), size),
+    '  + guesses, never right': (cached(model, router, True), size),
+    f'  + guesses, after {args.train:.0f} s of training': (cached(*after, True), size),
+    '  + guesses, always right': (cached(foreseeing(model), router, True), size),
   }, steps
 
 
@@ -176,7 +176,14 @@ def main() -> None:
   )
   for name, default in (('rounds', 9), ('tokens', 48), ('prompt', 512), ('rows', 1), ('train', 90)):
     parser.add_argument(f'--{name}', type=int, default=default)
+  parser.add_argument(
+    '--quick',
+    action='store_true',
+    help='the smallest size, once: shows that it runs, and measures nothing',
+  )
   args, console = parser.parse_args(), Console(width=150)
+  if args.quick:
+    vars(args).update(SMALLEST)
   runs, steps = contenders(args)
   results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in runs}
   for i in range(args.rounds + 1):  # the first one compiles
@@ -203,10 +210,9 @@ def main() -> None:
       f'{size or "-"}',
       f'{args.rows * args.prompt / statistics.median(firsts):.0f}',
     )
-  console.print(
-    f'{args.rows} row(s), a prompt of {args.prompt} tokens and {args.tokens} more, {args.rounds} rounds; '
-    f'trained for {steps} steps; JAX {jax.__version__}, {jax.default_backend()}'
-  )
+  task = f'{args.rows} row(s), a prompt of {args.prompt} tokens and {args.tokens} more'
+  backend = f'JAX {jax.__version__}, {jax.default_backend()}'
+  console.print(f'{task}, {args.rounds} rounds; trained for {steps} steps; {backend}')
   console.print(table)
 
 

@@ -1,10 +1,11 @@
 """How long does an import of 2 GB take, and how much memory beside the result?
 
-  python -m benchmarks.import_checkpoint [--gigabytes=2.1 --directory=DIR]
+  python -m benchmarks.import_checkpoint [--gigabytes=2.1 --directory=DIR] [--quick]
 
-A Mixtral of random bfloat16 weights is written in shards to a temporary directory, and imported there by a process of
-its own, as `python -m moejax.hf import` does. The result is in float32, twice the size. The files have just been
-written, so that reading them may be copying from memory; threads share it, and their seconds add up.
+A Mixtral of random bfloat16 weights is written in shards to a temporary directory, and imported
+there by a process of its own, as `python -m moejax.hf import` does. The result is in float32, twice
+the size. The files have just been written, so that reading them may be copying from memory; threads
+share it, and their seconds add up.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -36,15 +38,27 @@ SHARD_BYTES = 400_000_000
 POOL = 1 << 24  # random numbers, which all tensors are pieces of
 
 
-def write_model(directory: Path, num_bytes: float) -> int:
-  """A model of about so many bytes, an eighth as wide as the real one. Returns how many they are."""
+class Width(NamedTuple):
+  """How wide the model is. The default is an eighth of the real one."""
+
+  d_model: int = 1024
+  d_expert: int = 3584
+  vocab_size: int = KNOWN.presets['full'].vocab_size
+
+
+SMALLEST = Width(64, 64, 256)
+
+
+def write_model(directory: Path, num_bytes: float, width: Width) -> int:
+  """Writes a model of about so many bytes, in whole layers. Returns how many they are."""
   full = KNOWN.presets['full']
   cfg = dataclasses.replace(
     full,
-    d_model=1024,
+    d_model=width.d_model,
+    vocab_size=width.vocab_size,
     num_layers=1,
     attention=dataclasses.replace(full.attention, num_heads=8, num_kv_heads=2),
-    moe=dataclasses.replace(full.moe, d_expert=3584),
+    moe=dataclasses.replace(full.moe, d_expert=width.d_expert),
   )
 
   def published(num_layers: int) -> tuple[dict[str, object], dict[str, tuple[int, ...]], int]:
@@ -69,7 +83,7 @@ def write_model(directory: Path, num_bytes: float) -> int:
 
 
 def timed(spent: dict[str, float], name: str, call: Callable) -> Callable:
-  """The function, which adds the seconds that it takes to `spent`."""
+  """The same function, which also adds the seconds that it takes to `spent`."""
 
   def timing(*args: object, **kwargs: object) -> object:
     start = time.perf_counter()
@@ -98,9 +112,8 @@ def measured_import(source: str, out: str) -> dict[str, float]:
 
 def memory(name: str) -> int:
   """Bytes of this process by a row of /proc/self/status."""
-  [line] = [
-    line for line in Path('/proc/self/status').read_text().split('\n') if line.startswith(name)
-  ]
+  lines = Path('/proc/self/status').read_text().split('\n')
+  [line] = [line for line in lines if line.startswith(name)]
   return int(line.split()[1]) * 1024
 
 
@@ -112,13 +125,19 @@ def main() -> None:
     '--directory', help="where to write; the system's place for temporary files without it"
   )
   parser.add_argument('--child', nargs=2, help=argparse.SUPPRESS)
+  parser.add_argument(
+    '--quick',
+    action='store_true',
+    help='the smallest size, once: shows that it runs, and measures nothing',
+  )
   args = parser.parse_args()
   if args.child:
     print(json.dumps(measured_import(*args.child)))
     return
+  size = 1e6 if args.quick else args.gigabytes * 1e9
   with tempfile.TemporaryDirectory(dir=args.directory) as directory:
     source, out = Path(directory) / 'source', Path(directory) / 'run'
-    total = write_model(source, args.gigabytes * 1e9)
+    total = write_model(source, size, SMALLEST if args.quick else Width())
     shards = len(list(source.glob('*.safetensors')))
     start = time.perf_counter()
     child = subprocess.run(
@@ -130,11 +149,8 @@ def main() -> None:
     whole = time.perf_counter() - start
     found = json.loads(child.stdout)
     on_disk = sum(path.stat().st_size for path in out.rglob('*') if path.is_file())
-  table = Table(
-    '',
-    'seconds',
-    title=f'import of {total / 1e9:.2f} GB in {shards} shards, {os.cpu_count()} cores',
-  )
+  title = f'import of {total / 1e9:.2f} GB in {shards} shards, {os.cpu_count()} cores'
+  table = Table('', 'seconds', title=title)
   parts = {
     'read the files': found['read'],
     'convert, transpose, stack': found['load'] - found['read'],
@@ -147,10 +163,11 @@ def main() -> None:
   for name, seconds in parts.items():
     table.add_row(name, f'{seconds:.1f}')
   Console().print(table)
+  peak, before = found['peak'], found['before']
   print(
-    f'result {2 * total / 1e9:.2f} GB in memory (float32), {on_disk / 1e9:.2f} GB on the disk; peak of the process '
-    f'{found["peak"] / 1e9:.2f} GB, {found["before"] / 1e9:.2f} GB of it before anything is read: '
-    f'{(found["peak"] - found["before"]) / 2 / total:.2f} times the result'
+    f'result {2 * total / 1e9:.2f} GB in memory (float32), {on_disk / 1e9:.2f} GB on the disk; '
+    f'peak of the process {peak / 1e9:.2f} GB, {before / 1e9:.2f} GB of it before anything is '
+    f'read: {(peak - before) / 2 / total:.2f} times the result'
   )
 
 

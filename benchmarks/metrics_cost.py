@@ -1,11 +1,12 @@
-"""What do the statistics cost? The compiled training step with all of them over the same step without any.
+"""What do the statistics cost? The compiled training step with all of them over one without any.
 
-  python -m benchmarks.metrics_cost [--rounds=30 --shapes tiny experts_64]
+  python -m benchmarks.metrics_cost [--rounds=30 --shapes tiny experts_64] [--quick]
 
-Without: `observe` gives zeros, which XLA folds away with all that only statistics need (margins, the top-K without the
-bias), and no statistic is made of what is left. Both programs are compiled as the trainer does it. They take turns, a
-step each, so that what slows the machine slows both; the ratio is taken pair by pair. Beside the time on the clock
-stands the processors' time, which other programs on the machine disturb less.
+Without: `observe` gives zeros, which XLA folds away with all that only statistics need (margins,
+the top-K without the bias), and no statistic is made of what is left. Both programs are compiled as
+the trainer does it. They take turns, a step each, so that what slows the machine slows both; the
+ratio is taken pair by pair. Beside the time on the clock stands the processors' time, which other
+programs on the machine disturb less.
 """
 
 import argparse
@@ -41,7 +42,8 @@ def tiny() -> ExperimentConfig:
 
 
 def of(num_experts: int, d_expert: int, d_model: int, num_layers: int) -> ExperimentConfig:
-  """The tiny config with eight of many experts, sigmoid scores, a bias, and a loss that counts what was dispatched."""
+  """The tiny config with eight of many experts, sigmoid scores, a bias, and a loss that counts what
+  was dispatched."""
   cfg = tiny()
   moe = MoEConfig(router=RouterConfig(num_experts, 8, 'sigmoid'), d_expert=d_expert)
   balance = BalanceConfig(
@@ -49,6 +51,11 @@ def of(num_experts: int, d_expert: int, d_model: int, num_layers: int) -> Experi
   )
   model = dataclasses.replace(cfg.model, d_model=d_model, num_layers=num_layers, moe=moe)
   return dataclasses.replace(cfg, model=model, balance=balance)
+
+
+def smallest() -> ExperimentConfig:
+  """What `--quick` runs: one narrow layer, and few tokens."""
+  return dataclasses.replace(of(8, 16, 32, 1), batch_size=2, seq_len=16)
 
 
 def nothing(routing: Routing, unbiased_ids: jax.Array, mask: jax.Array) -> Stats:
@@ -109,10 +116,17 @@ def main() -> None:
   )
   parser.add_argument('--rounds', type=int, default=30)
   parser.add_argument('--shapes', nargs='*', default=list(SHAPES), choices=list(SHAPES))
+  parser.add_argument(
+    '--quick',
+    action='store_true',
+    help='the smallest size, once: shows that it runs, and measures nothing',
+  )
   args = parser.parse_args()
+  if args.quick:
+    args.rounds, args.shapes = 2, ['smallest']
   table = Table('shape', 'ms a step', 'with / without, clock', 'with / without, processors')
   for name in args.shapes:
-    seconds = race(SHAPES[name](), args.rounds)
+    seconds = race((SHAPES | {'smallest': smallest})[name](), args.rounds)
     ratios = seconds[:, 0] / seconds[:, 1]
     table.add_row(
       name,

@@ -1,10 +1,12 @@
-"""What does an expert layer cost beside one dense MLP of equal active FLOPs, for each way of dispatching?
+"""What does an expert layer cost beside one dense MLP of equal active FLOPs, by each dispatcher?
 
-  python benchmarks/moe_layer.py [--experts 8 32 64] [--rounds 7] [--peer]
+  python -m benchmarks.moe_layer [--experts 8 32 64] [--rounds 7] [--peer] [--quick]
 
-The load is uneven, as a router's is. Each round times every row and takes its ratio to the dense MLP of that
-round, so that a machine that slows down slows both; printed are the median ratio and its range over rounds.
-Letters: B batch, S sequence, D model, F FFN hidden, E experts, K experts per token, T = B * S, N = T * K.
+The load is uneven, as a router's is. Each round times every row and takes its ratio to the dense
+MLP of that round, so that a machine that slows down slows both; printed are the median ratio and
+its range over rounds.
+Letters: B batch, S sequence, D model, F FFN hidden, E experts, K experts per token, T = B * S,
+N = T * K.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,17 +31,30 @@ from moejax.moe.experts.weights import Weights
 from moejax.moe.routing import RouterConfig, Routing, route
 from moejax.moe.token_sets import expert_load
 
-B, S, D, F, K = 8, 256, 256, 512, 2
+K = 2
 CAPACITY = 1.25
 BASE = 'one dense MLP'
 Inputs = tuple[Array, Array, Weights]  # x [B, S, D], logits [B, S, E], experts
 Function = Callable[[Array, Array, Weights], Array]  # -> y [B, S, D]
 
 
+class Size(NamedTuple):
+  """How much goes through a layer, and how wide it is."""
+
+  B: int = 8
+  S: int = 256
+  D: int = 256
+  F: int = 512
+
+
+SMALLEST = Size(2, 16, 16, 16)
+
+
 def dense_mlp(x: Array, logits: Array, weights: Weights) -> Array:
   """One MLP of hidden size K * F: what every token would cost if there was nothing to choose.
 
-  Tokens in one axis: on CPU, XLA's gradient to a matrix takes two to three times as long with two of them.
+  Tokens are in one axis: on CPU, XLA's gradient to a matrix takes two to three times as long with
+  two of them.
   """
   del logits
   tokens = x.reshape(-1, x.shape[-1])
@@ -52,28 +68,29 @@ def dispatched(x: Array, logits: Array, weights: Weights, cfg: DispatchConfig) -
 
 
 def ragged_dot(x: Array, logits: Array, weights: Weights) -> Array:
-  """The peer: JAX's own grouped matmul over sorted copies, with a gather before it and a scatter after it."""
-  routing: Routing = route(logits, jnp.zeros(logits.shape[-1]), RouterConfig(logits.shape[-1], K))
-  copies = sort_copies(
-    routing.expert_ids.reshape(-1, K), routing.weights.reshape(-1, K), logits.shape[-1]
-  )
-  rows = x.reshape(-1, D)[copies.tokens]
+  """The peer: JAX's own grouped matmul over sorted copies, with a gather before it and a scatter
+  after it."""
+  num_experts, tokens = logits.shape[-1], x.reshape(-1, x.shape[-1])
+  routing: Routing = route(logits, jnp.zeros(num_experts), RouterConfig(num_experts, K))
+  ids, combine = routing.expert_ids.reshape(-1, K), routing.weights.reshape(-1, K)
+  copies = sort_copies(ids, combine, num_experts)
+  rows = tokens[copies.tokens]
   hidden = swiglu(*(jax.lax.ragged_dot(rows, w, copies.load) for w in (weights.gate, weights.up)))
   out = jax.lax.ragged_dot(hidden, weights.down, copies.load) * copies.weights[:, None]
-  return jnp.zeros((B * S, D)).at[copies.tokens].add(out).reshape(x.shape)
+  return jnp.zeros_like(tokens).at[copies.tokens].add(out).reshape(x.shape)
 
 
-def inputs(num_experts: int) -> tuple[Inputs, Inputs]:
+def inputs(num_experts: int, size: Size) -> tuple[Inputs, Inputs]:
   """What the dense MLP gets, and what the experts get: logits that favour some experts."""
   keys = jax.random.split(jax.random.key(0), 9)
+  B, S, D, F = size
 
   def normal(key: Array, *shape: int) -> Array:
     return jax.random.normal(key, shape) * 0.02
 
   x = jax.random.normal(keys[0], (B, S, D))
-  logits = jax.random.normal(keys[1], (B, S, num_experts)) + 0.5 * jax.random.normal(
-    keys[2], (num_experts,)
-  )
+  logits = jax.random.normal(keys[1], (B, S, num_experts))
+  logits += 0.5 * jax.random.normal(keys[2], (num_experts,))
   dense = Weights(normal(keys[3], D, K * F), normal(keys[4], D, K * F), normal(keys[5], K * F, D))
   experts = Weights(
     normal(keys[6], num_experts, D, F),
@@ -84,16 +101,14 @@ def inputs(num_experts: int) -> tuple[Inputs, Inputs]:
 
 
 def compiled(function: Function, args: Inputs, backward: bool) -> Callable[[], float]:
-  """A call that gives the seconds of the best of three; the gradient is to x, logits and all weights."""
+  """A call that gives the seconds of the best of three; the gradient is to x, logits and all
+  weights."""
 
   def objective(*args: Array) -> Array:
     return (function(*args) * args[0]).sum()
 
-  run = (
-    jax.jit(jax.value_and_grad(objective, (0, 1, 2)) if backward else function)
-    .lower(*args)
-    .compile()
-  )
+  measured = jax.value_and_grad(objective, (0, 1, 2)) if backward else function
+  run = jax.jit(measured).lower(*args).compile()
 
   def once() -> float:
     start = time.perf_counter()
@@ -111,19 +126,22 @@ def rows(peer: bool) -> dict[str, Function]:
     f'dense_matmul, capacity {CAPACITY}': DispatchConfig('dense_matmul', CAPACITY),
   }
   configs |= {name: DispatchConfig(name) for name in DISPATCHERS if name != 'dense_matmul'}
-  functions: dict[str, Function] = {
-    n: functools.partial(dispatched, cfg=c) for n, c in configs.items()
-  }
+  functions: dict[str, Function] = {}
+  for name, cfg in configs.items():
+    functions[name] = functools.partial(dispatched, cfg=cfg)
   return functions | ({'peer: jax.lax.ragged_dot': ragged_dot} if peer else {})
 
 
-def measure(num_experts: int, backward: bool, rounds: int, peer: bool) -> dict[str, list[float]]:
+def measure(
+  num_experts: int, size: Size, backward: bool, options: argparse.Namespace
+) -> dict[str, list[float]]:
   """name -> its ratio to the dense MLP in each round, and BASE -> its milliseconds."""
-  dense_args, args = inputs(num_experts)
+  dense_args, args = inputs(num_experts, size)
   dense = compiled(dense_mlp, dense_args, backward)
-  timers = {name: compiled(function, args, backward) for name, function in rows(peer).items()}
+  functions = rows(options.peer)
+  timers = {name: compiled(function, args, backward) for name, function in functions.items()}
   results: dict[str, list[float]] = {BASE: [], **{name: [] for name in timers}}
-  for _ in range(rounds):
+  for _ in range(options.rounds):
     base = second(dense)
     results[BASE].append(1e3 * base)
     for name, timer in timers.items():
@@ -132,7 +150,8 @@ def measure(num_experts: int, backward: bool, rounds: int, peer: bool) -> dict[s
 
 
 def second(timer: Callable[[], float]) -> float:
-  """The second of two calls: the first one finds the memory as another row left it, which no training step does."""
+  """The second of two calls: the first one finds the memory as another row left it, which no
+  training step does."""
   timer()
   return timer()
 
@@ -140,6 +159,14 @@ def second(timer: Callable[[], float]) -> float:
 def cell(values: list[float], form: str) -> str:
   """Median and range."""
   return f'{statistics.median(values):{form}} ({min(values):{form}} - {max(values):{form}})'
+
+
+def max_violation(num_experts: int, size: Size) -> float:
+  """MaxVio of the load that the inputs make: its largest over its mean, minus one."""
+  logits = inputs(num_experts, size)[1][1]
+  ids = route(logits, jnp.zeros(num_experts), RouterConfig(num_experts, K)).expert_ids
+  counts = expert_load(ids, jnp.ones(logits.shape[:2], bool), num_experts)
+  return float(counts.max() / counts.mean()) - 1
 
 
 def main() -> None:
@@ -152,32 +179,33 @@ def main() -> None:
   parser.add_argument(
     '--peer', action='store_true', help='also jax.lax.ragged_dot: on CPU it takes minutes'
   )
-  args, console = parser.parse_args(), Console(width=110)
-  uneven = {}
-  for num_experts in args.experts:
-    logits = inputs(num_experts)[1][1]
-    ids = route(logits, jnp.zeros(num_experts), RouterConfig(num_experts, K)).expert_ids
-    counts = expert_load(ids, jnp.ones((B, S), bool), num_experts)
-    uneven[num_experts] = float(counts.max() / counts.mean()) - 1
-  violations = ', '.join(f'{v:.2f} at E={e}' for e, v in uneven.items())
-  console.print(
-    f'D {D}, F {F}, T {B * S}, K {K}, float32, {jax.default_backend()}, JAX {jax.__version__}'
+  parser.add_argument(
+    '--quick',
+    action='store_true',
+    help='the smallest size, once: shows that it runs, and measures nothing',
   )
+  args, console = parser.parse_args(), Console(width=110)
+  size = SMALLEST if args.quick else Size()
+  if args.quick:
+    args.experts, args.rounds = [4], 1
+  violations = ', '.join(f'{max_violation(e, size):.2f} at E={e}' for e in args.experts)
+  backend = f'{jax.default_backend()}, JAX {jax.__version__}'
+  console.print(f'D {size.D}, F {size.F}, T {size.B * size.S}, K {K}, float32, {backend}')
   console.print(f'MaxVio {violations}; median (least - most) of {args.rounds} rounds')
   for backward in (False, True):
-    columns = [measure(e, backward, args.rounds, args.peer) for e in args.experts]
+    columns = [measure(e, size, backward, args) for e in args.experts]
     title = 'forward and backward' if backward else 'forward'
     table = Table(title, *(f'E={e}' for e in args.experts))
     for name in columns[0]:
-      label, form = (
-        (f'{name}: ratio', '.2f') if name != BASE else (f'{BASE}, active FLOPs: ms', '.1f')
-      )
-      table.add_row(label, *(cell(c[name], form) for c in columns))
+      is_base = name == BASE
+      label = f'{BASE}, active FLOPs: ms' if is_base else f'{name}: ratio'
+      table.add_row(label, *(cell(c[name], '.1f' if is_base else '.2f') for c in columns))
     console.print(table)
 
 
 if __name__ == '__main__':
-  # As train.py does: glibc reads it when a process starts, and each call maps the gradients of all experts anew.
+  # As train.py does: glibc reads it when a process starts, and each call maps the gradients of all
+  # experts anew.
   if sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ:
     os.execve(
       sys.executable,

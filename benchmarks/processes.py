@@ -1,10 +1,11 @@
-"""What do many processes cost? Tokens a second of the same global batch on the same devices, in one process and in two.
+"""What do many processes cost? Tokens a second of one global batch, in one process and in two.
 
-  python -m benchmarks.processes [--rounds=12 --turn=5 --devices=8 --layers=4]
+  python -m benchmarks.processes [--rounds=12 --turn=5 --devices=8 --layers=4] [--quick]
 
-Devices are virtual ones of this machine's CPU; processes talk over loopback by gloo, as on a cluster without better.
-All processes are started and compiled first. Then one process and two processes take turns of a few steps, each with
-its data and its vote on whether to stop, so that what slows the machine slows both; ratios are taken turn by turn.
+Both use the same devices, virtual ones of this machine's CPU; processes talk over loopback by gloo,
+as on a cluster without better. All processes are started and compiled first. Then one process and
+two processes take turns of a few steps, each with its data and its vote on whether to stop, so that
+what slows the machine slows both; ratios are taken turn by turn.
 """
 
 import argparse
@@ -37,6 +38,8 @@ from moejax.train.shapes import make_run_mesh
 ROOT = pathlib.Path(__file__).parents[1]
 SCHEDULER = '--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'
 MESHES = {'data': MeshConfig(), 'fsdp': MeshConfig(fsdp=8), 'expert': MeshConfig(expert=8)}
+# What `--quick` runs; of fewer than two rounds there is no spread.
+SMALLEST = {'rounds': 2, 'turn': 1, 'devices': 2, 'layers': 1, 'mesh': 'data'}
 
 
 def experiment(mesh: str, layers: int) -> ExperimentConfig:
@@ -78,10 +81,12 @@ class Team:
     with socket.socket() as taken:
       taken.bind(('localhost', 0))
       port = taken.getsockname()[1]
+    # The user's own flags stay; of a flag that is given twice the last one counts.
+    own = f'--xla_force_host_platform_device_count={devices // processes} {SCHEDULER}'
     environment = os.environ | {
       'JAX_PLATFORMS': 'cpu',
       'PYTHONPATH': str(ROOT),
-      'XLA_FLAGS': (f'--xla_force_host_platform_device_count={devices // processes} {SCHEDULER}'),
+      'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {own}',
     }
     command = [
       sys.executable,
@@ -91,24 +96,19 @@ class Team:
       f'--mesh={mesh}',
       '--work',
     ]
-    many = (
-      [
-        [f'--coordinator=localhost:{port}', f'--num_processes={processes}', f'--process_id={i}']
-        for i in range(processes)
-      ]
-      if processes > 1
-      else [[]]
-    )
-    self.processes = [
-      subprocess.Popen(
-        [*command, *flags],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
+    together = [f'--coordinator=localhost:{port}', f'--num_processes={processes}']
+    self.processes: list[subprocess.Popen] = []
+    for i in range(processes):
+      launch = [*together, f'--process_id={i}'] if processes > 1 else []
+      self.processes.append(
+        subprocess.Popen(
+          [*command, *launch],
+          stdin=subprocess.PIPE,
+          stdout=subprocess.PIPE,
+          text=True,
+          env=environment,
+        )
       )
-      for flags in many
-    ]
 
   def turn(self, steps: int) -> float:
     """Seconds for so many steps, of the slowest."""
@@ -169,14 +169,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument(f'--{name}', type=int, default=default)
   parser.add_argument('--mesh', choices=list(MESHES), default='', help='one mesh instead of all')
   parser.add_argument('--work', action='store_true', help=argparse.SUPPRESS)
+  parser.add_argument(
+    '--quick',
+    action='store_true',
+    help='the smallest size, once: shows that it runs, and measures nothing',
+  )
   args = parser.parse_args(argv)
+  if args.quick:
+    vars(args).update(SMALLEST)
   if args.work:
     connect(here)
     work(experiment(args.mesh, args.layers))
     return
-  table = Table(
-    'mesh', 'one process, tokens/s', f'two of {args.devices // 2} devices, tokens/s', 'two over one'
-  )
+  two_title = f'two of {args.devices // 2} devices, tokens/s'
+  table = Table('mesh', 'one process, tokens/s', two_title, 'two over one')
   for mesh in [args.mesh] if args.mesh else MESHES:
     one, two = race(args, mesh).values()
     table.add_row(

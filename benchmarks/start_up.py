@@ -1,10 +1,10 @@
 """How long from `python train.py` to the end of the first step of the tiny config?
 
-  python benchmarks/start_up.py [--rounds 3]
+  python -m benchmarks.start_up [--rounds 3] [--quick]
 
-Cold: nothing in the cache folder, so the tokenizer is trained, the text tokenised and every program compiled. Warm: the
-same command again. The clock runs from the start of the process to the line of step 1, which is printed when the step
-is done.
+Cold: nothing in the cache folder, so the tokenizer is trained, the text tokenised and every program
+compiled. Warm: the same command again. The clock runs from the start of the process to the line of
+step 1, which is printed when the step is done.
 """
 
 import argparse
@@ -20,9 +20,19 @@ from rich.console import Console
 from rich.table import Table
 
 TRAIN = Path(__file__).parents[1] / 'train.py'
+# A small model on a text without a tokenizer to be trained.
+SMALLEST = (
+  '--config.data.source=synthetic',
+  '--config.data.tokenizer=bytes',
+  '--config.data.synthetic_tokens=20000',
+  '--config.model.num_layers=1',
+  '--config.model.d_model=32',
+  '--config.batch_size=8',
+  '--config.seq_len=32',
+)
 
 
-def first_step(folder: Path, run: str) -> float:
+def first_step(folder: Path, run: str, *flags: str) -> float:
   """Seconds to the first step of a new run whose caches lie in `folder`."""
   env = os.environ | {'XDG_CACHE_HOME': str(folder / 'cache'), 'PYTHONUNBUFFERED': '1'}
   command = [
@@ -31,6 +41,7 @@ def first_step(folder: Path, run: str) -> float:
     f'--workdir={folder / run}',
     '--config.steps=1',
     '--config.eval.batches=1',
+    *flags,
   ]
   start = time.perf_counter()
   process = subprocess.Popen(
@@ -52,12 +63,18 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--rounds', type=int, default=3)
+  parser.add_argument(
+    '--quick',
+    action='store_true',
+    help='the smallest size, once: shows that it runs, and measures nothing',
+  )
   args = parser.parse_args()
+  flags = SMALLEST if args.quick else ()
   times: dict[str, list[float]] = {'cold': [], 'warm': []}
-  for _ in range(args.rounds):
+  for _ in range(1 if args.quick else args.rounds):
     with tempfile.TemporaryDirectory() as folder:
       for state, seconds in times.items():
-        seconds.append(first_step(Path(folder), state))
+        seconds.append(first_step(Path(folder), state, *flags))
   table = Table('python train.py to the end of step 1', 'seconds: median (least - most)')
   for state, seconds in times.items():
     table.add_row(

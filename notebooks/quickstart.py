@@ -20,14 +20,15 @@
 #
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/moejax/moejax/blob/main/notebooks/quickstart.ipynb)
 #
-# Train a small Mixture-of-Experts language model on the sources of Python's standard library, on whatever device is
-# here (a laptop's CPU will do), look at what its experts do, stop and resume, and have it write something.
+# Train a small Mixture-of-Experts language model on the sources of Python's standard library, on
+# whatever device is here (a laptop's CPU will do), look at what its experts do, stop and resume,
+# and have it write something.
 
 # %% [markdown]
 # ## Install
 #
-# Colab's TPU runtime has JAX, but not all that moejax stands on. If a package that is already loaded has to change, the
-# runtime restarts once: then run the cells again from the top.
+# Colab's TPU runtime has JAX, but not all that moejax stands on. If a package that is already
+# loaded has to change, the runtime restarts once: then run the cells again from the top.
 
 # %%
 import importlib.util
@@ -36,14 +37,15 @@ import subprocess
 import sys
 
 if importlib.util.find_spec('moejax') is None:
-  before = subprocess.run([sys.executable, '-m', 'pip', 'freeze'], capture_output=True, text=True, check=True).stdout
+  freeze = [sys.executable, '-m', 'pip', 'freeze']
+  before = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout.splitlines()
   if not os.path.exists('pyproject.toml'):
     subprocess.run(['git', 'clone', '--quiet', 'https://github.com/moejax/moejax.git'], check=True)
     os.chdir('moejax')
   subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '-e', '.'], check=True)
-  after = subprocess.run([sys.executable, '-m', 'pip', 'freeze'], capture_output=True, text=True, check=True).stdout
-  if 'google.colab' in sys.modules and {line for line in before.splitlines() if line.startswith(('jax', 'numpy'))} != {
-      line for line in after.splitlines() if line.startswith(('jax', 'numpy'))}:
+  after = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout.splitlines()
+  changed = {line for line in {*before} ^ {*after} if line.startswith(('jax', 'numpy'))}
+  if 'google.colab' in sys.modules and changed:
     os.kill(os.getpid(), 9)  # Colab starts the runtime anew, with the new packages
 elif not os.path.exists('train.py'):
   os.chdir('..')  # the repository's root, where train.py and configs are
@@ -58,8 +60,9 @@ print(len(jax.devices()), 'x', jax.devices()[0].device_kind)
 # %% [markdown]
 # ## Train
 #
-# The same as `python train.py --workdir=...` in a shell: `configs/tiny.py`, with a few fields changed. We stop half-way
-# on purpose: `stop_after` steps are done, a checkpoint is written, and the process ends as if it had been told to.
+# The same as `python train.py --workdir=...` in a shell: `configs/tiny.py`, with a few fields
+# changed. We stop half-way on purpose: `stop_after` steps are done, a checkpoint is written, and
+# the process ends as if it had been told to.
 
 # %%
 from configs.tiny import get_config
@@ -81,7 +84,8 @@ print('exit status', status)
 # %% [markdown]
 # ## What the experts do
 #
-# Each picture is a layer: time to the right, an expert a row. White is a fair share, red too much, blue too little.
+# Each picture is a layer: time to the right, an expert a row. White is a fair share, red too much,
+# blue too little.
 
 # %%
 import json
@@ -100,7 +104,8 @@ for layer in range(history.shape[1]):
 # %% [markdown]
 # ## Resume
 #
-# The same call again goes on from the checkpoint, to the same numbers that a run without the stop would have had.
+# The same call again goes on from the checkpoint, to the same numbers that a run without the stop
+# would have had.
 
 # %%
 config.stop_after = 0

@@ -1,4 +1,4 @@
-"""What a run survives: `make faults` runs the tests of it and prints the table of faults with what came of each.
+"""What a run survives: `make faults` runs the tests of it and prints what came of each fault.
 
 As a plugin of pytest it notes the exit statuses of the trainers that a test starts.
 """
@@ -10,163 +10,36 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import rich.table
 from rich.console import Console
 
+from tests.support.fault_rows import ROWS, Row
+
 ROOT = Path(__file__).parents[2]
-
-
-class Row(NamedTuple):
-  """A fault, what a run makes of it, and the tests, as FOLDER/FILE::NAME in tests/, without `test_`."""
-
-  fault: str
-  behaviour: str
-  tests: str
-
-
-ROWS = (
-  Row(
-    'kill -9 at five random steps, while a save is in flight, before it has its name, while an old step is deleted',
-    'the same command goes on; metrics and last digest are those of the run without it, to the bit',
-    'system/save_faults::killed_again_and_again_a_run_ends_as_if_it_had_not_been',
-  ),
-  Row(
-    '300 steps with ten random faults',
-    'the same',
-    'system/faults::a_soak_ends_as_if_nothing_had_happened',
-  ),
-  Row(
-    'SIGTERM or SIGINT to the trainer',
-    'saves within a step; exit 143 or 130',
-    'system/faults::a_signal_saves_within_a_step',
-  ),
-  Row(
-    'SIGTERM twice',
-    'the second ends it at once; exit 143',
-    'system/faults::a_second_signal_ends_at_once',
-  ),
-  Row(
-    'SIGTERM to one of two processes',
-    'both stop at the same step, saved; exit 143',
-    'system/processes::a_signal_to_one_stops_both_at_one_step',
-  ),
-  Row(
-    'kill -9 of one of two processes',
-    'the other ends soon after the heartbeat; the same command goes on',
-    'system/processes::a_process_that_dies_ends_the_other_and_the_same_command_goes_on',
-  ),
-  Row(
-    'disk full during a save',
-    'a line and a metric, and training goes on; exit 1 if it was the last save',
-    'system/save_faults::a_full_disk_fails_saves_until_there_is_room '
-    'system/save_faults::a_save_that_fails_is_a_line_and_a_metric_and_the_last_one_a_status',
-  ),
-  Row(
-    'a save that fails in one of two processes',
-    'none has saved and none waits; exit 1 if it was the last save',
-    'system/save_faults::where_one_process_cannot_save_none_has_saved_and_none_waits',
-  ),
-  Row(
-    'disk full for logs',
-    'one warning; whole lines are lost until there is room, and nothing else',
-    'system/faults::logs_on_a_full_disk_cost_lines_and_nothing_else train/telemetry/metrics_log::what_does_not_fit_is_lost_whole_and_told_once',
-  ),
-  Row(
-    'truncated file, flipped bit, missing file in a checkpoint',
-    'leaf and file named; the newest step that verifies',
-    'system/save_faults::damage_is_named_and_the_newest_good_step_is_used '
-    'checkpoint/checkpoints::a_damaged_file_is_named_with_its_leaf_and_the_step_before_is_used',
-  ),
-  Row(
-    'empty or foreign directories among the checkpoints',
-    'ignored, each with one warning',
-    'system/save_faults::damage_is_named_and_the_newest_good_step_is_used '
-    'checkpoint/checkpoints::foreign_directories_are_ignored_with_a_warning',
-  ),
-  Row(
-    'every checkpoint bad',
-    'refuses to start over; exit 3',
-    'system/save_faults::without_a_good_step_a_run_is_not_started_over',
-  ),
-  Row(
-    'model, dtype, data, tokenizer or batch not as in the checkpoint',
-    'refuses with old and new; exit 2',
-    'system/save_faults::what_is_not_as_in_the_checkpoint_is_refused '
-    'system/save_faults::another_seed_is_refused_and_accepted_when_asked_for',
-  ),
-  Row(
-    'NaN or inf in loss or gradient; a spike (optim.skip_spikes); a NaN validation',
-    'the step changes no bit of parameters, optimiser and router, and is counted; never the best checkpoint',
-    'system/faults::bad_steps_are_skipped_and_a_bad_validation_is_never_the_best '
-    'system/faults::a_bad_best_does_not_push_out_a_good_one train/step/train_step::a_spike_changes_nothing_where_it_is_to_be_skipped',
-  ),
-  Row(
-    'so many bad steps in a row (stop_after_skips)',
-    'gives up; exit 4',
-    'system/faults::too_many_bad_steps_in_a_row_end_the_run',
-  ),
-  Row(
-    'torn or corrupted token cache; source text changed',
-    'made again from the source; exit 2 where that cannot be',
-    'system/save_faults::a_damaged_cache_is_made_again_and_damaged_text_is_named',
-  ),
-  Row(
-    'two trainers on one directory; readers while one saves',
-    'the second exits 5 naming the first; readers delete nothing',
-    'system/save_faults::a_second_trainer_is_turned_away_and_readers_are_not '
-    'checkpoint/checkpoints::a_step_deleted_under_a_reader_is_no_damage checkpoint/checkpoints::a_reader_changes_nothing',
-  ),
-  Row(
-    'a hang (hang_after)',
-    'stacks of all threads; exit 6',
-    'system/faults::a_hang_is_told_with_all_stacks runtime/watchdog::what_ends_a_process',
-  ),
-  Row(
-    'pickles, ../, absolute paths and links in what is read; a name with a path in it',
-    'refused',
-    'system/save_faults::ids_and_probes_are_never_unpickled system/save_faults::a_run_is_named_by_a_directory '
-    'system/save_faults::a_link_in_the_place_of_a_file_to_be_written_keeps_its_target '
-    'system/save_faults::what_a_reader_of_a_run_cannot_trust_is_one_error '
-    'checkpoint/checkpoints::a_link_inside_a_step_is_not_followed checkpoint/checkpoints::a_pickle_in_place_of_a_file_is_never_run '
-    'hf/safetensors/directory::what_cannot_be_trusted_is_refused_in_one_message hf/safetensors/directory::a_pickle_is_never_run',
-  ),
-  Row(
-    'all tokens to one expert, experts without a token, nearly everything dropped',
-    'finite gradients; one alarm with its remedy',
-    'train/telemetry/collapse_alarms::gradients_stay_finite train/telemetry/collapse_alarms::a_run_that_collapses_says_so_and_goes_on',
-  ),
-)
-
-
-def nodes(row: Row) -> list[str]:
-  """Its tests as pytest names them, without their parameters."""
-  named = [test.rsplit('/', 1) if '/' in test else ['', test] for test in row.tests.split()]
-  return [
-    'tests/{}/test_{}.py::test_{}'.format(folder, *test.split('::')) for folder, test in named
-  ]
+DOCUMENT = ROOT / 'docs' / 'faults.md'  # where the table is printed
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-  """Every trainer that the test starts, by its exit status."""
+  """Notes the exit status of every trainer that the test starts."""
   started: list[subprocess.Popen] = []
   plain = subprocess.Popen.__init__
 
-  def noted(self: subprocess.Popen, args: object, *rest: object, **more: object) -> None:
+  def note(self: subprocess.Popen, args: object, *rest: object, **more: object) -> None:
     if 'train.py' in str(args):
       started.append(self)
     plain(self, args, *rest, **more)
 
-  subprocess.Popen.__init__ = noted
+  subprocess.Popen.__init__ = note
   try:
     return (yield)
   finally:
     subprocess.Popen.__init__ = plain
     statuses = [process.returncode for process in started]  # None: it goes on
-    item.user_properties.append(('statuses', [status for status in statuses if status is not None]))
+    ended = [status for status in statuses if status is not None]
+    item.user_properties.append(('statuses', ended))
 
 
 class Outcomes:
@@ -181,16 +54,27 @@ class Outcomes:
     name = report.nodeid.split('[')[0]
     if report.when == 'call' or report.outcome != 'passed':
       self.outcomes[name].add(report.outcome)
-      self.statuses[name] |= {
-        status for key, found in report.user_properties if key == 'statuses' for status in found
-      }
+      for key, statuses in report.user_properties:
+        if key == 'statuses':
+          self.statuses[name].update(statuses)
 
-  def of(self, row: Row) -> str:
+  def cell(self, row: Row) -> str:
     """A cell of the table: the worst outcome, and how trainers ended."""
-    found = set().union(*(self.outcomes[name] or {'not run'} for name in nodes(row)))
+    found, statuses = set(), set()
+    for name in row.nodes():
+      found |= self.outcomes[name] or {'not run'}
+      statuses |= self.statuses[name]
     outcome = next(word for word in ('not run', 'failed', 'skipped', 'passed') if word in found)
-    statuses = set().union(*(self.statuses[name] for name in nodes(row)))
-    return '; exit '.join(filter(None, (outcome, ', '.join(map(str, sorted(statuses, key=abs))))))
+    if not statuses:
+      return outcome
+    return f'{outcome}; exit {", ".join(map(str, sorted(statuses, key=abs)))}'
+
+
+def markdown_rows(rows: list[Row], outcomes: Outcomes) -> str:
+  """The table in Markdown."""
+  cells = [('fault', 'what a run makes of it', 'tests'), ('---',) * 3]
+  cells += [(row.fault, row.behaviour, outcomes.cell(row)) for row in rows]
+  return '\n'.join(f'| {" | ".join(row)} |' for row in cells)
 
 
 def main() -> None:
@@ -201,34 +85,29 @@ def main() -> None:
   )
   parser.add_argument('--workers', default='0', help='tests at once')
   parser.add_argument(
-    '--readme', default='', metavar='FILE', help='rewrite the table between its two comments'
+    '--readme',
+    default='',
+    nargs='?',
+    const=str(DOCUMENT),
+    metavar='FILE',
+    help='rewrite the table between its two comments in a file, docs/faults.md if none is named',
   )
   args = parser.parse_args()
   chosen = [row for row in ROWS if re.search(rf'\b{args.only}', row.fault)]
-  tests, outcomes = [name for row in chosen for name in nodes(row)], Outcomes()
-  options = [
-    '-q',
-    '-p',
-    'tests.support.fault_table',
-    '-n',
-    args.workers,
-    '--dist=loadfile',
-    f'--rootdir={ROOT}',
-  ]
-  status = pytest.main([*options, *(f'{ROOT}/{name}' for name in tests)], plugins=[outcomes])
+  tests = [f'{ROOT}/{name}' for row in chosen for name in row.nodes()]
+  # A file to a worker: its tests share a run, and their names stay as they are in the table.
+  options = ['-q', '-p', 'tests.support.fault_table', '-n', args.workers, '--dist=loadfile']
+  outcomes = Outcomes()
+  status = pytest.main([*options, f'--rootdir={ROOT}', *tests], plugins=[outcomes])
   table = rich.table.Table('fault', 'what a run makes of it', 'tests', show_lines=True)
   for row in chosen:
-    table.add_row(row.fault, row.behaviour, outcomes.of(row))
+    table.add_row(row.fault, row.behaviour, outcomes.cell(row))
   Console(width=None if sys.stdout.isatty() else 160).print(table)
   if args.readme:
+    # Imported here: as a plugin this file is loaded before conftest.py has set up JAX.
     from moejax.certify.report import rewrite
 
-    cells = [
-      ('fault', 'what a run makes of it', 'tests'),
-      ('---',) * 3,
-      *((row.fault, row.behaviour, outcomes.of(row)) for row in chosen),
-    ]
-    rewrite(Path(args.readme), 'faults', '\n'.join(f'| {" | ".join(row)} |' for row in cells))
+    rewrite(Path(args.readme), 'faults', markdown_rows(chosen, outcomes))
   raise SystemExit(int(status))
 
 

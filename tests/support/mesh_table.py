@@ -1,16 +1,16 @@
-"""Training steps on many meshes, by every dispatcher, against those on one device: `make meshes` prints the table.
+"""Training steps on many meshes, by every dispatcher, against those on one device: `make meshes`
+prints the table.
 
-  mesh, dispatcher -> two steps on virtual devices -> worst deviation of objective, gradient, load, bias, next routing
+  mesh, dispatcher -> two steps on virtual devices -> worst deviation of objective, gradient, load,
+  bias, next routing
 
-Routers choose unevenly and one expert gets no token; rows are ragged, some of them all padding; losses over documents,
-groups and the whole batch are on. The reference is dense_matmul on one device, in one micro-batch.
+The reference is dense_matmul on one device, in one micro-batch.
 """
 
 import argparse
-import dataclasses
 import functools
-import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,135 +23,48 @@ from jax.sharding import NamedSharding
 from rich.console import Console
 
 from moejax.certify.report import rewrite
-from moejax.certify.tiny_model import packed
-from moejax.config import frozendict
 from moejax.data.batch import Batch
-from moejax.model.config import AttentionConfig, ModelConfig
-from moejax.model.cross_entropy import LossConfig
-from moejax.moe.balance.config import BalanceConfig
-from moejax.moe.dispatch.dispatchers import DispatchConfig
-from moejax.moe.layer import MoEConfig
-from moejax.moe.routing import RouterConfig
+from moejax.model.transformer import Transformer
+from moejax.moe.bias import BiasState
 from moejax.sharding.logical_axes import spec
 from moejax.sharding.mesh import MeshConfig
 from moejax.sharding.params import shardings
 from moejax.train.experiment.config import ExperimentConfig
-from moejax.train.optimizer import OptimConfig
 from moejax.train.shapes import make_run_mesh, state_shapes
 from moejax.train.step.train_state import TrainState, init_state
 from moejax.train.step.train_step import Metrics, eval_step, train_step
 from tests.support.emulated_exchange import emulate
+from tests.support.mesh_cases import (
+  ALONE,
+  DISPATCHES,
+  REFERENCE,
+  Case,
+  axes,
+  batch,
+  cases,
+  config,
+)
 from tests.support.quick import QUICK
 
-ROWS, LENGTH, VOCAB, EXPERTS, TOP_K = 48, 8, 32, 8, 2
-EVERYTHING = (
-  EXPERTS / TOP_K
-)  # a capacity factor at which a token's own place in a buffer is always free
-
-ALONE, REFERENCE = MeshConfig(1), 'dense_matmul'
-MESHES = (
-  MeshConfig(8),
-  MeshConfig(1, fsdp=8),
-  MeshConfig(1, expert=8),
-  MeshConfig(1, tensor=8),
-  MeshConfig(4, fsdp=2),
-  MeshConfig(2, expert=4),
-  MeshConfig(1, fsdp=2, expert=4),
-  MeshConfig(1, fsdp=4, tensor=2),
-  MeshConfig(1, expert=2, tensor=4),
-  MeshConfig(2, fsdp=2, expert=2),
-  MeshConfig(2, expert=2, tensor=2),
-  MeshConfig(1, fsdp=2, expert=2, tensor=2),
-  MeshConfig(1, fsdp=3, expert=2),
-)  # of the last, two devices stay idle
-DISPATCHES = {
-  'dense_matmul': DispatchConfig('dense_matmul', exchange='gather'),
-  'dense_matmul with capacity': DispatchConfig('dense_matmul', EVERYTHING, exchange='all_to_all'),
-  'sparse_matmul': DispatchConfig('sparse_matmul', exchange='gather'),
-  'sparse_matmul, ragged': DispatchConfig('sparse_matmul', exchange='ragged'),
-}
-
-
-class Case(NamedTuple):
-  """One way to take the steps."""
-
-  mesh: MeshConfig
-  dispatch: str  # a row of DISPATCHES
-  micro_batches: int = 1
-  mtp_depth: int = 1
-
-
-def cases() -> list[Case]:
-  """Every mesh with every dispatcher, but what cannot differ: the reference, and exchanges without anybody else.
-
-  Two micro-batches and multi-token prediction go round, so that each dispatcher, on meshes of each kind, meets them.
-  """
-  found = []
-  for (i, mesh), (j, (name, dispatch)) in itertools.product(
-    enumerate((ALONE, *MESHES)), enumerate(DISPATCHES.items())
-  ):
-    if mesh.expert > 1 or dispatch.exchange != 'ragged' and (mesh, name) != (ALONE, REFERENCE):
-      found.append(Case(mesh, name, 1 + ((i + j) % 4 == 2), int((i + j) % 4 == 0)))
-  return found
-
-
-def config(case: Case) -> ExperimentConfig:
-  """The smallest model that has every part."""
-  return ExperimentConfig(
-    steps=100,
-    batch_size=ROWS,
-    seq_len=LENGTH,
-    micro_batches=case.micro_batches,
-    mesh=case.mesh,
-    loss=LossConfig(z_coef='1e-3', mtp_coef='0.3', chunks=1),
-    model=ModelConfig(
-      vocab_size=VOCAB,
-      d_model=24,
-      num_layers=1,
-      mtp_depth=case.mtp_depth,
-      attention=AttentionConfig(num_heads=8, num_kv_heads=4, d_head=2),
-      moe=MoEConfig(
-        RouterConfig(EXPERTS, TOP_K, 'sigmoid'), DISPATCHES[case.dispatch], d_expert=8, num_shared=1
-      ),
-    ),
-    balance=BalanceConfig(
-      frozendict(
-        sequence=0.1, ep_group=0.1, global_batch=0.1, router_z=0.01, simbal=0.01, importance=0.1
-      ),
-      'sign',
-      '0.05',
-      ep_groups=4,
-    ),
-    # A large eps makes the update smooth in the gradient: at 1e-8 it would be the sign of the rounding of a zero.
-    optim=OptimConfig(learning_rate=0.05, warmup_steps=0, eps=1e-2, clip_norm=0.0),
-  )
+DOCUMENT = Path(__file__).parents[2] / 'docs' / 'scaling.md'  # where the table is printed
 
 
 @functools.cache
-def batch() -> Batch:
-  """Documents of uneven lengths, ragged rows, and so many of padding alone that one of eight devices has no token."""
-  rng = np.random.default_rng(0)
-  text = rng.integers(1, VOCAB, (ROWS, LENGTH + 1))
-  segments = np.cumsum(rng.random((ROWS, LENGTH)) < 0.2, 1) + 1
-  segments[np.arange(LENGTH) >= rng.integers(LENGTH // 2, 2 * LENGTH, (ROWS, 1))] = 0
-  segments[[5, 40]] = 0
-  segments[ROWS // 4 : ROWS // 4 + ROWS // 8] = 0
-  return packed(text, segments)
-
-
-@functools.cache
-def numbers(mtp_depth: int) -> list[np.ndarray]:
-  """Of a fresh state, in the order of its leaves: any dispatcher's."""
+def initial_leaves(mtp_depth: int) -> list[np.ndarray]:
+  """The leaves of a fresh state, in their order, which is the same for every dispatcher. NumPy."""
   cfg = config(Case(ALONE, REFERENCE, 1, mtp_depth))
-  return jax.tree.leaves(jax.device_get(jax.jit(lambda: init_state(cfg), compiler_options=QUICK)()))
+  state = jax.jit(lambda: init_state(cfg), compiler_options=QUICK)()
+  return jax.tree.leaves(jax.device_get(state))
 
 
 def start(cfg: ExperimentConfig) -> TrainState:
-  """A state whose routers prefer some experts by far, and whose bias keeps everybody from the last one. NumPy."""
-  fresh = [number.copy() for number in numbers(cfg.model.mtp_depth)]
+  """A state whose routers prefer some experts by far, and whose bias keeps every token from the
+  last one. NumPy."""
+  fresh = [leaf.copy() for leaf in initial_leaves(cfg.model.mtp_depth)]
   state = jax.tree.unflatten(jax.tree.structure(state_shapes(cfg)), fresh)
   model, bias = state.model, state.router.bias
-  for block in (model.blocks, *([model.mtp.block] if cfg.model.mtp_depth else [])):
+  blocks = [model.blocks, model.mtp.block] if cfg.model.mtp_depth else [model.blocks]
+  for block in blocks:
     block.moe.router[...] = 20 * block.moe.router[...]
   bias[:] = [0.4, 0.2, 0.1, 0, 0, 0, 0, -10]
   return state
@@ -161,16 +74,17 @@ class Taken(NamedTuple):
   """What two steps did, in NumPy."""
 
   terms: list[dict[str, float]]  # of the objective, and itself, in each step
-  gradient: dict[str, np.ndarray]  # path -> of the first step
+  gradient: dict[str, np.ndarray]  # path -> gradient of the first step
   loads: np.ndarray  # [2, L, E]
   bias: np.ndarray  # [L, E] after the first
-  expert_ids: np.ndarray  # [L, B, S, K] then
-  apart: int  # devices whose bias has not the first's bits
+  expert_ids: np.ndarray  # [L, B, S, K] chosen with the state after the first
+  apart: int  # devices whose bias has not the first device's bits
 
 
 @functools.cache
-def chooser(mtp_depth: int) -> object:
-  """Who is chosen in a state, by one program for all."""
+def choose_experts(mtp_depth: int) -> Callable[[Transformer, BiasState, Batch], jax.Array]:
+  """A program that gives the expert ids [L, B, S, K] of a state: one for all meshes and
+  dispatchers."""
   cfg = config(Case(ALONE, REFERENCE, 1, mtp_depth))
   return jax.jit(
     lambda model, router, rows: eval_step(model, router, rows, cfg)['expert_ids'],
@@ -178,14 +92,34 @@ def chooser(mtp_depth: int) -> object:
   )
 
 
+def objective_terms(metrics: Metrics) -> dict[str, float]:
+  """The objective and its terms in the metrics of a step."""
+  losses = ('loss', 'lm_loss', 'z_loss', 'mtp_loss')
+  return {
+    name: float(value)
+    for name, value in metrics.items()
+    if name in losses or name.startswith('balance/')
+  }
+
+
+def first_gradient(state: TrainState, beta1: float) -> dict[str, np.ndarray]:
+  """path -> gradient of the first step, from Adam's first moment after it: (1 - beta1) g."""
+  moments = optax.tree.get_all_with_path(state.opt_state, 'mu')[0][1]
+  return {
+    jax.tree_util.keystr(path): np.asarray(leaf) / (1 - beta1)
+    for path, leaf in jax.tree.leaves_with_path(moments)
+  }
+
+
 def take(case: Case) -> Taken:
-  """Two steps."""
+  """Takes two steps on the mesh of the case."""
   cfg = config(case)
-  mesh, plain = make_run_mesh(cfg), config(Case(ALONE, REFERENCE, 1, case.mtp_depth))
+  mesh = make_run_mesh(cfg)
   step = jax.jit(functools.partial(train_step, cfg=cfg), compiler_options=QUICK)
 
   def one(state: TrainState) -> tuple[TrainState, Metrics]:
-    # Two programs of eight virtual devices at once, and each may hold the threads that the other waits for.
+    # Two programs of eight virtual devices at once, and each may hold the threads that the other
+    # waits for.
     return jax.block_until_ready(step(state, rows))
 
   with jax.set_mesh(mesh):
@@ -196,36 +130,25 @@ def take(case: Case) -> Taken:
   bias = after.router.bias
   assert bias.sharding.is_fully_replicated
   bits = [np.asarray(shard.data).tobytes() for shard in bias.addressable_shards]
-  moments = optax.tree.get_all_with_path(after.opt_state, 'mu')[0][1]
-  gradient = {
-    jax.tree_util.keystr(path): np.asarray(leaf) / (1 - cfg.optim.beta1)
-    for path, leaf in jax.tree.leaves_with_path(moments)
-  }
-  model = jax.tree.unflatten(
-    jax.tree.structure(state_shapes(plain).model), jax.tree.leaves(jax.device_get(after.model))
-  )
-  ids = chooser(case.mtp_depth)(model, jax.device_get(after.router), batch())
-  terms = [
-    {
-      name: float(value)
-      for name, value in found.items()
-      if name in ('loss', 'lm_loss', 'z_loss', 'mtp_loss') or name.startswith('balance/')
-    }
-    for found in metrics
-  ]
+  # The same leaves in the structure of the reference, whose one program then chooses for every
+  # case.
+  plain = state_shapes(config(Case(ALONE, REFERENCE, 1, case.mtp_depth)))
+  leaves = jax.tree.leaves(jax.device_get(after.model))
+  model = jax.tree.unflatten(jax.tree.structure(plain.model), leaves)
+  ids = choose_experts(case.mtp_depth)(model, jax.device_get(after.router), batch())
   return Taken(
-    terms,
-    gradient,
-    np.stack([found['load'] for found in metrics]),
-    np.asarray(bias),
-    np.asarray(ids),
-    sum(one != bits[0] for one in bits),
+    terms=[objective_terms(found) for found in metrics],
+    gradient=first_gradient(after, cfg.optim.beta1),
+    loads=np.stack([found['load'] for found in metrics]),
+    bias=np.asarray(bias),
+    expert_ids=np.asarray(ids),
+    apart=sum(own != bits[0] for own in bits),
   )
 
 
 @functools.cache
 def reference(mtp_depth: int) -> Taken:
-  """On one device, in one micro-batch."""
+  """The two steps on one device, in one micro-batch."""
   return take(Case(ALONE, REFERENCE, 1, mtp_depth))
 
 
@@ -234,22 +157,24 @@ COLUMNS = {'loss': 1e-6, 'gradient': 2e-6, 'load': 0.0, 'bias': 0.0, 'apart': 0.
 
 
 def measure(case: Case) -> dict[str, float]:
-  """Worst deviation of a case: of the objective and its terms, relative; of each parameter's gradient, of its largest
-  entry; of the load, in copies; of the bias; devices whose bias is another; copies that go elsewhere afterwards."""
+  """The worst deviations of a case: of the objective and its terms, relative; of each parameter's
+  gradient, relative to its largest entry; of the load, in copies; of the bias; devices whose bias
+  is another; copies that go elsewhere afterwards."""
   one, other = reference(case.mtp_depth), take(case)
-  assert (
-    one.gradient.keys() == other.gradient.keys() and one.terms[0].keys() == other.terms[0].keys()
-  )
+  assert one.gradient.keys() == other.gradient.keys()
+  assert one.terms[0].keys() == other.terms[0].keys()
+  losses = [
+    abs(theirs[name] / value - 1)
+    for ours, theirs in zip(one.terms, other.terms)
+    for name, value in ours.items()
+  ]
+  gradients = [
+    float(np.abs(other.gradient[path] - value).max() / np.abs(value).max())
+    for path, value in one.gradient.items()
+  ]
   return {
-    'loss': max(
-      abs(there[name] / value - 1)
-      for here, there in zip(one.terms, other.terms)
-      for name, value in here.items()
-    ),
-    'gradient': max(
-      float(np.abs(other.gradient[path] - value).max() / np.abs(value).max())
-      for path, value in one.gradient.items()
-    ),
+    'loss': max(losses),
+    'gradient': max(gradients),
     'load': float(np.abs(other.loads - one.loads).max()),
     'bias': float(np.abs(other.bias - one.bias).max()),
     'apart': float(other.apart),
@@ -258,35 +183,30 @@ def measure(case: Case) -> dict[str, float]:
 
 
 def written(value: float) -> str:
-  """A cell of the table."""
+  """A cell of the table: a whole number, or a power of ten with two digits."""
   return f'{value:.1e}'.replace('e-0', 'e-') if value % 1 else f'{value:.0f}'
 
 
 def named(mesh: MeshConfig) -> str:
-  """Its axes that are more than one device."""
-  return (
-    ' x '.join(f'{axis} {n}' for axis, n in dataclasses.asdict(mesh).items() if n > 1)
-    or 'one device'
-  )
+  """The axes of a mesh that are more than one device, for a person."""
+  return ' x '.join(f'{axis} {getattr(mesh, axis)}' for axis in axes(mesh)) or 'one device'
 
 
-def readme_rows(rows: dict[Case, dict[str, float]]) -> str:
-  """The table for README: a row for each mesh, objective and gradient by dispatcher, and the worst of the rest."""
+def markdown_rows(rows: dict[Case, dict[str, float]]) -> str:
+  """The table in Markdown: a row for each mesh, objective and gradient by dispatcher, and the worst
+  of the rest."""
   exact = [column for column, allowed in COLUMNS.items() if not allowed]
   cells = [['mesh', *DISPATCHES, 'load, bias, routing'], ['---'] * (2 + len(DISPATCHES))]
   for mesh in dict.fromkeys(case.mesh for case in rows):
     own = {case.dispatch: found for case, found in rows.items() if case.mesh == mesh}
-    each = [
-      f'{written(own[name]["loss"])}, {written(own[name]["gradient"])}' if name in own else '-'
-      for name in DISPATCHES
-    ]
-    cells.append(
-      [
-        named(mesh),
-        *each,
-        written(max(found[column] for found in own.values() for column in exact)),
-      ]
-    )
+    row = [named(mesh)]
+    for name in DISPATCHES:
+      measured = name in own
+      row.append(
+        f'{written(own[name]["loss"])}, {written(own[name]["gradient"])}' if measured else '-'
+      )
+    row.append(written(max(found[column] for found in own.values() for column in exact)))
+    cells.append(row)
   return '\n'.join(f'| {" | ".join(row)} |' for row in cells)
 
 
@@ -294,7 +214,12 @@ def main() -> None:
   """Prints the table; exits with 1 where something is beyond its bounds."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument(
-    '--readme', default='', metavar='FILE', help='rewrite the table between its two comments'
+    '--readme',
+    default='',
+    nargs='?',
+    const=str(DOCUMENT),
+    metavar='FILE',
+    help='rewrite the table between its two comments in a file, docs/scaling.md if none is named',
   )
   args, rows = parser.parse_args(), {}
   table = rich.table.Table('mesh', 'dispatcher', 'micro-batches', 'depths', *COLUMNS)
@@ -307,10 +232,14 @@ def main() -> None:
   table.add_row('allowed', '', '', '', *map(written, COLUMNS.values()))
   Console(width=140).print(table)
   if args.readme:
-    rewrite(Path(args.readme), 'meshes', readme_rows(rows))
-  raise SystemExit(
-    any(not value <= COLUMNS[column] for found in rows.values() for column, value in found.items())
-  )
+    rewrite(Path(args.readme), 'meshes', markdown_rows(rows))
+  beyond = [
+    (case, column)
+    for case, found in rows.items()
+    for column, value in found.items()
+    if not value <= COLUMNS[column]
+  ]
+  raise SystemExit(bool(beyond))
 
 
 if __name__ == '__main__':

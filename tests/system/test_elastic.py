@@ -1,6 +1,6 @@
-"""A run that goes on with other devices, another mesh and another dispatcher is the run that never changed."""
+"""A run that goes on with other devices, another mesh and another dispatcher is the run that never
+changed."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -10,18 +10,16 @@ import pytest
 
 from moejax.checkpoint.checkpoints import Checkpoints
 from moejax.checkpoint.manifest import digests
-from moejax.data.batch import Batch
 from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
 from moejax.train.shapes import make_run_mesh, sharded_state_shapes
-from moejax.train.step.train_state import TrainState
-from moejax.train.step.train_step import train_step
 from moejax.train.trainer import train
 from tests.support.emulated_exchange import emulate
-from tests.support.quick import QUICK
 from tests.support.tiny_run import CONFIG, config
+from tests.support.unoptimised import compile_step_unoptimised
 
 EVERY = 2  # steps between changes
-# One after the other: the mesh, and how experts are reached. Batch and model are the same; its vocabulary is even.
+# One after the other: the mesh, and how experts are reached. Batch and model are the same; its
+# vocabulary is even.
 PLACES = (
   {'mesh__data': 8, 'model__moe__dispatch__dispatcher': 'sparse_matmul'},
   {
@@ -53,18 +51,12 @@ def rows(workdir: Path, name: str) -> list[dict[str, object]]:
   return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
 
 
-def compile_quickly(cfg: ExperimentConfig, state: TrainState, batch: Batch) -> jax.stages.Compiled:
-  """`compile_step`, in a fifth of the time."""
-  step = jax.jit(functools.partial(train_step, cfg=cfg), donate_argnums=0, compiler_options=QUICK)
-  return step.lower(state, batch).compile()
-
-
 @pytest.mark.slow
 def test_a_run_goes_on_on_any_mesh_by_any_dispatcher(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   emulate(monkeypatch)
-  monkeypatch.setattr('moejax.train.compile.compile_step', compile_quickly)
+  monkeypatch.setattr('moejax.train.compile.compile_step', compile_step_unoptimised)
   monkeypatch.setattr(
     'moejax.train.experiment.cost.lacking_ragged', lambda mesh: ''
   )  # the summary, too, asks what there is

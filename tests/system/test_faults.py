@@ -1,4 +1,5 @@
-"""Faults on purpose, in real processes: what a run survives, and with which exit status it ends when it does not."""
+"""Faults on purpose, in real processes: what a run survives, and with which exit status it ends
+when it does not."""
 
 import ast
 import json
@@ -17,8 +18,9 @@ from moejax.config import ConfigError
 from moejax.runtime.faults import ACTIONS, NUMBERS, POINTS, SPOILS, planned
 from moejax.runtime.watchdog import HANG
 from moejax.train.trainer import EXIT_STATUS
-from tests.support import fault_table as faults
-from tests.support.tiny_run import ROOT, final_digest, flags, rows, spawn, wait_for
+from tests.support.fault_rows import ROWS
+from tests.support.tiny_run import ROOT, final_digest, rows
+from tests.support.trainer_process import FEW, PATIENCE, spawn, train_command, wait_for
 
 SEED = 5
 STARTED: list[subprocess.Popen] = []
@@ -34,21 +36,17 @@ def nobody_stays() -> Iterator[None]:
 
 
 def run(workdir: Path, fault: str = '', **changes: object) -> subprocess.Popen:
-  """A trainer with a fault, on one device: it starts faster."""
+  """Starts a trainer with a fault. `steps` are those of FEW where they can be: one compiled program
+  then serves nearly all."""
   workdir.parent.mkdir(exist_ok=True)
-  STARTED.append(
-    spawn(
-      flags(workdir, **{'eval__every': 0, 'log_every': 1} | changes),
-      MOEJAX_FAULT=fault,
-      XLA_FLAGS='--xla_force_host_platform_device_count=1',
-    )
-  )
+  common = {'steps': FEW['steps'], 'log_every': 1, 'eval__every': 0}
+  STARTED.append(spawn(train_command(workdir, **common | changes), MOEJAX_FAULT=fault))
   return STARTED[-1]
 
 
 def ended(process: subprocess.Popen, status: int) -> str:
   """What the process said, once it has ended so."""
-  output = process.communicate(timeout=300)[0]
+  output = process.communicate(timeout=PATIENCE)[0]
   assert process.returncode == status, output
   assert 'Traceback' not in output, output
   return output
@@ -86,7 +84,7 @@ def test_the_table_names_tests_that_there_are() -> None:
     for node in ast.parse(path.read_text()).body
     if isinstance(node, ast.FunctionDef)
   }
-  named = [name for row in faults.ROWS for name in faults.nodes(row)]
+  named = [name for row in ROWS for name in row.nodes()]
   assert {*named} <= found, {*named} - found
 
 
@@ -106,7 +104,8 @@ def test_a_fault_that_says_nothing_is_a_bad_config(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_bad_steps_are_skipped_and_a_bad_validation_is_never_the_best(tmp_path: Path) -> None:
-  """NaN and inf in loss and gradient, spikes of both, a NaN validation: one run, with every step's digests kept."""
+  """NaN and inf in loss and gradient, spikes of both, a NaN validation: one run, with every step's
+  digests kept."""
   workdir, bad = tmp_path / 'run', [2, 4, 27, 30]
   process = run(
     workdir,
@@ -150,18 +149,17 @@ def test_a_bad_best_does_not_push_out_a_good_one(tmp_path: Path) -> None:
   output = ended(
     run(
       workdir,
-      'nan@validation:2,nan@validation:6',
-      steps=6,
-      eval__every=2,
-      checkpoint__every=2,
+      'nan@validation:8,nan@validation:24',
+      eval__every=8,
+      checkpoint__every=8,
       checkpoint__keep_latest=1,
     ),
     0,
   )
-  assert saved(workdir) == [4, 6] and output.count('not finite: never the best') == 2
+  assert saved(workdir) == [16, 24] and output.count('not finite: never the best') == 2
   report = json.loads((workdir / 'report.json').read_text(), parse_constant=pytest.fail)
   assert (
-    report['not_finite'] == [2, 6]
+    report['not_finite'] == [8, 24]
     and report['bits_per_byte'] is None
     and report['best_bits_per_byte'] > 0
   )
@@ -192,18 +190,19 @@ def test_a_hang_is_told_with_all_stacks(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_logs_on_a_full_disk_cost_lines_and_nothing_else(tmp_path: Path) -> None:
-  """Three pieces a step: metrics.jsonl, load.jsonl, TensorBoard. Those of steps 2 and 3 find no room."""
-  workdir = tmp_path / 'run'
-  output = ended(run(workdir, ','.join(f'full@log:{n}' for n in range(4, 10)), steps=6), 0)
+  """Three pieces a step: metrics.jsonl, load.jsonl, TensorBoard. Those of steps 2 and 3 find no
+  room."""
+  workdir, steps = tmp_path / 'run', FEW['steps']
+  output = ended(run(workdir, ','.join(f'full@log:{n}' for n in range(4, 10))), 0)
   assert (
     output.count('No space left on device: training goes on') == 1
     and output.count('there is room again') == 1
   )
-  assert [row['step'] for row in rows(workdir) if 'loss' in row] == [1, 4, 5, 6]
-  assert [
-    json.loads(line)['step'] for line in (workdir / 'load.jsonl').read_text().splitlines()
-  ] == [1, 4, 5, 6]
-  assert all(f'step {step}/6  loss' in output for step in range(1, 7))
+  kept = [1, *range(4, steps + 1)]
+  assert [row['step'] for row in rows(workdir) if 'loss' in row] == kept
+  loads = map(json.loads, (workdir / 'load.jsonl').read_text().splitlines())
+  assert [line['step'] for line in loads] == kept
+  assert all(f'step {step:2}/{steps}  loss' in output for step in range(1, steps + 1))
 
 
 @pytest.mark.slow
@@ -227,12 +226,13 @@ def test_a_signal_saves_within_a_step(tmp_path: Path, number: signal.Signals) ->
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
   """The second one comes while the first one's save is in flight."""
   output = ended(run(tmp_path / 'run', 'term@step:3,term@save:1', checkpoint__every=100), 143)
-  assert 'stopped' not in output and 'step  3/12' in output and 'step  4/12' not in output
+  assert 'stopped' not in output and 'step  3/24' in output and 'step  4/24' not in output
 
 
 @pytest.mark.slow
 def test_a_soak_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
-  """300 steps with ten faults, and 300 without any: the same metrics and the same digest, to the bit."""
+  """300 steps with ten faults, and 300 without any: the same metrics and the same digest, to the
+  bit."""
   few = {'steps': 300, 'log_every': 5, 'eval__every': 100, 'checkpoint__every': 10}
   whole, workdir = tmp_path / 'whole' / 'run', tmp_path / 'soak' / 'run'
   reference = run(whole, **few)
@@ -246,7 +246,7 @@ def test_a_soak_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     fault = f'{action}@{point}:{at}' + (',full@save:1' if i in full else '')
     print(f'seed {SEED}, from step {newest}: {fault}')
     process = run(workdir, fault, **few)
-    output = process.communicate(timeout=300)[0]
+    output = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == (-9 if action == 'kill' else 143), output
     assert ('No space left' in output) == (i in full), output
   final = ended(run(workdir, **few), 0)

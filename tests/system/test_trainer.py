@@ -1,4 +1,5 @@
-"""The loop as a real process: it resumes to the bit, stops when told, and says with its exit status how it ended."""
+"""The loop as a real process: it resumes to the bit, stops when told, and says with its exit status
+how it ended."""
 
 import json
 import os
@@ -13,6 +14,9 @@ from moejax.train.experiment.run_dir import read_config
 from moejax.train.telemetry.tensorboard import TensorBoard
 from moejax.train.trainer import train
 from tests.support.tiny_run import ROOT, config, final_digest, rows
+
+# They compare with, or go on from, one run: one worker takes them all.
+pytestmark = pytest.mark.xdist_group('trainer')
 
 
 @pytest.fixture(scope='module')

@@ -1,4 +1,5 @@
-"""Every mesh trains, gives the numbers of one device, and one that does not fit is told with the nearest that does."""
+"""Every mesh trains, gives the numbers of one device, and one that does not fit is told with the
+nearest that does."""
 
 import dataclasses
 import itertools
@@ -19,32 +20,34 @@ from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.cost import devices_at_work
 from moejax.train.shapes import divided_parts, make_run_mesh, state_shapes
 from tests.support.emulated_exchange import emulate
-from tests.support.mesh_table import (
+from tests.support.mesh_cases import (
   ALONE,
-  COLUMNS,
   DISPATCHES,
+  FAST,
   MESHES,
   REFERENCE,
   Case,
+  axes,
   batch,
   cases,
   config,
-  measure,
-  reference,
+  covering_cases,
+  features,
 )
-
-FAST = [
-  (MeshConfig(1, fsdp=2, expert=2, tensor=2), 'sparse_matmul'),
-  (MeshConfig(2, expert=4), 'sparse_matmul, ragged'),
-  (MeshConfig(1, fsdp=3, expert=2), 'dense_matmul with capacity'),
-]
+from tests.support.mesh_table import COLUMNS, measure, reference
 
 
-@pytest.mark.parametrize(
-  'case',
-  [case if case[:2] in FAST else pytest.param(case, marks=pytest.mark.slow) for case in cases()],
-  ids=lambda case: '-'.join(map(str, (*dataclasses.astuple(case.mesh), *case[1:]))),
-)
+def marked(case: Case) -> object:
+  """A case as a parameter of a test; all but a few are slow. `make meshes` measures those that are
+  not covering."""
+  return case if case[:2] in FAST else pytest.param(case, marks=pytest.mark.slow)
+
+
+def case_id(case: Case) -> str:
+  return '-'.join(map(str, (*dataclasses.astuple(case.mesh), *case[1:])))
+
+
+@pytest.mark.parametrize('case', [*map(marked, covering_cases())], ids=case_id)
 def test_the_same_numbers_on_every_mesh_by_every_dispatcher(
   case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,9 +61,25 @@ def test_nothing_is_left_out() -> None:
   assert len(MESHES) >= 12 and {*FAST} <= {case[:2] for case in cases()}
   for name in DISPATCHES:
     mine = [case for case in cases() if case.dispatch == name]
-    assert {case.micro_batches for case in mine} == {1, 2} and {
-      case.mtp_depth for case in mine
-    } == {0, 1}, name
+    assert {case.micro_batches for case in mine} == {1, 2}, name
+    assert {case.mtp_depth for case in mine} == {0, 1}, name
+
+
+def test_the_cases_of_every_run_cover_all_that_there_are() -> None:
+  """Every mesh, and every dispatcher with every axis, every pair of axes, both numbers of
+  micro-batches and depths."""
+  chosen = covering_cases()
+  assert {*chosen} <= {*cases()} and len(chosen) == len({*chosen}) <= 24
+  assert {case.mesh for case in chosen} == {ALONE, *MESHES}
+  assert {case[:2] for case in chosen} >= {*FAST}
+  for name in DISPATCHES:
+    mine = [case for case in chosen if case.dispatch == name]
+    assert {case.micro_batches for case in mine} == {1, 2}, name
+    assert {case.mtp_depth for case in mine} == {0, 1}, name
+    for pair in itertools.combinations_with_replacement(('data', 'fsdp', 'expert', 'tensor'), 2):
+      possible = any({*pair} <= {*axes(case.mesh)} for case in cases() if case.dispatch == name)
+      assert possible == any({*pair} <= {*axes(case.mesh)} for case in mine), (name, pair)
+  assert set().union(*map(features, chosen)) == set().union(*map(features, cases()))
 
 
 def test_the_batch_and_the_routers_are_as_uneven_as_they_are_meant_to_be() -> None:
@@ -138,12 +157,16 @@ def test_all_that_does_not_divide_is_one_error() -> None:
     asked(MeshConfig(fsdp=5, expert=3, tensor=2), batch_size=32, model=model)
   )
   assert problems == [
-    'mesh data=1 * fsdp=5 * expert=3 * tensor=2 = 30, but there are 8 devices: use sizes whose product is 8',
-    'config.batch_size / micro_batches = 32 rows do not divide over data * fsdp * expert = 15 devices: 45 would',
-    'the 24 embed channels of model.blocks.attention.k.w [1, 24, 8] do not divide over mesh.fsdp=5: 25 would',
+    'mesh data=1 * fsdp=5 * expert=3 * tensor=2 = 30, but there are 8 devices: '
+    'use sizes whose product is 8',
+    'config.batch_size / micro_batches = 32 rows do not divide over '
+    'data * fsdp * expert = 15 devices: 45 would',
+    'the 24 embed channels of model.blocks.attention.k.w [1, 24, 8] do not divide over '
+    'mesh.fsdp=5: 25 would',
     'config.model.moe.router.num_experts=8 experts do not divide over mesh.expert=3: 9 would',
     'config.model.vocab_size=33 tokens do not divide over mesh.tensor=2: 34 would',
-    'the 48 embed channels of model.mtp.projection.w [1, 48, 24] do not divide over mesh.fsdp=5: 50 would',
+    'the 48 embed channels of model.mtp.projection.w [1, 48, 24] do not divide over '
+    'mesh.fsdp=5: 50 would',
   ]
   assert remedy == (
     'the nearest mesh that would do, of 8 devices out of 8: '
@@ -171,8 +194,8 @@ def test_rows_are_those_of_a_micro_batch_heads_are_whole_and_ranks_divide() -> N
   )
   found, _ = refused(asked(MeshConfig(fsdp=4), model=latent))
   assert found == (
-    'the 6 embed channels of model.blocks.attention.kv_b.w [1, 6, 32] do not divide over mesh.fsdp=4: '
-    '8 would'
+    'the 6 embed channels of model.blocks.attention.kv_b.w [1, 6, 32] do not divide over '
+    'mesh.fsdp=4: 8 would'
   )
 
 
