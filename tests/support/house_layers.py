@@ -1,6 +1,7 @@
 """The packages of moejax and who may import whom, held against what the code imports.
 
-`python -m tests.support.house_layers` prints the table as computed: floor, package, lines, and what it imports.
+`python -m tests.support.house_layers` prints the table as computed: floor, package, files, lines,
+and what it imports.
 """
 
 import ast
@@ -11,8 +12,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 
-# package -> the packages, or modules of them, that it may import. A package stands one floor above the highest of
-# them. An allowance that nothing uses is stale, and as wrong as an import that is not allowed.
+# package -> the packages, or modules of them, that it may import. A package stands one floor above
+# the highest of them. An allowance that nothing uses is stale, and as wrong as an import that is not
+# allowed.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
   'config': (),
   'runtime': ('config',),
@@ -85,7 +87,8 @@ def sources() -> dict[str, str]:
 def imports_of(module: str, source: str, modules: Mapping[str, str]) -> Iterator[Import]:
   """Every import of moejax in a source, wherever in the file it stands.
 
-  `from moejax.moe import layer` imports the module moe.layer where there is one, else the package's own names.
+  `from moejax.moe import layer` imports the module moe.layer where there is one, and the package's
+  own names where there is none.
   """
   for node in ast.walk(ast.parse(source)):
     if isinstance(node, ast.Import):
@@ -152,7 +155,7 @@ def floors() -> dict[str, int]:
 
 
 def cycle(imports: list[Import]) -> list[str]:
-  """Modules that import each other in a circle, the first of them again at the end; [] where none do."""
+  """Modules that import each other in a circle, the first again at the end; [] where none do."""
   graph: dict[str, set[str]] = defaultdict(set)
   for found in imports:
     if not found.importer.startswith(
@@ -187,7 +190,8 @@ def table() -> Iterator[str]:
       package_of(found.imported) for found in imports if package_of(found.importer) == package
     }
     lines = sum(text.count('\n') for text in mine)
-    yield f'{floor}  {package:<11}{len(mine):>3} files {lines:>5} lines  {", ".join(sorted(others - {package}))}'
+    size = f'{len(mine):>3} files {lines:>5} lines'
+    yield f'{floor}  {package:<11}{size}  {", ".join(sorted(others - {package}))}'.rstrip()
 
 
 if __name__ == '__main__':

@@ -16,8 +16,8 @@ FAMILY_NAMES = {'model_name', 'model_type', 'family', 'arch', 'architecture'}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FILE_LINES, FUNCTION_LINES = 300, 60
-# Functions whose arguments are a list of like things, however long: a problem each, a path's parts, ...
-VARIADIC = {'check', 'print', 'join', 'joinpath', 'chain', 'einsum'}
+# Functions whose arguments are a list of like things, however long: problems, parts of a path.
+VARIADIC = {'check', 'print', 'join', 'joinpath', 'chain', 'einsum', 'Table', 'add_row'}
 
 
 def file_length(path: str, source: str) -> Iterator[str]:
@@ -82,8 +82,10 @@ def names_of_files(path: str, source: str) -> Iterator[str]:
 
 def function_length(path: str, source: str) -> Iterator[str]:
   for node in ast.walk(ast.parse(source)):
-    if isinstance(node, FUNCTIONS) and node.end_lineno - node.lineno >= 60:
-      yield f'{node.lineno}: {node.name} has {node.end_lineno - node.lineno + 1} lines; 60 is the limit'
+    if isinstance(node, FUNCTIONS):
+      count = node.end_lineno - node.lineno + 1
+      if count > FUNCTION_LINES:
+        yield f'{node.lineno}: {node.name} has {count} lines; {FUNCTION_LINES} is the limit'
 
 
 def indent(path: str, source: str) -> Iterator[str]:
