@@ -13,7 +13,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 
 # package -> the packages, or modules of them, that it may import. A package stands one floor above
-# the highest of them. An allowance that nothing uses is stale, and as wrong as an import that is not
+# the highest of them. An allowance that nothing uses is stale: as wrong as an import that is not
 # allowed.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
   'config': (),
