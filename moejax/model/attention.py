@@ -156,8 +156,9 @@ class LatentAttention(nnx.Module):
     q_BSHn, q_BSHr = jnp.split(q_BSHc, [cfg.d_head], axis=-1)
     latent_BSR, k_BSr = jnp.split(self.kv_a(x_BSD), [latent.kv_rank], axis=-1)
     latent_BSR = self.kv_a_norm(latent_BSR)
+    k_BS1r = k_BSr[:, :, None]  # one key for all heads
     q_BSHr = rotate(q_BSHr, positions_BS, cfg.rope)
-    k_BS1r = rotate(k_BSr[:, :, None], positions_BS, cfg.rope)
+    k_BS1r = rotate(k_BS1r, positions_BS, cfg.rope)
     if cache is None:
       k_BSHc, v_BSHv = self.keys_and_values(latent_BSR, k_BS1r)
       q_BSHc = jnp.concatenate([q_BSHn, q_BSHr], -1)

@@ -170,8 +170,8 @@ def library(
     # Channels of zeros add nothing to a product of q and k, and are cut from the result below.
     return jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, width - a.shape[-1])))
 
-  slots_S = jnp.arange(q_BSHd.shape[1])
   q, k, v = widened(q_BSHd), widened(k_BSJd), widened(v_BSJv)
+  slots_S = jnp.arange(q_BSHd.shape[1])
   mask = visible(segments_BS, segments_BS, slots_S, slots_S, window)
   y = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation=implementation)
   return y[..., : v_BSJv.shape[-1]]

@@ -96,8 +96,9 @@ def append(
     layer=layer,
   )
   if not window or tokens <= AHEAD:
+    key_segments_BT = after.segments[layer]
     key_slots_BT = slots_in_places(length_B + tokens, room)
-    mask = visible(segments_BS, after.segments[layer], slots_BS, key_slots_BT, window)
+    mask = visible(segments_BS, key_segments_BT, slots_BS, key_slots_BT, window)
     return after, tuple(a[layer].swapaxes(1, 2) for a in after.entries), mask
   # So many tokens would overwrite on a ring what the first of them see: these are attended to
   # beside the cache as it was.
