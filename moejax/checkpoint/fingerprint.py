@@ -20,7 +20,7 @@ ACCEPT = {
   'tokenizer': ('tokenizer', 'tokenizer_digest'),
 }
 ALWAYS = ('workdir', 'stop_after', 'data.cache_dir')  # fields of a config that change silently
-SHOWN = 8  # leaves in a message
+LEAVES_SHOWN = 8  # leaves in a message
 
 
 class Compared(NamedTuple):
@@ -56,9 +56,9 @@ def expect_same(path: str, kinds: Compared, fingerprints: Compared, accept: str)
     line for field, line in differences.items() if not names_needed[field].issubset(accepted)
   ]
 
-  leaves = leaf_problems[:SHOWN]
-  if len(leaf_problems) > SHOWN:
-    leaves.append(f'and {len(leaf_problems) - SHOWN} more leaves')
+  leaves = leaf_problems[:LEAVES_SHOWN]
+  if len(leaf_problems) > LEAVES_SHOWN:
+    leaves.append(f'and {len(leaf_problems) - LEAVES_SHOWN} more leaves')
   remedy = 'give it or a new workdir'
   if not leaf_problems:  # nothing makes up for other arrays
     names = ','.join(sorted(accepted.union(*names_needed.values())))

@@ -21,7 +21,7 @@ from moejax.runtime.multiprocess import fail_together
 TABLE = '_METADATA'
 MANIFEST = 'manifest.ocdbt'
 NOT_DAMAGE = (MemoryError, jax.errors.JaxRuntimeError)  # errors of the machine that reads
-SHOWN = 3  # files and leaves in a message
+NAMES_SHOWN = 3  # files and leaves in a message
 
 
 class Damaged(ValueError):
@@ -193,5 +193,5 @@ def files_of(directory: Path, leaves: Sequence[str]) -> set[str]:
 
 def _first_few(names: Sequence[str]) -> str:
   """Returns the first few names, and how many more there are."""
-  more = f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
-  return ', '.join(names[:SHOWN]) + more
+  more = f' and {len(names) - NAMES_SHOWN} more' if len(names) > NAMES_SHOWN else ''
+  return ', '.join(names[:NAMES_SHOWN]) + more

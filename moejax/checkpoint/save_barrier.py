@@ -8,7 +8,9 @@ import itertools
 import jax
 from jax._src import distributed
 
-PATIENCE = 600_000  # milliseconds that a process which failed waits for others, which still write
+FAILED_WAIT_MS = (
+  600_000  # milliseconds that a process which failed waits for others, which still write
+)
 _count = itertools.count(1)  # of saves; alike in all processes, because they save alike
 
 
@@ -52,7 +54,7 @@ class Barrier:
     if self._meetings_left and self._client:
       # Before it arrives: whoever is let through must see it.
       self._client.key_value_set(f'{self._name}/failed/{jax.process_index()}', '')
-      self._arrive(PATIENCE)
+      self._arrive(FAILED_WAIT_MS)
     self._meetings_left = 0
 
   def _arrive(self, timeout_ms: int) -> None:

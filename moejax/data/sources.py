@@ -184,7 +184,7 @@ def stdlib(cfg: DataConfig) -> Source:
   return _source_of_files(sorted(paths), _read_file)
 
 
-def text(cfg: DataConfig) -> Source:
+def text_files(cfg: DataConfig) -> Source:
   """Files by glob, sorted by path; a file is a document, and so is each line of a .jsonl."""
   patterns = [pattern.strip() for pattern in cfg.path.split(',') if pattern.strip()]
   matches = {pattern: _files_of_glob(pattern) for pattern in patterns}
@@ -272,7 +272,7 @@ def synthetic(cfg: DataConfig) -> Source:
 
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {
   'stdlib': stdlib,
-  'text': text,
+  'text': text_files,
   'kjv': kjv,
   'synthetic': synthetic,
 }

@@ -22,7 +22,7 @@ logger = logging.getLogger('moejax')
 
 # Bytes that a BPE is trained on: more would cost start-up time and move few merges.
 TOKENIZER_SAMPLE = 4 << 20
-GROUP = 4 << 20  # characters tokenised at once: bounds memory
+GROUP_CHARACTERS = 4 << 20  # characters tokenised at once: bounds memory
 RACY = 2.0  # seconds within which two writes of a file may bear the same time
 FORMAT = 2  # raise it when what the cache holds for the same text changes
 
@@ -35,7 +35,7 @@ class Text(NamedTuple):
   survey: Survey
 
 
-class Piece(NamedTuple):
+class DocumentPiece(NamedTuple):
   """A part of a document, which is tokenised by itself."""
 
   opens_document: bool
@@ -185,15 +185,15 @@ def open_stream(text: Text, tokenizer: Tokenizer, cache: Path, held_out: bool) -
   return cached(cache / f'tokens-{name}.{dtype.name}', build).view(dtype)
 
 
-def _groups(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[Piece]]:
-  """Yields the pieces of all documents in order, about GROUP characters at a time."""
-  group: list[Piece] = []
+def _groups(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[DocumentPiece]]:
+  """Yields the pieces of all documents in order, about GROUP_CHARACTERS at a time."""
+  group: list[DocumentPiece] = []
   size = 0
   for document in documents:
     for i, text in enumerate(tokenizer.pieces(document)):
-      group.append(Piece(i == 0, text))
+      group.append(DocumentPiece(i == 0, text))
       size += len(text)
-      if size >= GROUP:
+      if size >= GROUP_CHARACTERS:
         yield group
         group, size = [], 0
   yield group

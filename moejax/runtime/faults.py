@@ -104,7 +104,9 @@ def fault_point(point: str, step: int = 0) -> None:
   if not parse_environment():
     return
   _passed[point] += 1
-  if action := parse_environment().get((point, step or _passed[point])):
+  number = step or _passed[point]
+  action = parse_environment().get((point, number))
+  if action:
     ACTIONS[action]()
 
 

@@ -13,7 +13,7 @@ from moejax.config import ConfigError, check, problem_if
 # Variables in which launchers say how many processes they started. A process alone, such as a shell
 # in a Slurm allocation, connects to nobody.
 COUNTS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
-PATIENCE = 300  # seconds for all processes to connect
+CONNECT_SECONDS = 300  # seconds for all processes to connect
 USAGE = '--coordinator=HOST:PORT --num_processes=N --process_id=I'
 
 
@@ -102,13 +102,13 @@ def connect(launch: Launch) -> None:
     if launch.process_id == 0:
       print(
         f'waiting at {launch.coordinator} for {launch.num_processes - 1} other processes, '
-        f'{PATIENCE} s at most',
+        f'{CONNECT_SECONDS} s at most',
         file=sys.stderr,
       )
   try:
     jax.distributed.initialize(
       **address,
-      initialization_timeout=PATIENCE,
+      initialization_timeout=CONNECT_SECONDS,
       heartbeat_timeout_seconds=launch.heartbeat,
       shutdown_timeout_seconds=launch.heartbeat,
     )

@@ -122,7 +122,9 @@ def test_the_only_document_of_a_task_is_in_no_other(mixed_folder: Path) -> None:
   ):
     open_mixture(mixed_folder, {'code': 1, 'one': 1})
   (mixed_folder / 'code' / 'x.txt').unlink()
-  held = min(survey_of(sources.text(DataConfig(source='text', path=f'{mixed_folder}/code/*'))).held)
+  held = min(
+    survey_of(sources.text_files(DataConfig(source='text', path=f'{mixed_folder}/code/*'))).held
+  )
   texts = (f'one {i}\n' * 30 for i in itertools.count())
   chosen = next(t for t in texts if blake2b(t.encode(), digest_size=16).hexdigest() < held)
   for task in ('one', 'code'):  # which code holds out by its own choice

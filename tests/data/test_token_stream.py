@@ -40,7 +40,7 @@ def test_pieces_and_groups_change_nothing(folder: Path, monkeypatch: pytest.Monk
   (folder / 'text' / 'long.py').write_text('x = 1\ny = f(x)\n' * 200)
   before = open_text(folder, tokenizer='bpe:300')
   monkeypatch.setattr(tokenizer_module, 'PIECE', 50)
-  monkeypatch.setattr(token_stream, 'GROUP', 200)
+  monkeypatch.setattr(token_stream, 'GROUP_CHARACTERS', 200)
   after = open_text(folder, tokenizer='bpe:300', cache_dir=f'{folder}/cache2')
   assert after.fingerprint == before.fingerprint
   assert all(equal(a, b) for a, b in zip(after.validation(), before.validation(), strict=True))
