@@ -1,4 +1,4 @@
-"""DeepSeek-V2 (2405.04434): latent attention; softmax over all experts, groups worth their best one, no bias."""
+"""DeepSeek-V2 (2405.04434): latent attention; softmax over all experts, groups by their best."""
 
 from moejax.families.schema import layer_keys
 from moejax.families.schema import shared_rows as tables

@@ -1,4 +1,4 @@
-"""GLM-4.5 (2508.06471): DeepSeek-V3's router over grouped-query attention that rotates half of each head."""
+"""GLM-4.5 (2508.06471): DeepSeek-V3's router; grouped-query attention that rotates half a head."""
 
 from moejax.families.schema import layer_keys
 from moejax.families.schema import shared_rows as tables

@@ -1,4 +1,4 @@
-"""gpt-oss (2508.10925): sinks, a window in every other layer, biases everywhere, experts with a clamped activation."""
+"""gpt-oss (2508.10925): sinks, a window in every other layer, biases, a clamped activation."""
 
 from moejax.families.schema import layer_keys
 from moejax.families.schema import shared_rows as tables

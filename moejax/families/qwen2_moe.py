@@ -1,4 +1,4 @@
-"""Qwen2-MoE (2407.10671): softmax over all experts, not renormalised; biases on q, k, v; a gate on shared experts."""
+"""Qwen2-MoE (2407.10671): softmax over all experts; biases on q, k, v; a gate on shared experts."""
 
 from moejax.families.schema import layer_keys
 from moejax.families.schema import shared_rows as tables

@@ -1,4 +1,4 @@
-"""Qwen3-MoE (2505.09388): 128 experts in every layer, eight a token, softmax over the eight; norms on heads of q, k."""
+"""Qwen3-MoE (2505.09388): 128 experts, eight a token, softmax over these; norms of q, k heads."""
 
 from moejax.families.schema import layer_keys
 from moejax.families.schema import shared_rows as tables
