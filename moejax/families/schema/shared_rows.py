@@ -22,11 +22,13 @@ DECODER = (
   Key('tie_word_embeddings', 'tie_embeddings'),
   Key('initializer_range', 'init.std'),
 )
+# Without num_key_value_heads: an error in some families, multi-head attention in others.
 KV_HEADS = (
   Key('num_key_value_heads', 'attention.num_kv_heads', required=True, empty=number_of_heads),
 )
 KV_HEADS_OR_ALL = (Key('num_key_value_heads', 'attention.num_kv_heads', empty=number_of_heads),)
 HEAD_DIM = (Key('head_dim', 'attention.d_head', empty=equal_heads),)
+# One key for both: DeepSeek and Llama have a bias on all four projections, or on none.
 ATTENTION_BIAS = (
   Key('attention_bias', 'attention.qkv_bias'),
   Key('attention_bias', 'attention.out_bias'),
@@ -149,7 +151,9 @@ DENSE_FFN = ffn('ffn', 'mlp')
 MOE = in_layers({'moe.router': 'mlp.gate.weight'}, 'transposed') | ffn(
   'moe.experts', 'mlp.experts.{expert}'
 )
+# All shared experts lie in one FFN.
 SHARED = ffn('moe.shared', 'mlp.shared_experts')
+# Files of these families have no bias, and their readers route without one.
 NO_ROUTER_BIAS = {'router.bias': Name('', 'zero')}
 MTP_NAMES = in_layers(
   {
