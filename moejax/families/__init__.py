@@ -40,7 +40,11 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(config: Config) -> Family:
-  """Whose config.json it is; ConfigError for one that is not known here."""
+  """Returns the family of a config.json.
+
+  Raises:
+    ConfigError: its model_type is not known here.
+  """
   kind = config['model_type'] if 'model_type' in config else None
   if not isinstance(kind, str) or kind not in FAMILIES:
     raise ConfigError(
@@ -50,11 +54,24 @@ def family_of(config: Config) -> Family:
 
 
 def model_config(config: Config) -> tuple[Family, ModelConfig]:
-  """What config.json says; ConfigError of all that is wrong with it."""
+  """Returns the family of a config.json, and what it says as our config.
+
+  Raises:
+    ConfigError: tells all that is wrong with it.
+  """
   known = family_of(config)
   return known, read_config(known, config)
 
 
 def config_json(known: Family, cfg: ModelConfig, kept: Config) -> dict[str, object]:
-  """What transformers loads; `kept` are keys that no config of ours has, such as KEPT of an import."""
+  """Returns the config.json of a model, as transformers loads it.
+
+  Args:
+    known: the family whose files it is for.
+    cfg: the model.
+    kept: keys that no config of ours has, such as those of KEPT that an import found.
+
+  Raises:
+    ConfigError: files of the family cannot hold the model.
+  """
   return write_config(known, cfg, kept)

@@ -1,4 +1,4 @@
-"""DeepSeek-V2 (2405.04434): latent attention; softmax over all experts, groups worth their best one, no bias."""
+"""DeepSeek-V2 (2405.04434): latent attention; softmax over all experts, groups by their best."""
 
 from moejax.families.schema import layer_keys
 from moejax.families.schema import shared_rows as tables
@@ -14,6 +14,7 @@ ROPE = RopeConfig(
   interleaved=True, yarn=YarnConfig(factor=40.0, mscale=0.707, mscale_all_dim=0.707)
 )
 
+# DeepSeek-V2. Routing weights are not renormalised, but scaled.
 FULL = ModelConfig(
   vocab_size=102400,
   d_model=5120,
@@ -43,6 +44,7 @@ FULL = ModelConfig(
   ),
 )
 
+# DeepSeek-V2-Lite: queries are not compressed, and experts are not in groups.
 LITE = ModelConfig(
   vocab_size=102400,
   d_model=2048,
@@ -64,6 +66,7 @@ LITE = ModelConfig(
   ),
 )
 
+# With every feature of the family: compressed queries, groups, a dense layer, shared experts.
 TINY = ModelConfig(
   vocab_size=96,
   d_model=32,
@@ -99,6 +102,7 @@ DEEPSEEK_V2 = Family(
     Fixed('mlp_bias', False),
     rope(softmax_scaled=True),
     *tables.DEEPSEEK_MOE,
+    # Which of the two routers it is; n_group is looked at by one of them only.
     layer_keys.groups_by_method(),
     Fixed('norm_topk_prob', False),
     Fixed('scoring_func', 'softmax'),

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and R1 (2412.19437): latent attention, sigmoid router with groups and a loss-free bias, an MTP layer."""
+"""DeepSeek-V3 and R1 (2412.19437): latent attention, sigmoid router with groups and a bias, MTP."""
 
 from moejax.families.schema import shared_rows as tables
 from moejax.families.schema.config_keys import Key

@@ -1,4 +1,4 @@
-"""GLM-4.5 (2508.06471): DeepSeek-V3's router over grouped-query attention that rotates half of each head."""
+"""GLM-4.5 (2508.06471): DeepSeek-V3's router; grouped-query attention that rotates half a head."""
 
 from moejax.families.schema import layer_keys
 from moejax.families.schema import shared_rows as tables
@@ -13,6 +13,7 @@ from moejax.moe.routing import RouterConfig
 
 ROPE = RopeConfig(theta=1e6, fraction=0.5)
 
+# GLM-4.5
 FULL = ModelConfig(
   vocab_size=151552,
   d_model=5120,
@@ -31,6 +32,7 @@ FULL = ModelConfig(
   ),
 )
 
+# GLM-4.5-Air: without norms on the heads of q and k.
 AIR = ModelConfig(
   vocab_size=151552,
   d_model=4096,
@@ -71,6 +73,7 @@ GLM4_MOE = Family(
     *tables.DECODER,
     *tables.KV_HEADS,
     *tables.HEAD_DIM,
+    # Of q, k and v only; the same key of DeepSeek means the output projection, too.
     Key('attention_bias', 'attention.qkv_bias', required=True),
     layer_keys.choice('use_qk_norm', 'attention.qk_norm', {True: 'head', False: ''}),
     rope(fraction=0.5),

@@ -1,4 +1,4 @@
-"""gpt-oss (2508.10925): sinks, a window in every other layer, biases everywhere, experts with a clamped activation."""
+"""gpt-oss (2508.10925): sinks, a window in every other layer, biases, a clamped activation."""
 
 from moejax.families.schema import layer_keys
 from moejax.families.schema import shared_rows as tables
@@ -22,6 +22,7 @@ ATTENTION = AttentionConfig(
   rope=ROPE,
 )
 
+# gpt-oss-120b
 FULL = ModelConfig(
   vocab_size=201088,
   d_model=2880,
@@ -36,6 +37,7 @@ FULL = ModelConfig(
   ),
 )
 
+# gpt-oss-20b: fewer layers and experts.
 GPT_OSS_20B = ModelConfig(
   vocab_size=201088,
   d_model=2880,
@@ -83,6 +85,7 @@ GPT_OSS = Family(
     Key('head_dim', 'attention.d_head', required=True, empty=equal_heads),
     *tables.ATTENTION_BIAS,
     layer_keys.windows('alternate', 128),
+    # Its config.json may leave out rope altogether, and means this YaRN then.
     rope(
       theta=150_000.0,
       rope_type='yarn',
@@ -96,7 +99,7 @@ GPT_OSS = Family(
     Key('num_local_experts', 'moe.router.num_experts', required=True),
     Key('num_experts_per_tok', 'moe.router.top_k', required=True),
     Key('swiglu_limit', 'moe.activation_limit'),
-    Fixed('swiglu_alpha', 1.702),
+    Fixed('swiglu_alpha', 1.702),  # of the clamped activation, a constant here
   ),
   names=tables.MODEL
   | tables.NORMS
@@ -111,6 +114,7 @@ GPT_OSS = Family(
       'moe.experts.down_bias': 'mlp.experts.down_proj_bias',
     }
   )
+  # Gate and up are one tensor: the even columns are the gate's, the odd ones up's.
   | tables.in_layers(
     {
       'moe.experts.gate': 'mlp.experts.gate_up_proj',

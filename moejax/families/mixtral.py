@@ -10,6 +10,7 @@ from moejax.model.rope import RopeConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
 
+# Mixtral-8x7B-v0.1
 FULL = ModelConfig(
   vocab_size=32000,
   d_model=4096,
@@ -19,6 +20,7 @@ FULL = ModelConfig(
   moe=MoEConfig(d_expert=14336, router=RouterConfig(num_experts=8, top_k=2)),
 )
 
+# Mixtral-8x22B-v0.1
 MIXTRAL_8X22B = ModelConfig(
   vocab_size=32000,
   d_model=6144,
@@ -58,6 +60,7 @@ MIXTRAL = Family(
   | tables.GROUPED
   | tables.NO_ROUTER_BIAS
   | tables.in_layers({'moe.router': 'block_sparse_moe.gate.weight'}, 'transposed')
+  # gate, up and down
   | tables.ffn('moe.experts', 'block_sparse_moe.experts.{expert}', ('w1', 'w3', 'w2')),
   presets={'full': FULL, '8x22b': MIXTRAL_8X22B, 'tiny': TINY},
   aliases={'num_experts': 'num_local_experts'},

@@ -1,4 +1,4 @@
-"""OLMoE (2409.02060): 64 experts in every layer, eight a token, softmax over all; a norm over all of q and all of k."""
+"""OLMoE (2409.02060): 64 experts, eight a token, softmax over all; norms over all of q and of k."""
 
 from moejax.families.schema import shared_rows as tables
 from moejax.families.schema.config_keys import Key

@@ -1,6 +1,7 @@
-"""openPangu-Ultra-MoE-718B (2505.04519): DeepSeek-V3 with four norms a layer, and a router without groups or bias.
+"""openPangu-Ultra-MoE-718B (2505.04519): DeepSeek-V3 with four norms a layer, no groups, no bias.
 
-Two spellings of config.json are read, the original and DeepSeek's, which vLLM loads and which is written.
+Two spellings of config.json are read, the original and DeepSeek's, which vLLM loads and which is
+written.
 """
 
 from moejax.families.schema import shared_rows as tables
@@ -13,8 +14,8 @@ from moejax.model.rope import RopeConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
 
-# The eps of the latent norms is rms_norm_eps in Huawei's two serving codes, and 1e-6 in its pull request to
-# transformers; config.json does not say. No release was seen that would settle it.
+# The eps of the latent norms is rms_norm_eps in Huawei's two serving codes, and 1e-6 in its pull
+# request to transformers; config.json does not say. No release was seen that would settle it.
 FULL = ModelConfig(
   vocab_size=153600,
   d_model=7680,

@@ -1,4 +1,4 @@
-"""Qwen2-MoE (2407.10671): softmax over all experts, not renormalised; biases on q, k, v; a gate on shared experts."""
+"""Qwen2-MoE (2407.10671): softmax over all experts; biases on q, k, v; a gate on shared experts."""
 
 from moejax.families.schema import layer_keys
 from moejax.families.schema import shared_rows as tables
@@ -28,6 +28,7 @@ FULL = ModelConfig(
   ),
 )
 
+# Qwen2-57B-A14B
 QWEN2_57B_A14B = ModelConfig(
   vocab_size=151936,
   d_model=3584,
@@ -74,6 +75,7 @@ QWEN2_MOE = Family(
     rope(),
     layer_keys.windows('alternate_first', 4096, switch=True),
     *tables.QWEN_MOE,
+    # The shared experts are one FFN in files; here they are counted in widths of a routed one.
     layer_keys.shared_width(),
   ),
   names=tables.MODEL

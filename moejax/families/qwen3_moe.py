@@ -1,4 +1,4 @@
-"""Qwen3-MoE (2505.09388): 128 experts in every layer, eight a token, softmax over the eight; norms on heads of q, k."""
+"""Qwen3-MoE (2505.09388): 128 experts, eight a token, softmax over these; norms of q, k heads."""
 
 from moejax.families.schema import layer_keys
 from moejax.families.schema import shared_rows as tables
@@ -9,6 +9,7 @@ from moejax.model.rope import RopeConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
 
+# Qwen3-30B-A3B. No layer is dense, and none reads d_ff, which config.json has nevertheless.
 FULL = ModelConfig(
   vocab_size=151936,
   d_model=2048,
@@ -21,6 +22,7 @@ FULL = ModelConfig(
   moe=MoEConfig(d_expert=768, router=RouterConfig(num_experts=128, top_k=8)),
 )
 
+# Qwen3-235B-A22B
 QWEN3_235B_A22B = ModelConfig(
   vocab_size=151936,
   d_model=4096,
@@ -33,6 +35,7 @@ QWEN3_235B_A22B = ModelConfig(
   moe=MoEConfig(d_expert=1536, router=RouterConfig(num_experts=128, top_k=8)),
 )
 
+# With a dense layer, which the published sizes have not.
 TINY = ModelConfig(
   vocab_size=96,
   d_model=32,

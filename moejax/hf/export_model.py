@@ -37,18 +37,15 @@ def export_model(workdir: str, out: str, wanted: str = '', dtype: str = '') -> N
   start = time.monotonic()
   cfg, tokenizer = read_setup(workdir)
   kept = read_json(Path(workdir), ORIGIN_FILE)
-  plan = plan_export(
-    cfg,
-    origin=Origin(**kept) if kept else None,
-    eod_id=tokenizer.eod_id if tokenizer else -1,
-    wanted=wanted,
-    dtype=dtype,
-  )
+  origin = Origin(**kept) if kept else None  # a run that was not imported has none
+  eod_id = tokenizer.eod_id if tokenizer else -1
+  plan = plan_export(cfg, origin, eod_id, wanted, dtype)
   step, model, router = read_model_on(jax.local_devices(backend='cpu')[0], workdir, cfg)
   # On the CPU these are views, not copies.
   arrays = map(np.asarray, [*flatten(model).values(), router.bias])
   leaves = dict(zip(plan.made_of, arrays, strict=True))
   check(*lost_leaves(plan.known, plan.config, plan.made_of, leaves))
+  # Everything has been checked: from here on only the disk can fail.
   files = {CONFIG_FILE: plan.config, GENERATION_FILE: plan.generation_config}
   texts = {name: json.dumps(content, indent=2) + '\n' for name, content in files.items()}
   if tokenizer:

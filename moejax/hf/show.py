@@ -24,10 +24,12 @@ def show(directory: str) -> None:
   """
   source = open_published(directory)
   stored, cfg = source.tensors, source.cfg
+  # Parameters are counted on shapes: nothing is allocated.
   shapes = jax.eval_shape(lambda key: Transformer(key, cfg), jax.random.key(0))
   count = count_parameters(shapes, run_config(cfg, ''))
   tokenizer = read_tokenizer(directory, cfg.vocab_size)
   files = {stored.path(name) for name in stored.names}
+  # On the disk, with headers, and before blocks with scales are unpacked.
   nbytes = sum(path.stat().st_size for path in files)
   facts: dict[str, object] = {
     'family': source.known.model_type,

@@ -58,6 +58,7 @@ def plan_lines(step: CompiledStep, topology: Topology) -> list[str]:
     sent = collectives(step.text, step.mesh.shape)
     lines += collective_lines(sent)
     if topology.chip:
+      # As the compiler has it, not as the models of memory and traffic guess.
       bounds = time_bounds(
         flops=flops.recomputing / step.mesh.size,
         moved=traffic(step.text),

@@ -1,29 +1,38 @@
-"""Makes the goldens: `python tests/golden/make.py [--only NAME]`, with the extra `parity`; moejax has no part in it.
+"""Makes the goldens: `python tests/golden/make.py [--only NAME]`, with the extra `parity`.
 
-A family's directory has a checkpoint of random weights and what transformers, in float32 with eager attention and one
-thread, makes of it. Seeds are tried until no choice is a near-tie (`MARGIN`) and no expert idle.
-B=2, S=14; case '' has no padding, 'left_' and 'right_' have some, and there logits and combine weights mean nothing.
+moejax has no part in it.
 
-- config.json: as save_pretrained writes it; config_hub.json: the same as older hub files spell it. openPangu: its own
-  spelling, and the one in DeepSeek's names.
-- model*.safetensors: published names, one matrix an expert (gpt_oss: fused, as published; mixtral: in shards).
-- golden.npz: [CASE_]{tokens, mask, logits [B, S, V], combine [L, B, S, E] of each MoE layer, ce}; greedy_tokens [2, 16]
-  after the first greedy_lengths[r] of tokens[r]. ce is the mean over next tokens, pairs with padding left out.
+A family's directory has a checkpoint of random weights and what transformers, in float32 with eager
+attention and one thread, makes of it. Seeds are tried until no choice is a near-tie (`MARGIN`) and
+no expert idle. B=2, S=14; case '' has no padding, 'left_' and 'right_' have some, and there logits
+and combine weights mean nothing.
+
+- config.json: as save_pretrained writes it; config_hub.json: the same as older hub files spell it.
+  openPangu: its own spelling, and the one in DeepSeek's names.
+- model*.safetensors: published names, one matrix an expert (gpt_oss: fused, as published; mixtral:
+  in shards).
+- golden.npz: [CASE_]{tokens, mask, logits [B, S, V], combine [L, B, S, E] of each MoE layer, ce};
+  greedy_tokens [2, 16] after the first greedy_lengths[r] of tokens[r]. ce is the mean over next
+  tokens, pairs with padding left out.
 - grads.npz: gradient of ce by every parameter, by its name in the checkpoint.
-- steps.npz: losses before each of six AdamW steps on `tokens`, grad_norms before clipping, param/NAME after the last.
-  Matrices decay, vectors (those of experts, too) do not. The MTP blocks and router biases stay out.
-- mtp.npz: [CASE_]logits_K [B, S-1-K, V] and combine_K [B, S-1-K, E] of block K, loss (the mean over blocks of the means
-  over targets) and its gradients grad/NAME; those by embedding and head are under the main model's names.
-- about.json: versions, seed, sizes, hyper-parameters, gaps, how far each likely mistake moves the logits, and how far
-  float noise moves everything.
+- steps.npz: losses before each of six AdamW steps on `tokens`, grad_norms before clipping,
+  param/NAME after the last. Matrices decay, vectors (those of experts, too) do not. The MTP blocks
+  and router biases stay out.
+- mtp.npz: [CASE_]logits_K [B, S-1-K, V] and combine_K [B, S-1-K, E] of block K, loss (the mean over
+  blocks of the means over targets) and its gradients grad/NAME; those by embedding and head are
+  under the main model's names.
+- about.json: versions, seed, sizes, hyper-parameters, gaps, how far each likely mistake moves the
+  logits, and how far float noise moves everything.
 
-What each rests on. All but openPangu are transformers' own classes, loaded back by it from the very files, by either
-spelling of the config, to the same bits.
-Multi-token prediction: transformers' MtpModel, read from the same files. Its layers are run here, with padding and
-gradients, and held to the logits of its own drafting. That its loss is the one of the papers rests on the papers.
-openPangu Ultra MoE is not in transformers: its layer is written here (`models.SandwichLayer`) over transformers'
-DeepSeek-V3, after Huawei's model files; names of tensors are those of its loaders. No released weights were seen. The
-latent norms have rms_norm_eps, as in the serving code; the pull request to transformers has 1e-6.
+What each rests on. All but openPangu are transformers' own classes, loaded back by it from the very
+files, by either spelling of the config, to the same bits.
+Multi-token prediction: transformers' MtpModel, read from the same files. Its layers are run here,
+with padding and gradients, and held to the logits of its own drafting. That its loss is the one of
+the papers rests on the papers.
+openPangu Ultra MoE is not in transformers: its layer is written here (`models.SandwichLayer`) over
+transformers' DeepSeek-V3, after Huawei's model files; names of tensors are those of its loaders. No
+released weights were seen. The latent norms have rms_norm_eps, as in the serving code; the pull
+request to transformers has 1e-6.
 """
 
 import argparse
@@ -67,7 +76,7 @@ def weights(family: Family, seed: int) -> tuple[nn.Module, nn.Module]:
 
 
 def attempt(family: Family, seed: int) -> tuple[nn.Module, nn.Module, Files, dict[str, object]]:
-  """Everything to be recorded, by file, and how sure it is; Unfit if these weights must not be used."""
+  """Everything to be recorded, by file, and how sure it is; Unfit if these weights are no good."""
   model, mtp = weights(family, seed)
   gaps, files = record.Gaps(MARGIN), {}
   golden = record.forward(
@@ -101,7 +110,7 @@ def same(a: Tensors, b: Tensors) -> bool:
 
 
 def write_checkpoint(path: Path, family: Family, model: nn.Module, mtp: nn.Module) -> None:
-  """As save_pretrained does; with MTP blocks, or of a model that it does not know, from the names made here."""
+  """As save_pretrained does; MTP blocks and models that it does not know by names made here."""
   model.save_pretrained(path, max_shard_size=family.shard_size)
   tensors = state(model, family)
   if not same(tensors, load_directory(path)):
@@ -120,9 +129,10 @@ def write_checkpoint(path: Path, family: Family, model: nn.Module, mtp: nn.Modul
 
 @torch.no_grad()
 def check_checkpoint(path: Path, family: Family, mtp: nn.Module, files: Files) -> None:
-  """transformers must read the same model from the files, by either spelling of its config, MTP blocks included.
+  """transformers must read the same model from the files, by either spelling, with MTP blocks.
 
-  Of a model that it has not, it reads the tensors alone, and its drafting runs with the blocks `mtp` in memory.
+  Of a model that it has not, it reads the tensors alone, and its drafting runs with the blocks
+  `mtp` in memory.
   """
   tokens, logits = (torch.from_numpy(files['golden.npz'][k]) for k in ('tokens', 'logits'))
   is_local = family.model in LOCAL
@@ -163,7 +173,7 @@ def check_drafts(
 
 @torch.no_grad()
 def mistakes(model: nn.Module, family: Family, golden: record.Arrays) -> dict[str, float]:
-  """How far the logits move, at most, if a config field is taken for another or a tensor is ignored."""
+  """How far the logits move, at most, if a field is taken for another or a tensor is ignored."""
   tokens, logits = torch.from_numpy(golden['tokens']), torch.from_numpy(golden['logits'])
   wrong = {name: build(family, changes) for name, changes in family.mistakes.items()}
   wrong |= {f'no {part}': build(family, {}) for part in family.silenced}
@@ -232,8 +242,8 @@ def main() -> None:
   hf.logging.set_verbosity_error()
   hf.logging.disable_progress_bar()
   print(
-    f'{"family":20} {"params":>7} {"seed":>5} {"min gap":>8} {"logits":>6} {"max kB":>6} {"all kB":>6} {"s":>6}   '
-    'least mistake'
+    f'{"family":20} {"params":>7} {"seed":>5} {"min gap":>8} {"logits":>6} '
+    f'{"max kB":>6} {"all kB":>6} {"s":>6}   least mistake'
   )
   for name in names:
     print(make(name, FAMILIES[name]), flush=True)

@@ -1,4 +1,4 @@
-"""Tiny models with random weights, openPangu's among them, and their tensors under the names that the hub publishes."""
+"""Tiny models with random weights, openPangu's among them, and the published names of tensors."""
 
 import dataclasses
 import math
@@ -14,7 +14,10 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """One checkpoint to make. Published names of an expert's three matrices: () says that the file has them fused."""
+  """One checkpoint to make.
+
+  Published names of an expert's three matrices: () says that the file has them fused.
+  """
 
   model: str  # a class of transformers, or of LOCAL
   config: dict[str, object]
@@ -47,7 +50,8 @@ class Family:
 class SandwichLayer(deepseek.DeepseekV3DecoderLayer):
   """openPangu's layer: DeepSeek's attention and MLP, each between two norms.
 
-  `post_attention_layernorm` keeps DeepSeek's name but not its place: it norms what attention returns.
+  `post_attention_layernorm` keeps DeepSeek's name but not its place: it norms what attention
+  returns.
   """
 
   def __init__(self, config: hf.PreTrainedConfig, layer_idx: int) -> None:
@@ -86,7 +90,8 @@ LOCAL = {'PanguUltraMoEForCausalLM': PanguUltraMoEForCausalLM}
 def build(family: Family, changes: dict[str, object]) -> nn.Module:
   """The family's model, with `changes`, in float32, its experts and attention in plain torch.
 
-  latent_norm_eps is no config of transformers: 1e-6 is the default of its class, and a change of it is made here.
+  latent_norm_eps is no config of transformers: 1e-6 is the default of its class, and a change of it
+  is made here.
   """
   cls = LOCAL[family.model] if family.model in LOCAL else getattr(hf, family.model)
   # transformers completes the nested tables in place: each model has its own
@@ -102,7 +107,7 @@ def build(family: Family, changes: dict[str, object]) -> nn.Module:
 
 @torch.no_grad()
 def randomise(model: nn.Module, family: Family, rng: np.random.Generator) -> None:
-  """All parameters and router biases at random: norms around one, biases around zero, matrices that keep sizes."""
+  """All parameters at random: norms around one, biases around zero, matrices that keep sizes."""
   biases = [(n, b) for n, b in model.state_dict().items() if n.endswith('e_score_correction_bias')]
   for name, x in [*model.named_parameters(), *biases]:
     noise = torch.from_numpy(rng.standard_normal(tuple(x.shape), np.float32))
@@ -119,7 +124,7 @@ def randomise(model: nn.Module, family: Family, rng: np.random.Generator) -> Non
 
 
 def published(tensors: Tensors, family: Family) -> Tensors:
-  """In-memory names and fused experts as the hub has them: one matrix [out, in] an expert, unless the file fuses too.
+  """Names and experts as the hub has them: one matrix [out, in] an expert, unless files fuse too.
 
   Gradients and final parameters pass through here as well as weights: all are elementwise in them.
   """

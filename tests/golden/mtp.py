@@ -1,8 +1,11 @@
-"""Multi-token prediction on top of a main model, as transformers' own MtpModel has it, with padding and gradients.
+"""Multi-token prediction on top of a main model, as transformers' MtpModel has it.
 
-Block k at row i takes the hidden state of row i (after the final norm; of block k-1 after its norm) and the embedding
-of token i+k+1, attends as the main model does, and predicts token i+k+2 through the main model's head.
-MtpModel masks no padding and keeps only the last row's logits, so its layers are run here; they are its layers.
+It is run with padding and gradients.
+
+Block k at row i takes the hidden state of row i (after the final norm; of block k-1 after its norm)
+and the embedding of token i+k+1, attends as the main model does, and predicts token i+k+2 through
+the main model's head. MtpModel masks no padding and keeps only the last row's logits, so its layers
+are run here; they are its layers.
 """
 
 import torch
@@ -20,7 +23,10 @@ def build_mtp(model: nn.Module, depth: int) -> MtpModel:
 def mtp_logits(
   model: nn.Module, mtp: MtpModel, tokens: torch.Tensor, mask: torch.Tensor
 ) -> list[torch.Tensor]:
-  """Block k's logits [B, S-1-k, V]; rows whose own token or whose next k+1 tokens are padding mean nothing."""
+  """Block k's logits [B, S-1-k, V].
+
+  Rows whose own token or whose next k+1 tokens are padding mean nothing.
+  """
   hidden = model.model(tokens, attention_mask=mask).last_hidden_state
   out = []
   for k, layer in enumerate(mtp.layers):
@@ -47,7 +53,7 @@ def mtp_loss(logits: list[torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
 
 
 def mtp_names(tensors: Tensors, model: nn.Module, family: Family) -> Tensors:
-  """The blocks' tensors under the published names: layers after the last, each with copies of embedding and head."""
+  """The blocks' tensors under published names: layers after the last, with embedding and head."""
   first = model.config.num_hidden_layers
   out = {}
   for name, x in published(tensors, family).items():

@@ -1,7 +1,7 @@
-"""What a golden holds: logits, combine weights, losses, gradients, AdamW steps and greedy text of one model.
+"""What a golden holds: logits, combine weights, losses, gradients, AdamW steps, greedy text.
 
-Each part raises Unfit when some choice, of an expert or of a greedy token, is nearer to another one than the margin, or
-when something would go untested: an expert that no token chose.
+Each part raises Unfit when some choice, of an expert or of a greedy token, is nearer to another one
+than the margin, or when something would go untested: an expert that no token chose.
 """
 
 import copy
@@ -26,7 +26,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class Unfit(Exception):
-  """These weights make no good golden: float noise could decide a choice, or an expert stays idle. Try others."""
+  """These weights make no good golden: float noise could decide a choice, or an expert is idle."""
 
 
 class Gaps(dict[str, float]):
@@ -47,10 +47,11 @@ class Gaps(dict[str, float]):
 def cases(
   vocab_size: int, rng: np.random.Generator
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-  """(case, tokens [B, S], mask [B, S]): rows without padding, pushed to the right by it, and cut short by it.
+  """(case, tokens [B, S], mask [B, S]): rows without padding, pushed right by it, cut short by it.
 
-  What is no padding sees the same tokens in all cases, so each choice needs to be clear but once; what stands on
-  padding is a token as any other. The last two of the vocabulary, begin and end of sequence, stay out.
+  What is no padding sees the same tokens in all cases, so each choice needs to be clear but once;
+  what stands on padding is a token as any other. The last two of the vocabulary, begin and end of
+  sequence, stay out.
   """
   rows = torch.from_numpy(rng.integers(0, vocab_size - 2, (BATCH, LENGTH)))
   place = torch.arange(LENGTH).expand(BATCH, -1)
@@ -72,7 +73,7 @@ def cross_entropy(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor
 def forward(
   model: nn.Module, family: Family, vocab_size: int, rng: np.random.Generator, gaps: Gaps
 ) -> Arrays:
-  """tokens, mask, logits, combine [L, B, S, E] and ce of each case; rows of padding mean nothing."""
+  """tokens, mask, logits, combine [L, B, S, E], ce of each case; rows of padding mean nothing."""
   out = {}
   for case, tokens, mask in cases(vocab_size, rng):
     with torch.no_grad(), watching(model, family) as watch:
@@ -92,7 +93,7 @@ def forward(
 
 @torch.no_grad()
 def greedy(model: nn.Module, family: Family, tokens: np.ndarray, gaps: Gaps) -> Arrays:
-  """Greedy text after prompts of two lengths, each row alone, without cache or padding; nothing stops it."""
+  """Greedy text after prompts of two lengths, each row alone, without cache, padding or stop."""
   rows = []
   for prompt, n in zip(torch.from_numpy(tokens), PROMPTS):
     row = prompt[None, :n]
@@ -137,7 +138,7 @@ def moved(grads: Tensors) -> Arrays:
 
 
 def steps(model: nn.Module, family: Family, tokens: np.ndarray, gaps: Gaps) -> Arrays:
-  """Losses before each of six AdamW steps on one batch, norms before clipping, and the parameters after the last."""
+  """Losses before each of six AdamW steps on one batch, norms before clipping, last parameters."""
   model = copy.deepcopy(model)
   named = dict(model.named_parameters())
   decayed = [
@@ -171,7 +172,7 @@ def steps(model: nn.Module, family: Family, tokens: np.ndarray, gaps: Gaps) -> A
 def multi_token(
   model: nn.Module, mtp: MtpModel, family: Family, golden: Arrays, gaps: Gaps
 ) -> Arrays:
-  """Logits, combine weights and loss of the MTP blocks, and that loss's gradients by them and by the main model."""
+  """Logits, combine weights and loss of the MTP blocks, and its gradients by all parameters."""
   out = {}
   for case in PADDING:
     tokens, mask = (torch.from_numpy(golden[f'{case}_{k}'.strip('_')]) for k in ('tokens', 'mask'))
@@ -193,7 +194,9 @@ def multi_token(
 
 
 def noise(model: nn.Module, family: Family, files: dict[str, Arrays]) -> dict[str, float]:
-  """How far results move, at most, when every parameter does by 1e-7 of itself: no other code can agree better.
+  """How far results move, at most, when every parameter does by 1e-7 of itself.
+
+  No other code can agree better.
 
   Gradients are relative to the largest of their own tensor. Unfit if it is more than MAX_NOISE.
   """

@@ -1,7 +1,7 @@
-"""Routers, watched: the combine weights of every MoE layer, and how far each choice was from another one.
+"""Routers, watched: the combine weights of every MoE layer, and how clear each choice was.
 
-The gap is that between the last chosen and the first one not chosen, of groups and of experts; where it is small,
-float noise decides, and a golden would be a coin.
+The gap is that between the last chosen and the first one not chosen, of groups and of experts;
+where it is small, float noise decides, and a golden would be a coin.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ GROUPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class Watch:
-  """What the routers of one forward pass did, layer by layer: combine [T, E] f32 and gap [T] f32."""
+  """What the routers of one forward pass did, by layer: combine [T, E] f32 and gap [T] f32."""
 
   def __init__(self) -> None:
     self.combine: list[torch.Tensor] = []
@@ -52,7 +52,7 @@ def watching(model: nn.Module, family: Family) -> Iterator[Watch]:
 
 
 def gap(logits: torch.Tensor, ids: torch.Tensor, router: nn.Module, family: Family) -> torch.Tensor:
-  """[T] smallest distance of a choice to the next one; fails if such a choice is clear and not the router's `ids`."""
+  """[T] distance of each choice to the next; fails if a clear one is not the router's `ids`."""
   choice = SCORES[family.score](logits)
   biases = dict(router.named_buffers())
   if biases:
@@ -71,6 +71,7 @@ def gap(logits: torch.Tensor, ids: torch.Tensor, router: nn.Module, family: Fami
   others = (order[:, : router.top_k].sort(-1).values != ids.sort(-1).values).any(-1)
   if (others & (smallest > 1e-6)).any():
     raise ValueError(
-      f'{family.model}: score={family.score!r}, group={family.group!r} do not choose as its router does'
+      f'{family.model}: score={family.score!r}, group={family.group!r} do not choose as its router '
+      'does'
     )
   return smallest

@@ -11,7 +11,8 @@ Config = dict[str, object]
 def both(path: Path, family: Family) -> dict[str, Config]:
   """File name -> config, from the one that save_pretrained wrote at `path`.
 
-  A family that transformers has not is in its own names in config.json, and in transformers' names in the other.
+  A family that transformers has not is in its own names in config.json, and in transformers' names
+  in the other.
   """
   config = json.loads(path.read_text())
   hub = older(config, family)
@@ -23,7 +24,7 @@ def both(path: Path, family: Family) -> dict[str, Config]:
 
 
 def older(config: Config, family: Family) -> Config:
-  """rope_theta and rope_scaling instead of rope_parameters, torch_dtype instead of dtype, and the keys of then."""
+  """rope_theta and rope_scaling instead of rope_parameters, torch_dtype of dtype, keys of then."""
   new = ('rope_parameters', 'dtype', 'rope_interleave', 'head_dim', 'qk_head_dim')
   out = {k: v for k, v in config.items() if k not in new}
   scaling = dict(config['rope_parameters'])

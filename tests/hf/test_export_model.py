@@ -14,7 +14,7 @@ from moejax.data.tokenizer import load_tokenizer
 from moejax.hf.logits import ONE_DEVICE, read_published_model
 from moejax.hf.weights import open_published
 from moejax.train.experiment import run_dir
-from tests.hf.commands import run, trained_here
+from tests.hf.commands import exported, run, trained_here
 from tests.support.published_models import GOLDEN
 
 

@@ -56,7 +56,7 @@ def test_the_other_spelling_is_the_same_model_and_is_given_back(name: str, tmp_p
 
 
 def test_every_bit_of_every_dtype_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  """With numbers too small for many a processor, in dtypes mixed within a layer and a stack."""
+  """With numbers too small for many processors, in dtypes mixed within a layer and a stack."""
   monkeypatch.setattr(leaf_reader, 'SMALL', 0)
   config, arrays = random_model('mixtral', 'BF16', vocab_size=2048)
   bits = np.arange(1 << 16, dtype=np.uint16)

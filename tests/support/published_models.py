@@ -1,4 +1,4 @@
-"""Directories of published models for tests: copies of goldens to be spoilt, and random ones of any family."""
+"""Directories of published models for tests: copies of goldens, and random ones of any family."""
 
 import dataclasses
 import json

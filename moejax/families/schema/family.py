@@ -1,6 +1,6 @@
-"""What a published family is: data that says how its config.json and its tensors are spelt, and nothing that runs.
+"""What a published family is: data that says how its config.json and its tensors are spelt.
 
-config.json -> read(family, config) -> ModelConfig -> write(family, cfg) -> config.json
+config.json -> read_config(family, config) -> ModelConfig -> write_config(...) -> config.json
 """
 
 import dataclasses
@@ -9,13 +9,14 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from moejax.config import ConfigError, check, from_config_dict
+from moejax.config import ConfigError, check, from_config_dict, problem_if
 from moejax.families.schema.config_keys import Codec, Config, Fields, Fixed, Key
 from moejax.families.schema.tensor_names import Name
 from moejax.model.config import ModelConfig
 from moejax.model.field_roles import fields_with_role
 
-# Keys that change nothing of what given weights compute, but that whoever trains on, samples or serves wants back.
+# Keys that change nothing of what given weights compute, but that whoever trains on, samples or
+# serves wants back.
 KEPT = frozenset(
   {
     'attention_dropout',
@@ -33,7 +34,8 @@ KEPT = frozenset(
   }
 )
 
-# Keys of kin of these families, for what is not built here; 0, false or nothing is as good as absent.
+# Keys of kin of these families, for what is not built here; 0, false or nothing is as good as
+# absent.
 UNBUILT = (
   'attn_logit_softcapping',
   'final_logit_softcapping',
@@ -46,45 +48,47 @@ UNBUILT = (
 
 
 class Family(NamedTuple):
-  """All that is known of a model_type.
-
-  architecture: transformers' class.  base: what the family fixes, and what absent keys mean: a preset, where it can be.
-  names: its name table.  presets: the published sizes, the first one 'full', and 'tiny' with every feature.
-  aliases: other spellings of keys -> theirs here.
-  """
+  """All that is known of a model_type."""
 
   model_type: str
-  architecture: str
-  base: ModelConfig
-  keys: tuple[Key | Fixed | Codec, ...]
-  names: Mapping[str, Name]
-  presets: Mapping[str, ModelConfig]
-  aliases: Mapping[str, str] = {}
+  architecture: str  # transformers' class
+  base: ModelConfig  # what the family fixes, and what absent keys mean: a preset, where it can be
+  keys: tuple[Key | Fixed | Codec, ...]  # how config.json is spelt
+  names: Mapping[str, Name]  # path of a parameter -> its name in published files
+  presets: Mapping[str, ModelConfig]  # published sizes, 'full' first, and 'tiny' with every feature
+  aliases: Mapping[str, str] = {}  # other spellings of keys -> those in `keys`
 
 
-def renamed(family: Family, config: Config) -> Config:
-  """The config with its aliases under the names that the family's keys have; ConfigError where both say something."""
-  old = {name: family.aliases[name] for name in config if name in family.aliases}
-  check(
-    *(
-      f'config.json: {name}={config[name]!r} and {old[name]}={config[old[name]]!r} are one thing: keep one'
-      for name in old
-      if old[name] in config and config[old[name]] != config[name]
-    )
-  )
-  return {name: config[name] for name in config if name not in old} | {
-    old[name]: config[name] for name in old
-  }
+def resolve_aliases(family: Family, config: Config) -> Config:
+  """Returns the config with its aliases under the names that the family's keys have.
+
+  Raises:
+    ConfigError: a key and its alias say different things.
+  """
+  aliases = {name: family.aliases[name] for name in config if name in family.aliases}
+  problems: list[str] = []
+  for alias, name in aliases.items():
+    if name in config and config[name] != config[alias]:
+      pair = f'{alias}={config[alias]!r} and {name}={config[name]!r}'
+      problems.append(f'config.json: {pair} are one thing: keep one')
+  check(*problems)
+  result = {name: value for name, value in config.items() if name not in aliases}
+  return result | {name: config[alias] for alias, name in aliases.items()}
 
 
 def read_config(family: Family, config: Config) -> ModelConfig:
-  """What config.json says, or a ConfigError of all that is wrong with it, in its own words."""
-  config, tree, spelling = renamed(family, config), dataclasses.asdict(family.base), {}
+  """Returns what config.json says as our config.
+
+  Raises:
+    ConfigError: tells all that is wrong with it, in the words of config.json.
+  """
+  config, tree = resolve_aliases(family, config), dataclasses.asdict(family.base)
   problems = [
     f'{name}={config[name]!r} is not built here'
     for name in UNBUILT
     if name in config and config[name]
   ]
+  spelling: dict[str, str] = {}  # our field -> the key that says it
   for key in family.keys:
     try:
       for path, value in key.read(config).items():
@@ -92,28 +96,37 @@ def read_config(family: Family, config: Config) -> ModelConfig:
         functools.reduce(dict.__getitem__, parents, tree)[leaf] = value
     except ConfigError as error:
       problems += error.problems
-    spelling |= {key.field.split('.')[-1]: key.name} if isinstance(key, Key) else {}
+    if isinstance(key, Key):
+      spelling[key.field.split('.')[-1]] = key.name
+  # Two rows may read the same key, and object to it in the same words.
   check(*dict.fromkeys(f'config.json: {problem}' for problem in problems))
   try:
     cfg = from_config_dict(ModelConfig, tree)
-    check('vocab_size=0: use 1 or more' if not cfg.vocab_size else '')
+    check(problem_if(not cfg.vocab_size, 'vocab_size=0: use 1 or more'))
     return cfg
   except ConfigError as error:
-    spelt = [re.sub(r'^config(?:\.\w+)*[:.] ?', '', problem) for problem in error.problems]
-    raise ConfigError(
-      *(f'config.json: {_in_its_words(problem, spelling)}' for problem in spelt)
-    ) from error
+    theirs = [f'config.json: {_in_its_words(problem, spelling)}' for problem in error.problems]
+    raise ConfigError(*theirs) from error
 
 
 def _in_its_words(problem: str, spelling: Mapping[str, str]) -> str:
-  """The problem with our names of fields replaced by those of keys."""
-  return re.sub(
-    r'\b\w+_\w+|\b\w+(?==)', lambda m: spelling[m[0]] if m[0] in spelling else m[0], problem
-  )
+  """The problem of our config with our names of fields replaced by those of keys."""
+  without_path = re.sub(r'^config(?:\.\w+)*[:.] ?', '', problem)
+
+  def key(field: re.Match) -> str:
+    return spelling[field[0]] if field[0] in spelling else field[0]
+
+  # A field is a word with an underscore, or one that has a value.
+  return re.sub(r'\b\w+_\w+|\b\w+(?==)', key, without_path)
 
 
 def write_config(family: Family, cfg: ModelConfig, kept: Config) -> dict[str, object]:
-  """config.json in the spelling that transformers 4 and 5 and vLLM load, with what an import kept of another one.
+  """Returns config.json in the spelling that transformers 4 and 5 and vLLM load.
+
+  Args:
+    family: whose files it is for.
+    cfg: the model.
+    kept: what an import kept of another config.json.
 
   Raises:
     ConfigError: read back, it would be another model: the family cannot hold this one.
@@ -124,8 +137,9 @@ def write_config(family: Family, cfg: ModelConfig, kept: Config) -> dict[str, ob
   ours, back = _decisive(cfg), _decisive(read_config(family, config))
   check(
     *(
-      f'config.model.{path}={ours[path]!r} cannot be said in a config.json of model_type={family.model_type!r}, '
-      f'which would be read as {back[path]!r}: choose another family'
+      f'config.model.{path}={ours[path]!r} cannot be said in a config.json of '
+      f'model_type={family.model_type!r}, which would be read as {back[path]!r}: '
+      'choose another family'
       for path in ours
       if ours[path] != back[path]
     )
@@ -134,9 +148,10 @@ def write_config(family: Family, cfg: ModelConfig, kept: Config) -> dict[str, ob
 
 
 def _decisive(cfg: ModelConfig) -> Fields:
-  """Dotted path -> value of every field that decides what given weights compute, as a file can say it."""
+  """Dotted path -> value of every field that decides what given weights compute."""
   fields = fields_with_role(cfg, 'function')
   windows = cfg.attention.windows
+  # As a file says it: a window for each layer, not the shortest period.
   fields['attention.windows'] = [windows[i % len(windows)] for i in range(cfg.num_layers)]
   if not cfg.num_dense_layers:
     fields['d_ff'] = 0  # no layer reads it

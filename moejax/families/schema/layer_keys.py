@@ -1,8 +1,8 @@
-"""Keys of config.json that say what layers there are: sliding windows, dense layers, groups, shared experts, norms."""
+"""Keys of config.json that say what layers there are: windows, dense layers, groups, experts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from moejax.config import check
+from moejax.config import check, problem_if
 from moejax.families.schema.config_keys import Codec, Config, Fields, field, need
 from moejax.model.config import ModelConfig
 
@@ -10,92 +10,108 @@ from moejax.model.config import ModelConfig
 RULES: dict[str, Callable[[int, int], bool]] = {
   'every': lambda layer, full: True,
   'alternate': lambda layer, full: layer % 2 == 0,  # gpt-oss
-  'alternate_first': lambda layer, full: (
-    layer % 2 == 0 and layer < full
-  ),  # Qwen2-MoE, as transformers 5 has it
+  # Qwen2-MoE, as transformers 5 has it.
+  'alternate_first': lambda layer, full: layer % 2 == 0 and layer < full,
   'last': lambda layer, full: layer >= full,  # Qwen2, Qwen3
 }
 
 
 def windows(rule: str, width: int, switch: bool = False) -> Codec:
-  """rule: a row of RULES; layer_types is read and written but for 'every'.  width: without sliding_window; 0: off.
-  switch: windows are off unless use_sliding_window says otherwise."""
+  """Returns the row of sliding windows.
+
+  Args:
+    rule: a row of RULES; layer_types is read and written but for 'every'.
+    width: of the window without sliding_window; 0: off.
+    switch: windows are off unless use_sliding_window says otherwise.
+  """
 
   def read_windows(config: Config) -> Fields:
     layers = need(config, 'num_hidden_layers')
     size = config['sliding_window'] if 'sliding_window' in config else width or None
-    is_on = size is not None and (
-      not switch or 'use_sliding_window' in config and bool(config['use_sliding_window'])
-    )
+    is_switched_on = 'use_sliding_window' in config and bool(config['use_sliding_window'])
+    is_on = size is not None and (is_switched_on or not switch)
+    is_size = type(size) is int and size > 0
+    # transformers takes 28 where max_window_layers is not said.
     full = config['max_window_layers'] if 'max_window_layers' in config else 28
+    is_ambiguous = is_on and switch and rule == 'every' and 'max_window_layers' in config and full
     check(
-      f'max_window_layers={full!r} with use_sliding_window=True means other layers in other versions of '
-      'transformers: leave it out for windows everywhere'
-      if is_on and switch and rule == 'every' and 'max_window_layers' in config and full
-      else '',
-      f'sliding_window={size!r}: use null (off), or a whole number, 1 or more'
-      if is_on and not (type(size) is int and size > 0)
-      else '',
+      problem_if(
+        is_ambiguous,
+        f'max_window_layers={full!r} with use_sliding_window=True means other layers in other '
+        'versions of transformers: leave it out for windows everywhere',
+      ),
+      problem_if(
+        is_on and not is_size,
+        f'sliding_window={size!r}: use null (off), or a whole number, 1 or more',
+      ),
     )
     slides = [RULES[rule](layer, full) for layer in range(layers)]
     if rule != 'every' and 'layer_types' in config and config['layer_types'] is not None:
-      kinds = config['layer_types']
-      check(
-        f'layer_types={kinds!r}: use a list with a word for each layer'
-        if not isinstance(kinds, list)
-        else ''
-      )
-      check(
-        *dict.fromkeys(
-          f'layer_types has {kind!r}: only full_attention and sliding_attention are built here'
-          for kind in kinds
-          if kind not in ('full_attention', 'sliding_attention')
-        ),
-        f'layer_types names {len(kinds)} layers of num_hidden_layers={layers}: name each once'
-        if len(kinds) != layers
-        else '',
-      )
-      slides = [kind == 'sliding_attention' for kind in kinds]
+      slides = _sliding_layers(config['layer_types'], layers)
     each = [size if is_on and slide else 0 for slide in slides]
-    period = next(
-      p for p in range(1, layers + 1) if all(w == each[i % p] for i, w in enumerate(each))
-    )
-    return {'attention.windows': each[:period]}
+    return {'attention.windows': each[: _period(each)]}
 
   def write_windows(cfg: ModelConfig) -> Config:
     each = [cfg.attention.windows[i % len(cfg.attention.windows)] for i in range(cfg.num_layers)]
-    kinds = ['sliding_attention' if w else 'full_attention' for w in each]
-    return (
-      {'sliding_window': max(each) or None}
-      | ({'use_sliding_window': max(each) > 0} if switch else {})
-      | ({'layer_types': kinds} if rule != 'every' and (max(each) or not switch) else {})
-    )
+    largest = max(each)
+    keys: dict[str, object] = {'sliding_window': largest or None}
+    if switch:
+      keys['use_sliding_window'] = largest > 0
+    if rule != 'every' and (largest or not switch):
+      keys['layer_types'] = ['sliding_attention' if w else 'full_attention' for w in each]
+    return keys
 
   return Codec(read_windows, write_windows)
 
 
+def _sliding_layers(kinds: object, layers: int) -> list[bool]:
+  """What layer_types says: does each layer slide?"""
+  is_list = isinstance(kinds, list)
+  check(problem_if(not is_list, f'layer_types={kinds!r}: use a list with a word for each layer'))
+  unknown = [kind for kind in kinds if kind not in ('full_attention', 'sliding_attention')]
+  problems = [
+    f'layer_types has {kind!r}: only full_attention and sliding_attention are built here'
+    for kind in unknown
+  ]
+  count = f'layer_types names {len(kinds)} layers of num_hidden_layers={layers}: name each once'
+  check(*dict.fromkeys(problems), problem_if(len(kinds) != layers, count))
+  return [kind == 'sliding_attention' for kind in kinds]
+
+
+def _period(each: Sequence[int]) -> int:
+  """The fewest first items that give all when they are repeated."""
+  period = 1
+  while any(item != each[i % period] for i, item in enumerate(each)):
+    period += 1
+  return period
+
+
 def choice(name: str, path: str, ours: Mapping[bool, object]) -> Codec:
-  """A switch in config.json, one of two values here; off where it is not said."""
+  """Returns the row of a switch in config.json that is one of two values here.
+
+  Args:
+    name: of the key, which is off where it is not said.
+    path: of our field.
+    ours: the field's value where the switch is on, and where it is off.
+  """
 
   def read_choice(config: Config) -> Fields:
     value = config[name] if name in config else False
-    check(f'{name}={value!r}: use true or false' if not isinstance(value, bool) else '')
+    check(problem_if(not isinstance(value, bool), f'{name}={value!r}: use true or false'))
     return {path: ours[value]}
 
   return Codec(read_choice, lambda cfg: {name: field(cfg, path) == ours[True]})
 
 
 def dense_layers(name: str = 'mlp_only_layers') -> Codec:
-  """A list of the layers without experts; here those are the first ones."""
+  """Returns the row of a list of the layers without experts; here those are the first ones."""
 
   def read_list(config: Config) -> Fields:
     layers = (config[name] if name in config else None) or []
-    check(f'{name}={layers!r}: use a list of layers' if not isinstance(layers, list) else '')
-    check(
-      f'{name}={layers}: use the first layers, {list(range(len(layers)))}; dense layers are not built elsewhere'
-      if {*layers} != {*range(len(layers))}
-      else ''
-    )
+    check(problem_if(not isinstance(layers, list), f'{name}={layers!r}: use a list of layers'))
+    first = list(range(len(layers)))
+    remedy = f'use the first layers, {first}; dense layers are not built elsewhere'
+    check(problem_if({*layers} != {*first}, f'{name}={layers}: {remedy}'))
     return {'num_dense_layers': len(layers)}
 
   return Codec(read_list, lambda cfg: {name: list(range(cfg.num_dense_layers))})
@@ -104,52 +120,49 @@ def dense_layers(name: str = 'mlp_only_layers') -> Codec:
 def shared_width(
   name: str = 'shared_expert_intermediate_size', routed: str = 'moe_intermediate_size'
 ) -> Codec:
-  """The width of all shared experts together, which here is counted in routed ones."""
+  """Returns the row of the width of all shared experts, which is counted in routed ones here.
+
+  Args:
+    name: of the key.
+    routed: the key that is the width of a routed expert.
+  """
 
   def read_width(config: Config) -> Fields:
     width, one = need(config, name), need(config, routed)
-    check(
-      f'{name}={width} is not a multiple of {routed}={one}: no other width is built here'
-      if width % one
-      else ''
-    )
+    remedy = 'no other width is built here'
+    check(problem_if(width % one, f'{name}={width} is not a multiple of {routed}={one}: {remedy}'))
     return {'moe.num_shared': width // one}
 
   return Codec(read_width, lambda cfg: {name: cfg.moe.num_shared * cfg.moe.d_expert})
 
 
 def groups_by_method() -> Codec:
-  """DeepSeek-V2's topk_method: groups are looked at with 'group_limited_greedy' only."""
+  """Returns the row of DeepSeek-V2's topk_method: only 'group_limited_greedy' looks at groups."""
   names = {'n_group': 'moe.router.num_groups', 'topk_group': 'moe.router.top_groups'}
 
   def read_groups(config: Config) -> Fields:
     method = config['topk_method'] if 'topk_method' in config else 'greedy'
-    check(
-      f'topk_method={method!r}: use greedy or group_limited_greedy'
-      if method not in ('greedy', 'group_limited_greedy')
-      else ''
-    )
+    is_known = method in ('greedy', 'group_limited_greedy')
+    problem = f'topk_method={method!r}: use greedy or group_limited_greedy'
+    check(problem_if(not is_known, problem))
     return {path: need(config, name) if method != 'greedy' else 1 for name, path in names.items()}
 
-  return Codec(
-    read_groups,
-    lambda cfg: (
-      {name: field(cfg, path) for name, path in names.items()}
-      | {'topk_method': 'group_limited_greedy' if cfg.moe.router.num_groups > 1 else 'greedy'}
-    ),
-  )
+  def write_groups(cfg: ModelConfig) -> Config:
+    method = 'group_limited_greedy' if cfg.moe.router.num_groups > 1 else 'greedy'
+    return {name: field(cfg, path) for name, path in names.items()} | {'topk_method': method}
+
+  return Codec(read_groups, write_groups)
 
 
 def latent_width(name: str = 'qk_head_dim') -> Codec:
-  """A sum that transformers writes down: it must be one."""
+  """Returns the row of a sum that transformers writes down; it is checked, and gives no field."""
 
   def read_sum(config: Config) -> Fields:
-    nope, rope = (need(config, part) for part in ('qk_nope_head_dim', 'qk_rope_head_dim'))
-    check(
-      f'{name}={config[name]} is not qk_nope_head_dim={nope} + qk_rope_head_dim={rope}: leave it out'
-      if name in config and config[name] != nope + rope
-      else ''
-    )
+    nope, rope = need(config, 'qk_nope_head_dim'), need(config, 'qk_rope_head_dim')
+    if name in config:
+      parts = f'qk_nope_head_dim={nope} + qk_rope_head_dim={rope}'
+      problem = f'{name}={config[name]} is not {parts}: leave it out'
+      check(problem_if(config[name] != nope + rope, problem))
     return {}
 
   return Codec(read_sum, lambda cfg: {})

@@ -1,6 +1,9 @@
-"""Rows that families share, of keys and of name tables: most of them spell a layer as Llama does, or as DeepSeek.
+"""Rows that families share: most of them spell a layer as Llama does, or as DeepSeek.
 
-A family's tables are sums of these and of its own rows; names whose parameter a model does not have are not used.
+The rows are of tables of keys and of tables of names.
+
+A family's tables are sums of these and of its own rows; names whose parameter a model does not have
+are not used.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,11 +22,13 @@ DECODER = (
   Key('tie_word_embeddings', 'tie_embeddings'),
   Key('initializer_range', 'init.std'),
 )
+# Without num_key_value_heads: an error in some families, multi-head attention in others.
 KV_HEADS = (
   Key('num_key_value_heads', 'attention.num_kv_heads', required=True, empty=number_of_heads),
 )
 KV_HEADS_OR_ALL = (Key('num_key_value_heads', 'attention.num_kv_heads', empty=number_of_heads),)
 HEAD_DIM = (Key('head_dim', 'attention.d_head', empty=equal_heads),)
+# One key for both: DeepSeek and Llama have a bias on all four projections, or on none.
 ATTENTION_BIAS = (
   Key('attention_bias', 'attention.qkv_bias'),
   Key('attention_bias', 'attention.out_bias'),
@@ -68,37 +73,40 @@ _LAYER = 'model.layers.{layer}.'
 
 
 def in_layers(names: Mapping[str, str], how: str = 'same') -> dict[str, Name]:
-  """Path -> published name within the layer, as rows."""
+  """Returns rows of a name table, of path -> published name within the layer."""
   return {path: Name(_LAYER + name, how) for path, name in names.items()}
 
 
 def ffn(
   path: str, where: str, projections: Iterable[str] = ('gate_proj', 'up_proj', 'down_proj')
 ) -> dict[str, Name]:
-  """Rows of the three matrices of an FFN."""
-  return in_layers(
-    {
-      f'{path}.{ours}': f'{where}.{theirs}.weight'
-      for ours, theirs in zip(('gate', 'up', 'down'), projections)
-    },
-    'transposed',
-  )
+  """Returns rows of the three matrices of an FFN.
+
+  Args:
+    path: of the FFN in our model.
+    where: of the FFN in published files, within the layer.
+    projections: published names of gate, up and down.
+  """
+  matrices = zip(('gate', 'up', 'down'), projections)
+  names = {f'{path}.{ours}': f'{where}.{theirs}.weight' for ours, theirs in matrices}
+  return in_layers(names, 'transposed')
 
 
 def attention(projections: Mapping[str, str], norms: Mapping[str, str]) -> dict[str, Name]:
-  """Rows of linear layers, each with a bias or not, and of norms."""
-  return (
-    in_layers(
-      {f'attention.{ours}.w': f'self_attn.{theirs}.weight' for ours, theirs in projections.items()},
-      'transposed',
-    )
-    | in_layers(
-      {f'attention.{ours}.b': f'self_attn.{theirs}.bias' for ours, theirs in projections.items()}
-    )
-    | in_layers(
-      {f'attention.{ours}.scale': f'self_attn.{theirs}.weight' for ours, theirs in norms.items()}
-    )
-  )
+  """Returns rows of attention's linear layers, each with a bias or not, and of its norms.
+
+  Args:
+    projections: our name of a linear layer -> the published one.
+    norms: our name of a norm -> the published one.
+  """
+  weights: dict[str, str] = {}
+  others: dict[str, str] = {}
+  for ours, theirs in projections.items():
+    weights[f'attention.{ours}.w'] = f'self_attn.{theirs}.weight'
+    others[f'attention.{ours}.b'] = f'self_attn.{theirs}.bias'
+  for ours, theirs in norms.items():
+    others[f'attention.{ours}.scale'] = f'self_attn.{theirs}.weight'
+  return in_layers(weights, 'transposed') | in_layers(others)
 
 
 MODEL = {
@@ -143,7 +151,9 @@ DENSE_FFN = ffn('ffn', 'mlp')
 MOE = in_layers({'moe.router': 'mlp.gate.weight'}, 'transposed') | ffn(
   'moe.experts', 'mlp.experts.{expert}'
 )
+# All shared experts lie in one FFN.
 SHARED = ffn('moe.shared', 'mlp.shared_experts')
+# Files of these families have no bias, and their readers route without one.
 NO_ROUTER_BIAS = {'router.bias': Name('', 'zero')}
 MTP_NAMES = in_layers(
   {

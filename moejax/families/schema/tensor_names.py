@@ -1,9 +1,9 @@
-"""Where each of our parameters lies in a published file: rows of name tables, and what a table says about one model.
+"""Where each of our parameters lies in a published file: rows of name tables, and what they say.
 
-  leaves(cfg) -> {path: shape} -> tensors(...) -> {path: the tensors of a file that it is made of} -> file_shapes(...)
+  leaves(cfg) -> {path: shape} -> tensors(...) -> {path: the tensors of a file that it is made of}
 
-A table maps the path of a parameter, within its layer or of the whole model, to a Name. Layers are numbered as the
-hub does: dense blocks, blocks, then the blocks of multi-token prediction.
+A table maps the path of a parameter, within its layer or of the whole model, to a Name. Layers are
+numbered as the hub does: dense blocks, blocks, then the blocks of multi-token prediction.
 """
 
 import itertools
@@ -23,28 +23,27 @@ Shape = tuple[int, ...]
 
 
 class Name(NamedTuple):
-  """A published name and how the tensor lies in the file.
+  """A published name and how the tensor lies in the file."""
 
-  template: with {layer} and {expert}, where it has them.  how: a row of FROM_FILE; or of what no file holds and import
-    sets to zero: 'zero', which export must find to be zero, or 'unread', which a single expert never looks at.
-  key: of config.json, that says whether files hold it (then 'zero' where they do not); '': they do.
-  """
-
-  template: str
+  template: str  # with {layer} and {expert}, where it has them
+  # A row of FROM_FILE; or of what no file holds and import sets to zero: 'zero', which export must
+  # find to be zero, or 'unread', which a single expert never looks at.
   how: str = 'same'
+  # Of config.json, that says whether files hold it (then 'zero' where they do not); '': they do.
   key: str = ''
 
 
 class Tensor(NamedTuple):
-  """A tensor of a file: `FROM_FILE[how](file[name])` is our leaf at `index`, its layer and expert as far as it goes."""
+  """A tensor of a file: `FROM_FILE[how](file[name])` is our leaf at `index`."""
 
   name: str
-  index: tuple[int, ...]
-  how: str
+  index: tuple[int, ...]  # of its layer and expert, as far as it has them
+  how: str  # a row of FROM_FILE
   shape: Shape  # in the file
 
 
-# how -> a tensor of a file to ours; 'even' and 'odd' columns are gate and up of gpt-oss's fused projection
+# how -> a tensor of a file to ours; 'even' and 'odd' columns are gate and up of gpt-oss's fused
+# projection
 FROM_FILE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
   'same': lambda a: a,
   'transposed': lambda a: a.swapaxes(-1, -2),
@@ -57,7 +56,10 @@ HARMLESS = ('.rotary_emb.inv_freq',)
 
 
 def to_file(parts: Mapping[str, np.ndarray]) -> np.ndarray:
-  """How -> ours, to the tensor of the file: the inverse of FROM_FILE, from both halves where there are two."""
+  """Returns the tensor of a file, of how -> our array: the inverse of FROM_FILE.
+
+  Of the fused 'even' and 'odd' columns both must be there.
+  """
   if 'even' in parts:
     return np.stack([parts['even'], parts['odd']], axis=-1).reshape(*parts['even'].shape[:-1], -1)
   [(how, ours)] = parts.items()
@@ -65,7 +67,7 @@ def to_file(parts: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def leaves(cfg: ModelConfig) -> dict[str, Shape]:
-  """Path -> shape of all that a model of this config learns: its parameters, and `router.bias` [L, E]."""
+  """Returns path -> shape of all that a model learns: its parameters, and `router.bias` [L, E]."""
   model = jax.eval_shape(lambda key: Transformer(key, cfg), jax.random.key(0))
   parameters = {path.replace('/', '.'): leaf.shape for path, leaf in flatten(model).items()}
   return parameters | {'router.bias': (cfg.num_moe_layers, cfg.moe.router.num_experts)}
@@ -77,9 +79,11 @@ def tensors(
   config: Mapping[str, object],
   shapes: Mapping[str, Shape],
 ) -> dict[str, tuple[Tensor, ...]]:
-  """Path of each leaf -> all tensors that it is made of, layer by layer and expert by expert; () for zeros.
+  """Returns path of each leaf -> the tensors that it is made of, by layer and expert; () for zeros.
 
   Args:
+    table: the family's names.
+    cfg: the model.
     config: config.json, which a few rows ask whether files hold them.
     shapes: from `leaves`.
 
@@ -89,34 +93,37 @@ def tensors(
   rows = {path: _row(table, path) for path in shapes}
   check(
     *(
-      f'{path}{list(shapes[path])} has no place in files of model_type={config["model_type"]!r}: choose a family '
-      'whose files hold it, or a config that does not make it'
+      f'{path}{list(shapes[path])} has no place in files of model_type={config["model_type"]!r}: '
+      'choose a family whose files hold it, or a config that does not make it'
       for path, row in rows.items()
       if row is None
     )
   )
-  return {
-    path: () if absent(row, config) else tuple(_tensors(path, row, cfg, shapes[path]))
-    for path, row in rows.items()
-  }
+  made_of: dict[str, tuple[Tensor, ...]] = {}
+  for path, row in rows.items():
+    is_held = not is_absent(row, config)
+    made_of[path] = tuple(_tensors(path, row, cfg, shapes[path])) if is_held else ()
+  return made_of
 
 
-def absent(row: Name, config: Mapping[str, object]) -> bool:
-  """Whether files hold nothing of this row."""
+def is_absent(row: Name, config: Mapping[str, object]) -> bool:
+  """Returns whether files hold nothing of this row."""
   return row.how in ABSENT or bool(row.key and not (row.key in config and config[row.key]))
 
 
 def must_be_zero(table: Mapping[str, Name], config: Mapping[str, object]) -> set[str]:
-  """Rows that files do not hold and readers take for zero."""
-  return {path for path, row in table.items() if absent(row, config) and row.how != 'unread'}
+  """Returns the paths of rows that files do not hold and readers take for zero."""
+  return {path for path, row in table.items() if is_absent(row, config) and row.how != 'unread'}
 
 
 def _row(table: Mapping[str, Name], path: str) -> Name | None:
+  """The row of a parameter, whichever stack of layers it is in; None without one."""
   within = re.sub(r'^(mtp\.block|blocks|dense_blocks)\.', '', path)
   return table[within] if within in table else None
 
 
 def _tensors(path: str, row: Name, cfg: ModelConfig, shape: Shape) -> Iterator[Tensor]:
+  """The tensors of one leaf; layers are numbered through all stacks."""
   first = {'mtp': cfg.num_layers, 'dense_blocks': 0}
   top = path.split('.')[0]
   start = first[top] if top in first else cfg.num_dense_layers
@@ -133,12 +140,15 @@ def _tensors(path: str, row: Name, cfg: ModelConfig, shape: Shape) -> Iterator[T
 
 
 def file_shapes(made_of: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Shape]:
-  """Published name -> shape of every tensor that a file of the model must hold, from `tensors`."""
+  """Returns published name -> shape of every tensor that files must hold, from `tensors`."""
   return {tensor.name: tensor.shape for parts in made_of.values() for tensor in parts}
 
 
 def copies(cfg: ModelConfig, shapes: Mapping[str, Shape]) -> dict[str, str]:
-  """Published name -> path of what layers of multi-token prediction repeat; files may hold it, and publishers' do."""
+  """Returns published name -> path of what layers of multi-token prediction repeat.
+
+  Files may hold it, and publishers' do.
+  """
   names = {'embed.table': 'embed_tokens', 'head.w': 'shared_head.head'}
   return {
     f'model.layers.{cfg.num_layers + k}.{name}.weight': path
@@ -149,6 +159,9 @@ def copies(cfg: ModelConfig, shapes: Mapping[str, Shape]) -> dict[str, str]:
 
 
 def holds_mtp(cfg: ModelConfig, names: Collection[str]) -> bool:
-  """Whether a file has layers of multi-token prediction. transformers saves a config with them, and not the layers."""
+  """Returns whether files have layers of multi-token prediction.
+
+  transformers saves a config with them, and not the layers.
+  """
   layers = tuple(f'model.layers.{cfg.num_layers + k}.' for k in range(cfg.mtp_depth))
   return any(name.startswith(layers) for name in names)

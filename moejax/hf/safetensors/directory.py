@@ -183,6 +183,7 @@ def fill_shards(specs: Iterable[Spec], max_shard_bytes: int) -> list[list[Spec]]
 
 def _stored(directory: Path) -> dict[str, Stored]:
   """What lies in the directory: every tensor of every shard once, as the index has it."""
+  # `inside` refuses a link that leads out of the directory.
   one, index = inside(directory, ONE), inside(directory, INDEX)
   if one.is_file() and index.is_file():
     raise bad_file(directory, f'{ONE} or {INDEX}', 'both', 'move away the one that is not meant')
@@ -214,6 +215,7 @@ def _indexed(directory: Path, index: Path) -> dict[str, Stored]:
   shards: dict[str, set[str]] = {}
   for name, file in weight_map.items():
     shards.setdefault(file, set()).add(name)
+  # An index may name any path: no shard is opened before all of them have been looked at.
   paths = {file: inside(directory, file) for file in shards}
   if strange := [file for file in shards if not file.endswith('.safetensors')]:
     raise bad_file(index, 'files of safetensors, nothing else is read', _some(strange), FETCH_AGAIN)

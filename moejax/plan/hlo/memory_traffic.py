@@ -46,10 +46,9 @@ def traffic(text: str) -> float:
   A loop whose length depends on data counts as one turn.
   """
   program = parse_program(text)
-  by_name = {
-    name: {instruction.name: instruction for instruction in instructions}
-    for name, instructions in program.computations.items()
-  }
+  by_name: dict[str, dict[str, Instruction]] = {}
+  for name, instructions in program.computations.items():
+    by_name[name] = {instruction.name: instruction for instruction in instructions}
   total = 0.0
   for name, instruction, times in executed(program.computations, program.entry, 1):
     total += times * touched_bytes(instruction, by_name[name], program.computations)
