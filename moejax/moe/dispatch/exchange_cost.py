@@ -23,11 +23,10 @@ class Group(NamedTuple):
 def exchange_bytes(group: Group) -> dict[str, int]:
   """Returns exchange -> bytes that a device receives over `expert` in a layer's forward pass.
 
-  It sends as many.
-  A ragged exchange depends on the routing: 'ragged' where all experts have the same load,
-  'ragged_worst' of a device to which all tokens go. The backward pass moves as many again (integers
-  have no gradient, and are not moved), and where the layer is computed again (remat), so is its
-  exchange. The sum over `tensor` is not counted.
+  It sends as many. A ragged exchange depends on the routing: 'ragged' where all experts have the
+  same load, 'ragged_worst' of a device to which all tokens go. The backward pass moves as many
+  again (integers have no gradient, and are not moved), and where the layer is computed again
+  (remat), so is its exchange. The sum over `tensor` is not counted.
   """
   others = group.devices - 1
   num_local = group.num_experts // group.devices
