@@ -34,11 +34,11 @@ def exchange_bytes(group: Group) -> dict[str, int]:
   row_bytes = group.d_model * group.itemsize
   # Every device tells every other how many copies each expert gets.
   count_bytes = others * group.num_experts * NUMBER_BYTES
-  # Of an even load all copies leave but those of a device's own experts, and as many arrive.
+  # Of an even load, all copies leave but those for a device's own experts, and as many arrive.
   num_away = tokens * top_k * others // group.devices
   # Copies that a token can have at most on one device.
   num_near = min(top_k, num_local)
-  # The others' rows and weights come in, and outputs of what this device's tokens have elsewhere.
+  # Rows and weights of all others' tokens come in, and outputs of own copies that went elsewhere.
   worst_in = others * tokens * num_near * (row_bytes + NUMBER_BYTES)
   worst_back = tokens * (top_k - num_near) * row_bytes
   sizes = {

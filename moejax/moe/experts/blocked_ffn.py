@@ -86,7 +86,7 @@ def loop_over_blocks(
 ) -> Carry:
   """Returns the carry after `carry = body(block, carry)` for each block of expert e.
 
-  The rest, which is less than or exactly one block, comes first; then its whole blocks.
+  The expert's rest, at most one block of its last rows, comes first; then its whole blocks.
 
   Args:
     load_E: [E] i32, copies of each expert.
@@ -98,8 +98,7 @@ def loop_over_blocks(
   end = jnp.cumsum(load_E)[e]
   num_rows = load_E[e]
   begin = end - num_rows
-  # An expert with rows always has a rest: rows of exactly whole blocks leave the last of them to
-  # it.
+  # An expert with rows always has a rest: of exactly whole blocks it is the last one.
   num_whole = jnp.maximum(num_rows - 1, 0) // sizes[-1]
   rest_rows = num_rows - num_whole * sizes[-1]
 
