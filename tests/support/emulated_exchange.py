@@ -1,4 +1,4 @@
-"""`ragged_all_to_all` where there is none: the same by an all-gather, so that CPU devices can run what exchanges so."""
+"""`ragged_all_to_all` by an all-gather, so that CPU devices can run a ragged exchange, too."""
 
 import jax
 import jax.numpy as jnp
@@ -16,26 +16,28 @@ def ragged_all_to_all(
   *,
   axis_name: str,
 ) -> Array:
-  """As documented in jax.lax; NaN all over if the sizes do not agree, or a run is not inside of its array."""
-  me, place = jax.lax.axis_index(axis_name), jnp.arange(output.shape[0])
-  operands, *about = (
+  """As documented in jax.lax.
+
+  NaN all over if the sizes do not agree, or a run does not lie inside of its array: a real device
+  would read or write past it, and a test must not pass by luck.
+  """
+  me = jax.lax.axis_index(axis_name)
+  place = jnp.arange(output.shape[0])
+  operands, all_begins, all_sizes, all_lands = (
     jax.lax.all_gather(a, axis_name) for a in (operand, input_offsets, send_sizes, output_offsets)
   )
-  begins, sizes, lands = (a[:, me] for a in about)
-  good = (
-    (sizes == recv_sizes)
-    & (begins + sizes <= operand.shape[0])
-    & (lands + sizes <= output.shape[0])
-  ).all()
+  # What each source sends to this device: from which row, how many, to which row.
+  begins, sizes, lands = all_begins[:, me], all_sizes[:, me], all_lands[:, me]
+  sizes_agree = sizes == recv_sizes
+  is_inside = (begins + sizes <= operand.shape[0]) & (lands + sizes <= output.shape[0])
   for source, rows in enumerate(operands):
-    here = (place >= lands[source]) & (place < lands[source] + sizes[source])
-    output = jnp.where(
-      here[:, None], rows[jnp.where(here, place - lands[source] + begins[source], 0)], output
-    )
-  return jnp.where(good, output, jnp.nan)
+    is_landing = (place >= lands[source]) & (place < lands[source] + sizes[source])
+    taken = jnp.where(is_landing, place - lands[source] + begins[source], 0)
+    output = jnp.where(is_landing[:, None], rows[taken], output)
+  return jnp.where((sizes_agree & is_inside).all(), output, jnp.nan)
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
-  """For what is traced from here on, as long as the test lasts."""
+  """Replaces the collective for what is traced from now on, as long as the test lasts."""
   monkeypatch.setattr(jax.lax, 'ragged_all_to_all', ragged_all_to_all)
   monkeypatch.setattr('moejax.moe.dispatch.dispatchers.lacking_ragged', lambda mesh: '')

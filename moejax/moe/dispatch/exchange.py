@@ -1,7 +1,6 @@
 """Exchanges: tokens to the devices of their experts and back, over the `expert` mesh axis.
 
-  a device's own tokens -> exchange around a local dispatcher, under `shard_map` -> y of its own
-  tokens
+  a device's own tokens -> exchange around a local dispatcher, under `shard_map` -> their y
 
 - gather: each device sees the tokens of its whole group and adds up what its own experts give; a
   reduce-scatter brings the sums back. Works everywhere.
@@ -32,9 +31,8 @@ class RoutedTokens(NamedTuple):
   """Tokens and where they are routed: [T, ...] on a device, [B, S, ...] as global arrays."""
 
   x: Array  # [T, D]
-  expert_ids: (
-    Array  # [T, K] i32, outside [0, num_experts) if unassigned; no expert twice for a token
-  )
+  # [T, K] i32, outside [0, num_experts) if unassigned; no expert twice for a token
+  expert_ids: Array
   scores: Array  # [T, K] f32, which copies stay when a buffer is full: the highest
   weights: Array  # [T, K] f32
 
@@ -106,8 +104,10 @@ def ragged(local: LocalDispatcher, view: LocalView) -> tuple[Array, Array]:
 def send_rows(rows_ND: Array, sent_XX: Array, room: int) -> Array:
   """Sends runs of rows to every device of the group. [N, D] -> [room, D].
 
-  Args: rows_ND: in the order of their receivers; rows past the last run go nowhere. sent_XX: [X, X]
-    i32, the same on all devices: how many rows each one (first axis) sends to each (second axis).
+  Args:
+    rows_ND: in the order of their receivers; rows past the last run go nowhere.
+    sent_XX: [X, X] i32, the same on all devices: how many rows each one (first axis) sends to each
+      (second axis).
     room: rows of the result, static; no device may receive more.
 
   Returns:
@@ -116,8 +116,7 @@ def send_rows(rows_ND: Array, sent_XX: Array, room: int) -> Array:
   starts_at_source_XX = jnp.cumsum(sent_XX, 1) - sent_XX
   starts_at_receiver_XX = jnp.cumsum(sent_XX, 0) - sent_XX
   me = jax.lax.axis_index('expert')
-  # Not jnp.zeros: these zeros vary over the same mesh axes as the rows, as the collective's output
-  # must.
+  # Not jnp.zeros: the output must vary over the same mesh axes as the rows, and full_like's does.
   zeros_RD = jax.lax.full_like(rows_ND, 0, shape=(room, *rows_ND.shape[1:]))
   return jax.lax.ragged_all_to_all(
     rows_ND,
@@ -133,10 +132,9 @@ def send_rows(rows_ND: Array, sent_XX: Array, room: int) -> Array:
 class SentRows(NamedTuple):
   """What the way back needs to know of the rows that were sent."""
 
-  sent_XX: Array  # who sent how many to whom
-  shape_N0: (
-    Array  # as many rows as were given, without columns: a static number in the form of an array
-  )
+  sent_XX: Array  # how many rows each device sent to each
+  # As many rows as were given, without columns: residuals are arrays, and this one carries N.
+  rows_N0: Array
 
 
 def send_rows_fwd(rows_ND: Array, sent_XX: Array, room: int) -> tuple[Array, SentRows]:
@@ -150,7 +148,7 @@ def send_rows_bwd(room: int, residuals: SentRows, d_RD: Array) -> tuple[Array, N
   By hand: the transpose that JAX has makes zeros that vary over no mesh axis.
   """
   del room
-  return send_rows(d_RD, residuals.sent_XX.T, residuals.shape_N0.shape[0]), None
+  return send_rows(d_RD, residuals.sent_XX.T, residuals.rows_N0.shape[0]), None
 
 
 send_rows.defvjp(send_rows_fwd, send_rows_bwd)
@@ -166,12 +164,10 @@ def ffn_at_experts(ffn: Callable[[Array], Array], buffers_ECD: Array, num_local:
   """
   if num_local == buffers_ECD.shape[0]:
     return ffn(buffers_ECD)
-  # Cut along experts, one part for each device, and laid side by side along capacity; then the
-  # other way round.
-  group_buffers = jax.lax.all_to_all(
-    buffers_ECD, 'expert', split_axis=0, concat_axis=1, tiled=True
-  )  # [L, X * C, D]
-  out = ffn(group_buffers)
+  # Cut along experts, a part for each device, and joined along capacity; then the other way round.
+  # [L, X * C, D]
+  received = jax.lax.all_to_all(buffers_ECD, 'expert', split_axis=0, concat_axis=1, tiled=True)
+  out = ffn(received)
   return jax.lax.all_to_all(out, 'expert', split_axis=1, concat_axis=0, tiled=True)
 
 

@@ -23,11 +23,10 @@ class Group(NamedTuple):
 def exchange_bytes(group: Group) -> dict[str, int]:
   """Returns exchange -> bytes that a device receives over `expert` in a layer's forward pass.
 
-  It sends as many.
-  A ragged exchange depends on the routing: 'ragged' where all experts have the same load,
-  'ragged_worst' of a device to which all tokens go. The backward pass moves as many again (integers
-  have no gradient, and are not moved), and where the layer is computed again (remat), so is its
-  exchange. The sum over `tensor` is not counted.
+  It sends as many. A ragged exchange depends on the routing: 'ragged' where all experts have the
+  same load, 'ragged_worst' of a device to which all tokens go. The backward pass moves as many
+  again (integers have no gradient, and are not moved), and where the layer is computed again
+  (remat), so is its exchange. The sum over `tensor` is not counted.
   """
   others = group.devices - 1
   num_local = group.num_experts // group.devices
@@ -35,11 +34,11 @@ def exchange_bytes(group: Group) -> dict[str, int]:
   row_bytes = group.d_model * group.itemsize
   # Every device tells every other how many copies each expert gets.
   count_bytes = others * group.num_experts * NUMBER_BYTES
-  # Of an even load all copies leave but those of a device's own experts, and as many arrive.
+  # Of an even load, all copies leave but those for a device's own experts, and as many arrive.
   num_away = tokens * top_k * others // group.devices
   # Copies that a token can have at most on one device.
   num_near = min(top_k, num_local)
-  # The others' rows and weights come in, and outputs of what this device's tokens have elsewhere.
+  # Rows and weights of all others' tokens come in, and outputs of own copies that went elsewhere.
   worst_in = others * tokens * num_near * (row_bytes + NUMBER_BYTES)
   worst_back = tokens * (top_k - num_near) * row_bytes
   sizes = {

@@ -86,7 +86,7 @@ def loop_over_blocks(
 ) -> Carry:
   """Returns the carry after `carry = body(block, carry)` for each block of expert e.
 
-  The rest, which is less than or exactly one block, comes first; then its whole blocks.
+  The expert's rest, at most one block of its last rows, comes first; then its whole blocks.
 
   Args:
     load_E: [E] i32, copies of each expert.
@@ -98,8 +98,7 @@ def loop_over_blocks(
   end = jnp.cumsum(load_E)[e]
   num_rows = load_E[e]
   begin = end - num_rows
-  # An expert with rows always has a rest: rows of exactly whole blocks leave the last of them to
-  # it.
+  # An expert with rows always has a rest: of exactly whole blocks it is the last one.
   num_whole = jnp.maximum(num_rows - 1, 0) // sizes[-1]
   rest_rows = num_rows - num_whole * sizes[-1]
 
@@ -147,6 +146,7 @@ def blocked_forward(
       gate_RF = add_bias(x_RD @ w.gate, w.biases.gate)
       up_RF = add_bias(x_RD @ w.up, w.biases.up)
       scale_R1 = block.scale(copy_weights_P, x_TD.dtype)
+      # With a bias, rows of other experts do not give zeros: it is their scale that is 0.
       out_RD = add_bias(activation(gate_RF, up_RF) @ w.down, w.biases.down)
       y_TD = y_TD.at[tokens_R].add(scale_R1 * out_RD)
       gate_PF, up_PF = block.write(pre_PF.gate, gate_RF), block.write(pre_PF.up, up_RF)
@@ -196,9 +196,11 @@ def blocked_backward(residuals: Residuals, activation: Activation, dy_TD: Array)
       d_scale_P = block.write(carry.copy_weights, d_scale_R.astype(jnp.float32))
       # The first block is the sum so far: an addition less, of arrays as large as an expert.
       dw_sum = dw if block.is_first else jax.tree.map(jnp.add, carry.weights, dw)
+      # Of rows of other experts d_gate and d_up are 0, by their scale: they add nothing.
       dx_TD = carry.x.at[tokens_R].add(d_gate_RF @ w.gate.T + d_up_RF @ w.up.T)
       return FfnGradients(dx_TD, d_scale_P, dw_sum)
 
+    # In float32 until the sum over blocks is complete, then in the compute dtype.
     no_dw = jax.tree.map(lambda one: zeros(one.astype(jnp.float32), *one.shape), w)
     own = loop_over_blocks(load_E, sizes, e, body, carry._replace(weights=no_dw))
     d_weights = jax.tree.map(

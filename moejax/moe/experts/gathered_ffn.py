@@ -30,6 +30,7 @@ def gathered_forward(
   up_NF = add_bias(jnp.einsum('nd,ndf->nf', x_ND, w.up), w.biases.up)
   hidden_NF = activation(gate_NF, up_NF)
   out_ND = add_bias(jnp.einsum('nf,nfd->nd', hidden_NF, w.down), w.biases.down)
+  # Unassigned copies went through the last expert: their scale is 0.
   scale_N1 = jnp.where(assigned_mask(copies), copies.weights[:, None], 0).astype(x_TD.dtype)
   y_TD = jnp.zeros_like(x_TD).at[copies.tokens].add(scale_N1 * out_ND)
   return y_TD, PreActivations(gate_NF, up_NF)

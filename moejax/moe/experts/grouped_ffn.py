@@ -3,6 +3,7 @@
   y[t] = sum over the copies of t of weight * expert(x_t)
 
 One signature, one implementation a platform:
+
 - CPU, and GPU until it has a kernel of its own: `blocked`, a loop over experts and their blocks of
   rows. `jax.lax.ragged_dot` is a dense product over all experts there: E times the work.
 - TPU: `ragged_dot`, a real grouped-matmul kernel.
@@ -99,4 +100,5 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
   'gathered': Implementation(gathered_forward, gathered_backward),
   'ragged_dot': Implementation(ragged_forward, ragged_backward),
 }
+# A row of IMPLEMENTATIONS by platform; see the top of this file for why.
 BEST_BY_PLATFORM = {'cpu': 'blocked', 'gpu': 'blocked', 'tpu': 'ragged_dot'}

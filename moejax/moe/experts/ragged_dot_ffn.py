@@ -3,14 +3,12 @@
 The kernel leaves anything in the rows of unassigned copies, so they are masked after each product.
 
 A device of an expert-parallel group has room for all copies of the group, and its own experts are
-given few of them.
-So rows are made a window at a time: exact for any routing, and an even one takes a single window.
-To keep what
-windows computed, room for all copies would be needed: the backward pass computes it anew, which
-with remat='full' is no more.
+given few of them. So rows are made a window at a time: exact for any routing, and an even one takes
+a single window. To keep what windows computed, room for all copies would be needed: the backward
+pass computes it anew, which with remat='full' is no more.
 
 Letters: T tokens, D model, F FFN hidden, E experts, N copies, W rows of a window, P = N in whole
-  windows.
+windows.
 """
 
 from collections.abc import Callable
@@ -70,10 +68,13 @@ def loop_over_windows(
 ) -> Carry:
   """Returns the carry after `carry = body(window, carry)` for each window with an assigned copy.
 
-  Args: copies: all N. size: W, of each window; the last one is padded. body: what a window does.
-    carry: of the first call. peel_first: whether the first window runs before the loop and in any
-    case, also without an assigned copy: its carry may then have another structure or other shapes
-    than it returns.
+  Args:
+    copies: all N.
+    size: W, of each window; the last one is padded.
+    body: what a window does.
+    carry: of the first call.
+    peel_first: whether the first window runs before the loop and in any case, also without an
+      assigned copy: its carry may then have another structure or other shapes than it returns.
   """
   tokens_P, weights_P = (jnp.pad(a, (0, -a.size % size)) for a in (copies.tokens, copies.weights))
   ends_E = jnp.cumsum(copies.load)
