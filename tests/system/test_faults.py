@@ -184,7 +184,7 @@ def test_a_hang_is_told_with_all_stacks(tmp_path: Path) -> None:
   output = ended(run(workdir, 'hang@step:6', hang_after=2.0), 6)
   assert 'Hang: no step, no batch of a validation and no save for 2 s (hang_after)' in output
   stacks = (workdir / 'hang.0.txt').read_text()
-  assert all(re.search(r'faults\.py", line \d+ in pass_by', text) for text in (stacks, output))
+  assert all(re.search(r'faults\.py", line \d+ in fault_point', text) for text in (stacks, output))
   assert saved(workdir) == [4]
 
 
