@@ -59,14 +59,15 @@ Run = Callable[[], Iterator[list[list[int]]]]  # decodes prompts: what each step
 
 def config(attention: AttentionConfig, quick: bool) -> ExperimentConfig:
   """The config that trains the model with this attention."""
+  text, model = (SMALL_TEXT, SMALL_MODEL) if quick else (DataConfig(tokenizer='bytes'), MODEL)
   return ExperimentConfig(
     steps=400,
     batch_size=8,
     seq_len=128,
-    data=SMALL_TEXT if quick else DataConfig(tokenizer='bytes'),
+    data=text,
     balance=BalanceConfig(bias_rule='sign'),
     optim=OptimConfig(learning_rate=3e-3, warmup_steps=20),
-    model=dataclasses.replace(SMALL_MODEL if quick else MODEL, attention=attention),
+    model=dataclasses.replace(model, attention=attention),
   )
 
 

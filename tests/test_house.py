@@ -3,6 +3,7 @@
 Each rule is a function of one source; each is also shown a bad source and must object to it.
 """
 
+import ast
 import fnmatch
 import subprocess
 import sys
@@ -191,6 +192,27 @@ def test_seven_floors_and_no_circles() -> None:
   packages = {house_layers.package_of(module) for module in house_layers.sources()} - {''}
   assert {*floors} == packages and max(floors.values()) == 7
   assert not house_layers.cycle(house_layers.all_imports())
+
+
+def public_definitions(module: str, source: str) -> list[str]:
+  """The public functions and classes of a module."""
+  nodes = [node for node in ast.parse(source).body if hasattr(node, 'name')]
+  return [node.name for node in nodes if not node.name.startswith('_')]
+
+
+def test_a_public_name_means_one_thing_in_the_whole_package() -> None:
+  homes: dict[str, list[str]] = {}
+  for module, source in house_layers.sources().items():
+    # The oracle has the names of what it is an oracle of; every command has its `main`.
+    if not module.startswith('certify.oracle'):
+      for name in public_definitions(module, source):
+        homes.setdefault(name, []).append(module)
+  several = {name: modules for name, modules in homes.items() if len(modules) > 1}
+  assert several.keys() == {'main'}, several
+  assert public_definitions('a', 'def f():\n  pass\nclass A:\n  pass\ndef _g():\n  pass\n') == [
+    'f',
+    'A',
+  ]
 
 
 def test_a_wrong_layering_is_seen() -> None:

@@ -27,7 +27,7 @@ from moejax.train.experiment.config import ExperimentConfig
 
 ORDER = 'float32 sums in another order'
 SAME = 2e-6  # of values and gradients whose sums have another order
-MIXED = MeshConfig(1, fsdp=2, expert=2, tensor=2)
+MIXED_MESH = MeshConfig(1, fsdp=2, expert=2, tensor=2)
 SPREAD = MeshConfig(2, expert=2, tensor=2)
 DENSE = 'dense_matmul'  # the base's dispatcher, and the one that has capacities
 
@@ -120,7 +120,7 @@ def variants(plan: Plan) -> Iterator[Variant]:
   )
   for dispatch in others:
     cfg = tiny.change(base, dispatch=dispatch)
-    yield Variant(f'{dispatch.dispatcher}, fsdp 2 x expert 2 x tensor 2', cfg, MIXED)
+    yield Variant(f'{dispatch.dispatcher}, fsdp 2 x expert 2 x tensor 2', cfg, MIXED_MESH)
   yield Variant('padding columns', base, rows=widened_batch())
   if not plan.quick:
     yield from slow_variants(base, by_place, others)
@@ -141,7 +141,7 @@ def slow_variants(
     yield Variant(dispatch.dispatcher, tiny.change(base, dispatch=dispatch))
   dense = DispatchConfig(DENSE)
   placed = [(mesh, one) for mesh in (MeshConfig(8), MeshConfig(2, expert=4)) for one in others]
-  for mesh, dispatch in (*placed, (MeshConfig(1, fsdp=8), dense), (MIXED, dense)):
+  for mesh, dispatch in (*placed, (MeshConfig(1, fsdp=8), dense), (MIXED_MESH, dense)):
     shape = ' x '.join(f'{axis} {n}' for axis, n in dataclasses.asdict(mesh).items() if n > 1)
     cfg = tiny.change(base, dispatch=dispatch)
     yield Variant(f'{dispatch.dispatcher}, {shape}', cfg, mesh)
@@ -240,12 +240,12 @@ def check_resume(plan: Plan) -> Iterator[Check]:
   placed = Worst('resumed from a checkpoint: router bias', 0, 'the same bits')
   cfg = tiny.change(tiny.config(), dispatch=DispatchConfig('sparse_matmul'))
   rows = tiny.batch()
-  first = tiny.take_step(plan, cfg, tiny.start_state(plan, cfg), rows, MIXED)
+  first = tiny.take_step(plan, cfg, tiny.start_state(plan, cfg), rows, MIXED_MESH)
   restored = tiny.save_and_restore(first.after)
   for field, a, b in zip(first.after.router._fields, first.after.router, restored.router):
     placed.see(field, np.abs(np.asarray(b) - np.asarray(a)).max())
-  second = tiny.take_step(plan, cfg, first.after, rows, MIXED)
-  again = tiny.take_step(plan, cfg, restored, rows, MIXED)
+  second = tiny.take_step(plan, cfg, first.after, rows, MIXED_MESH)
+  again = tiny.take_step(plan, cfg, restored, rows, MIXED_MESH)
   for (path, a), b in zip(jax.tree.leaves_with_path(second), jax.tree.leaves(again)):
     exact.see(jax.tree_util.keystr(path), float((np.asarray(a) != np.asarray(b)).sum()))
   yield placed.check()

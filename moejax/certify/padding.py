@@ -77,7 +77,7 @@ def padding_line(plan: Plan) -> Iterator[Check]:
   yield garbage.check()
   yield unpadded.check()
   yield grads.check()
-  yield from check_packing(plan)
+  yield from check_packed_rows(plan)
 
 
 def documents_apart(case: Case) -> Case:
@@ -101,7 +101,7 @@ def measure_documents(plan: Plan, cfg: routing.RouterConfig, case: Case) -> list
   return documents
 
 
-def check_packing(plan: Plan) -> Iterator[Check]:
+def check_packed_rows(plan: Plan) -> Iterator[Check]:
   """Checks that a packed row is the mean over its documents, each by its own length.
 
   Also that where a document lies does not matter.

@@ -123,7 +123,7 @@ def packed(text: np.ndarray, segments: np.ndarray) -> Batch:
   return make_batch(text[:, :-1], np.where(segments > 0, text[:, 1:], IGNORE), segments)
 
 
-def state_shapes(plan: Plan, cfg: ExperimentConfig) -> state.TrainState:
+def tiny_state_shapes(plan: Plan, cfg: ExperimentConfig) -> state.TrainState:
   """The state of a config, shapes for arrays. Traced once a run: it is asked for often."""
   return plan.once(('shapes', cfg), lambda: jax.eval_shape(lambda: state.init_state(cfg)))
 
@@ -140,7 +140,7 @@ def start_state(plan: Plan, cfg: ExperimentConfig) -> state.TrainState:
     make = plan.program(lambda: state.init_state(config(noisy)).model)
     return [np.asarray(leaf) for leaf in jax.tree.leaves(make())]
 
-  shapes = state_shapes(plan, cfg)
+  shapes = tiny_state_shapes(plan, cfg)
   blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
   leaves = [jnp.asarray(leaf) for leaf in plan.once(('parameters', noisy), parameters)]
   model = jax.tree.unflatten(jax.tree.structure(shapes.model), leaves)
@@ -236,7 +236,7 @@ def state_routing(plan: Plan, current: state.TrainState, rows: Batch) -> Routing
   One program for all states, whatever program made them: what differs is then the state.
   """
   cfg = config(current.model.cfg.moe.router.noisy)
-  structure = jax.tree.structure(state_shapes(plan, cfg).model)
+  structure = jax.tree.structure(tiny_state_shapes(plan, cfg).model)
   model = jax.tree.unflatten(
     structure, [np.asarray(leaf) for leaf in jax.tree.leaves(current.model)]
   )

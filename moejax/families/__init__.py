@@ -15,7 +15,7 @@ from moejax.families.openpangu_ultra_moe import OPENPANGU_ULTRA_MOE
 from moejax.families.qwen2_moe import QWEN2_MOE
 from moejax.families.qwen3_moe import QWEN3_MOE
 from moejax.families.schema.config_keys import Config
-from moejax.families.schema.family import Family, read_config, write_config
+from moejax.families.schema.family import Family, config_from_json, config_to_json
 from moejax.model.config import ModelConfig
 
 # model_type in config.json -> what is known of it
@@ -60,7 +60,7 @@ def model_config(config: Config) -> tuple[Family, ModelConfig]:
     ConfigError: tells all that is wrong with it.
   """
   known = family_of(config)
-  return known, read_config(known, config)
+  return known, config_from_json(known, config)
 
 
 def config_json(known: Family, cfg: ModelConfig, kept: Config) -> dict[str, object]:
@@ -74,4 +74,4 @@ def config_json(known: Family, cfg: ModelConfig, kept: Config) -> dict[str, obje
   Raises:
     ConfigError: files of the family cannot hold the model.
   """
-  return write_config(known, cfg, kept)
+  return config_to_json(known, cfg, kept)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from moejax.config import ConfigError, check, problem_if
 from moejax.families import FAMILIES, config_json, family_of
-from moejax.families.schema.family import KEPT, Family, read_config
+from moejax.families.schema.family import KEPT, Family, config_from_json
 from moejax.families.schema.tensor_names import leaves, tensors
 from moejax.hf.weights import MadeOf, Published, repeated
 from moejax.model.config import ModelConfig
@@ -180,7 +180,7 @@ def _unchanged_config(known: Family, cfg: ModelConfig, origin: Origin, written: 
   """The origin's config.json, if that is what the model still is; {} if not."""
   # Files may lack the layers of multi-token prediction that their config.json speaks of; then the
   # import has none.
-  before = dataclasses.replace(read_config(known, origin.config), mtp_depth=cfg.mtp_depth)
+  before = dataclasses.replace(config_from_json(known, origin.config), mtp_depth=cfg.mtp_depth)
   if config_json(known, before, _kept_keys(known, origin.config)) != written:
     return {}
   return {name: value for name, value in origin.config.items() if name != 'quantization_config'}

@@ -41,7 +41,7 @@ IN_FILE: dict[str, Callable[[Index], Index]] = {
 }
 
 
-class Piece(NamedTuple):
+class TensorPiece(NamedTuple):
   """A leaf, or one layer of it, to be made in NumPy and put on the mesh."""
 
   parts: tuple[Tensor, ...]  # what it is made of
@@ -66,7 +66,7 @@ class LeafReader:
       home: where it lies.
     """
     if math.prod(shape) <= SMALL or not parts or not parts[0].index:
-      leaf = self._on_mesh(Piece(parts, 0, shape, np.dtype(np.float32)), home)
+      leaf = self._on_mesh(TensorPiece(parts, 0, shape, np.dtype(np.float32)), home)
       self._on_read(self._nbytes(parts))
       return leaf
     leaf = jnp.zeros(shape, jnp.float32, device=home)
@@ -76,13 +76,13 @@ class LeafReader:
     # where the leaf lies it becomes float32.
     dtype = DTYPES[kinds.pop() if len(kinds) == 1 else 'F32']
     for layer, group in itertools.groupby(parts, lambda part: part.index[0]):
-      piece = Piece(tuple(group), 1, shape[1:], dtype)
+      piece = TensorPiece(tuple(group), 1, shape[1:], dtype)
       leaf = _put_layer(leaf, self._on_mesh(piece, layer_home), layer, home)
       jax.block_until_ready(leaf)  # or several layers would wait in NumPy
       self._on_read(self._nbytes(piece.parts))
     return leaf
 
-  def _on_mesh(self, piece: Piece, home: NamedSharding) -> Array:
+  def _on_mesh(self, piece: TensorPiece, home: NamedSharding) -> Array:
     """The piece, of which each device's part is read by itself, and equal ones once."""
     made: dict[Spans, np.ndarray] = {}
 
@@ -103,7 +103,7 @@ class LeafReader:
     return total
 
 
-def assemble(stored: Tensors, piece: Piece, spans: Spans) -> np.ndarray:
+def assemble(stored: Tensors, piece: TensorPiece, spans: Spans) -> np.ndarray:
   """Returns what lies within `spans` of a piece, zero where no tensor reaches."""
   out = np.zeros([stop - start for start, stop in spans], piece.dtype)
 

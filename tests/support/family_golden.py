@@ -1,6 +1,6 @@
 """The goldens in tests/golden: checkpoints of public implementations, and what those make of them.
 
-  tests/golden/NAME -> our config, model and router bias; recorded rows as a batch
+tests/golden/NAME -> our config, model and router bias; recorded rows as a batch
 """
 
 import json

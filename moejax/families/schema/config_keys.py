@@ -13,7 +13,7 @@ from moejax.model.config import ModelConfig
 
 Config = Mapping[str, object]  # config.json
 Fields = dict[str, object]  # dotted path of a field of ModelConfig -> value
-NOTHING = object()
+ABSENT_KEY = object()
 
 
 def field(cfg: object, path: str) -> object:
@@ -28,17 +28,17 @@ class Key(NamedTuple):
   field: str  # dotted path of a field of ModelConfig
   required: bool = False  # an absent key is an error; otherwise it leaves the family's base
   # What null means, and an absent key unless it is required: a value, or a function of config.json.
-  empty: object = NOTHING
+  empty: object = ABSENT_KEY
 
   def read(self, config: Config) -> Fields:
     """Returns the field, or nothing where the family's base holds."""
     is_said = self.required or self.name in config
     value = said(config, self.name) if is_said else None
     is_null = is_said and value is None
-    check(problem_if(is_null and self.empty is NOTHING, f'{self.name}=null: give a value'))
+    check(problem_if(is_null and self.empty is ABSENT_KEY, f'{self.name}=null: give a value'))
     if value is None:
       value = self.empty(config) if callable(self.empty) else self.empty
-    return {} if value is NOTHING else {self.field: value}
+    return {} if value is ABSENT_KEY else {self.field: value}
 
   def write(self, cfg: ModelConfig) -> Config:
     """Returns the key; null for what is off."""

@@ -1,6 +1,6 @@
 """What a published family is: data that says how its config.json and its tensors are spelt.
 
-config.json -> read_config(family, config) -> ModelConfig -> write_config(...) -> config.json
+config.json -> config_from_json(family, config) -> ModelConfig -> config_to_json(...) -> config.json
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ def resolve_aliases(family: Family, config: Config) -> Config:
   return result | {name: config[alias] for alias, name in aliases.items()}
 
 
-def read_config(family: Family, config: Config) -> ModelConfig:
+def config_from_json(family: Family, config: Config) -> ModelConfig:
   """Returns what config.json says as our config.
 
   Raises:
@@ -120,7 +120,7 @@ def _in_its_words(problem: str, spelling: Mapping[str, str]) -> str:
   return re.sub(r'\b\w+_\w+|\b\w+(?==)', key, without_path)
 
 
-def write_config(family: Family, cfg: ModelConfig, kept: Config) -> dict[str, object]:
+def config_to_json(family: Family, cfg: ModelConfig, kept: Config) -> dict[str, object]:
   """Returns config.json in the spelling that transformers 4 and 5 and vLLM load.
 
   Args:
@@ -134,7 +134,7 @@ def write_config(family: Family, cfg: ModelConfig, kept: Config) -> dict[str, ob
   config = dict(kept) | {'architectures': [family.architecture], 'model_type': family.model_type}
   for key in family.keys:
     config |= key.write(cfg)
-  ours, back = _decisive(cfg), _decisive(read_config(family, config))
+  ours, back = _decisive(cfg), _decisive(config_from_json(family, config))
   check(
     *(
       f'config.model.{path}={ours[path]!r} cannot be said in a config.json of '

@@ -27,7 +27,7 @@ from moejax.runtime.files import (
 
 ONE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 PICKLES = ('*.bin', '*.pt', '*.pth', '*.pkl', '*.ckpt')
-SHOWN = 10  # names of each kind in a message
+SHOWN_NAMES = 10  # names of each kind in a message
 
 
 class Tensors:
@@ -251,5 +251,5 @@ def _block_size(directory: Path) -> BlockSize:
 
 def _some(names: Collection[str]) -> str:
   """The first few, sorted, and how many more."""
-  more = f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
-  return (', '.join(sorted(names)[:SHOWN]) or 'none') + more
+  more = f' and {len(names) - SHOWN_NAMES} more' if len(names) > SHOWN_NAMES else ''
+  return (', '.join(sorted(names)[:SHOWN_NAMES]) or 'none') + more

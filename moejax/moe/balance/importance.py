@@ -11,7 +11,7 @@ from moejax.moe.routing import Routing
 from moejax.moe.token_sets import Scope, parts_of_set, row_sums
 
 # A mean below it is taken for nothing: it is near the smallest normal float32, 1.2e-38.
-NOTHING = 1e-37
+SMALLEST_SUM = 1e-37
 
 
 def variation(sums_GE: Array) -> Array:
@@ -20,7 +20,7 @@ def variation(sums_GE: Array) -> Array:
   0 when all are equal, E - 1 when one has everything; 0 also where there is nothing.
   """
   mean_G1 = sums_GE.mean(-1, keepdims=True)
-  something_G1 = mean_G1 > NOTHING
+  something_G1 = mean_G1 > SMALLEST_SUM
   # It does not depend on the scale, so sums are brought near 1 first: the gradient of sums / mean
   # is over mean^2, which underflows for sums of 1e-20.
   sums_GE = sums_GE / jax.lax.stop_gradient(jnp.where(something_G1, mean_G1, 1.0))

@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-PATIENCE = 100  # steps; while the rate is at its highest, sound runs do the same for half as long
+STEPS_UNTIL_ALARM = (
+  100  # steps; while the rate is at its highest, sound runs do the same for half as long
+)
 FEW = 20  # copies an expert, on average: below it an expert is without one by chance
 
 
@@ -95,7 +97,7 @@ class Alarms:
       if layers:
         kind = ALARM_KINDS[name]
         lines.append(
-          f'ALARM after step {step}, for {PATIENCE} steps or more: {kind.says}: '
+          f'ALARM after step {step}, for {STEPS_UNTIL_ALARM} steps or more: {kind.says}: '
           f'{", ".join(layers)}. Remedy: {kind.remedy}'
         )
     return lines
@@ -108,7 +110,7 @@ class Alarms:
       self._since.pop(key, None)
       self._told.discard(key)
       return False
-    has_lasted = step - self._since.setdefault(key, step) >= PATIENCE
+    has_lasted = step - self._since.setdefault(key, step) >= STEPS_UNTIL_ALARM
     if not has_lasted or key in self._told:
       return False
     self._told.add(key)

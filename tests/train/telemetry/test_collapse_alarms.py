@@ -10,7 +10,13 @@ import pytest
 
 from moejax.certify.tiny_model import batch
 from moejax.moe.dispatch.dispatchers import DispatchConfig
-from moejax.train.telemetry.collapse_alarms import ALARM_KINDS, FEW, PATIENCE, Alarms, count_alarms
+from moejax.train.telemetry.collapse_alarms import (
+  ALARM_KINDS,
+  FEW,
+  STEPS_UNTIL_ALARM,
+  Alarms,
+  count_alarms,
+)
 from moejax.train.trainer import train
 from tests.support.tiny_run import config, rows
 from tests.train.step import step_cases
@@ -41,7 +47,7 @@ def test_an_alarm_is_given_once_when_it_has_lasted() -> None:
   ):
     lines = story((30, load, dropped))
     assert len(lines) == 1 and re.search(what, lines[0]), lines
-    assert f'after step {PATIENCE + 10}, ' in lines[0]
+    assert f'after step {STEPS_UNTIL_ALARM + 10}, ' in lines[0]
     assert 'Remedy: raise ' in lines[0]
     again = story((30, load, dropped), (1, EVEN, NONE), (30, load, dropped))
     assert len(again) == 2 and 'after step 420, ' in again[1], again
@@ -110,7 +116,7 @@ def test_a_run_that_collapses_says_so_and_goes_on(
   """A bias that throws all tokens to and fro, and buffers without room."""
   cfg = config(
     tmp_path / 'run',
-    steps=PATIENCE + 20,
+    steps=STEPS_UNTIL_ALARM + 20,
     log_every=10,
     eval__every=0,
     checkpoint__every=1000,
