@@ -23,7 +23,7 @@ test: $(VENV)/.dev
 fast: $(VENV)/.dev
 	$(PYTEST) -m "not slow" $(ARGS)
 
-# Programs for chips that are not here.
+# Ahead-of-time compilation for TPUs: no accelerator is needed.
 aot: $(VENV)/.tpu
 	$(PYTEST) --durations=5 tests/plan/test_tpu_aot.py $(ARGS)
 
