@@ -36,7 +36,7 @@ from moejax.train.experiment.run_dir import CHECKPOINTS, TOKENIZER_FILE, read_co
 from moejax.train.experiment.summary import summarise, summary_lines
 from moejax.train.initial_state import initial_train_state, model_fingerprint
 from moejax.train.journal import open_journal
-from moejax.train.run import Run
+from moejax.train.run_parts import Run
 from moejax.train.shapes import make_run_mesh
 from moejax.train.step.train_state import TrainState
 from moejax.train.step.train_step import Metrics

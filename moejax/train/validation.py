@@ -5,7 +5,7 @@ import jax
 from moejax.inference.sampling import SampleConfig, sample
 from moejax.runtime.faults import inject
 from moejax.runtime.watchdog import beat
-from moejax.train.run import Run
+from moejax.train.run_parts import Run
 from moejax.train.step.train_state import TrainState
 from moejax.train.step.train_step import Metrics
 from moejax.train.telemetry.metric_rows import add_sums
