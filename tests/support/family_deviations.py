@@ -196,9 +196,10 @@ def of_steps(golden: Golden) -> dict[str, float]:
   after them."""
   recorded, batch = golden.recorded('steps'), batch_of(golden.recorded('golden'), ('',))
   cfg = steps_config(golden, batch)
-  # Moments are zeros at the start, like all else but the weights and the router bias.
+  # Moments are zeros at the start, like all else but the weights and the router bias. Zeros are
+  # NumPy's: jnp.zeros would compile a program for every shape.
   shapes = jax.eval_shape(lambda: init_state(cfg))
-  state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+  state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
   router = state.router._replace(bias=jnp.asarray(golden.router))
   state = state._replace(model=golden.model, router=router)
   step = jax.jit(functools.partial(train_step, cfg=cfg), compiler_options=QUICK)
