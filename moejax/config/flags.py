@@ -131,11 +131,14 @@ def _override(config: ConfigDict, arg: str, names: list[str]) -> list[str]:
     is_known = isinstance(section, ConfigDict) and part in section
     section = section[part] if is_known else None
   # to_config_dict leaves tables, and nothing else, unlocked.
-  is_table = isinstance(section, ConfigDict) and not section.is_locked
-  if not is_table and (section is None or field not in section):
+  is_section = isinstance(section, ConfigDict)
+  is_table = is_section and not section.is_locked
+  # What lies below a field that holds a value is no section, and has no fields.
+  is_field = is_section and field in section
+  if not (is_table or is_field):
     return [f'--config.{name}: no such field; {_nearest(name, names)}']
-  old = section[field] if field in section else 0.0
-  if is_table and field in section:
+  old = section[field] if is_field else 0.0
+  if is_table and is_field:
     # The flag would insist on the old entry's type, and a schedule may replace a number.
     del section[field]
   values = flags.FlagValues()

@@ -32,7 +32,7 @@ def cache_directory(cache_dir: str) -> Path:
   return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'moejax'
 
 
-def cached(path: Path, build: Callable[[], Iterable[bytes]]) -> np.ndarray:
+def open_cached(path: Path, build: Callable[[], Iterable[bytes]]) -> np.ndarray:
   """Returns the bytes of a cache file, memory-mapped, [n] u8.
 
   The file is built where it is missing, torn or changed by a bit: it ends in a digest of its name

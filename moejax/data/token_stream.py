@@ -15,7 +15,7 @@ import numpy as np
 from moejax.config import ConfigError, check
 from moejax.data.holdout import Survey, digest_of, documents_of_split, survey_of
 from moejax.data.sources import SOURCES, Component, DataConfig, Source
-from moejax.data.token_cache import cached
+from moejax.data.token_cache import open_cached
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger('moejax')
@@ -109,7 +109,9 @@ def _cached_survey(cfg: DataConfig, source: Source, cache: Path, elsewhere: list
   if time.time() - source.changed < RACY:  # as git does: the next write might leave the same stamp
     return survey_of(source, set(elsewhere))
   path = cache / f'survey-{digest_of(FORMAT, cfg.source, source.stamp, digest_of(elsewhere))}.json'
-  survey = cached(path, lambda: [json.dumps(survey_of(source, set(elsewhere))._asdict()).encode()])
+  survey = open_cached(
+    path, lambda: [json.dumps(survey_of(source, set(elsewhere))._asdict()).encode()]
+  )
   return Survey(**json.loads(bytes(survey)))
 
 
@@ -118,7 +120,7 @@ def open_tokenizer(spec: str, texts: Sequence[Text], cache: Path) -> Tokenizer:
   if not spec.startswith('bpe:'):
     return load_tokenizer(spec)
   path = cache / f'tokenizer-{digest_of(FORMAT, spec, digest_of_texts(texts))}.json'
-  json_text = cached(path, lambda: [load_tokenizer(spec, _sample(texts)).json_text.encode()])
+  json_text = open_cached(path, lambda: [load_tokenizer(spec, _sample(texts)).json_text.encode()])
   return Tokenizer(bytes(json_text).decode(), spec)
 
 
@@ -182,7 +184,7 @@ def open_stream(text: Text, tokenizer: Tokenizer, cache: Path, held_out: bool) -
         yield (eod if piece.opens_document else b'') + ids.astype(dtype).tobytes()
 
   name = digest_of(FORMAT, survey.digest, tokenizer.digest, held_out, *survey.shared)
-  return cached(cache / f'tokens-{name}.{dtype.name}', build).view(dtype)
+  return open_cached(cache / f'tokens-{name}.{dtype.name}', build).view(dtype)
 
 
 def _groups(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[DocumentPiece]]:

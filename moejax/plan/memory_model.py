@@ -16,7 +16,7 @@ import jax
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from moejax.model.transformer import Transformer
-from moejax.moe.dispatch.dispatchers import exchange_of
+from moejax.moe.dispatch.dispatchers import choose_exchange
 from moejax.moe.dispatch.exchange_cost import Group, exchange_bytes, lacking_ragged
 from moejax.plan.topology import Topology
 from moejax.sharding.logical_axes import RULES
@@ -135,7 +135,7 @@ def exchange_sizes(cfg: ExperimentConfig, mesh: MeshConfig, topology: Topology) 
   )
   # Buffers of a fixed capacity are counted like a gather.
   is_dropless = not dispatch.capacity_factor
-  name = exchange_of(dispatch, group, no_ragged_on(topology)) if is_dropless else 'gather'
+  name = choose_exchange(dispatch, group, no_ragged_on(topology)) if is_dropless else 'gather'
   rows, copies_per_token = tokens, router.top_k
   if name == 'ragged':
     # A device is sent a copy of a token for each chosen expert that it has, and it may have fewer

@@ -59,7 +59,7 @@ SPOILS: dict[str, Callable[[Array], Array]] = {  # to NUMBERS
 }
 
 
-def planned(text: str) -> dict[tuple[str, int], str]:
+def parse_faults(text: str) -> dict[tuple[str, int], str]:
   """Returns (point, N) -> action for a value of MOEJAX_FAULT, {} for ''.
 
   Raises:
@@ -91,7 +91,7 @@ def parse_environment() -> dict[tuple[str, int], str]:
   Raises:
     ConfigError: it asks for a fault that there is not.
   """
-  return planned(os.environ.get(VARIABLE, ''))
+  return parse_faults(os.environ.get(VARIABLE, ''))
 
 
 def fault_point(point: str, step: int = 0) -> None:

@@ -87,7 +87,7 @@ def connect(launch: Launch) -> None:
   Raises:
     ConfigError: there are several, and JAX cannot reach them or cannot tell how to.
   """
-  if not launch.coordinator and not expected():
+  if not launch.coordinator and not may_have_other_processes():
     return
   # The service would take SIGTERM for itself, which means to us: save, and leave.
   jax.config.update('jax_enable_preemption_service', False)
@@ -125,7 +125,7 @@ def has_launched_several() -> bool:
   return any(int(os.environ[name]) > 1 for name in COUNTS if name in os.environ)
 
 
-def expected() -> bool:
+def may_have_other_processes() -> bool:
   """Tells whether there may be other processes.
 
   Either a launcher says so, or only JAX can tell: on a TPU, and in an indexed job of Kubernetes.

@@ -15,7 +15,7 @@ import pytest
 import train
 from moejax.checkpoint.manifest import unseal
 from moejax.config import ConfigError
-from moejax.runtime.faults import ACTIONS, NUMBERS, POINTS, SPOILS, planned
+from moejax.runtime.faults import ACTIONS, NUMBERS, POINTS, SPOILS, parse_faults
 from moejax.runtime.watchdog import HANG
 from moejax.train.trainer import EXIT_STATUS
 from tests.support.fault_rows import ROWS
@@ -59,7 +59,7 @@ def saved(workdir: Path) -> list[int]:
 
 
 def test_a_fault_is_read_or_refused() -> None:
-  assert planned('') == {} and planned('kill@save:3,nan@loss:5') == {
+  assert parse_faults('') == {} and parse_faults('kill@save:3,nan@loss:5') == {
     ('save', 3): 'kill',
     ('loss', 5): 'nan',
   }
@@ -73,7 +73,7 @@ def test_a_fault_is_read_or_refused() -> None:
     'kill@save:1;x',
   ):
     with pytest.raises(ConfigError, match='give ACTION@POINT:N, such as kill@save:3') as caught:
-      planned(bad)
+      parse_faults(bad)
     assert all(name in str(caught.value) for name in (*ACTIONS, *POINTS, *SPOILS, *NUMBERS))
 
 

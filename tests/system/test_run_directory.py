@@ -14,7 +14,7 @@ import pytest
 from moejax.checkpoint.lock import hold_run_directory
 from moejax.config import ConfigError, frozendict
 from moejax.data.sources import DataConfig
-from moejax.data.token_cache import cached
+from moejax.data.token_cache import open_cached
 from moejax.data.tokenizer import load_tokenizer
 from moejax.hf.logits import token_ids
 from moejax.train.experiment.run_dir import open_run, read_config, read_setup, write_config
@@ -75,7 +75,7 @@ def test_a_link_in_the_place_of_a_file_to_be_written_keeps_its_target(tmp_path: 
   workdir.mkdir()
   for name in ('lock', 'config.json'):
     (workdir / name).symlink_to(precious)
-  theirs = cached(tmp_path / 'elsewhere' / 'tokens', lambda: [b'theirs'])
+  theirs = open_cached(tmp_path / 'elsewhere' / 'tokens', lambda: [b'theirs'])
   (workdir / 'tokens').symlink_to(tmp_path / 'elsewhere' / 'tokens')
   with (
     pytest.raises(ConfigError, match='name a directory that can be written to'),
@@ -84,9 +84,11 @@ def test_a_link_in_the_place_of_a_file_to_be_written_keeps_its_target(tmp_path: 
     pass
   write_config(config(workdir))
   assert read_config(str(workdir)).steps == 12
-  assert bytes(cached(workdir / 'tokens', lambda: [b'built'])) == b'built'
+  assert bytes(open_cached(workdir / 'tokens', lambda: [b'built'])) == b'built'
   assert precious.read_text() == 'mine' and not (workdir / 'tokens').is_symlink()
-  assert bytes(cached(tmp_path / 'elsewhere' / 'tokens', lambda: [])) == bytes(theirs) == b'theirs'
+  assert (
+    bytes(open_cached(tmp_path / 'elsewhere' / 'tokens', lambda: [])) == bytes(theirs) == b'theirs'
+  )
 
 
 def test_ids_and_probes_are_never_unpickled(tmp_path: Path) -> None:

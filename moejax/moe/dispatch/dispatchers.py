@@ -101,7 +101,7 @@ def exchanges(cfg: DispatchConfig) -> tuple[str, ...]:
   return ('gather',)
 
 
-def exchange_of(cfg: DispatchConfig, group: Group, lacking: str) -> str:
+def choose_exchange(cfg: DispatchConfig, group: Group, lacking: str) -> str:
   """Returns the exchange to take.
 
   Args:
@@ -125,7 +125,7 @@ def exchange_of(cfg: DispatchConfig, group: Group, lacking: str) -> str:
   return 'ragged' if 'ragged' in others and not lacking and saves_a_quarter else first
 
 
-def group_of(
+def exchange_group(
   cfg: DispatchConfig,
   mesh: AbstractMesh,
   tokens: int,
@@ -196,7 +196,7 @@ def exchange_on(
 ) -> Exchange:
   """Returns the exchange for global tokens [B, S, ...]: none if every device has all experts."""
   rows, length, d_model = tokens.x.shape
-  group = group_of(
+  group = exchange_group(
     cfg,
     mesh,
     tokens=rows * length,
@@ -207,7 +207,7 @@ def exchange_on(
   )
   if group.devices == 1:
     return no_exchange
-  return EXCHANGES[exchange_of(cfg, group, lacking_ragged(mesh))]
+  return EXCHANGES[choose_exchange(cfg, group, lacking_ragged(mesh))]
 
 
 def sparse_matmul(view: LocalView, cfg: DispatchConfig) -> tuple[Array, Array]:

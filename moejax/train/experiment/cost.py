@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 
 from moejax.model.blocks import MoEBlock
 from moejax.model.transformer import Transformer
-from moejax.moe.dispatch.dispatchers import exchange_of, group_of
+from moejax.moe.dispatch.dispatchers import choose_exchange, exchange_group
 from moejax.moe.dispatch.exchange_cost import exchange_bytes, lacking_ragged
 from moejax.runtime.chips import peak_flops
 from moejax.sharding.tree import size
@@ -88,7 +88,7 @@ def exchange_summary(cfg: ExperimentConfig, mesh: AbstractMesh) -> tuple[str, di
   dispatch, router, model = cfg.model.moe.dispatch, cfg.model.moe.router, cfg.model
   if mesh.shape['expert'] == 1:
     return '', {}
-  group = group_of(
+  group = exchange_group(
     dispatch,
     mesh,
     tokens=cfg.batch_size // cfg.micro_batches * cfg.seq_len,
@@ -99,7 +99,7 @@ def exchange_summary(cfg: ExperimentConfig, mesh: AbstractMesh) -> tuple[str, di
   )
   # Under expert choice a token may be taken by any number of experts, up to all of them.
   places = router.num_experts if router.selection == 'expert_choice' else router.top_k
-  exchange = exchange_of(dispatch, group._replace(top_k=places), lacking_ragged(mesh))
+  exchange = choose_exchange(dispatch, group._replace(top_k=places), lacking_ragged(mesh))
   return exchange, exchange_bytes(group)
 
 

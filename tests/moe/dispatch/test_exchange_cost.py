@@ -10,7 +10,12 @@ from jax import Array
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from moejax.config import ConfigError
-from moejax.moe.dispatch.dispatchers import DispatchConfig, exchange_of, exchanges, group_of
+from moejax.moe.dispatch.dispatchers import (
+  DispatchConfig,
+  choose_exchange,
+  exchange_group,
+  exchanges,
+)
 from moejax.moe.dispatch.exchange_cost import Group, exchange_bytes, lacking_ragged
 from moejax.moe.experts.weights import Weights
 from moejax.plan.hlo.collectives import collectives
@@ -34,7 +39,7 @@ def test_bytes_are_those_of_the_compiled_program(cfg: DispatchConfig, sizes: Mes
     y, pull = jax.vjp(lambda *args: forward(*args, probs, ids), x, weights, stack)
     return y, pull(dy)
 
-  group = group_of(
+  group = exchange_group(
     cfg, mesh.abstract_mesh, tokens=48, top_k=2, num_experts=8, d_model=16, dtype=jnp.float32
   )
   name = exchanges(cfg)[0]
@@ -93,12 +98,12 @@ def test_the_ragged_exchange_is_taken_where_it_moves_less() -> None:
   # As many copies of a token as devices: a few bytes less than gather moves are not enough, since
   # there are buffers for twice as many.
   many = group._replace(top_k=4)
-  assert [exchange_of(sparse, g, '') for g in (group, many)] == ['ragged', 'gather']
-  assert [exchange_of(c, group, '') for c in (dense, full)] == ['gather', 'all_to_all']
-  assert exchange_of(sparse, group, '8 x cpu') == 'gather'
-  assert exchange_of(DispatchConfig(exchange='ragged'), many, '') == 'ragged'
+  assert [choose_exchange(sparse, g, '') for g in (group, many)] == ['ragged', 'gather']
+  assert [choose_exchange(c, group, '') for c in (dense, full)] == ['gather', 'all_to_all']
+  assert choose_exchange(sparse, group, '8 x cpu') == 'gather'
+  assert choose_exchange(DispatchConfig(exchange='ragged'), many, '') == 'ragged'
   with pytest.raises(ConfigError) as error:
-    exchange_of(DispatchConfig(exchange='ragged'), group, '8 x cpu')
+    choose_exchange(DispatchConfig(exchange='ragged'), group, '8 x cpu')
   assert str(error.value) == (
     "dispatch.exchange='ragged': no ragged_all_to_all on 8 x cpu: use 'auto' or 'gather'"
   )

@@ -128,7 +128,7 @@ def test_a_fault_on_purpose_is_in_the_program_only_when_asked_for(
   monkeypatch.setattr(
     faults,
     'parse_environment',
-    lambda: faults.planned('nan@loss:2,inf@gradient:3,nan@validation:1'),
+    lambda: faults.parse_faults('nan@loss:2,inf@gradient:3,nan@validation:1'),
   )
   assert program() != unset
   run = jax.jit(lambda state, batch: train_step(state, batch, CONFIG), compiler_options=QUICK)
