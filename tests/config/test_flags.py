@@ -62,6 +62,7 @@ def test_all_problems_of_a_command_line_come_at_once(default: str) -> None:
     '--config.model.d_model=7',
     '--config.steps=0',
     '--config.qqqqqq=1',
+    '--config.steps.x=1',  # steps is a number, and no section
     '--noconfig.steps',
     '--config.model.router.scale',
     '--config.losses.z=(1,2)',
@@ -78,6 +79,7 @@ def test_all_problems_of_a_command_line_come_at_once(default: str) -> None:
     '--config.steps=many: give int, such as --config.steps=5',
     '--config.model.tied=maybe: give bool, such as --config.model.tied=False',
     '--config.qqqqqq: no such field; --help lists all',
+    '--config.steps.x: no such field; --help lists all',
     '--noconfig.steps: give int, such as --config.steps=0',
     '--config.model.router.scale: give float, such as --config.model.router.scale=1.0',
     'config.model: d_model=7 is odd',
