@@ -59,12 +59,13 @@ Run = Callable[[], Iterator[list[list[int]]]]  # decodes prompts: what each step
 
 def config(attention: AttentionConfig, quick: bool) -> ExperimentConfig:
   """The config that trains the model with this attention."""
-  text, model = (SMALL_TEXT, SMALL_MODEL) if quick else (DataConfig(tokenizer='bytes'), MODEL)
+  data = SMALL_TEXT if quick else DataConfig(tokenizer='bytes')
+  model = SMALL_MODEL if quick else MODEL
   return ExperimentConfig(
     steps=400,
     batch_size=8,
     seq_len=128,
-    data=text,
+    data=data,
     balance=BalanceConfig(bias_rule='sign'),
     optim=OptimConfig(learning_rate=3e-3, warmup_steps=20),
     model=dataclasses.replace(model, attention=attention),
@@ -193,24 +194,26 @@ def main() -> None:
       if i:
         results[name].append(result)
   base = statistics.median(rate for _, rate, _ in results['latent, cache'])
-  table = Table(
+  columns = [
     'decoding',
     'tokens/s: median (least - most)',
     'over the cache alone',
     'tokens a step',
     'cache, bytes a token',
     'prefill, tokens/s',
-  )
+  ]
+  table = Table(*columns)
   for name, (_, size) in runs.items():
     firsts, rates, per_step = zip(*results[name])
-    table.add_row(
+    row = [
       name,
       f'{statistics.median(rates):.1f} ({min(rates):.1f} - {max(rates):.1f})',
       f'{statistics.median(rates) / base:.2f}',
       f'{statistics.median(per_step):.2f}',
       f'{size or "-"}',
       f'{args.rows * args.prompt / statistics.median(firsts):.0f}',
-    )
+    ]
+    table.add_row(*row)
   task = f'{args.rows} row(s), a prompt of {args.prompt} tokens and {args.tokens} more'
   backend = f'JAX {jax.__version__}, {jax.default_backend()}'
   console.print(f'{task}, {args.rounds} rounds; trained for {steps} steps; {backend}')
