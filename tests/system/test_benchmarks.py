@@ -25,7 +25,9 @@ ROWS = {
 
 
 def test_every_benchmark_is_run() -> None:
-  assert {path.stem for path in (ROOT / 'benchmarks').glob('*.py')} == {*ROWS}
+  # load_picture measures nothing: test_docs.py draws with it what the README shows.
+  others = {'load_picture'}
+  assert {path.stem for path in (ROOT / 'benchmarks').glob('*.py')} == {*ROWS} | others
 
 
 @pytest.mark.slow

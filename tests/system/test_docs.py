@@ -18,7 +18,7 @@ from moejax.runtime.launch import read_launch_flags
 from moejax.train.experiment.config import ExperimentConfig
 from tests.support import documents
 from tests.support.documents import PAGES, ROOT, Command
-from tests.support.quick import compile_step_quickly
+from tests.support.unoptimised import unoptimised
 
 COMMANDS = documents.commands()
 # What stands for something of the reader's own.
@@ -130,14 +130,14 @@ def test_the_trainings_of_all_pages_run_and_what_they_leave_is_sampled_and_drawn
   (tmp_path / 'notes' / 'a.md').write_text('Some notes, all of them of one kind.\n' * 400)
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-  monkeypatch.setattr('moejax.train.compile.compile_step', compile_step_quickly)
   assert len(TRAINING) >= 8
   for command in TRAINING:
     # Of the standard library's 11 MB it would take longer to read than to train.
     argv = [word.replace('stdlib', 'synthetic') for word in filled_in(command.words[2:])]
     is_mixture = any('mixture' in word for word in argv)
     small = [flag for flag in SMALL if not (is_mixture and 'data.source' in flag)]
-    assert train.main([*argv, *small]) == 0, command
+    with unoptimised():
+      assert train.main([*argv, *small]) == 0, command
   assert (tmp_path / 'runs' / 'a' / 'report.json').exists()
   assert generate.main(['--workdir=runs/a', '--prompt=def ', '--max_tokens=4']) == 0
   picture = importlib.import_module('benchmarks.load_picture')
