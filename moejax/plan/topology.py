@@ -190,7 +190,7 @@ def missing_compiler(name: str, chip: Chip) -> str:
     extra = EXTRAS[plugin]
     return f'without the {extra} extra (pip install -e .[{extra}])'
   if not chip.torus and not (TARGETS / f'{name}.txtpb').exists():
-    return f'without a description of {name} in moejax/targets'
+    return f'without a description of {name} in moejax/plan/targets'
   return ''
 
 
