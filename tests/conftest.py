@@ -1,11 +1,13 @@
-"""For every test, and every process that a test starts: eight virtual CPU devices and a compilation
-cache.
+"""For every test, and every process that a test starts: eight virtual CPU devices, programs that
+are quickly compiled, and a compilation cache. test_notebook.py clears these flags: it runs what a
+person runs.
 
 All by environment variables, set before anything imports jax: a test that needs no jax does not pay
 for it.
 """
 
 import gc
+import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator
@@ -13,12 +15,21 @@ from pathlib import Path
 
 import pytest
 
+# Programs of tests run once or twice, so that compiling them is most of the time. An unknown flag
+# would end the process, and only JAX 0.10 has the second one.
+quick_flags = ['--xla_backend_optimization_level=0']
+if importlib.metadata.version('jaxlib').startswith('0.10.'):
+  quick_flags.append('--xla_cpu_use_fusion_emitters=false')
+
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# The default scheduler lets virtual devices meet two collectives in different orders, and wait for
-# each other forever.
-os.environ['XLA_FLAGS'] = (
-  '--xla_force_host_platform_device_count=8 '
-  '--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'
+os.environ['XLA_FLAGS'] = ' '.join(
+  [
+    '--xla_force_host_platform_device_count=8',
+    # The default scheduler lets virtual devices meet two collectives in different orders, and wait
+    # for each other forever.
+    '--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED',
+    *quick_flags,
+  ]
 )
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(Path(__file__).parents[1] / '.cache' / 'jax')
 # Most of our programs are too small and too quick to compile for the defaults to keep them.

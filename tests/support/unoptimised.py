@@ -1,7 +1,7 @@
 """The package's own programs, compiled without XLA's optimisation for as long as a block lasts.
 
 Most tests run a program a few times, so that compiling it is all the time that they take. What a
-person runs is optimised: test_trainer.py and test_notebook.py compile as the trainer does it.
+person runs is optimised: test_notebook.py compiles as the trainer does it.
 """
 
 import contextlib
