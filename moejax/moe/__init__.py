@@ -20,7 +20,7 @@ from moejax.moe.bias import BIAS_RULES, BiasState, init_bias_state
 from moejax.moe.dispatch import DISPATCHERS, DispatchConfig
 from moejax.moe.layer import MoE, MoEAux, MoEConfig
 from moejax.moe.routing import SCORE_FNS, RouterConfig, Routing, route
-from moejax.moe.selection import SELECTIONS, Tokens
+from moejax.moe.selection import SELECTIONS, Tokens, whole_rows
 from moejax.moe.token_sets import Scope
 
 __all__ = [
@@ -41,4 +41,5 @@ __all__ = [
   'Tokens',
   'init_bias_state',
   'route',
+  'whole_rows',
 ]

@@ -23,6 +23,7 @@ from moejax.moe.routing import RouterConfig, Routing, route, router_logits
 from moejax.moe.selection import SELECTIONS, Tokens, jittered, whole_rows
 from moejax.moe.statistics import Stats, observe
 from moejax.moe.token_sets import Scope, expert_load
+from moejax.sharding.mesh import MESH_AXES
 from moejax.sharding.params import constant_init, normal_init, param
 
 
@@ -100,6 +101,43 @@ class MoEAux(NamedTuple):
   expert_ids: Array  # [B, S, K] i32
 
 
+def layer_problems(cfg: MoEConfig, scopes: Mapping[str, Scope], bias_rule: str) -> list[str]:
+  """What a layer cannot be built of, '' for each thing that it can."""
+  if not isinstance(cfg, MoEConfig):
+    return [f'cfg={cfg!r}: use an MoEConfig, which holds the RouterConfig']
+  if not isinstance(scopes, Mapping):
+    return [f'scopes={scopes!r}: use a dict of balance loss -> Scope()']
+  problems = [not_one_of('scopes', name, BALANCE_LOSSES) for name in scopes]
+  for name, scope in scopes.items():
+    is_scope = isinstance(scope, Scope)
+    # A coefficient is a likely mistake here.
+    remedy = 'use a Scope(), and multiply the loss by its coefficient yourself'
+    problems.append(problem_if(not is_scope, f'scopes[{name!r}]={scope!r}: {remedy}'))
+  if bias_rule:
+    problems.append(not_one_of('bias_rule', bias_rule, BIAS_RULES))
+  return problems
+
+
+def expect_input(x: Array, d_model: int) -> None:
+  """ValueError where x is not [B, S, D] of a floating dtype."""
+  if x.ndim != 3 or x.shape[-1] != d_model or not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(
+      f'x is {x.dtype}{list(x.shape)}: use [B, S, {d_model}] of a floating dtype, the output of '
+      'the norm before the layer'
+    )
+
+
+def expect_mesh_axes() -> None:
+  """ValueError where a mesh is set that lacks an axis which experts and tokens are laid out by."""
+  mesh = jax.sharding.get_abstract_mesh()
+  missing = [axis for axis in MESH_AXES if axis not in mesh.shape]
+  if not mesh.empty and missing:
+    raise ValueError(
+      f'the mesh has axes {mesh.axis_names} and lacks {missing}: make it with '
+      'moejax.sharding.make_mesh, sizes of 1 for axes that are not used'
+    )
+
+
 class MoE(nnx.Module):
   """A router, E experts of which each token sees K, and shared ones that it always sees.
 
@@ -109,6 +147,9 @@ class MoE(nnx.Module):
   bias_rule: a row of BIAS_RULES, which then observes every batch; '' for none.
   std, out_std: standard deviation that matrices start with, and that `down` starts with, which
     writes to the residual; out_std=0: std.
+
+  Raises:
+    ConfigError: `cfg`, a name in `scopes` or `bias_rule` is not what the layer takes.
   """
 
   def __init__(
@@ -121,6 +162,7 @@ class MoE(nnx.Module):
     std: float = 0.02,
     out_std: float = 0.0,
   ) -> None:
+    check(*layer_problems(cfg, scopes, bias_rule))
     self.cfg, self.scopes, self.bias_rule = cfg, frozendict(scopes), bias_rule
     out_std = out_std or std
     num_experts = cfg.router.num_experts
@@ -173,18 +215,22 @@ class MoE(nnx.Module):
     """x [B, S, D] normalised -> y [B, S, D] and the aux. Padding gets 0 from the routed experts.
 
     Args:
-      x: of any dtype, which is also that of y; what the router does is float32.
+      x: of a floating dtype, which is also that of y; what the router does is float32.
       bias: [E] f32, added to the scores where experts are chosen; None: zeros.
       tokens: which of them count, and of which document they are; None: all, a document a row.
       whole: loss -> [E] f32, what `BalanceLoss.seen` sums over the whole set, for losses whose sets
         are larger than x; None where nothing is trained: no losses.
 
     Raises:
-      ValueError: a loss has sets larger than x, and `whole` does not hold it.
+      ValueError: x has another shape or dtype, the mesh that is set lacks an axis, or a loss has
+        sets larger than x and `whole` does not hold it.
     """
+    x = jnp.asarray(x)
+    expect_input(x, self.router.shape[0])
+    expect_mesh_axes()
     num_experts = self.cfg.router.num_experts
     bias = jnp.zeros(num_experts) if bias is None else bias
-    tokens = whole_rows(*x.shape[:2]) if tokens is None else tokens
+    tokens = whole_rows(jnp.ones(x.shape[:2], bool)) if tokens is None else tokens
     routing = self.route(x, bias, tokens)
     y, dropped = self.mixture(x, routing, tokens)
     losses, seen = self.balance(routing, tokens, whole)

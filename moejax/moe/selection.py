@@ -34,14 +34,14 @@ class Tokens(NamedTuple):
   replayed: Array | None = None  # [B, S, K] i32, recorded expert_ids to use again
 
 
-def whole_rows(rows: int, length: int) -> Tokens:
-  """Returns tokens that all count, each row one document; their ids are 0.
+def whole_rows(mask: Array) -> Tokens:
+  """Tokens of which nothing is known but which of them count; each row is one document.
 
-  For a layer that is used by itself: hash selection, which looks at ids, needs the real ones.
+  mask: [B, S] bool, False for padding. The vocabulary ids are all 0: hash selection, which looks
+    at them, needs Tokens with the real ones.
   """
-  ids = jnp.zeros((rows, length), jnp.int32)
-  everywhere = ids == 0
-  return Tokens(ids, mask=everywhere, segments=ids + 1, rows=jnp.arange(rows))
+  ids = jnp.zeros(mask.shape, jnp.int32)
+  return Tokens(ids, mask, mask.astype(jnp.int32), jnp.arange(mask.shape[0]))
 
 
 def row_keys(tokens: Tokens, purpose: int) -> Array:

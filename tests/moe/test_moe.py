@@ -9,6 +9,7 @@ import pytest
 from jax import Array
 
 import moejax.moe
+from moejax.config import ConfigError
 from moejax.moe import (
   BALANCE_LOSSES,
   BIAS_RULES,
@@ -20,6 +21,7 @@ from moejax.moe import (
   Scope,
   Tokens,
   route,
+  whole_rows,
 )
 
 ROWS, LENGTH, WIDTH = 2, 5, 16
@@ -91,3 +93,44 @@ def test_a_set_larger_than_x_must_be_given_and_the_error_says_how() -> None:
   assert set(layer(x, whole={'global_batch': counts})[1].losses) == set(scopes)
   small = MoE(jax.random.key(0), WIDTH, scopes={'global_batch': Scope(rows=0)})
   assert set(small(x)[1].losses) == {'global_batch'}
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'problem'),
+  [
+    ({'scopes': {'seq': Scope()}}, "scopes='seq' is not one of"),
+    ({'scopes': {'sequence': 0.01}}, "scopes['sequence']=0.01: use a Scope()"),
+    ({'scopes': ['sequence']}, "scopes=['sequence']: use a dict"),
+    ({'bias_rule': 'sgn'}, "bias_rule='sgn' is not one of"),
+    ({'cfg': RouterConfig()}, 'use an MoEConfig, which holds the RouterConfig'),
+  ],
+  ids=lambda value: value if isinstance(value, str) else '',
+)
+def test_what_a_layer_cannot_be_built_of_is_told(
+  arguments: dict[str, object], problem: str
+) -> None:
+  with pytest.raises(ConfigError) as caught:
+    MoE(jax.random.key(0), WIDTH, **arguments)
+  assert problem in str(caught.value)
+
+
+def test_an_input_that_is_no_batch_of_vectors_is_told() -> None:
+  layer, x = MoE(jax.random.key(0), WIDTH), some_x()
+  for wrong in (x[0], x[..., 1:], x.astype(jnp.int32)):
+    with pytest.raises(ValueError, match=r'use \[B, S, 16\] of a floating dtype'):
+      layer(wrong)
+  np.testing.assert_array_equal(layer(np.asarray(x))[0], layer(x)[0])
+
+
+def test_padding_is_told_by_a_mask() -> None:
+  layer, x = MoE(jax.random.key(0), WIDTH), some_x()
+  mask = jnp.arange(LENGTH) < jnp.array([[LENGTH], [2]])
+  y, aux = layer(x, None, whole_rows(mask))
+  assert aux.load.sum() == (LENGTH + 2) * 2 and not y[1, 2:].any() and y[1, :2].all()
+
+
+def test_a_mesh_without_an_axis_that_the_layer_needs_is_told() -> None:
+  layer, x = MoE(jax.random.key(0), WIDTH), some_x()
+  with jax.set_mesh(jax.make_mesh((2,), ('data',))):
+    with pytest.raises(ValueError, match='make it with moejax.sharding.make_mesh'):
+      jax.jit(lambda x: layer(x)[0])(x)
