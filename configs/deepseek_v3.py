@@ -18,7 +18,7 @@ longer context come after this one (section 4.3). The report's text is not publi
 a tokenizer of at most 129280 tokens.
 
 Hardware: 512 chips of TPU v5p, or 256 H200s with --config.mesh.fsdp=32 --config.micro_batches=60.
-Nobody has run it: shapes and figures are what is checked, and that the compilers for both find room
+Not run so far: shapes and figures are what is checked, and that the compilers for both find room
 for a step, 67 of a v5p's 96 GiB and 85 of an H200's 131: add --plan --topology=v5p:8x8x8, or
 h200:256, to see what of.
 

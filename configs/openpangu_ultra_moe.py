@@ -19,7 +19,7 @@ curriculum nor early stopping is built. The text is not public: bring yours, and
 most 153600 tokens.
 
 Hardware: 512 chips of TPU v5p, or 256 H200s with --config.mesh.fsdp=64 --config.mesh.expert=4
---config.micro_batches=8. Nobody has run it: shapes and figures are what is checked, and that the
+--config.micro_batches=8. It has not been run: shapes and figures are what is checked, and that the
 compilers for both find room for a step, 77 of a v5p's 96 GiB and 119 of an H200's 131: add --plan
 --topology=v5p:8x8x8, or h200:256, to see what of.
 

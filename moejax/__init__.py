@@ -1,13 +1,13 @@
-"""moejax: Mixture-of-Experts pretraining in JAX, whose load balance is the equation in the paper.
+"""moejax: Mixture-of-Experts pretraining in JAX, balance losses checked against their equations.
 
-A package imports only from those above it. What each is for:
+A package imports only from those listed before it. What each is for:
 
   config       text, dataclasses and flags: how a config is written, checked and overridden
   runtime      the process that a run lives in: files, signals, faults, other processes
   sharding     where arrays lie: the device mesh, logical axes, parameters
   data         text to batches: sources, mixture, tokenizer, token cache, pipeline
   moe          the heart: router, selection, dispatch, experts, balance losses, bias rules
-  checkpoint   saved beside training, verified bit by bit, restored on any mesh
+  checkpoint   saved while training goes on, verified bit by bit, restored on any mesh
   model        attention, blocks, multi-token prediction, the transformer
   inference    decoding with a KV cache, drafts, sampling
   families     published architectures, as data

@@ -48,7 +48,7 @@ class Point:
     return Point(self.inputs._replace(logits=logits), self.draws, self.cfg, self.bias)
 
   def weights(self, expert_ids: np.ndarray) -> np.ndarray:
-    """The weights of the experts that were chosen, 0 for nobody. [B, S, K] -> [B, S, K]."""
+    """The weights of the experts that were chosen, 0 where unassigned. [B, S, K] -> [B, S, K]."""
     cfg = self.cfg
     logs = oracle_selection.log_scores(self.logits, cfg.score_fn)
     somebody = expert_ids < cfg.num_experts

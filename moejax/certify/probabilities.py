@@ -46,7 +46,7 @@ def probabilities_line(plan: Plan) -> Iterator[Check]:
           difference = np.abs(measured.gradients.logits[i] - other.gradients.logits[i]).max()
           gradients.see(f'{loss}; {where}', difference)
       elsewhere += (measured.routing.expert_ids != other.routing.expert_ids).sum()
-    # Where the other bias moves nobody, that it changes no loss has not been shown.
+    # Where the other bias moves no token, that it changes no loss has not been shown.
     idle.see(router_name(cfg), elsewhere == 0 and cfg.top_k < cfg.num_experts)
   for worst in (ours, sums, values, gradients, to_bias, idle):
     yield worst.check()

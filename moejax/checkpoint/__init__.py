@@ -1,4 +1,4 @@
-"""Checkpoints of a run: saved beside training, verified bit by bit, restored on any mesh."""
+"""Checkpoints of a run: saved while training goes on, verified bit by bit, restored on any mesh."""
 
 from moejax.checkpoint.checkpoints import CheckpointConfig, Checkpoints, NoLoadableCheckpoint
 from moejax.checkpoint.lock import RunInUse

@@ -15,9 +15,9 @@ _count = itertools.count(1)  # of saves; alike in all processes, because they sa
 
 
 class Barrier:
-  """The two meetings of a save: when all is written, and when all has its name.
+  """The two barriers of a save: after all files are written, and after the rename.
 
-  A process alone meets nobody.
+  With one process neither waits.
   """
 
   def __init__(self) -> None:

@@ -34,7 +34,7 @@ MAX_DRAFTS = AHEAD // 2
 
 
 class Decoding(NamedTuple):
-  """What a step leaves to the next. All known tokens but the last are in the caches.
+  """State between decoding steps. All known tokens but the last are in the caches.
 
   Slot s of the cache of depth k = 1, 2.. of multi-token prediction is place s - k + 1 of the row:
   where the token ahead is that of slot s + 1, as it is for the model itself. So all caches have the

@@ -1,4 +1,4 @@
-"""The least time that a step can take, as the slowest of arithmetic, memory and links has it.
+"""The least time that a step can take, given by the slowest of arithmetic, memory and links.
 
 compiled text, mesh, chip -> seconds of each bound -> tokens/s and MFU at best
 """

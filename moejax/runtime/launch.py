@@ -11,7 +11,7 @@ from absl import flags
 from moejax.config import ConfigError, check, problem_if
 
 # Variables in which launchers say how many processes they started. A process alone, such as a shell
-# in a Slurm allocation, connects to nobody.
+# in a Slurm allocation, connects to no other.
 COUNTS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
 CONNECT_SECONDS = 300  # seconds for all processes to connect
 USAGE = '--coordinator=HOST:PORT --num_processes=N --process_id=I'

@@ -1,7 +1,7 @@
 """Many processes as one: which is the first, and what all of them must decide alike.
 
 Every function that asks the other processes is to be called by all of them, in the same order: each
-waits for the rest. A process alone asks nobody.
+waits for the rest. A process alone asks none.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ def fail_together(*kinds: type[Exception]) -> Iterator[None]:
   """Raises an error of these kinds in all processes, where the block raised it in one of them.
 
   What one process cannot do, none does. At the end of the block all processes are asked; within it
-  nobody may ask the others: a process that has failed would not answer.
+  no process may ask the others: a process that has failed would not answer.
 
   Args:
     *kinds: kinds of errors. Each can be made of a message alone.

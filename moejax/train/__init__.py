@@ -1,1 +1,1 @@
-"""Training: the experiment, the pure step, the loop around it, and what it tells of itself."""
+"""Training: the experiment, the pure step, the loop around it, and what it records."""

@@ -1,9 +1,9 @@
 """Mistakes that were made in public, or nearly, as patches of moejax.
 
-Each replaces something of moejax, and names the line of the certificate that must object. Most are
-from the list of what leading codebases got wrong; the last four are one more for lines that these
-leave out. A function is replaced in every module that has imported its name, the face of a package
-never: nothing inside looks there.
+Each replaces something of moejax, and names the line of the certificate that must object. Most have
+been shipped by published codebases; the last four are for lines that these leave out. A function is
+replaced in every module that has imported its name, the face of a package never: nothing inside
+looks there.
 
 Letters: B batch, S sequence, E experts.
 """

@@ -66,11 +66,11 @@ def assignment_of(logits: ArrayLike, expert_ids: ArrayLike, score_fn: str, assig
 
 
 def load(expert_ids: ArrayLike, mask: ArrayLike, num_experts: int) -> F64:
-  """c_e [E]: how many tokens that count chose expert e; an id of E is nobody's."""
+  """c_e [E]: how many tokens that count chose expert e; an id of E is unassigned."""
   counts, expert_ids, mask = np.zeros(num_experts), np.asarray(expert_ids), np.asarray(mask)
   for t in np.ndindex(mask.shape):
     for e in expert_ids[t]:
-      counts[e : e + 1] += mask[t]  # an empty slice for nobody
+      counts[e : e + 1] += mask[t]  # an empty slice where unassigned
   return counts
 
 

@@ -155,14 +155,14 @@ def of_counts(
 ) -> Callable[[BiasState, Seen, float], BiasState]:
   """The rule as a function of the batch, of which it needs c_e alone.
 
-  That is how many tokens that count chose e; id E is nobody.
+  That is how many tokens that count chose e; id E is unassigned.
   """
 
   def step(state: BiasState, seen: Seen, rate: float) -> BiasState:
     counts = np.zeros(len(state.bias))
     for t in np.ndindex(np.asarray(seen.mask).shape):
       for e in np.asarray(seen.expert_ids)[t]:
-        counts[e : e + 1] += np.asarray(seen.mask)[t]  # an empty slice for nobody
+        counts[e : e + 1] += np.asarray(seen.mask)[t]  # an empty slice where unassigned
     return rule(state, counts, rate)
 
   return step

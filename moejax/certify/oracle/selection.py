@@ -1,7 +1,7 @@
 """What the formulas of selection say, in slow float64 NumPy.
 
 Written from the formulas, never from moejax. Loops over tokens and experts stand where the formula
-has a sum or a rank. Nobody is expert E, one past the last.
+has a sum or a rank. Unassigned is expert E, one past the last.
 
 Letters: B batch, S sequence, E experts, K experts per token, n tokens of a row that count.
 """
@@ -74,7 +74,7 @@ def top_k_experts(log_s: F64, choice: F64, mask: Bool, ids: I64, top_k: int) -> 
 def expert_choice(log_s: F64, choice: F64, mask: Bool, ids: I64, top_k: int) -> I64:
   """Each expert takes ceil(n K / E) tokens of each row, the best by s, ties to the first.
 
-  2202.09368, a row a set. A token's experts [B, S, E] come best first, nobody last.
+  2202.09368, a row a set. A token's experts [B, S, E] come best first, unassigned last.
   """
   batch, length, num_experts = log_s.shape
   taken = np.full(log_s.shape, num_experts)
@@ -107,7 +107,7 @@ def sinkhorn_plan(log_s: F64, rounds: int = 8) -> F64:
 
 
 def sinkhorn(log_s: F64, choice: F64, mask: Bool, ids: I64, top_k: int) -> I64:
-  """The K largest entries of the plan; what does not count is nobody's. [B, S, E] -> [B, S, K]."""
+  """The K largest entries of the plan; else unassigned. [B, S, E] -> [B, S, K]."""
   chosen = np.full((*mask.shape, top_k), log_s.shape[-1])
   for b in range(len(mask)):
     if mask[b].any():
@@ -156,7 +156,7 @@ SELECTIONS: dict[str, Callable[[F64, F64, Bool, I64, int], I64]] = {
 def weigh_chosen(
   log_weights: ArrayLike, expert_ids: ArrayLike, renormalise: bool = True, scale: float = 1.0
 ) -> F64:
-  """Weights of a choice [..., K], scale w_e / Σ_chosen w, or scale w_e; nobody weighs 0.
+  """Weights of a choice [..., K], scale w_e / Σ_chosen w, or scale w_e; unassigned weighs 0.
 
   log w [..., E] are the logarithms of the scores, or the logits for softmax after top-k. A recorded
   choice is weighed in the same way.

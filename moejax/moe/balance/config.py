@@ -129,7 +129,7 @@ def unknown_loss(name: str) -> str:
 def router_problems(
   balance: BalanceConfig, router: RouterConfig, micro_batches: int
 ) -> tuple[str, ...]:
-  """What of a balance config a router cannot serve, '' for each thing that it can."""
+  """Problems of a balance config with this router, '' for each that there is not."""
   rule, partition, accumulation = balance.bias_rule, balance.partition, balance.accumulation
   selection, experts = router.selection, router.num_experts
   takes_bias = SELECTIONS[selection].takes_bias

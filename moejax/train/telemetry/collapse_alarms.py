@@ -71,9 +71,9 @@ def count_alarms(load: np.ndarray, dropped: np.ndarray, top_k: int) -> int:
 
 
 class Alarms:
-  """What has been going on since when, and what of it was told.
+  """The alarms that are active, since which step each is, and which have been reported.
 
-  A resumed run begins anew: it tells once more.
+  A resumed run begins anew: it reports once more.
   """
 
   def __init__(self, top_k: int) -> None:

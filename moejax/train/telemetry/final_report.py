@@ -1,4 +1,4 @@
-"""The last words of a run: report.json, and the lines that a person reads at the end."""
+"""The final report of a run: report.json, and the lines that a person reads at the end."""
 
 import os
 import pathlib
