@@ -3,11 +3,9 @@
 Several processes may build one file at the same time, and any of them may be killed doing so.
 """
 
-import contextlib
 import hashlib
 import logging
 import os
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from moejax.runtime.files import whole_file
 logger = logging.getLogger('moejax')
 
 SEAL_BYTES = 32
-STALE_SECONDS = 3600  # the age of a temporary file at which its writer counts as dead
 
 
 def cache_directory(cache_dir: str) -> Path:
@@ -78,11 +75,7 @@ def _seal_of(path: Path, content: np.ndarray | bytes) -> 'hashlib.blake2b':
 
 
 def _write(path: Path, chunks: Iterable[bytes]) -> None:
-  """Writes the content and its seal, and removes what builders left that were killed long ago."""
-  for temporary in path.parent.glob(f'{path.name}.*.tmp'):
-    with contextlib.suppress(FileNotFoundError):  # another builder may have removed it
-      if time.time() - temporary.stat().st_mtime > STALE_SECONDS:
-        temporary.unlink()
+  """Writes the content and its seal."""
   seal = _seal_of(path, b'')
   with whole_file(path) as file:
     for chunk in chunks:

@@ -7,10 +7,12 @@ name that others read.
 
 import contextlib
 import fcntl
+import glob
 import io
 import json
 import os
 import shutil
+import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from pathlib import Path
 from moejax.config import ConfigError
 
 DAMAGED = 'the file is damaged or cut short: fetch or export it again'
+STALE_SECONDS = 3600  # the age of a temporary file at which its writer counts as dead
 FETCH_AGAIN = 'fetch or export the directory again'
 
 
@@ -28,8 +31,9 @@ def whole_path(path: Path) -> Iterator[Path]:
 
   When the block ends well the file takes the place of `path`; when it raises, the file is removed.
   Readers see what was there before, or all of what is new. A link at `path` is replaced and not
-  followed.
+  followed. What writers of this path left that were killed long ago is removed.
   """
+  _remove_stale_temporaries(path)
   # A name of its own, so that two processes that write the same path do each other no harm.
   temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')
   try:
@@ -40,6 +44,13 @@ def whole_path(path: Path) -> Iterator[Path]:
     temporary.replace(path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def _remove_stale_temporaries(path: Path) -> None:
+  for temporary in path.parent.glob(f'{glob.escape(path.name)}.*.tmp'):
+    with contextlib.suppress(FileNotFoundError):  # another writer may have removed it
+      if time.time() - temporary.stat().st_mtime > STALE_SECONDS:
+        temporary.unlink()
 
 
 @contextlib.contextmanager

@@ -222,3 +222,15 @@ def test_json_that_cannot_be_used_is_told(raw: bytes, told: str) -> None:
   with pytest.raises(ConfigError) as error:
     parse_json_object(Path('where.json'), raw)
   assert str(error.value).startswith(f'where.json: {told}') and 'again' in str(error.value)
+
+
+def test_what_a_killed_writer_left_is_removed_once_it_is_old(tmp_path: Path) -> None:
+  """Of this path alone, whatever characters are in its name; another writer may be at work."""
+  old, young = tmp_path / 'a[1].json.0a.tmp', tmp_path / 'a[1].json.0b.tmp'
+  other = tmp_path / 'b.json.0c.tmp'
+  for path in (old, young, other):
+    path.write_text('half of it')
+  for path in (old, other):
+    os.utime(path, (0, 0))
+  write_whole(tmp_path / 'a[1].json', 'all of it')
+  assert sorted(tmp_path.iterdir()) == sorted([tmp_path / 'a[1].json', young, other])
