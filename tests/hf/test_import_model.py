@@ -18,6 +18,7 @@ from moejax.data.sources import DataConfig
 from moejax.hf import import_model
 from moejax.hf.safetensors.directory import Tensors
 from moejax.moe.dispatch.dispatchers import DispatchConfig
+from moejax.sharding.mesh import MeshConfig
 from moejax.train.experiment import run_dir
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.initial_model import model_and_router_shapes
@@ -95,6 +96,7 @@ def test_training_starts_from_an_import_and_generate_runs_on_it(
     seq_len=32,
     workdir=str(tmp_path / 'trained'),
     init_from=str(source),
+    mesh=MeshConfig(data=1),
     model=model,
     data=DataConfig(
       'synthetic',

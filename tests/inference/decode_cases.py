@@ -41,7 +41,14 @@ BASE = ModelConfig(
 )
 # Each with what its kind of published model has.
 KINDS = {
-  'grouped': dataclasses.replace(BASE, mtp_depth=1, tie_embeddings=True, sandwich_norm=True),
+  'grouped': dataclasses.replace(
+    BASE,
+    num_dense_layers=1,
+    mtp_depth=1,
+    tie_embeddings=True,
+    sandwich_norm=True,
+    attention=AttentionConfig(2, 1, 8, RopeConfig(fraction=0.5), qk_norm='head', qkv_bias=True),
+  ),
   'windows and sinks': dataclasses.replace(
     BASE,
     num_layers=3,
@@ -65,24 +72,18 @@ KINDS = {
   ),
   'latent': dataclasses.replace(
     BASE,
+    num_layers=3,
     num_dense_layers=1,
     mtp_depth=2,
     attention=AttentionConfig(
-      2, 2, 8, RopeConfig(interleaved=True, yarn=YARN), latent=LatentConfig(6, 10, 4, 8)
+      2,
+      2,
+      8,
+      RopeConfig(interleaved=True, yarn=YARN),
+      windows=(3, 0),
+      latent=LatentConfig(6, 10, 4, 8),
     ),
     moe=MoEConfig(RouterConfig(E, 2, 'sigmoid', num_groups=2, scale=2.5), d_expert=8, num_shared=1),
-  ),
-  'partial rope': dataclasses.replace(
-    BASE,
-    num_dense_layers=1,
-    mtp_depth=1,
-    attention=AttentionConfig(2, 1, 8, RopeConfig(fraction=0.5), qk_norm='head', qkv_bias=True),
-  ),
-  'latent window': dataclasses.replace(
-    BASE,
-    num_layers=3,
-    mtp_depth=4,
-    attention=AttentionConfig(2, 2, 8, windows=(3,), latent=LatentConfig(6, 0, 4, 8)),
   ),
 }
 HEAVY = [

@@ -84,19 +84,11 @@ def test_guesses_are_those_of_the_text_so_far(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  ('kind', 'sizes'),
-  [
-    ('windows and sinks', MeshConfig(data=1, fsdp=2, expert=2, tensor=2)),
-    ('latent', MeshConfig(data=8)),
-  ],
-  ids=str,
-)
-def test_a_mesh_changes_nothing(kind: str, sizes: MeshConfig) -> None:
-  """Five rows on four devices or eight; there, too, all steps are one program."""
-  cfg = KINDS[kind]
+def test_a_mesh_changes_nothing() -> None:
+  """Five rows on eight devices, in fours; there, too, all steps are one program."""
+  cfg = KINDS['latent']
   want, _ = decode_all(model_of(cfg), GREEDY)
-  mesh = make_mesh(sizes)
+  mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
   with jax.set_mesh(mesh):
     there = jax.tree.map(jax.device_put, model_of(cfg), shardings(model_of(cfg), mesh))
     before = PROGRAMS['step']._cache_size()
@@ -140,18 +132,19 @@ def test_rows_that_have_ended_are_padding_and_stay() -> None:
   state, _, counts = PROGRAMS['step'](model, router, state, alive, params)
   lengths = 24 + np.where(alive, counts, 0)
   for cache in (cache for turn in state.caches.values() for cache in turn):
-    segments = cache.segments[:, :, 24]
     np.testing.assert_array_equal(cache.length, np.broadcast_to(lengths, cache.length.shape))
+    # A window's cache is a ring, whose places are used again.
+    segments = cache.segments[:, :, 24 % cache.segments.shape[-1]]
     np.testing.assert_array_equal(segments, np.broadcast_to(alive, segments.shape))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('depth', [2, 4])
-def test_a_model_that_knows_what_it_will_say_says_it_at_once(depth: int) -> None:
+def test_a_model_that_knows_what_it_will_say_says_it_at_once() -> None:
   """As many tokens a step as there are depths, and one.
 
   Where one depth is wrong, only as many as are before it.
   """
+  depth = 2
   model = certain(depth)
   # 13 tokens of depth 2: as other tests.
   ask = SampleConfig(1 + 4 * (depth + 1), temperature=0.0, draft=True)

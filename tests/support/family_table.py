@@ -41,10 +41,14 @@ def mesh_for(golden: Golden) -> Mesh:
   )
 
 
+def of_mesh(golden: Golden) -> dict[str, float]:
+  """The columns that are measured on eight devices."""
+  return {f'mesh {name}': value for name, value in of_forward(golden, mesh_for(golden)).items()}
+
+
 def measure(golden: Golden) -> dict[str, float]:
   """All columns of a family's row."""
-  on_mesh = {f'mesh {name}': value for name, value in of_forward(golden, mesh_for(golden)).items()}
-  found = of_forward(golden) | of_steps(golden) | of_text(golden) | on_mesh
+  found = of_forward(golden) | of_steps(golden) | of_text(golden) | of_mesh(golden)
   return {column: found[column] for column in COLUMNS if column in found}
 
 

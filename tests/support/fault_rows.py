@@ -23,14 +23,9 @@ class Row(NamedTuple):
 
 ROWS = (
   Row(
-    'kill -9 at five random steps, while a save is in flight, before it has its name, while an '
-    'old step is deleted',
+    '300 steps with nine faults: kill -9 at random steps, while a save is in flight, before it has '
+    'its name and while an old step is deleted; SIGTERM; a full disk',
     'the same command goes on; metrics and last digest are those of the run without it, to the bit',
-    ('system/save_faults::killed_again_and_again_a_run_ends_as_if_it_had_not_been',),
-  ),
-  Row(
-    '300 steps with ten random faults',
-    'the same',
     ('system/faults::a_soak_ends_as_if_nothing_had_happened',),
   ),
   Row(

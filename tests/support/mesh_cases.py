@@ -94,13 +94,12 @@ def axes(mesh: MeshConfig) -> tuple[str, ...]:
 
 
 def features(case: Case) -> frozenset[Hashable]:
-  """What a case covers: its mesh; its dispatcher with each axis, each pair of axes, its number of
-  micro-batches and its depth; each axis with these two numbers."""
+  """What a case covers: its mesh; each pair of axes; its dispatcher with each axis, its number of
+  micro-batches and its depth."""
   parts = axes(case.mesh)
   numbers = (('micro_batches', case.micro_batches), ('mtp_depth', case.mtp_depth))
-  beside = (*parts, *itertools.combinations(parts, 2), *numbers)
-  by_dispatch = itertools.product([case.dispatch], beside)
-  return frozenset([case.mesh, *by_dispatch, *itertools.product(parts, numbers)])
+  by_dispatch = itertools.product([case.dispatch], (*parts, *numbers))
+  return frozenset([case.mesh, *itertools.combinations(parts, 2), *by_dispatch])
 
 
 @functools.cache

@@ -249,26 +249,26 @@ def test_a_tiny_variant_trains_is_killed_goes_on_and_is_exported(tmp_path: Path)
     '--config.data.source=synthetic',
     '--config.batch_size=8',
     '--config.data.tokenizer=bytes',
-    '--config.steps=16',
-    '--config.seq_len=64',
-    '--config.checkpoint.every=8',
+    '--config.steps=12',
+    '--config.seq_len=32',
+    '--config.checkpoint.every=6',
     '--config.log_every=1',
     '--config.eval.every=0',
     '--config.data.synthetic_tokens=20000',
   ]
   # One device: that is what a tiny variant is for, and it compiles in a third of the time.
   process = spawn(command)
-  while not (workdir / 'checkpoints' / '8').exists():
+  while not (workdir / 'checkpoints' / '6').exists():
     assert process.poll() is None, process.communicate()[0]
     time.sleep(0.01)
   process.send_signal(signal.SIGKILL)
   process.wait()
   process = spawn(command)
   output = process.communicate(timeout=500)[0]
-  assert process.returncode == 0 and 'resuming after step 8 ' in output, output
+  assert process.returncode == 0 and 'resuming after step 6 ' in output, output
   logged = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   losses = {row['step']: row['lm_loss'] for row in logged if 'lm_loss' in row}
-  assert [*losses] == [*range(1, 17)] and losses[16] < losses[1] - 0.5
+  assert [*losses] == [*range(1, 13)] and losses[12] < losses[1] - 0.5
   assert all(row['mtp_loss'] > 0 for row in logged if 'lm_loss' in row)
   out = tmp_path / 'published'
   done = subprocess.run(

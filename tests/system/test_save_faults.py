@@ -5,9 +5,7 @@ A fault that a run survives leaves the metrics and the last state of the run wit
 bit.
 """
 
-import random
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
@@ -47,25 +45,6 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(straight: Path, tmp_path: Path) -> Path:
   shutil.copytree(straight, tmp_path / 'run')
   return tmp_path / 'run'
-
-
-@pytest.mark.slow
-def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(
-  straight: Path, tmp_path: Path
-) -> None:
-  """While a save is in flight, before it has its name, while an old step is deleted, and at five
-  random steps."""
-  workdir, kinds = tmp_path / 'run', []
-  at_random = sorted(random.Random(0).sample(range(14, 25), 5))
-  for fault in ('save:1', 'commit:1', 'delete:1', *(f'step:{step}' for step in at_random)):
-    status, output = run_to_end(workdir, f'kill@{fault}', checkpoint__keep_latest=2)
-    assert status == -signal.SIGKILL, output
-    kinds += [name.partition('.')[2] for name in steps(workdir)]
-  assert {'orbax-checkpoint-tmp', 'deleted'} <= {*kinds}  # it was hit where it hurts
-  status, output = run_to_end(workdir, checkpoint__keep_latest=2)
-  assert status == 0 and 'resuming after step ' in output, output
-  assert rows(workdir) == rows(straight) and final_digest(workdir) == final_digest(straight)
-  assert [name for name in steps(workdir) if not name.isdecimal()] == []
 
 
 ON_A_SMALL_DISK = """

@@ -10,13 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.run_dir import read_config
 from moejax.train.telemetry.tensorboard import TensorBoard
 from moejax.train.trainer import train
-from tests.support.tiny_run import ROOT, config, final_digest, rows
+from tests.support import tiny_run
+from tests.support.tiny_run import ROOT, final_digest, rows
 
 # They compare with, or go on from, one run: one worker takes them all.
 pytestmark = pytest.mark.xdist_group('trainer')
+
+
+def config(workdir: Path, **changes: object) -> ExperimentConfig:
+  """The tiny run on one device, which is the quickest to compile for."""
+  return tiny_run.config(workdir, **{'mesh__data': 1} | changes)
 
 
 @pytest.fixture(scope='module')
@@ -105,7 +112,7 @@ def test_a_vocabulary_too_small_is_refused(tmp_path: Path, capsys: pytest.Captur
 def test_rows_that_do_not_divide_over_devices_are_refused(
   tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-  assert train(config(tmp_path / 'run', batch_size=6)) == 2
+  assert train(config(tmp_path / 'run', batch_size=6, mesh__data=8)) == 2
   assert 'do not divide over data * fsdp * expert = 8' in capsys.readouterr().err
 
 

@@ -66,19 +66,21 @@ def test_nothing_is_left_out() -> None:
 
 
 def test_the_cases_of_every_run_cover_all_that_there_are() -> None:
-  """Every mesh, and every dispatcher with every axis, every pair of axes, both numbers of
+  """Every mesh and every pair of axes, and every dispatcher with every axis, both numbers of
   micro-batches and depths."""
   chosen = covering_cases()
-  assert {*chosen} <= {*cases()} and len(chosen) == len({*chosen}) <= 24
+  assert {*chosen} <= {*cases()} and len(chosen) == len({*chosen}) <= 16
   assert {case.mesh for case in chosen} == {ALONE, *MESHES}
   assert {case[:2] for case in chosen} >= {*FAST}
   for name in DISPATCHES:
     mine = [case for case in chosen if case.dispatch == name]
     assert {case.micro_batches for case in mine} == {1, 2}, name
     assert {case.mtp_depth for case in mine} == {0, 1}, name
-    for pair in itertools.combinations_with_replacement(('data', 'fsdp', 'expert', 'tensor'), 2):
-      possible = any({*pair} <= {*axes(case.mesh)} for case in cases() if case.dispatch == name)
-      assert possible == any({*pair} <= {*axes(case.mesh)} for case in mine), (name, pair)
+    for axis in ('data', 'fsdp', 'expert', 'tensor'):
+      assert any(axis in axes(case.mesh) for case in mine), (name, axis)
+  for pair in itertools.combinations(('data', 'fsdp', 'expert', 'tensor'), 2):
+    possible = any({*pair} <= {*axes(case.mesh)} for case in cases())
+    assert possible == any({*pair} <= {*axes(case.mesh)} for case in chosen), pair
   assert set().union(*map(features, chosen)) == set().union(*map(features, cases()))
 
 

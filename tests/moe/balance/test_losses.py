@@ -15,7 +15,7 @@ from moejax.moe.balance.losses import (
   CODEBASES,
   convert_coefficient,
 )
-from moejax.moe.routing import SCORE_FNS, RouterConfig
+from moejax.moe.routing import RouterConfig
 from tests.moe.balance.loss_cases import (
   ALL,
   CANCELS,
@@ -35,12 +35,9 @@ from tests.moe.balance.loss_cases import (
 from tests.moe.balance.loss_oracle import log_scores, normalised, one_by_one, wanted
 from tests.support import oracle
 
-# Each number of experts and each K with every score function.
-SHAPES = [
-  router(e, k, sorted(SCORE_FNS)[i % 3])
-  for i, (e, k) in enumerate(itertools.product((4, 8, 64, 256), (1, 2, 8)))
-  if k <= e
-]
+# Each number of experts once, and each K; the certificate takes all of them together.
+SHAPES = [router(4, 1, 'softmax'), router(8, 8, 'sigmoid'), router(64, 8, 'sqrt_softplus')]
+SHAPES += [router(256, 2, 'softmax')]
 
 
 @routers(MAIN)
