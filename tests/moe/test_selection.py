@@ -70,7 +70,9 @@ def check_ids(
 @pytest.mark.parametrize('score_fn', sorted(SCORE_FNS))
 @everywhere
 def test_selection_weights_and_gradients_are_the_oracles(name: str, score_fn: str) -> None:
-  logits, bias, tokens = batch()
+  given, bias, tokens = batch()
+  mask_BS1 = tokens.mask[..., None]
+  logits = np.where(mask_BS1, given, 0)  # what padding holds is taken for 0
   scores, log_s = oracle.scores(logits, score_fn), oracle.log_scores(logits, score_fn)
   want = oracle.SELECTIONS[name](log_s, scores + bias, tokens.mask, tokens.ids, K)
   cfg = WEIGHING[weighing_of(name, score_fn)]
@@ -83,14 +85,19 @@ def test_selection_weights_and_gradients_are_the_oracles(name: str, score_fn: st
     got.probs, oracle.probabilities(logits, score_fn), rtol=3e-6, atol=1e-37
   )
   np.testing.assert_allclose(got.probs.astype(np.float64).sum(-1), 1, rtol=1e-6)
-  check_slopes(from_probs[0], lambda z: oracle.probabilities(z, score_fn) * TO_PROBS, logits)
+  check_slopes(
+    from_probs[0],
+    lambda z: oracle.probabilities(np.where(mask_BS1, z, 0), score_fn) * TO_PROBS,
+    given,
+  )
 
   def weights(z: np.ndarray) -> np.ndarray:
+    z = np.where(mask_BS1, z, 0)
     of = z if cfg.weigh == 'softmax' else oracle.log_scores(z, score_fn)
     return oracle.weigh_chosen(of, got.expert_ids, cfg.renormalise, cfg.scale)
 
   np.testing.assert_allclose(got.weights, weights(logits), rtol=3e-6, atol=1e-37)
-  check_slopes(from_weights[0], lambda z: weights(z) * to_weights(name), logits)
+  check_slopes(from_weights[0], lambda z: weights(z) * to_weights(name), given)
   assigned = got.expert_ids < E
   assert not got.weights[~assigned].any(), 'unassigned weighs nothing'
   if cfg.renormalise:
@@ -223,8 +230,10 @@ def test_hash_is_of_the_token_alone_distinct_and_spread() -> None:
 
 def test_uniform_is_even_and_distinct() -> None:
   ids = measured('uniform')['softmax'].routing.expert_ids
-  for row in ids:  # 12 copies, 4 experts
-    np.testing.assert_array_equal(np.bincount(row.ravel(), minlength=E), np.full(E, S * K // E))
+  mask = batch()[2].mask
+  for row, counts in zip(ids, mask):
+    load = np.bincount(row[counts].ravel(), minlength=E)
+    assert load.sum() == counts.sum() * K and np.ptp(load) <= 1, 'even to one copy, padded or not'
     assert (row[:, 0] != row[:, 1]).all()
 
 
@@ -241,8 +250,10 @@ def test_recorded_experts_are_used_again_and_weighed_anew(name: str) -> None:
   first = measured(name)['sigmoid']
   recorded = tokens._replace(replayed=first.routing.expert_ids)
   again = replay(logits, bias, recorded, name)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), first, again)
+  # Another program: gradients are differences of float32 numbers of up to 0.3, 3e-8 apart.
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=3e-9), first, again)
   other = np.random.default_rng(6).normal(size=logits.shape).astype(np.float32)
+  other[~tokens.mask] = 0
   moved = replay(other, -bias, recorded, name)
   np.testing.assert_array_equal(moved.routing.expert_ids, first.routing.expert_ids)
   log_s, cfg = oracle.log_scores(other, 'sigmoid'), WEIGHING[weighing_of(name, 'sigmoid')]
