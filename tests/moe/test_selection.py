@@ -12,6 +12,7 @@ from moejax.moe.routing import SCORE_FNS, WEIGHTS, RouterConfig, route
 from moejax.moe.selection import (
   SELECTIONS,
   Tokens,
+  whole_rows,
 )
 from tests.moe.selection_cases import (
   CASES,
@@ -180,6 +181,48 @@ def test_rows_do_not_see_each_other_and_nobody_sees_padding(name: str) -> None:
     name
   ]
   np.testing.assert_array_equal(ids[tokens.mask], plain[tokens.mask])
+
+
+@everywhere
+def test_token_by_token_a_row_is_routed_as_it_is_whole(name: str) -> None:
+  """As with a cache: each chunk knows the places of its tokens, and padding takes none.
+
+  What is not causal sees no more than the chunk: a prompt is routed as a row of that length, and
+  the token after it as a row of one token.
+  """
+  logits, tokens = changed_after(0)[0], changed_after(0)[2]
+  no_bias, places = jnp.zeros(E), np.tile(np.arange(S, dtype=np.int32), (B, 1))
+
+  def part(first: int, last: int) -> np.ndarray:
+    ids, mask = tokens.ids[:, first:last], tokens.mask[:, first:last]
+    chunk = tokens._replace(ids=ids, mask=mask, segments=mask.astype(np.int32))
+    chunk = chunk._replace(places=places[:, first:last])
+    return np.asarray(everyones_choice(logits[:, first:last], no_bias, chunk)[name])
+
+  whole = np.asarray(everyones_choice(logits, no_bias, tokens)[name])
+  prompt, token = part(0, 3), part(5, 6)
+  if SELECTIONS[name].causal:
+    np.testing.assert_array_equal(np.concatenate([prompt, part(3, 6)], axis=1), whole)
+    np.testing.assert_array_equal(token, whole[:, 5:])
+  else:
+    alone = tokens._replace(ids=None, mask=tokens.mask[:, :3], segments=tokens.segments[:, :3])
+    choose, score = SELECTIONS[name].choose, jax.nn.log_sigmoid(logits[:, :3])
+    np.testing.assert_array_equal(prompt, choose(score, score, alone, K))
+    if name == 'expert_choice':  # each expert takes its share of one token, rounded up
+      assert (np.sort(token) == np.arange(E)).all()
+  # Padded on the left by two columns.
+  padded_ids = np.pad(tokens.ids[:, :4], ((0, 0), (2, 0)))
+  mask = np.pad(tokens.mask[:, :4], ((0, 0), (2, 0)))
+  shifted = np.pad(logits[:, :4], ((0, 0), (2, 0), (0, 0)), constant_values=np.nan)
+  padded = tokens._replace(ids=padded_ids, mask=mask, segments=mask.astype(np.int32))
+  found = np.asarray(everyones_choice(shifted, no_bias, padded)[name])
+  np.testing.assert_array_equal(found[:, 2:], part(0, 4))
+
+
+def test_hash_without_ids_is_refused() -> None:
+  tokens = whole_rows(np.ones((1, 2), bool))
+  with pytest.raises(ValueError, match='tokens.ids is None: use tokens=Tokens'):
+    route(jnp.zeros((1, 2, E)), None, RouterConfig(E, K, selection='hash'), tokens)
 
 
 def test_each_expert_chooses_its_share_of_each_row() -> None:
