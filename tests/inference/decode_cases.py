@@ -22,6 +22,7 @@ from moejax.model.rope import RopeConfig, YarnConfig
 from moejax.model.transformer import Transformer
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
+from moejax.moe.selection import SELECTIONS
 from tests.support.quick import QUICK
 
 V, E = 24, 4
@@ -85,10 +86,17 @@ KINDS = {
     attention=AttentionConfig(2, 2, 8, windows=(3,), latent=LatentConfig(6, 0, 4, 8)),
   ),
 }
+# Every selection that is causal and does not look at scores alone.
+for selection in sorted(SELECTIONS):
+  if SELECTIONS[selection].causal and selection != 'top_k':
+    router = RouterConfig(E, 1, 'sigmoid', renormalise=False, selection=selection)
+    KINDS[selection] = dataclasses.replace(
+      BASE, num_layers=1, mtp_depth=1, moe=MoEConfig(router, d_expert=8)
+    )
 HEAVY = [
   pytest.param(kind, marks=pytest.mark.slow)
   for kind in KINDS
-  if kind not in ('latent', 'windows and sinks')
+  if kind not in ('latent', 'windows and sinks', 'uniform')
 ]
 
 
