@@ -12,7 +12,6 @@ from moejax.moe.routing import SCORE_FNS, WEIGHTS, RouterConfig, route
 from moejax.moe.selection import (
   SELECTIONS,
   Tokens,
-  whole_rows,
 )
 from tests.moe.selection_cases import (
   CASES,
@@ -217,12 +216,6 @@ def test_token_by_token_a_row_is_routed_as_it_is_whole(name: str) -> None:
   padded = tokens._replace(ids=padded_ids, mask=mask, segments=mask.astype(np.int32))
   found = np.asarray(everyones_choice(shifted, no_bias, padded)[name])
   np.testing.assert_array_equal(found[:, 2:], part(0, 4))
-
-
-def test_hash_without_ids_is_refused() -> None:
-  tokens = whole_rows(np.ones((1, 2), bool))
-  with pytest.raises(ValueError, match='tokens.ids is None: use tokens=Tokens'):
-    route(jnp.zeros((1, 2, E)), None, RouterConfig(E, K, selection='hash'), tokens)
 
 
 def test_each_expert_chooses_its_share_of_each_row() -> None:

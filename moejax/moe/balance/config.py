@@ -132,8 +132,12 @@ def router_problems(
   """Problems of a balance config with this router, '' for each that there is not."""
   partition, accumulation, experts = balance.partition, balance.accumulation, router.num_experts
   divides = not partition or experts % partition == 0
-  # One problem for the partition, and not one for each loss that has it.
-  scopes = balance.scopes(1, 1) if divides else {}
+  scopes = {}
+  for name in balance.active():
+    # One problem for the partition, and not one for each loss; a loss that is not there is told by
+    # the config of balance itself.
+    if divides and name in BALANCE_LOSSES:
+      scopes[name] = Scope(partition=partition, assignment=balance.assignment)
   return (
     *fit_problems(
       router, scopes, balance.bias_rule, loss='balance.losses.{}', rule='balance.bias_rule'

@@ -66,7 +66,7 @@ def fit_problems(
 
 def bias_rule_problem(router: RouterConfig, bias_rule: str, rule: str) -> str:
   """Why a bias rule could not change who is chosen, '' where it could."""
-  if not bias_rule:
+  if not bias_rule or router.selection not in SELECTIONS:
     return ''
   named = f'{rule}={bias_rule!r}'
   if not SELECTIONS[router.selection].takes_bias:
