@@ -64,8 +64,4 @@ def no_noise(router: RouterConfig, scope: Scope) -> str:
     return 'is the load that noise may give: use router.noisy=True, or the loss importance'
   if router.num_groups > 1:
     return f'does not know of groups: use num_groups=1 instead of {router.num_groups}'
-  if router.expert_dropout:
-    return (
-      f'does not know of dropped experts: use expert_dropout=0 instead of {router.expert_dropout}'
-    )
   return ''
