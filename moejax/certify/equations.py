@@ -224,12 +224,14 @@ def check_choices(plan: Plan) -> Iterator[Check]:
       limited = group_limited_choice(biased, cfg)
       wanted = oracle_selection.top_k_experts(biased, limited, case.mask, case.segments, cfg.top_k)
       # Scores that differ by rounding may change places: what counts is how good the chosen are.
-      best = np.take_along_axis(biased, wanted, -1)
-      choice.see(where, np.abs(best - np.take_along_axis(biased, routed.expert_ids, -1)).max())
+      best, ids = np.take_along_axis(biased, wanted, -1), routed.expert_ids
+      missed = np.abs(best - np.take_along_axis(biased, ids, -1))
+      choice.see(where, missed[case.mask].max(initial=0))
       point = Point(inputs_of(plan, case), np.zeros(()), cfg, case.bias)
-      weights.see(where, np.abs(routed.weights - point.weights(routed.expert_ids)).max())
+      off = np.abs(routed.weights - point.weights(ids))
+      weights.see(where, off[case.mask].max(initial=0))
       if label in ('ties', 'equal'):
-        ties.see(where, (routed.expert_ids != wanted).sum())
+        ties.see(where, (ids != wanted)[case.mask].sum())
   yield choice.check()
   yield ties.check()
   yield from check_other_choices(plan, weights)

@@ -99,9 +99,11 @@ def route_with_noise(
 ) -> tuple[routing.Routing, Array]:
   """The routing of a batch, and the noise drawn for it [B, S, E] in units of its std."""
   tokens = tokens_of(mask, segments)
-  # The router draws the same from these keys: the oracle, which cannot, is given the noise.
-  keys = selection.row_keys(tokens, selection.NOISE)
-  draws = jax.vmap(lambda key: jax.random.normal(key, inputs.logits.shape[1:]))(keys)
+  # The router draws the same from these tokens: the oracle, which cannot, is given the noise.
+  shape = (cfg.num_experts,)
+  draws = selection.draw_by_token(
+    lambda key: jax.random.normal(key, shape), tokens, selection.NOISE
+  )
   routed = routing.route(inputs.logits, bias, cfg, tokens, inputs.std)
   return routed._replace(router=inputs.router), draws
 

@@ -58,9 +58,10 @@ def import_model(directory: str, out: str, mesh: MeshConfig = ONE_DEVICE) -> Non
 def run_config(model: ModelConfig, workdir: str, tokenizer: str = '') -> ExperimentConfig:
   """Returns the config of a run that holds a model which was not trained here.
 
-  It has no balance losses, and no rule that moves the bias.
+  It has no balance losses, no rule that moves the bias, and no steps.
   """
   return ExperimentConfig(
+    steps=0,
     workdir=workdir or 'none',
     data=DataConfig(tokenizer=tokenizer) if tokenizer else DataConfig(),
     model=model,

@@ -113,7 +113,7 @@ class Transformer(nnx.Module):
     Args:
       batch: tokens, segment_ids and positions are read; segment 0 is padding, which counts nowhere.
       router: [L, E] f32, the bias of each MoE layer.
-      cache: from `empty_caches`, to go on from; None to attend within the batch alone.
+      cache: from `empty_caches`, to go on from, a document a row; None: attend within the batch.
       whole: loss -> [L, E] f32, for balance losses of sets larger than the batch; None: no losses.
       draws: what routers draw random numbers from; None: nothing is random.
       replayed: [L, B, S, K] i32, `MoEAux.expert_ids` of another run to use again; None: choose.
@@ -123,7 +123,7 @@ class Transformer(nnx.Module):
       rows, keys = jnp.arange(batch.tokens.shape[0]), None
     else:
       rows, keys = draws.rows, layer_keys(draws.key, cfg.num_moe_layers)
-    tokens = Tokens(batch.tokens, batch.segment_ids > 0, batch.segment_ids, rows)
+    tokens = routed_tokens(batch, rows, cache is not None)
     embedded = constrain(self.embed(batch.tokens, jnp.dtype(cfg.dtype)), 'batch', 'sequence', '')
     x, per_layer = embedded, PerLayer(router, whole, keys, replayed)
 
@@ -189,12 +189,19 @@ class Transformer(nnx.Module):
     Returns:
       hidden [B, S, D], from which this depth's logits are made, and the cache with these tokens.
     """
-    mask = batch.segment_ids > 0
-    seen = Tokens(batch.tokens, mask, batch.segment_ids, jnp.arange(tokens.shape[0]))
+    seen = routed_tokens(batch, jnp.arange(tokens.shape[0]), has_cache=True)
     embedded = self.embed(tokens, jnp.dtype(self.cfg.dtype))
     route = Route(router[depth - self.cfg.mtp_depth], seen, None)
     hidden, cache, _ = self.run_mtp(depth, hidden, embedded, batch, cache=cache, route=route)
     return hidden, cache
+
+
+def routed_tokens(batch: Batch, rows: Array, has_cache: bool) -> Tokens:
+  """What routers may know of a batch's tokens; with a cache, of rows that began before it."""
+  # A row with a cache is one document, so that a place in the document is one in the row.
+  places = batch.positions if has_cache else None
+  mask = batch.segment_ids > 0
+  return Tokens(batch.tokens, mask, batch.segment_ids, rows, places=places)
 
 
 def layer_keys(key: Array, layers: int) -> Array:

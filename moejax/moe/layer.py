@@ -14,16 +14,17 @@ from flax import nnx
 from jax import Array
 
 from moejax.config import at_least, check, frozendict, not_one_of, problem_if
+from moejax.moe.balance.fit import fit_problems, untrainable
 from moejax.moe.balance.losses import BALANCE_LOSSES
 from moejax.moe.bias import BIAS_RULES
 from moejax.moe.dispatch.dispatchers import DISPATCHERS, DispatchConfig
 from moejax.moe.experts.ffn import ACTIVATIONS, SwiGLU
 from moejax.moe.experts.weights import Experts
+from moejax.moe.input_checks import expect_bias, expect_input, expect_mesh_axes, expect_tokens
 from moejax.moe.routing import RouterConfig, Routing, route, router_logits
 from moejax.moe.selection import SELECTIONS, Tokens, jittered, whole_rows
 from moejax.moe.statistics import Stats, observe
-from moejax.moe.token_sets import Scope, expert_load
-from moejax.sharding.mesh import MESH_AXES
+from moejax.moe.token_sets import Scope, expert_load, zero_padding
 from moejax.sharding.params import constant_init, normal_init, param
 
 
@@ -115,27 +116,12 @@ def layer_problems(cfg: MoEConfig, scopes: Mapping[str, Scope], bias_rule: str) 
     problems.append(problem_if(not is_scope, f'scopes[{name!r}]={scope!r}: {remedy}'))
   if bias_rule:
     problems.append(not_one_of('bias_rule', bias_rule, BIAS_RULES))
-  return problems
-
-
-def expect_input(x: Array, d_model: int) -> None:
-  """ValueError where x is not [B, S, D] of a floating dtype."""
-  if x.ndim != 3 or x.shape[-1] != d_model or not jnp.issubdtype(x.dtype, jnp.floating):
-    raise ValueError(
-      f'x is {x.dtype}{list(x.shape)}: use [B, S, {d_model}] of a floating dtype, the output of '
-      'the norm before the layer'
-    )
-
-
-def expect_mesh_axes() -> None:
-  """ValueError where a mesh is set that lacks an axis which experts and tokens are laid out by."""
-  mesh = jax.sharding.get_abstract_mesh()
-  missing = [axis for axis in MESH_AXES if axis not in mesh.shape]
-  if not mesh.empty and missing:
-    raise ValueError(
-      f'the mesh has axes {mesh.axis_names} and lacks {missing}: make it with '
-      'moejax.sharding.make_mesh, sizes of 1 for axes that are not used'
-    )
+  if any(problems):
+    return problems  # what is not there fits nothing
+  if scopes or bias_rule:  # it is to be trained; otherwise a call says whether it is
+    problems.append(untrainable(cfg.router))
+  fits = fit_problems(cfg.router, scopes, bias_rule, loss='scopes[{!r}]', rule='bias_rule')
+  return problems + fits
 
 
 class MoE(nnx.Module):
@@ -149,7 +135,8 @@ class MoE(nnx.Module):
     writes to the residual; out_std=0: std.
 
   Raises:
-    ConfigError: `cfg`, a name in `scopes` or `bias_rule` is not what the layer takes.
+    ConfigError: `cfg`, a name in `scopes` or `bias_rule` is not what the layer takes, or a loss or
+      the rule would do nothing for this router.
   """
 
   def __init__(
@@ -212,7 +199,7 @@ class MoE(nnx.Module):
     tokens: Tokens | None = None,
     whole: Mapping[str, Array] | None = frozendict(),
   ) -> tuple[Array, MoEAux]:
-    """x [B, S, D] normalised -> y [B, S, D] and the aux. Padding gets 0 from the routed experts.
+    """x [B, S, D] normalised -> y [B, S, D] and the aux. Padding gets 0.
 
     Args:
       x: of a floating dtype, which is also that of y; what the router does is float32.
@@ -221,16 +208,27 @@ class MoE(nnx.Module):
       whole: loss -> [E] f32, what `BalanceLoss.seen` sums over the whole set, for losses whose sets
         are larger than x; None where nothing is trained: no losses.
 
+    What padding holds, NaN or not, reaches neither y nor aux nor a gradient: it is taken for 0.
+
     Raises:
-      ValueError: x has another shape or dtype, the mesh that is set lacks an axis, or a loss has
-        sets larger than x and `whole` does not hold it.
+      ConfigError: the layer is trained, and its router cannot be, see `untrainable`.
+      ValueError: an argument has another shape or dtype, hash selection is given no ids, the mesh
+        that is set lacks an axis, a loss has sets larger than x and `whole` does not hold it, or
+        its sets are no whole number of parts of x, or the other way round.
     """
     x = jnp.asarray(x)
     expect_input(x, self.router.shape[0])
     expect_mesh_axes()
     num_experts = self.cfg.router.num_experts
-    bias = jnp.zeros(num_experts) if bias is None else bias
+    bias = jnp.zeros(num_experts) if bias is None else jnp.asarray(bias)
     tokens = whole_rows(jnp.ones(x.shape[:2], bool)) if tokens is None else tokens
+    expect_bias(bias, num_experts)
+    expect_tokens(tokens, x.shape[:2])
+    if whole is not None:
+      remedy = ', or whole=None where nothing is trained'
+      why = untrainable(self.cfg.router)
+      check(problem_if(why, why + remedy))
+    x = zero_padding(x, tokens.mask)
     routing = self.route(x, bias, tokens)
     y, dropped = self.mixture(x, routing, tokens)
     losses, seen = self.balance(routing, tokens, whole)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moejax.config import at_least, check, not_one_of, problem_if
+from moejax.moe.input_checks import expect_bias, expect_logits, expect_tokens
 from moejax.moe.selection import (
   SELECTIONS,
   Tokens,
@@ -25,8 +26,10 @@ from moejax.moe.selection import (
   limit_to_groups,
   margin,
   noisy,
+  whole_rows,
   without_some,
 )
+from moejax.moe.token_sets import zero_padding
 
 
 class Routing(NamedTuple):
@@ -38,7 +41,8 @@ class Routing(NamedTuple):
   expert_ids: Array  # [B, S, K] i32  the experts chosen, top-k's best first; E: unassigned
   weights: Array  # [B, S, K] f32  what their outputs are multiplied by; 0 for unassigned
   best_ids: Array  # [B, S, K] i32  the top-K of the scores alone: no bias, no groups, no selection
-  margin: Array  # [B, S]    f32  least choice taken minus best one not taken: how far from flipping
+  # [B, S] f32  least choice taken minus best one not taken: how far from flipping; inf: none left
+  margin: Array
   likely: Array  # [B, S, E] f32  P(expert is chosen | noise); zeros without noise
   router: Array  # [D, E]    f32  the router's own weights, where there are any ([0, E] else)
 
@@ -150,6 +154,12 @@ class RouterConfig:
     """Whether training draws random numbers."""
     return bool(self.jitter or self.noisy or self.expert_dropout or self.random_second)
 
+  @property
+  def has_margin(self) -> bool:
+    """Whether a choice leaves an expert that could have been taken: else no margin is defined."""
+    remaining = self.num_experts - round(self.expert_dropout * self.num_experts)
+    return self.top_k < min(remaining, self.num_experts // self.num_groups * self.top_groups)
+
 
 def router_logits(x: Array, w: Array) -> Array:
   """`x w` [B, S, E] in true float32.
@@ -163,9 +173,23 @@ def router_logits(x: Array, w: Array) -> Array:
   return jnp.einsum('bsd,de->bse', x.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST)
 
 
+def router_input(
+  logits: Array, bias: Array | None, cfg: RouterConfig, tokens: Tokens | None
+) -> tuple[Array, Array, Tokens]:
+  """Returns the arguments of `route` without its Nones, and with 0 for the logits of padding."""
+  logits = jnp.asarray(logits)
+  bias = jnp.zeros(cfg.num_experts) if bias is None else jnp.asarray(bias)
+  if tokens is None:
+    tokens = whole_rows(jnp.ones(logits.shape[:2], bool))
+  expect_logits(logits, cfg.num_experts)
+  expect_bias(bias, cfg.num_experts)
+  expect_tokens(tokens, logits.shape[:2])
+  return zero_padding(logits, tokens.mask), bias, tokens
+
+
 def route(
   logits: Array,
-  bias: Array,
+  bias: Array | None,
   cfg: RouterConfig,
   tokens: Tokens | None = None,
   noise_std: Array | None = None,
@@ -176,16 +200,21 @@ def route(
 
   Args:
     logits: [B, S, E] f32.
-    bias: [E] f32, zeros when there is no bias rule. No gradient passes: top-k has none, and weights
-      never see it.
-    tokens: what selections other than top-k, and all randomness, look at.
+    bias: [E] f32; None: zeros, as where there is no bias rule. No gradient passes: top-k has none,
+      and weights never see it.
+    tokens: which of them count, and what other selections than top-k, and all randomness, look at;
+      None: all count, and nothing is random. Logits of padding are taken for 0, be they NaN.
     noise_std: [B, S, E] f32 for cfg.noisy.
+
+  Raises:
+    ValueError: an array has another shape or dtype, or hash selection is given no ids.
 
   Recorded expert_ids in `tokens.replayed` are used as they are, and weighed by the scores of now. A
   second expert that GShard's draw left out is not in the record: the first one is then renormalised
   alone. Ties go to the lowest expert index.
   """
-  num_experts, likely = logits.shape[-1], jnp.zeros_like(logits)
+  logits, bias, tokens = router_input(logits, bias, cfg, tokens)
+  num_experts, likely = cfg.num_experts, jnp.zeros_like(logits)
   if cfg.noisy:
     logits, likely = noisy(logits, noise_std, tokens, cfg.top_k)
   log_scores = SCORE_FNS[cfg.score_fn](logits)
@@ -195,15 +224,14 @@ def route(
     choice = limit_to_groups(choice, cfg.num_groups, cfg.top_groups, cfg.group_best)
   if cfg.expert_dropout:
     choice = without_some(choice, tokens, cfg.expert_dropout)
-  replayed = None if tokens is None else tokens.replayed
-  if replayed is not None:
-    expert_ids = replayed
+  if tokens.replayed is not None:
+    expert_ids = tokens.replayed
   else:
     expert_ids = SELECTIONS[cfg.selection].choose(
       jax.lax.stop_gradient(log_scores), choice, tokens, cfg.top_k
     )
   weights = weights_of(WEIGHTS[cfg.weigh](log_scores, logits), expert_ids, cfg.renormalise)
-  if cfg.random_second and replayed is None:
+  if cfg.random_second and tokens.replayed is None:
     kept = keep_second(jax.lax.stop_gradient(weights), tokens)
     expert_ids = jnp.where(kept, expert_ids, num_experts)
     weights = jnp.where(kept, weights, 0.0)

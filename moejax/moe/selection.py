@@ -4,9 +4,10 @@ Limits to groups, dropped experts, noise, and selections that do not look at sco
 
   choice (scores + bias) -> limit to groups, drop experts -> a row of SELECTIONS -> expert_ids
 
-Randomness is a pure function of (seed, step, layer, row of the global batch, place in the row): it
-is the same however the batch is cut, sharded or padded, there is nothing to save, and evaluation,
-which has no key, has none.
+What does not follow from scores is a pure function of (seed, step, layer, row of the global batch,
+place in the row), where padding takes no place: it is the same however the batch is cut, sharded or
+padded on either side, and whether a row comes whole or token by token to a cache. There is nothing
+to save, and evaluation, which has no key, has nothing random.
 
 Letters: B batch, S sequence, D model, E experts, K experts per token, M groups of experts.
 """
@@ -18,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from moejax.moe.token_sets import zero_padding
+
 SINKHORN_ROUNDS = 8
 # What a key is drawn for: folded into it, so that no two uses of randomness draw the same.
 JITTER, NOISE, EXPERT_DROPOUT, SECOND = range(4)
@@ -26,50 +29,68 @@ JITTER, NOISE, EXPERT_DROPOUT, SECOND = range(4)
 class Tokens(NamedTuple):
   """What a router may know of the tokens besides their activations."""
 
-  ids: Array  # [B, S] i32, of the vocabulary
+  ids: Array | None  # [B, S] i32, of the vocabulary; None: not known
   mask: Array  # [B, S] bool, False for padding
   segments: Array  # [B, S] i32, document of each token in its row
   rows: Array  # [B] i32, each row's number in the global batch
   key: Array | None = None  # of this layer in this step; None: nothing is random
   replayed: Array | None = None  # [B, S, K] i32, recorded expert_ids to use again
+  # [B, S] i32, each token's place in its row, see `places_in_row`; None: the row begins here
+  places: Array | None = None
 
 
 def whole_rows(mask: Array) -> Tokens:
   """Tokens of which nothing is known but which of them count; each row is one document.
 
-  mask: [B, S] bool, False for padding. The vocabulary ids are all 0: hash selection, which looks
-    at them, needs Tokens with the real ones.
+  mask: [B, S] bool, False for padding. Hash selection, which looks at vocabulary ids, refuses them.
   """
-  ids = jnp.zeros(mask.shape, jnp.int32)
-  return Tokens(ids, mask, mask.astype(jnp.int32), jnp.arange(mask.shape[0]))
+  return Tokens(None, mask, mask.astype(jnp.int32), jnp.arange(mask.shape[0]))
 
 
-def row_keys(tokens: Tokens, purpose: int) -> Array:
-  """Returns a key for each row. [B].
+def places_in_row(tokens: Tokens) -> Array:
+  """Returns how many tokens of its row come before each token. [B, S] i32.
 
-  By its number in the global batch, so that a row draws the same wherever it lies.
+  Padding is not counted, so that a row has the same places whatever it is padded with; its own are
+  of no consequence. Documents of one row are counted through: two of them must not draw the same.
+  """
+  if tokens.places is not None:
+    return tokens.places
+  return jnp.maximum(jnp.cumsum(tokens.mask, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def draw_by_token(draw: Callable[[Array], Array], tokens: Tokens, purpose: int) -> Array:
+  """Returns `draw(key)` of a key for each token: [B, S, ...] of a draw [...].
+
+  The key follows from the row's number in the global batch and the place in the row. One key a row,
+  and a draw for all its columns, would give a token other numbers where columns of padding, or a
+  cache, lie before it.
   """
   key = jax.random.fold_in(tokens.key, purpose)
-  return jax.vmap(lambda row: jax.random.fold_in(key, row))(tokens.rows)
+
+  def of_row(row: Array, places_S: Array) -> Array:
+    row_key = jax.random.fold_in(key, row)
+    return jax.vmap(lambda place: draw(jax.random.fold_in(row_key, place)))(places_S)
+
+  return jax.vmap(of_row)(tokens.rows, places_in_row(tokens))
 
 
 def jittered(x: Array, tokens: Tokens, epsilon: float) -> Array:
-  """Returns `x` [B, S, D] times U(1 - epsilon, 1 + epsilon), entry by entry.
+  """Returns `x` [B, S, D] times U(1 - epsilon, 1 + epsilon), entry by entry, in float32.
 
-  Switch Transformer's input jitter.
+  Switch Transformer's input jitter. Not in x's dtype: bfloat16 has nothing between 1 and 1 + 2^-7,
+  which makes five factors of epsilon=0.01, and one of 1e-3.
   """
   if not epsilon or tokens.key is None:
     return x
+  low, high = 1 - epsilon, 1 + epsilon
+  shape = x.shape[-1:]
+  factor = draw_by_token(
+    lambda key: jax.random.uniform(key, shape, jnp.float32, low, high), tokens, JITTER
+  )
+  return x.astype(jnp.float32) * factor
 
-  def factor_of_row(key: Array) -> Array:
-    low, high = 1 - epsilon, 1 + epsilon
-    return jax.random.uniform(key, x.shape[1:], jnp.float32, low, high)
 
-  factor = jax.vmap(factor_of_row)(row_keys(tokens, JITTER))
-  return x * factor.astype(x.dtype)
-
-
-def noisy(logits: Array, std: Array, tokens: Tokens, top_k: int) -> tuple[Array, Array]:
+def noisy(logits: Array, std: Array | None, tokens: Tokens, top_k: int) -> tuple[Array, Array]:
   """Returns logits with noise, and how likely each expert is chosen when its noise is drawn anew.
 
   H = z + N(0, 1) std, and P(e) = Phi((z_e - k-th largest H of the others) / std_e): Shazeer et al.
@@ -77,9 +98,12 @@ def noisy(logits: Array, std: Array, tokens: Tokens, top_k: int) -> tuple[Array,
   its H is above that of all but K - 1 of the others; a bias that is in the choice is not in it. std
   is a learnt projection of the input. All [B, S, E] f32.
   """
+  if std is None:
+    raise ValueError('noise_std is None, and the router is noisy: use the std, [B, S, E] f32')
   if tokens.key is None:
     return logits, jnp.zeros_like(logits)
-  draw = jax.vmap(lambda key: jax.random.normal(key, logits.shape[1:]))(row_keys(tokens, NOISE))
+  shape, std = logits.shape[-1:], zero_padding(std, tokens.mask)
+  draw = draw_by_token(lambda key: jax.random.normal(key, shape), tokens, NOISE)
   h = logits + draw * std
   # By min, not by slicing: of a slice XLA's CPU backend makes a whole sort.
   kth = jax.lax.top_k(h, top_k)[0].min(-1, keepdims=True)
@@ -125,7 +149,7 @@ def keep_second(weights: Array, tokens: Tokens) -> Array:
   everything = jnp.ones(weights.shape, jnp.bool_)
   if tokens.key is None:
     return everything
-  draw = jax.vmap(lambda key: jax.random.uniform(key, weights.shape[1:2]))(row_keys(tokens, SECOND))
+  draw = draw_by_token(jax.random.uniform, tokens, SECOND)
   return everything.at[..., 1].set(draw < 2 * weights[..., 1])
 
 
@@ -141,7 +165,9 @@ def expert_choice(log_scores: Array, choice: Array, tokens: Tokens, top_k: int) 
   Zhou et al., 2202.09368. The paper takes them from the whole batch; here a row is the set, so that
   the routing of a row does not depend on how the batch is cut. A token has 0 to E experts, so there
   are E places, and those that are left over are unassigned. Whether a token is taken depends on the
-  tokens after it: such a model cannot be sampled from as it was trained. [B, S, E] i32.
+  tokens after it: such a model cannot be sampled from as it was trained. With a cache a row's set
+  is the tokens at hand: a prompt is routed as in a forward pass of it alone, and each token after
+  it as a row of its own. [B, S, E] i32.
   """
   num_experts = choice.shape[-1]
   # Ascending: the best token first, and padding last.
@@ -160,7 +186,7 @@ def sinkhorn(log_scores: Array, choice: Array, tokens: Tokens, top_k: int) -> Ar
 
   Tokens are scaled to sum to 1 and experts to sum to n / E, in turns, SINKHORN_ROUNDS times, in log
   space: the transport that S-BASE routers take greedily from. A token's scale depends on all tokens
-  of its row. [B, S, K] i32.
+  of its row; with a cache on those at hand, as for `expert_choice`. [B, S, K] i32.
   """
   counts = tokens.mask[..., None]  # [B, S, 1]
   log_share = jnp.log(jnp.maximum(counts.sum(1, keepdims=True), 1) / choice.shape[-1])  # n / E
@@ -179,8 +205,16 @@ def hashed(log_scores: Array, choice: Array, tokens: Tokens, top_k: int) -> Arra
   Roller et al. 2021, hash layers, in their random form. The K largest of E pseudo-random numbers
   made from (token id, expert): murmur3's finaliser, whose avalanche is good enough to spread
   neighbouring ids.
+
+  Raises:
+    ValueError: the tokens have no ids.
   """
   del log_scores
+  if tokens.ids is None:
+    raise ValueError(
+      "selection='hash' chooses by the ids of the vocabulary, and tokens.ids is None: "
+      'use tokens=Tokens(ids=..., ...)'
+    )
   num_experts = choice.shape[-1]
   ids = tokens.ids[..., None].astype(jnp.uint32)
   h = ids * jnp.uint32(num_experts) + jnp.arange(num_experts, dtype=jnp.uint32)  # [B, S, E]
@@ -192,19 +226,21 @@ def hashed(log_scores: Array, choice: Array, tokens: Tokens, top_k: int) -> Arra
 
 
 def uniform(log_scores: Array, choice: Array, tokens: Tokens, top_k: int) -> Array:
-  """Experts in turn, whatever the token. [B, S, K] i32.
+  """Experts in turn, by the place in the row, whatever the token. [B, S, K] i32.
 
-  A row's load is even to one copy, to measure speed with.
+  A row's load is even to one copy, padded or not, to measure speed with.
   """
   del log_scores
-  place = jnp.arange(tokens.mask.shape[1])[:, None] * top_k + jnp.arange(top_k)
-  return jnp.broadcast_to(place % choice.shape[-1], (*tokens.mask.shape, top_k)).astype(jnp.int32)
+  num_experts = choice.shape[-1]
+  # By the place within a turn: K times a place in a long text would overflow.
+  first_BS1 = (places_in_row(tokens) % num_experts)[..., None] * top_k
+  return ((first_BS1 + jnp.arange(top_k)) % num_experts).astype(jnp.int32)
 
 
 def margin(choice: Array, expert_ids: Array) -> Array:
   """Returns the least choice taken minus the best one not taken, [B, S].
 
-  It is inf where there is nothing to compare.
+  inf where no expert is left that could have been taken, or none was taken: nothing to compare.
   """
   taken = jax.nn.one_hot(expert_ids, choice.shape[-1], dtype=jnp.bool_).any(-2)  # [B, S, E]
   return jnp.where(taken, choice, jnp.inf).min(-1) - jnp.where(taken, -jnp.inf, choice).max(-1)

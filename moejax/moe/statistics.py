@@ -40,7 +40,8 @@ class Stats(NamedTuple):
   squares: Array  # scalar, sum_e z_e^2 of the logits z
   peak: Array  # scalar, max |z| over tokens and experts: `add` takes the larger
   logsumexp: Array  # scalar, ln sum_e exp z_e
-  margin: Array  # scalar, the least choice taken less the best one left, see `Routing`
+  compared: Array  # scalar, tokens that have a margin: taken experts, and others left to take
+  margin: Array  # scalar, the least choice taken less the best one left, of tokens that have one
   near_ties: Array  # scalar, tokens with a margin nearer than NEAR_TIE to 0
   # scalar, copies in M that are not in M°: the bias, or a limit to groups, sent them elsewhere
   overrides: Array
@@ -68,6 +69,7 @@ def observe(routing: Routing, unbiased_ids: Array, mask: Array) -> Stats:
   chosen_TE = assignment_matrix(routing.expert_ids, mask, experts).reshape(-1, experts)  # M
   z_BSE = jnp.where(mask_BS1, routing.logits, 0)
   p_BSE = jnp.where(mask_BS1, routing.probs, 0)
+  has_margin_BS = ~jnp.isinf(routing.margin)
   unbiased_BSK = (ids_BSK[..., None] == unbiased_ids[..., None, :]).any(-1)
   elsewhere_BSK = ~unbiased_BSK & (ids_BSK < experts)
 
@@ -88,7 +90,8 @@ def observe(routing: Routing, unbiased_ids: Array, mask: Array) -> Stats:
     squares=jnp.square(z_BSE).sum(),
     peak=jnp.abs(z_BSE).max(initial=0),
     logsumexp=total(jax.nn.logsumexp(z_BSE, axis=-1)),
-    margin=total(routing.margin),
+    compared=total(has_margin_BS),
+    margin=total(jnp.where(has_margin_BS, routing.margin, 0)),
     near_ties=total(jnp.abs(routing.margin) < NEAR_TIE),
     overrides=elsewhere_BSK.sum().astype(jnp.float32),
     kept=total_score(ids_BSK),
@@ -102,7 +105,7 @@ def add(a: Stats, b: Stats) -> Stats:
   return sums._replace(peak=a.peak.__array_namespace__().maximum(a.peak, b.peak))
 
 
-def token_statistics(stats: Stats) -> dict[str, Array]:
+def token_statistics(stats: Stats, has_margin: bool = True) -> dict[str, Array]:
   """Returns what the router thinks, and what balance costs it: name -> [L], of Stats [L, ...].
 
   router_entropy: mean over tokens of H(p) = -sum_e p_e ln p_e, nats; ln E where it prefers no
@@ -110,15 +113,20 @@ def token_statistics(stats: Stats) -> dict[str, Array]:
   mutual_information: I(expert; token) = H(mean p) - mean H(p), nats; 0 where all tokens get the
     same p.
   logit_rms, logit_max: sqrt(mean z^2) and max |z|.  logsumexp: its mean, what a z-loss pulls to 0.
-  margin: mean of the least choice taken less the best one left; below 0 where the choice is not by
-    score.
-  near_ties: share of tokens with a margin nearer than NEAR_TIE to 0.
+  margin: mean of the least choice taken less the best one left, over tokens that have both; below 0
+    where the choice is not by score.
+  near_ties: share of these tokens with a margin nearer than NEAR_TIE to 0.
   override_rate: share of copies in M and not in M°.
   price_of_balance: 1 - sum s M / sum s M°, the score given up; 0 where nothing is overridden.
   coactivation: sum_e max_e' pairs_ee' / sum_e c_e: share of copies whose token also went to the
     most frequent partner of their expert. About (K-1)/(E-1) without a preference, 1 where experts
     come in fixed company. This one is ours.
   Without a token all are 0.
+
+  Args:
+    stats: sums, stacked over layers.
+    has_margin: `RouterConfig.has_margin`. False: no token ever has a margin, and there is neither
+      `margin` nor `near_ties`.
   """
   xp = stats.tokens.__array_namespace__()  # jax.numpy or NumPy, whichever made the sums
   experts = stats.probs.shape[-1]
@@ -132,14 +140,16 @@ def token_statistics(stats: Stats) -> dict[str, Array]:
   # The diagonal is an expert with itself, its load.
   others = 1 - xp.eye(experts, dtype=stats.pairs.dtype)
   partner_LE = (stats.pairs * others).max(axis=-1)
-  return {
+  margins = {
+    'margin': ratio(stats.margin, stats.compared),
+    'near_ties': ratio(stats.near_ties, stats.compared),
+  }
+  return (margins if has_margin else {}) | {
     'router_entropy': entropy,
     'mutual_information': entropy_of_mean - entropy,
     'logit_rms': xp.sqrt(ratio(stats.squares, stats.tokens * experts)),
     'logit_max': stats.peak,
     'logsumexp': ratio(stats.logsumexp, stats.tokens),
-    'margin': ratio(stats.margin, stats.tokens),
-    'near_ties': ratio(stats.near_ties, stats.tokens),
     'override_rate': ratio(stats.overrides, stats.copies),
     'price_of_balance': ratio(stats.best - stats.kept, stats.best),
     'coactivation': ratio(partner_LE.sum(axis=-1), stats.copies),

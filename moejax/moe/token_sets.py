@@ -38,12 +38,22 @@ class Scope(NamedTuple):
   whole: Array | None = None
 
 
+def zero_padding(values: Array, mask: Array) -> Array:
+  """Returns `values` [B, S, ...] with 0 where `mask` [B, S] is False.
+
+  By `where`, never by a product with the mask: 0 times NaN is NaN, in the value and in the
+  gradient.
+  """
+  return jnp.where(mask.reshape(*mask.shape, *[1] * (values.ndim - 2)), values, 0)
+
+
 def assignment_matrix(expert_ids_BSK: Array, mask_BS: Array, num_experts: int) -> Array:
   """Returns M_te [B, S, E] f32: 1 where token t is given to expert e, else 0.
 
   Tokens that are masked out are given to no expert; neither is a copy of id E, which is unassigned.
   """
   # One-hot of an id that is out of range is all zeros, which is what an unassigned copy should be.
+  # A product with the mask is right here, and nowhere else: of ones and zeros, never of NaN.
   chosen_BSE = jax.nn.one_hot(expert_ids_BSK, num_experts, dtype=jnp.float32).sum(2)
   return chosen_BSE * mask_BS[..., None]
 
@@ -61,6 +71,7 @@ def document_sums(values_BSN: Array, segments_BS: Array) -> Array:
   # Segment 0 is padding and a row holds at most S documents. A shape under jit cannot be the number
   # of documents that there are, so it is the number that there can be.
   num_segments = segments_BS.shape[1] + 1
+  segments_BS = ids_in_range(segments_BS)
 
   def sums_of_row(values_SN: Array, segments_S: Array) -> Array:
     return jax.ops.segment_sum(values_SN, segments_S, num_segments)
@@ -69,14 +80,52 @@ def document_sums(values_BSN: Array, segments_BS: Array) -> Array:
   return sums.reshape(-1, values_BSN.shape[-1])
 
 
+def ids_in_range(segments_BS: Array) -> Array:
+  """Returns ids of documents from 0 to S: those of a row that has others are counted from 1.
+
+  A sum by segment leaves out ids past its last one without a word, and other pipelines number
+  documents through a whole corpus. A document lies in one piece of its row, but for padding; only
+  rows whose ids are out of range are counted anew, the others stay as they are.
+  """
+  columns_S = jnp.arange(segments_BS.shape[1])
+  is_real_BS = segments_BS != 0
+  last_BS = jax.lax.cummax(jnp.where(is_real_BS, columns_S, -1), axis=1)
+  before_BS = jnp.pad(last_BS[:, :-1], ((0, 0), (1, 0)), constant_values=-1)  # -1: none
+  previous_BS = jnp.take_along_axis(segments_BS, jnp.maximum(before_BS, 0), axis=1)
+  begins_BS = is_real_BS & ((before_BS < 0) | (segments_BS != previous_BS))
+  counted_BS = jnp.where(is_real_BS, jnp.cumsum(begins_BS, axis=1), 0).astype(segments_BS.dtype)
+  in_range_BS = (segments_BS >= 0) & (segments_BS <= segments_BS.shape[1])
+  return jnp.where(in_range_BS.all(1, keepdims=True), segments_BS, counted_BS)
+
+
+def row_sets(rows: int, rows_at_hand: int) -> int:
+  """Returns how many sets of `rows` rows are at hand; 0: all of them are one set.
+
+  1 also where they are a part of one set.
+
+  Raises:
+    ValueError: sets of so many rows, and the rows at hand, are no whole number of each other.
+  """
+  if rows == 0:
+    return 1
+  larger, smaller = max(rows, rows_at_hand), min(rows, rows_at_hand)
+  if rows < 0 or (smaller and larger % smaller):
+    raise ValueError(
+      f'rows={rows} of a balance set with {rows_at_hand} rows at hand: use a divisor or a multiple '
+      f'of {rows_at_hand}, or rows=0, all of them'
+    )
+  return max(1, rows_at_hand // rows)
+
+
 def row_sums(values_BSN: Array, rows: int) -> Array:
   """Sums over each run of `rows` rows, [G, N]; 0, or more rows than there are: one set."""
-  sets = max(1, values_BSN.shape[0] // rows) if rows else 1
+  sets = row_sets(rows, values_BSN.shape[0])
   return values_BSN.reshape(sets, -1, values_BSN.shape[-1]).sum(1)
 
 
 def parts_of_set(rows: int, micro_rows: int) -> int:
   """Returns over how many micro-batches of `micro_rows` rows a set of `rows` rows is spread."""
+  row_sets(rows, micro_rows)  # refuses what does not divide
   return max(1, rows // micro_rows)
 
 

@@ -161,7 +161,7 @@ class Journal:
       text: the prompt, and what the model made of it.
     """
     churn = self.probes.record(step, probe)
-    row, layers = validation_row(sums, self.cfg.model.moe.router.top_k, self.data, churn)
+    row, layers = validation_row(sums, self.cfg.model.moe.router, self.data, churn)
     row |= {f'interference/{name}': float(value) for name, value in interference.items()}
     # A finished run that is started again validates again, and has its row.
     if step not in self.validated:
@@ -274,7 +274,7 @@ class NullJournal:
     self, step: int, sums: ValidationSums, probe: np.ndarray, interference: Metrics, text: str
   ) -> float:
     """Bits per byte of the held-out text, as a Journal finds them."""
-    row, _ = validation_row(sums, self.cfg.model.moe.router.top_k, self.data, {})
+    row, _ = validation_row(sums, self.cfg.model.moe.router, self.data, {})
     return row['eval/bits_per_byte']
 
   def report(self, digest: str, bpb: float) -> None:

@@ -18,7 +18,7 @@ from moejax.checkpoint.fingerprint import changes
 from moejax.checkpoint.lock import RunInUse, hold_run_directory
 from moejax.checkpoint.manifest import digest
 from moejax.checkpoint.writer import SaveFailed
-from moejax.config import ConfigError
+from moejax.config import ConfigError, check, problem_if
 from moejax.data.pipeline import Data, open_data
 from moejax.runtime.faults import fault_point, parse_environment
 from moejax.runtime.files import write_whole
@@ -56,6 +56,7 @@ def train(cfg: ExperimentConfig) -> int:
   try:
     # A fault that cannot be is an error now, and not at the step that it was meant for.
     parse_environment()
+    check(problem_if(not cfg.steps, 'steps=0 is of a model that is only read: use 1 or more'))
     with configure_logging(), contextlib.ExitStack() as held, stop_signals() as received:
       # One process locks for all; where it cannot, no process goes on.
       with fail_together(RunInUse, ConfigError):

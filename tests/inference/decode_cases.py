@@ -22,6 +22,7 @@ from moejax.model.rope import RopeConfig, YarnConfig
 from moejax.model.transformer import Transformer
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
+from moejax.moe.selection import SELECTIONS
 from tests.support.quick import QUICK
 
 V, E = 24, 4
@@ -86,10 +87,17 @@ KINDS = {
     moe=MoEConfig(RouterConfig(E, 2, 'sigmoid', num_groups=2, scale=2.5), d_expert=8, num_shared=1),
   ),
 }
+# Every selection that is causal and does not look at scores alone.
+for selection in sorted(SELECTIONS):
+  if SELECTIONS[selection].causal and selection != 'top_k':
+    router = RouterConfig(E, 1, 'sigmoid', renormalise=False, selection=selection)
+    KINDS[selection] = dataclasses.replace(
+      BASE, num_layers=1, mtp_depth=1, moe=MoEConfig(router, d_expert=8)
+    )
 HEAVY = [
   pytest.param(kind, marks=pytest.mark.slow)
   for kind in KINDS
-  if kind not in ('latent', 'windows and sinks')
+  if kind not in ('latent', 'windows and sinks', 'uniform')
 ]
 
 

@@ -32,7 +32,7 @@ from tests.inference.decode_cases import (
 
 
 @pytest.mark.parametrize(
-  'kind', ['latent', pytest.param('windows and sinks', marks=pytest.mark.slow), *HEAVY]
+  'kind', ['latent', 'uniform', pytest.param('windows and sinks', marks=pytest.mark.slow), *HEAVY]
 )
 def test_the_cache_decodes_what_running_anew_would(kind: str) -> None:
   """Token for token, with drafts and without, rows of all lengths, rings gone round often."""
@@ -49,8 +49,15 @@ def test_the_cache_decodes_what_running_anew_would(kind: str) -> None:
   assert {1, 2} <= {*sum(counts, [])}, 'some guesses were right and some were wrong'
 
 
+# Hash selection drafts by the ids of the tokens ahead, which training does not: other guesses.
 @pytest.mark.parametrize(
-  'kind', ['latent', *HEAVY, pytest.param('windows and sinks', marks=pytest.mark.slow)]
+  'kind',
+  [
+    'latent',
+    pytest.param('uniform', marks=pytest.mark.slow),
+    *(kind for kind in HEAVY if kind.values != ('hash',)),
+    pytest.param('windows and sinks', marks=pytest.mark.slow),
+  ],
 )
 def test_guesses_are_those_of_the_text_so_far(kind: str) -> None:
   """Of every step and row: what each depth says of all known tokens and the drafts before it.

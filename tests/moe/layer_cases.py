@@ -13,6 +13,7 @@ import pytest
 from jax import Array
 
 from moejax.config import frozendict
+from moejax.moe.balance.fit import fit_problems
 from moejax.moe.balance.losses import BALANCE_LOSSES
 from moejax.moe.dispatch.dispatchers import DISPATCHERS, DROP_BY, DispatchConfig
 from moejax.moe.layer import MoE, MoEAux, MoEConfig
@@ -157,11 +158,22 @@ SCOPES = frozendict(
 )
 
 
+def scopes_for(cfg: MoEConfig, bias_rule: str = '') -> frozendict:
+  """All losses that can do something for this router, and with this rule."""
+  fitting = {}
+  for name, scope in SCOPES.items():
+    problems = fit_problems(cfg.router, {name: scope}, bias_rule, loss='{}', rule='bias_rule')
+    if not any(problems):
+      fitting[name] = scope
+  return frozendict(fitting)
+
+
 @functools.cache
 def layer(cfg: MoEConfig, bias_rule: str = '') -> MoE:
   """Of random numbers, the noise's too: initialised for real it would have to be compiled."""
   rng = np.random.default_rng(1)
-  shapes = jax.eval_shape(lambda: MoE(jax.random.key(0), D, cfg, SCOPES, bias_rule, std=0.5))
+  scopes = scopes_for(cfg, bias_rule)
+  shapes = jax.eval_shape(lambda: MoE(jax.random.key(0), D, cfg, scopes, bias_rule, std=0.5))
   return jax.tree.map(lambda a: rng.normal(scale=0.5, size=a.shape).astype(np.float32), shapes)
 
 

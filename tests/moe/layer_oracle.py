@@ -9,7 +9,7 @@ import numpy as np
 
 from moejax.certify.oracle import balance as oracle_balance
 from moejax.moe.layer import MoEConfig
-from moejax.moe.selection import JITTER, NOISE, row_keys
+from moejax.moe.selection import JITTER, NOISE, draw_by_token
 from tests.moe.layer_cases import MICRO_BATCHES, NOISY, B, D, F, Given, S, given, given_to, key_of
 from tests.support import oracle
 
@@ -30,10 +30,10 @@ def draws(num_experts: int) -> tuple[np.ndarray, np.ndarray]:
   What is drawn is not in question, but what it does.
   """
   tokens = given(num_experts).tokens(key_of(NOISY))
-  jitter = jax.vmap(lambda k: jax.random.uniform(k, (S, D), jnp.float32, 0.7, 1.3))(
-    row_keys(tokens, JITTER)
+  jitter = draw_by_token(
+    lambda key: jax.random.uniform(key, (D,), jnp.float32, 0.7, 1.3), tokens, JITTER
   )
-  noise = jax.vmap(lambda k: jax.random.normal(k, (S, num_experts)))(row_keys(tokens, NOISE))
+  noise = draw_by_token(lambda key: jax.random.normal(key, (num_experts,)), tokens, NOISE)
   return np.asarray(jitter, np.float64), np.asarray(noise, np.float64)
 
 
@@ -61,6 +61,7 @@ def oracle_layer(
   Where a slope is to be taken, who goes where and who is dropped is as in `like`.
   """
   r, g, x = cfg.router, given_to(cfg), np.asarray(x, np.float64)
+  x = np.where(g.mask[..., None], x, 0)  # what padding holds is taken for 0
   jitter, noise = draws(r.num_experts) if r.noisy else (1.0, 0.0)
   clean = x * jitter @ p['router']
   std = np.logaddexp(0, x * jitter @ p['noise']) if r.noisy else np.zeros_like(clean)

@@ -52,20 +52,16 @@ def test_causal_unless_it_drops_by_score_or_selects_by_row(cfg: MoEConfig) -> No
 def test_padding_changes_nothing_and_takes_no_room(cfg: MoEConfig) -> None:
   g = given_to(cfg)
   dy = np.where(g.mask[..., None], DY, 0)
-  garbage = np.random.default_rng(5).normal(scale=30, size=g.x.shape).astype(np.float32)
-  y, aux, gradients = run_on(cfg, g, dy)
-  padded = np.where(g.mask[..., None], g.x, garbage)
-  other_y, other_aux, other_gradients = run_on(cfg, g._replace(x=padded), dy)
-  np.testing.assert_allclose(y[g.mask], other_y[g.mask], rtol=1e-5, atol=1e-5)
-  # Padding is routed, and then sent nowhere: its expert_ids may differ.
-  plain = jax.tree.leaves((aux._replace(expert_ids=0), gradients))
-  other = jax.tree.leaves((other_aux._replace(expert_ids=0), other_gradients))
-  for a, b in zip(plain, other, strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-  if not cfg.num_shared:
-    assert not np.asarray(other_y)[~g.mask].any(), 'routed experts give padding 0'
-  _, to_x, _ = other_gradients
-  assert not np.asarray(to_x)[~g.mask].any()
+  noise = np.random.default_rng(5).normal(scale=30, size=g.x.shape)
+  for garbage in (noise, np.nan, np.inf):
+    y, aux, gradients = run_on(cfg, g, dy)
+    padded = np.where(g.mask[..., None], g.x, garbage).astype(np.float32)
+    other = run_on(cfg, g._replace(x=padded), dy)
+    for a, b in zip(jax.tree.leaves((y, aux, gradients)), jax.tree.leaves(other), strict=True):
+      np.testing.assert_array_equal(a, b)
+    assert not np.asarray(y)[~g.mask].any(), 'padding gets 0, of shared experts, too'
+    _, to_x, _ = gradients
+    assert not np.asarray(to_x)[~g.mask].any()
 
 
 @layers(TIGHT)
@@ -92,9 +88,7 @@ def test_strange_batches_stay_finite(cfg: MoEConfig) -> None:
     ('steep', steep, g),
   ):
     y, aux, gradients = run(of, strange.x, strange.bias, strange.tokens(key), DY)
-    # A margin may be infinite: nothing was left to compare.
-    finite = aux._replace(stats=aux.stats._replace(margin=0))
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((y, finite, gradients))), label
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((y, aux, gradients))), label
     copies = strange.mask.sum() * cfg.router.top_k
     if cfg.router.selection == 'expert_choice':  # each expert takes its part of a row, rounded up
       copies = sum(-(-n * cfg.router.top_k // 4) * 4 for n in strange.mask.sum(1))

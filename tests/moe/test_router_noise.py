@@ -13,10 +13,10 @@ from moejax.moe.selection import (
   EXPERT_DROPOUT,
   SECOND,
   Tokens,
+  draw_by_token,
   jittered,
   keep_second,
   noisy,
-  row_keys,
   without_some,
 )
 from tests.moe.slopes import check_slopes
@@ -55,11 +55,19 @@ def test_what_is_random_is_a_function_of_key_row_and_place_alone() -> None:
   whole, key = drawn(), jax.random.key(1)
   parts = [draws(some_tokens(ROWS[i : i + 2], 64, key)) for i in (0, 2)]
   longer = draws(some_tokens(ROWS, 80, key))
+  # Padding on the left, on the right and in the middle: the tokens that count are the same 64.
+  real = np.tile(np.r_[[False] * 5, [True] * 30, [False] * 4, [True] * 34, [False] * 7], (4, 1))
+  padded = draws(some_tokens(ROWS, 80, key)._replace(mask=real))
+  # Token by token to a cache, which lies before the first column.
+  later = np.tile(np.arange(40, 64, dtype=np.int32), (4, 1))
+  continued = draws(some_tokens(ROWS, 24, key)._replace(places=later))
   swapped = draws(some_tokens(ROWS[::-1].copy(), 64, key))
   elsewhere = draws(some_tokens(ROWS, 64, jax.random.key(2)))
   for name, draw in whole.items():
     np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), draw, name)
     np.testing.assert_array_equal(longer[name][:, :64], draw, name)
+    np.testing.assert_array_equal(padded[name][real].reshape(draw.shape), draw, name)
+    np.testing.assert_array_equal(continued[name], draw[:, 40:], name)
     np.testing.assert_array_equal(swapped[name][::-1], draw, name)
     assert not np.array_equal(elsewhere[name], draw), name
     if name != 'dropout':
@@ -85,10 +93,16 @@ def test_jitter_is_even_between_its_bounds_and_noise_is_normal() -> None:
   assert abs(noise.var() - 1) < 4 * np.sqrt(2 / noise.size)
 
 
-def test_jitter_keeps_the_dtype_and_off_is_off() -> None:
-  x = jnp.ones((4, 8, 2), jnp.bfloat16)
-  tokens = some_tokens(ROWS, 8, jax.random.key(0))
-  assert jittered(x, tokens, 0.1).dtype == jnp.bfloat16 and jittered(x, tokens, 0.0) is x
+@pytest.mark.parametrize('epsilon', [1e-3, 0.01, 0.25])
+def test_jitter_is_not_rounded_to_the_dtype_of_what_it_jitters(epsilon: float) -> None:
+  """Of bfloat16 it makes as many factors as of float32: 1 + 1e-3 is 1 there."""
+  x = jnp.full((4, 64, 3), 1.5, jnp.bfloat16)
+  tokens = some_tokens(ROWS, 64, jax.random.key(1))
+  got = np.asarray(jittered(x, tokens, epsilon))
+  assert got.dtype == np.float32 and np.unique(got).size > 0.9 * got.size
+  np.testing.assert_array_equal(got, jittered(x.astype(jnp.float32), tokens, epsilon))
+  assert np.abs(got / 1.5 - 1).max() <= epsilon * (1 + 1e-3)
+  assert jittered(x, tokens, 0.0) is x
 
 
 @pytest.mark.parametrize(('fraction', 'count'), [(0.25, 2), (0.5, 4), (0.3, 2)])
@@ -129,7 +143,7 @@ def test_gshards_second_expert_is_kept_as_often_as_its_weight_says(renormalise: 
   got = go(logits, jnp.zeros(8), tokens=tokens)
   best = np.argsort(-logits, -1)[..., :2]
   weights = oracle.weigh_chosen(oracle.log_scores(logits, 'sigmoid'), best, renormalise)
-  draw = np.asarray(jax.vmap(lambda key: jax.random.uniform(key, (256,)))(row_keys(tokens, SECOND)))
+  draw = np.asarray(draw_by_token(jax.random.uniform, tokens, SECOND))
   kept = oracle.second_kept(weights, draw)
   np.testing.assert_array_equal(got.expert_ids, np.where(kept, best, 8))
   np.testing.assert_allclose(got.weights, 2 * np.where(kept, weights, 0), rtol=3e-6)

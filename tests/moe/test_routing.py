@@ -9,6 +9,7 @@ import pytest
 from jax import Array
 
 from moejax.moe.routing import SCORE_FNS, RouterConfig, Routing, route, router_logits
+from moejax.moe.selection import whole_rows
 from tests.moe.slopes import check_slopes
 from tests.support import oracle
 from tests.support.quick import QUICK
@@ -194,6 +195,34 @@ def test_router_is_float32_whatever_the_activations_are() -> None:
     jnp.full((1, 1, 4), 0.85), jnp.zeros(4).at[3].set(1e-3), RouterConfig(4, 1, 'sigmoid')
   )
   assert int(near.expert_ids[0, 0, 0]) == 3
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'told'),
+  [
+    ({'logits': np.zeros((1, 2, 4), np.float32)}, 'float32[1, 2, 4]: use float32 [B, S, 8]'),
+    ({'logits': np.zeros((2, 8), np.float32)}, 'float32[2, 8]: use float32 [B, S, 8]'),
+    ({'logits': jnp.zeros((1, 2, 8), jnp.bfloat16)}, 'bfloat16[1, 2, 8]: use float32 [B, S, 8]'),
+    ({'bias': np.zeros(1, np.float32)}, 'bias is float32[1]: use float32 [8]'),
+    ({'bias': jnp.zeros(8, jnp.bfloat16)}, 'bias is bfloat16[8]: use float32 [8]'),
+    ({'tokens': whole_rows(np.ones((2, 2), bool))}, 'tokens.mask is [2, 2]: use [1, 2]'),
+    ({'cfg': RouterConfig(8, 2, noisy=True)}, 'noise_std is None, and the router is noisy'),
+    ({'cfg': RouterConfig(8, 2, selection='hash')}, 'tokens.ids is None: use tokens=Tokens('),
+  ],
+)
+def test_what_a_router_would_compute_otherwise_is_refused(
+  arguments: dict[str, object], told: str
+) -> None:
+  fits = {'logits': np.zeros((1, 2, 8), np.float32), 'bias': None, 'cfg': RouterConfig(8, 2)}
+  with pytest.raises(ValueError) as error:
+    route(**fits | arguments)
+  assert told in str(error.value)
+
+
+def test_no_bias_is_a_bias_of_zeros() -> None:
+  logits = np.random.default_rng(3).normal(size=(1, 4, 8)).astype(np.float32)
+  one, other = (route(logits, bias, RouterConfig(8, 2)) for bias in (None, np.zeros(8)))
+  jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def test_a_group_is_worth_as_many_of_its_best_as_asked() -> None:

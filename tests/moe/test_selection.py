@@ -70,7 +70,9 @@ def check_ids(
 @pytest.mark.parametrize('score_fn', sorted(SCORE_FNS))
 @everywhere
 def test_selection_weights_and_gradients_are_the_oracles(name: str, score_fn: str) -> None:
-  logits, bias, tokens = batch()
+  given, bias, tokens = batch()
+  mask_BS1 = tokens.mask[..., None]
+  logits = np.where(mask_BS1, given, 0)  # what padding holds is taken for 0
   scores, log_s = oracle.scores(logits, score_fn), oracle.log_scores(logits, score_fn)
   want = oracle.SELECTIONS[name](log_s, scores + bias, tokens.mask, tokens.ids, K)
   cfg = WEIGHING[weighing_of(name, score_fn)]
@@ -83,14 +85,19 @@ def test_selection_weights_and_gradients_are_the_oracles(name: str, score_fn: st
     got.probs, oracle.probabilities(logits, score_fn), rtol=3e-6, atol=1e-37
   )
   np.testing.assert_allclose(got.probs.astype(np.float64).sum(-1), 1, rtol=1e-6)
-  check_slopes(from_probs[0], lambda z: oracle.probabilities(z, score_fn) * TO_PROBS, logits)
+  check_slopes(
+    from_probs[0],
+    lambda z: oracle.probabilities(np.where(mask_BS1, z, 0), score_fn) * TO_PROBS,
+    given,
+  )
 
   def weights(z: np.ndarray) -> np.ndarray:
+    z = np.where(mask_BS1, z, 0)
     of = z if cfg.weigh == 'softmax' else oracle.log_scores(z, score_fn)
     return oracle.weigh_chosen(of, got.expert_ids, cfg.renormalise, cfg.scale)
 
   np.testing.assert_allclose(got.weights, weights(logits), rtol=3e-6, atol=1e-37)
-  check_slopes(from_weights[0], lambda z: weights(z) * to_weights(name), logits)
+  check_slopes(from_weights[0], lambda z: weights(z) * to_weights(name), given)
   assigned = got.expert_ids < E
   assert not got.weights[~assigned].any(), 'unassigned weighs nothing'
   if cfg.renormalise:
@@ -175,6 +182,42 @@ def test_rows_do_not_see_each_other_and_nobody_sees_padding(name: str) -> None:
   np.testing.assert_array_equal(ids[tokens.mask], plain[tokens.mask])
 
 
+@everywhere
+def test_token_by_token_a_row_is_routed_as_it_is_whole(name: str) -> None:
+  """As with a cache: each chunk knows the places of its tokens, and padding takes none.
+
+  What is not causal sees no more than the chunk: a prompt is routed as a row of that length, and
+  the token after it as a row of one token.
+  """
+  logits, tokens = changed_after(0)[0], changed_after(0)[2]
+  no_bias, places = jnp.zeros(E), np.tile(np.arange(S, dtype=np.int32), (B, 1))
+
+  def part(first: int, last: int) -> np.ndarray:
+    ids, mask = tokens.ids[:, first:last], tokens.mask[:, first:last]
+    chunk = tokens._replace(ids=ids, mask=mask, segments=mask.astype(np.int32))
+    chunk = chunk._replace(places=places[:, first:last])
+    return np.asarray(everyones_choice(logits[:, first:last], no_bias, chunk)[name])
+
+  whole = np.asarray(everyones_choice(logits, no_bias, tokens)[name])
+  prompt, token = part(0, 3), part(5, 6)
+  if SELECTIONS[name].causal:
+    np.testing.assert_array_equal(np.concatenate([prompt, part(3, 6)], axis=1), whole)
+    np.testing.assert_array_equal(token, whole[:, 5:])
+  else:
+    alone = tokens._replace(ids=None, mask=tokens.mask[:, :3], segments=tokens.segments[:, :3])
+    choose, score = SELECTIONS[name].choose, jax.nn.log_sigmoid(logits[:, :3])
+    np.testing.assert_array_equal(prompt, choose(score, score, alone, K))
+    if name == 'expert_choice':  # each expert takes its share of one token, rounded up
+      assert (np.sort(token) == np.arange(E)).all()
+  # Padded on the left by two columns.
+  padded_ids = np.pad(tokens.ids[:, :4], ((0, 0), (2, 0)))
+  mask = np.pad(tokens.mask[:, :4], ((0, 0), (2, 0)))
+  shifted = np.pad(logits[:, :4], ((0, 0), (2, 0), (0, 0)), constant_values=np.nan)
+  padded = tokens._replace(ids=padded_ids, mask=mask, segments=mask.astype(np.int32))
+  found = np.asarray(everyones_choice(shifted, no_bias, padded)[name])
+  np.testing.assert_array_equal(found[:, 2:], part(0, 4))
+
+
 def test_each_expert_chooses_its_share_of_each_row() -> None:
   _, _, tokens = batch()
   for score_fn in SCORE_FNS:
@@ -223,8 +266,10 @@ def test_hash_is_of_the_token_alone_distinct_and_spread() -> None:
 
 def test_uniform_is_even_and_distinct() -> None:
   ids = measured('uniform')['softmax'].routing.expert_ids
-  for row in ids:  # 12 copies, 4 experts
-    np.testing.assert_array_equal(np.bincount(row.ravel(), minlength=E), np.full(E, S * K // E))
+  mask = batch()[2].mask
+  for row, counts in zip(ids, mask):
+    load = np.bincount(row[counts].ravel(), minlength=E)
+    assert load.sum() == counts.sum() * K and np.ptp(load) <= 1, 'even to one copy, padded or not'
     assert (row[:, 0] != row[:, 1]).all()
 
 
@@ -241,8 +286,10 @@ def test_recorded_experts_are_used_again_and_weighed_anew(name: str) -> None:
   first = measured(name)['sigmoid']
   recorded = tokens._replace(replayed=first.routing.expert_ids)
   again = replay(logits, bias, recorded, name)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), first, again)
+  # Another program: gradients are differences of float32 numbers of up to 0.3, 3e-8 apart.
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=3e-9), first, again)
   other = np.random.default_rng(6).normal(size=logits.shape).astype(np.float32)
+  other[~tokens.mask] = 0
   moved = replay(other, -bias, recorded, name)
   np.testing.assert_array_equal(moved.routing.expert_ids, first.routing.expert_ids)
   log_s, cfg = oracle.log_scores(other, 'sigmoid'), WEIGHING[weighing_of(name, 'sigmoid')]

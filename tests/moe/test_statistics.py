@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.moe.routing import Routing
+from moejax.moe.routing import RouterConfig, Routing, route
+from moejax.moe.selection import Tokens
 from moejax.moe.statistics import (
   NEAR_TIE,
   STATISTICS,
@@ -179,6 +180,50 @@ def test_preferences_have_the_values_that_they_name() -> None:
   even = np.full((B, S, E), 1 / E)
   alone = of(even, np.full((B, S, 1), 2, np.int32), np.full((B, S, 1), 5, np.int32))
   assert alone['coactivation'] == 0 and alone['override_rate'] == 1
+
+
+def test_a_margin_is_of_the_tokens_that_have_one(example: tuple) -> None:
+  """None of a token that took all experts or none, and no row of margins where none ever has."""
+  routing, unbiased, mask = example
+  margin = np.array(routing.margin)
+  margin[0] = np.inf
+  stats = stacked(observed(routing._replace(margin=margin), unbiased, mask))
+  found = token_statistics(stats)
+  there = margin[mask & np.isfinite(margin)]
+  assert stats.compared == there.size < mask.sum()
+  np.testing.assert_allclose(found['margin'], [there.mean()], rtol=1e-6)
+  np.testing.assert_allclose(found['near_ties'], [(abs(there) < NEAR_TIE).mean()], rtol=1e-6)
+  without = token_statistics(stats, has_margin=False)
+  assert {*found} - {*without} == {'margin', 'near_ties'}
+  margin[:] = np.inf
+  nothing = token_statistics(stacked(observed(routing._replace(margin=margin), unbiased, mask)))
+  assert nothing['margin'] == nothing['near_ties'] == 0
+
+
+@pytest.mark.parametrize(
+  ('cfg', 'has_margin'),
+  [
+    (RouterConfig(8, 2), True),
+    (RouterConfig(8, 8), False),
+    (RouterConfig(1, 1), False),
+    (RouterConfig(8, 4, num_groups=2, top_groups=1), False),
+    (RouterConfig(8, 4, num_groups=2, top_groups=2), True),
+    (RouterConfig(8, 6, expert_dropout=0.25), False),
+    (RouterConfig(8, 5, expert_dropout=0.25), True),
+    (RouterConfig(8, 2, selection='expert_choice'), True),
+    (RouterConfig(4, 4, selection='expert_choice'), False),
+  ],
+  ids=str,
+)
+def test_a_router_says_whether_its_choices_have_a_margin(
+  cfg: RouterConfig, has_margin: bool
+) -> None:
+  assert cfg.has_margin is has_margin
+  shape = (1, 4, cfg.num_experts)
+  logits = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  rows = np.arange(1, dtype=np.int32)
+  tokens = Tokens(None, np.ones((1, 4), bool), np.ones((1, 4), np.int32), rows, jax.random.key(0))
+  assert np.isfinite(route(logits, None, cfg, tokens).margin).any() == has_margin
 
 
 def test_no_token_and_wild_logits_are_finite(example: tuple) -> None:

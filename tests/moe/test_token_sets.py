@@ -1,6 +1,7 @@
 """Sets of tokens: sums over them, and what part of the whole batch a micro-batch holds."""
 
 import numpy as np
+import pytest
 
 from moejax.certify.cases import B, S
 from moejax.certify.oracle import balance as oracle_balance
@@ -11,6 +12,7 @@ from moejax.moe.token_sets import (
   document_sums,
   even_parts,
   expert_load,
+  ids_in_range,
   parts_of_set,
   row_parts,
   row_sums,
@@ -48,6 +50,28 @@ def test_sums_over_rows_are_of_as_many_rows_as_there_are_at_most() -> None:
   np.testing.assert_array_equal(row_sums(VALUES, 1)[:, 0], [15, 240])
   for rows in (0, 2, 8):
     np.testing.assert_array_equal(row_sums(VALUES, rows), [[255]])
+
+
+def test_documents_with_any_ids_are_summed_each() -> None:
+  """Ids past the length of a row, which a sum by segment would leave out; padding within one."""
+  far = np.array([[70, 70, 9, 0], [-3, 8, 0, 8]], np.int32)
+  sums = np.asarray(document_sums(VALUES, far))
+  np.testing.assert_array_equal(sums[:5, 0], [8, 1 + 2, 4, 0, 0])
+  np.testing.assert_array_equal(sums[5:, 0], [64, 16, 32 + 128, 0, 0])
+  # Ids in range stay as they are, in order or not.
+  turned = np.array([[2, 4, 1, 1], [1, 1, 0, 1]], np.int32)
+  np.testing.assert_array_equal(ids_in_range(turned), turned)
+
+
+@pytest.mark.parametrize('rows', [-1, 3, 5, 6])
+def test_sets_that_rows_do_not_divide_into_are_refused(rows: int) -> None:
+  """Of four rows: a reshape would make one set of them, or sets of other sizes."""
+  four = np.ones((4, 2, 1), np.float32)
+  with pytest.raises(ValueError, match=f'rows={rows} of a balance set with 4 rows.*rows=0'):
+    row_sums(four, rows)
+  with pytest.raises(ValueError, match='use a divisor or a multiple of 4'):
+    parts_of_set(rows, 4)
+  assert row_sums(four, 2).shape == (2, 1) and row_sums(four, 8).shape == (1, 1)
 
 
 def test_micro_batches_weigh_what_they_hold_of_each_kind_of_set() -> None:

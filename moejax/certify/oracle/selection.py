@@ -136,10 +136,14 @@ def hashed(log_s: F64, choice: F64, mask: Bool, ids: I64, top_k: int) -> I64:
 
 
 def uniform(log_s: F64, choice: F64, mask: Bool, ids: I64, top_k: int) -> I64:
-  """Experts in turn: the k-th of the token at place t of its row is (t K + k) mod E. [B, S, K]."""
+  """Experts in turn: the k-th of the token at place t of its row is (t K + k) mod E. [B, S, K].
+
+  Padding takes no place; its own is that of the token before it.
+  """
   chosen = np.zeros((*mask.shape, top_k), np.int64)
-  for b, t, k in np.ndindex(chosen.shape):
-    chosen[b, t, k] = (t * top_k + k) % log_s.shape[-1]
+  for b, s, k in np.ndindex(chosen.shape):
+    t = max(int(mask[b, : s + 1].sum()) - 1, 0)
+    chosen[b, s, k] = (t * top_k + k) % log_s.shape[-1]
   return chosen
 
 

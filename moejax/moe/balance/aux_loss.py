@@ -10,7 +10,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from moejax.moe.routing import SCORE_FNS, Routing
-from moejax.moe.token_sets import Scope, assignment_matrix, document_sums, row_sums
+from moejax.moe.token_sets import (
+  Scope,
+  assignment_matrix,
+  document_sums,
+  row_sums,
+  zero_padding,
+)
 
 
 def canonical(
@@ -35,9 +41,11 @@ def canonical(
   weight_BS1 = mask_BS.astype(jnp.float32)[..., None]
   probs_BSE = routing.probs
   if scope.probability:
-    probs_BSE = jax.nn.softmax(SCORE_FNS[scope.probability](routing.logits))
+    # Padding is taken out before: a softmax of NaN would give NaN as the gradient of a 0 behind it.
+    logits_BSE = zero_padding(routing.logits, mask_BS)
+    probs_BSE = jax.nn.softmax(SCORE_FNS[scope.probability](logits_BSE))
   # P, what f counts and the number of tokens side by side, so that one sum takes all three.
-  columns = (probs_BSE * weight_BS1, assigned(routing, mask_BS, scope), weight_BS1)
+  columns = (zero_padding(probs_BSE, mask_BS), assigned(routing, mask_BS, scope), weight_BS1)
   sums = set_sums(jnp.concatenate(columns, axis=-1))  # [G, 2E + 1]
   probs_GE, counts_GE, tokens_G1 = jnp.split(sums, [num_experts, 2 * num_experts], axis=-1)
   if scope.whole is not None:

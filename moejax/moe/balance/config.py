@@ -5,10 +5,10 @@ import dataclasses
 from moejax.config import at_least, check, frozendict, not_one_of, problem_if
 from moejax.config.schedule import schedule_problem
 from moejax.moe.balance.aux_loss import ASSIGNMENTS
+from moejax.moe.balance.fit import fit_problems
 from moejax.moe.balance.losses import BALANCE_LOSSES
 from moejax.moe.bias import BIAS_RULES
 from moejax.moe.routing import SCORE_FNS, RouterConfig
-from moejax.moe.selection import SELECTIONS
 from moejax.moe.token_sets import Scope
 
 ACCUMULATIONS = ('exact', 'lagged', 'buffer')
@@ -130,39 +130,20 @@ def router_problems(
   balance: BalanceConfig, router: RouterConfig, micro_batches: int
 ) -> tuple[str, ...]:
   """Problems of a balance config with this router, '' for each that there is not."""
-  rule, partition, accumulation = balance.bias_rule, balance.partition, balance.accumulation
-  selection, experts = router.selection, router.num_experts
-  takes_bias = SELECTIONS[selection].takes_bias
-  importance, load = ('importance' in balance.active()), ('load' in balance.active())
-  # The one weight of a token, divided by itself.
-  always_one = takes_bias and router.renormalise and router.top_k == 1
+  partition, accumulation, experts = balance.partition, balance.accumulation, router.num_experts
+  divides = not partition or experts % partition == 0
+  scopes = {}
+  for name in balance.active():
+    # One problem for the partition, and not one for each loss; a loss that is not there is told by
+    # the config of balance itself.
+    if divides and name in BALANCE_LOSSES:
+      scopes[name] = Scope(partition=partition, assignment=balance.assignment)
   return (
-    problem_if(
-      rule and not takes_bias,
-      f'balance.bias_rule={rule!r} would move a bias that selection={selection!r} ignores: '
-      "use selection='top_k', or bias_rule=''",
+    *fit_problems(
+      router, scopes, balance.bias_rule, loss='balance.losses.{}', rule='balance.bias_rule'
     ),
     problem_if(
-      rule == 'quantile' and router.top_k >= experts,
-      "balance.bias_rule='quantile' needs an expert that is not chosen: "
-      f'use top_k below num_experts={experts}',
-    ),
-    problem_if(
-      load and not router.noisy,
-      'balance.losses.load is the load that noise may give: use router.noisy=True, '
-      'or losses.importance',
-    ),
-    problem_if(
-      load and rule,
-      f"balance.losses.load does not know of a bias: use bias_rule='' instead of {rule!r}",
-    ),
-    problem_if(
-      importance and always_one,
-      'balance.losses.importance of weights that are always 1 has no gradient: '
-      'use router.renormalise=False, or more than top_k=1',
-    ),
-    problem_if(
-      partition and experts % partition,
+      not divides,
       f'balance.partition={partition} does not divide num_experts={experts}: use a divisor of it',
     ),
     problem_if(

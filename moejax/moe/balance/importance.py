@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moejax.moe.routing import Routing
-from moejax.moe.token_sets import Scope, parts_of_set, row_sums
+from moejax.moe.token_sets import Scope, parts_of_set, row_sums, zero_padding
 
 # A mean below it is taken for nothing: it is near the smallest normal float32, 1.2e-38.
 SMALLEST_SUM = 1e-37
@@ -38,7 +38,7 @@ def of_sets(values_BSE: Array, mask_BS: Array, scope: Scope) -> Array:
   of this part is m times that of its own tokens: each part counts 1/m (`even_parts`), and they add
   up to the gradient of the whole.
   """
-  sums_GE = row_sums(values_BSE * mask_BS[..., None], scope.rows)
+  sums_GE = row_sums(zero_padding(values_BSE, mask_BS), scope.rows)
   if scope.whole is None:
     tokens_G = row_sums(mask_BS[..., None].astype(jnp.float32), scope.rows)[:, 0]
     return variation(sums_GE).sum() / jnp.maximum((tokens_G > 0).sum(), 1)
@@ -48,10 +48,11 @@ def of_sets(values_BSE: Array, mask_BS: Array, scope: Scope) -> Array:
   return variation(scope.whole + parts * own_GE)[0]
 
 
-def gates(routing: Routing) -> Array:
+def gates(routing: Routing, mask_BS: Array) -> Array:
   """Returns G_te, the weight of expert e for token t, 0 where it was not chosen. [B, S, E] f32."""
   chosen_BSKE = jax.nn.one_hot(routing.expert_ids, routing.probs.shape[-1])
-  return jnp.einsum('bske,bsk->bse', chosen_BSKE, routing.weights)
+  # Padding is taken out before the product: its weights may be NaN.
+  return jnp.einsum('bske,bsk->bse', chosen_BSKE, zero_padding(routing.weights, mask_BS))
 
 
 def importance(
@@ -63,7 +64,7 @@ def importance(
   number was at hand. 0 at balance.
   """
   del segments_BS
-  return of_sets(gates(routing), mask_BS, scope)
+  return of_sets(gates(routing, mask_BS), mask_BS, scope)
 
 
 def smooth_load(
@@ -81,10 +82,10 @@ def smooth_load(
 def importance_seen(routing: Routing, mask_BS: Array, scope: Scope) -> Array:
   """Returns the sums of the gates over a micro-batch's tokens that count. [E] f32."""
   del scope
-  return row_sums(gates(routing) * mask_BS[..., None], 0)[0]
+  return row_sums(gates(routing, mask_BS), 0)[0]
 
 
 def load_seen(routing: Routing, mask_BS: Array, scope: Scope) -> Array:
   """Returns the load that each expert may expect of a micro-batch's tokens that count. [E] f32."""
   del scope
-  return row_sums(routing.likely * mask_BS[..., None], 0)[0]
+  return row_sums(zero_padding(routing.likely, mask_BS), 0)[0]

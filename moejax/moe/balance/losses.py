@@ -29,8 +29,9 @@ from jax import Array
 from moejax.config import check, frozendict, not_one_of
 from moejax.moe.balance.aux_loss import assignment_counts, gshard_loss, row_sets_loss, sequence_loss
 from moejax.moe.balance.importance import importance, importance_seen, load_seen, smooth_load
+from moejax.moe.balance.misfits import even_counts, even_first_choices, no_misfit, no_noise
 from moejax.moe.balance.regularisers import router_z, simbal
-from moejax.moe.routing import Routing
+from moejax.moe.routing import RouterConfig, Routing
 from moejax.moe.token_sets import Scope, document_parts, even_parts, row_parts, token_parts
 
 
@@ -75,6 +76,8 @@ class BalanceLoss(NamedTuple):
   parts: Callable[[Array, Array, Scope], Array]
   # (batch_size, micro_batches, ep_groups) -> rows of one set; 0 if its sets are not rows.
   rows: Callable[[int, int, int], int]
+  # (router, scope) -> why its gradient would be 0 whatever that router says, '' where it is not.
+  misfit: Callable[[RouterConfig, Scope], str]
   # (routing, mask [B, S], scope) -> [E] f32, what must be known of the whole set; it adds up.
   seen: Callable[[Routing, Array, Scope], Array] = assignment_counts
   # In P, f being given: then f may also come from another step, or from a part of the set.
@@ -105,15 +108,17 @@ def no_rows(batch_size: int, micro_batches: int, ep_groups: int) -> int:
 
 
 BALANCE_LOSSES: dict[str, BalanceLoss] = {
-  'ep_group': BalanceLoss(row_sets_loss, row_parts, rows_of_ep_group),
-  'global_batch': BalanceLoss(row_sets_loss, row_parts, all_rows),
-  'gshard': BalanceLoss(gshard_loss, row_parts, rows_of_micro_batch),
-  'importance': BalanceLoss(importance, even_parts, all_rows, importance_seen, linear=False),
-  'load': BalanceLoss(smooth_load, even_parts, all_rows, load_seen, linear=False),
-  'micro_batch': BalanceLoss(row_sets_loss, row_parts, rows_of_micro_batch),
-  'router_z': BalanceLoss(router_z, token_parts, no_rows),
-  'sequence': BalanceLoss(sequence_loss, document_parts, no_rows),
-  'simbal': BalanceLoss(simbal, token_parts, no_rows),
+  'ep_group': BalanceLoss(row_sets_loss, row_parts, rows_of_ep_group, even_counts),
+  'global_batch': BalanceLoss(row_sets_loss, row_parts, all_rows, even_counts),
+  'gshard': BalanceLoss(gshard_loss, row_parts, rows_of_micro_batch, even_first_choices),
+  'importance': BalanceLoss(
+    importance, even_parts, all_rows, no_misfit, seen=importance_seen, linear=False
+  ),
+  'load': BalanceLoss(smooth_load, even_parts, all_rows, no_noise, seen=load_seen, linear=False),
+  'micro_batch': BalanceLoss(row_sets_loss, row_parts, rows_of_micro_batch, even_counts),
+  'router_z': BalanceLoss(router_z, token_parts, no_rows, no_misfit),
+  'sequence': BalanceLoss(sequence_loss, document_parts, no_rows, even_counts),
+  'simbal': BalanceLoss(simbal, token_parts, no_rows, no_misfit),
 }
 
 # codebase -> (K, L) to what its coefficient is multiplied by.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moejax.moe.routing import Routing
-from moejax.moe.token_sets import Scope
+from moejax.moe.token_sets import Scope, zero_padding
 
 
 def router_z(routing: Routing, mask_BS: Array, segments_BS: Array, scope: Scope = Scope()) -> Array:
@@ -17,8 +17,9 @@ def router_z(routing: Routing, mask_BS: Array, segments_BS: Array, scope: Scope 
   It keeps logits small, and says nothing about balance.
   """
   del segments_BS, scope
-  z_BS = jnp.square(jax.nn.logsumexp(routing.logits, axis=-1))
-  return (z_BS * mask_BS).sum() / jnp.maximum(mask_BS.sum(), 1)
+  logits_BSE = zero_padding(routing.logits, mask_BS)
+  z_BS = jnp.square(jax.nn.logsumexp(logits_BSE, axis=-1))
+  return zero_padding(z_BS, mask_BS).sum() / jnp.maximum(mask_BS.sum(), 1)
 
 
 def simbal(routing: Routing, mask_BS: Array, segments_BS: Array, scope: Scope = Scope()) -> Array:

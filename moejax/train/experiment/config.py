@@ -9,6 +9,7 @@ from moejax.model.config import ModelConfig
 from moejax.model.cross_entropy import LossConfig
 from moejax.model.upcycle import UpcycleConfig
 from moejax.moe.balance.config import BalanceConfig, router_problems
+from moejax.moe.balance.fit import untrainable
 from moejax.sharding.mesh import MeshConfig
 from moejax.train.optimizer import OptimConfig
 
@@ -35,7 +36,8 @@ class EvalConfig:
 class ExperimentConfig:
   """All that decides a run.
 
-  steps: optimiser steps, over which every schedule is stretched.
+  steps: optimiser steps, over which every schedule is stretched; 0: a model that is only read here,
+    as an imported one is, and may have a router that cannot be trained.
   seed: of initialisation and of the order of the data.
   batch_size: rows in a step, of seq_len tokens each, over all devices, in `micro_batches` equal
     parts.
@@ -79,7 +81,8 @@ class ExperimentConfig:
     # Each part has checked itself when it was made; here is what stands alone or spans two of them.
     # Whether a mesh divides the batch is found where it is made: devices are not known here.
     check(
-      *at_least(1, self, 'steps', 'batch_size', 'seq_len'),
+      *at_least(0, self, 'steps', meaning='a model that is not trained'),
+      *at_least(1, self, 'batch_size', 'seq_len'),
       *at_least(1, self, 'micro_batches', 'log_every', 'stop_after_skips'),
       *at_least(0, self, 'seed', 'stop_after', 'hang_after'),
       problem_if(not self.workdir, "workdir='': name a directory for the run"),
@@ -91,6 +94,7 @@ class ExperimentConfig:
         f'upcycle.drop={self.upcycle.drop} is for a dense model: name one with init_from, or use 0',
       ),
       *router_problems(self.balance, self.model.moe.router, self.micro_batches),
+      problem_if(self.steps, untrainable(self.model.moe.router)),
     )
 
   def _uneven_micro_batches(self) -> str:

@@ -39,7 +39,7 @@ class Sums(NamedTuple):
   terms: Terms  # its terms, by the names they are logged under, coefficients left out
   nll: Array  # [R] f32, of each task's tokens, unweighted
   load: Array  # [L, E] f32
-  dropped: Array  # [L] f32, the fraction dropped, by tokens
+  dropped: Array  # [L] f32, copies dropped, of the `stats.copies` that there were
   seen: Array  # [L, ...], what the bias rule observes
   stats: Stats  # [L, ...]
 
@@ -77,30 +77,30 @@ def sum_by_task(values: Array, batch: Batch, cfg: ExperimentConfig) -> Array:
   return jnp.zeros(len(cfg.data.tasks)).at[batch.task_ids].add((batch.mask * values).sum(-1))
 
 
-def part_scales(parts: Batch, depth: int, cfg: ExperimentConfig) -> Terms:
-  """What each micro-batch's terms are multiplied by so that they add up, from masks alone.
+class Scales(NamedTuple):
+  """What each micro-batch's terms are multiplied by so that they add up."""
+
+  # [A, depths + 1], one over the token weights of the whole batch, of the next token and of those
+  # that multi-token prediction reaches; the same for all parts
+  tokens: Array
+  balance: Terms  # balance loss -> [A], the part's share of it, see `micro_batch_shares`
+
+
+def part_scales(parts: Batch, depth: int, cfg: ExperimentConfig) -> Scales:
+  """The scales of the micro-batches, from masks alone.
 
   Args:
     parts: the whole batch, [A, b, S].
     depth: how many tokens further on multi-token prediction reaches; 0 without it.
-
-  Returns:
-    'tokens': [A, depth + 1], one over the weights of the whole batch, the same for all parts.
-    'load': [A], the part's share of all tokens.
-    Each balance loss by its name: [A], the part's share of it, see `micro_batch_shares`.
   """
   valid = parts.segment_ids > 0
-  by_tokens = valid.sum((1, 2)) / jnp.maximum(valid.sum(), 1)
   per_token = [
     1.0 / positive(token_weights(targets_ahead(parts, d), cfg).sum()) for d in range(depth + 1)
   ]
-  scales = {
-    'tokens': jnp.broadcast_to(jnp.stack(per_token), (len(valid), depth + 1)),
-    'load': by_tokens,
-  }
+  shares = {}
   for name, scope in cfg.balance.scopes(cfg.batch_size, cfg.micro_batches).items():
-    scales[name] = micro_batch_shares(name, valid, parts.segment_ids, scope)
-  return scales
+    shares[name] = micro_batch_shares(name, valid, parts.segment_ids, scope)
+  return Scales(jnp.broadcast_to(jnp.stack(per_token), (len(valid), depth + 1)), shares)
 
 
 def positive(count: Array) -> Array:
@@ -153,7 +153,7 @@ def lm_terms(
   Args:
     hidden: [b, S, D] of the model, then of each depth of multi-token prediction.
     head: [D, V].
-    scale: [depths + 1], see 'tokens' of `part_scales`.
+    scale: [depths + 1], see `Scales.tokens`.
     coefs: see `coefficients`.
   """
 
@@ -182,13 +182,13 @@ def lm_terms(
   return LMTerms(total, terms | {'z_loss': z_loss}, nll)
 
 
-def balance_terms(aux: MoEAux, scale: Terms, coefs: Terms) -> tuple[Array, Terms]:
+def balance_terms(aux: MoEAux, shares: Terms, coefs: Terms) -> tuple[Array, Terms]:
   """The balance losses' part of the objective, and each of them by its name in the log.
 
   A loss is the mean over MoE layers: the one declared reduction of layers. Layers are not pooled
   before: two that collapse onto opposite experts would look balanced together.
   """
-  terms = {f'balance/{name}': scale[name] * values.mean() for name, values in aux.losses.items()}
+  terms = {f'balance/{name}': shares[name] * values.mean() for name, values in aux.losses.items()}
   return sum((coefs[name] * value for name, value in terms.items()), jnp.zeros(())), terms
 
 
@@ -196,7 +196,7 @@ class MicroBatch(NamedTuple):
   """All that a part of the objective is made from, besides the parameters."""
 
   batch: Batch
-  scale: Terms  # see `part_scales`
+  scale: Scales  # its own, without A
   whole: Terms  # loss -> [L, E], see `Transformer.__call__`
   rows: Array  # [b] i32, their numbers in the global batch
 
@@ -228,15 +228,14 @@ def forward(
   draws = None if key is None else Draws(key, part.rows)
   out = model(part.batch, bias, whole=part.whole, draws=draws)
   hidden, head = (out.hidden, *out.mtp_hidden), model.head_weights()
-  tokens_scale = part.scale['tokens']
-  lm = lm_terms(hidden, head, part.batch, tokens_scale, coefs=coefs, cfg=cfg)
-  balance, more = balance_terms(out.aux, part.scale, coefs)
+  lm = lm_terms(hidden, head, part.batch, part.scale.tokens, coefs=coefs, cfg=cfg)
+  balance, more = balance_terms(out.aux, part.scale.balance, coefs)
   sums = Sums(
     loss=lm.objective + balance,
     terms=lm.terms | more,
     nll=lm.nll,
     load=out.aux.load,
-    dropped=part.scale['load'] * out.aux.dropped,
+    dropped=out.aux.dropped * out.aux.stats.copies,
     seen=out.aux.seen,
     stats=out.aux.stats,
   )

@@ -108,11 +108,12 @@ def is_spike(state: TrainState, lm_loss: Array, grad_norm: Array, cfg: Experimen
 
 def statistics(sums: Sums, router: BiasState, cfg: ExperimentConfig) -> Terms:
   """Everything that is known of each MoE layer. name -> [L]."""
+  router_cfg = cfg.model.moe.router
   return (
-    layer_statistics(sums.load, cfg.model.moe.router.top_k)
-    | token_statistics(sums.stats)
+    layer_statistics(sums.load, router_cfg.top_k)
+    | token_statistics(sums.stats, router_cfg.has_margin)
     | bias_statistics(router.bias)
-    | {'dropped': sums.dropped}
+    | {'dropped': sums.dropped / positive(sums.stats.copies)}
   )
 
 

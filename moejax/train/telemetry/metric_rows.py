@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from moejax.data.pipeline import Data
+from moejax.moe.routing import RouterConfig
 from moejax.moe.statistics import add, layer_statistics, over_layers, token_statistics
 
 BITS_PER_NAT = 1 / math.log(2)
@@ -95,11 +96,12 @@ def loss_scalars(
 
 
 def validation_row(
-  sums: ValidationSums, top_k: int, data: Data, more: Mapping[str, np.ndarray]
+  sums: ValidationSums, router: RouterConfig, data: Data, more: Mapping[str, np.ndarray]
 ) -> Row:
   """The row of a validation. All names begin with eval/; of several tasks there are NAME/TASK, too.
 
-  Statistics are of the whole held-out text, so that max_vio is the global one.
+  Statistics are of the whole held-out text, so that max_vio is the global one. Where the router
+  leaves no expert to compare with, there is no row of margins, see `RouterConfig.has_margin`.
 
   Args:
     sums: over its batches, see `add_sums`.
@@ -112,7 +114,11 @@ def validation_row(
     for task, task_nll, task_seen, size in zip(data.tasks, nll, seen, data.sizes, strict=True):
       text = size.validation_tokens, size.validation_bytes
       scalars |= loss_scalars(f'/{task}', task_nll, task_seen, *text)
-  statistics = layer_statistics(sums['load'], top_k) | token_statistics(sums['stats']) | dict(more)
+  statistics = (
+    layer_statistics(sums['load'], router.top_k)
+    | token_statistics(sums['stats'], router.has_margin)
+    | dict(more)
+  )
   means, layers = layer_row(statistics, 'eval/')
   return Row(scalars | means, layers)
 

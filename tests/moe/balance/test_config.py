@@ -89,19 +89,13 @@ MISFITS = {
     TOP_K,
     1,
     'balance.losses.load is the load that noise may give: '
-    'use router.noisy=True, or losses.importance',
+    'use router.noisy=True, or the loss importance',
   ),
   'noise and bias': (
     BalanceConfig(frozendict(load='0.1'), 'sign'),
     NOISY,
     1,
     "balance.losses.load does not know of a bias: use bias_rule='' instead of 'sign'",
-  ),
-  'no gradient': (
-    BalanceConfig(frozendict(importance='0.1')),
-    RouterConfig(8, 1),
-    1,
-    'balance.losses.importance of weights that are always 1 has no gradient: use router.renorm',
   ),
   'partition': (
     BalanceConfig(partition=3),

@@ -12,9 +12,24 @@ from moejax.config import ConfigError, frozendict
 from moejax.data.batch import IGNORE, Batch
 from moejax.data.sources import DataConfig
 from moejax.model.cross_entropy import LossConfig
+from moejax.model.transformer import Output
+from moejax.moe.balance.config import BalanceConfig
+from moejax.moe.bias import BiasState
+from moejax.moe.layer import MoEAux
+from moejax.moe.routing import RouterConfig
+from moejax.moe.statistics import Stats
 from moejax.train.experiment.config import ExperimentConfig
-from moejax.train.step.objective import coefficients, lm_terms, targets_ahead, token_weights
-from moejax.train.step.train_step import task_losses, task_tokens
+from moejax.train.step.objective import (
+  MicroBatch,
+  add_terms,
+  coefficients,
+  forward,
+  lm_terms,
+  part_scales,
+  targets_ahead,
+  token_weights,
+)
+from moejax.train.step.train_step import statistics, task_losses, task_tokens
 from tests.support import oracle
 from tests.train.step.step_cases import (
   CONFIG,
@@ -112,6 +127,47 @@ def test_multi_token_prediction_is_the_mean_over_depths_within_documents() -> No
   np.testing.assert_allclose(
     total, terms['lm_loss'] + 0.3 * terms['mtp_loss'] + 0.1 * terms['z_loss'], rtol=1e-6
   )
+
+
+class KnownLayers:
+  """In the place of a model: layers that have dropped so much, and a loss named as a count."""
+
+  def __init__(self, dropped: float, copies: float) -> None:
+    self.stats = Stats(*(jnp.full(1, copies) for _ in Stats._fields))
+    self.dropped = jnp.full(1, dropped)
+
+  def __call__(self, batch: Batch, *rest: object, **named: object) -> Output:
+    load = jnp.ones((1, 4))
+    aux = MoEAux(
+      load=load,
+      seen=load,
+      whole={},
+      losses={'load': jnp.full(1, 7.0)},
+      dropped=self.dropped,
+      stats=self.stats,
+      expert_ids=jnp.zeros((1, 2, LENGTH, 2), jnp.int32),
+    )
+    return Output(HIDDEN[0][:2], aux, None)
+
+  def head_weights(self) -> jax.Array:
+    return HEAD
+
+
+def test_dropped_is_the_fraction_of_all_copies_whatever_losses_are_called() -> None:
+  """Micro-batches of 10 and 30 copies; a loss that is named 'load' weighs nothing but itself."""
+  moe = dataclasses.replace(CONFIG.model.moe, router=RouterConfig(4, 2, noisy=True))
+  balance = BalanceConfig(frozendict(load=0.1))
+  cfg = replace(CONFIG, moe=moe, batch_size=4, micro_batches=2, balance=balance)
+  batch = jax.tree.map(lambda a: a[:4].reshape(2, 2, *a.shape[1:]), make_batch())
+  scales = part_scales(batch, 0, cfg)
+  coefs, parts = coefficients(cfg, jnp.int32(0)), []
+  for i, model in enumerate((KnownLayers(0.5, 10.0), KnownLayers(0.1, 30.0))):
+    own, scale = jax.tree.map(lambda a, i=i: a[i], (batch, scales))
+    part = MicroBatch(own, scale, whole={}, rows=jnp.arange(2))
+    parts.append(forward(model, jnp.zeros((1, 4)), part, None, coefs, cfg).sums)
+  sums, state = add_terms(*parts), BiasState(*jnp.zeros((2, 1, 4)))
+  assert float(sums.terms['balance/load']) == pytest.approx(7)
+  assert float(statistics(sums, state, cfg)['dropped'][0]) == pytest.approx((5 + 3) / 40)
 
 
 def test_targets_further_ahead_stay_in_their_document() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moejax.data.pipeline import Size
+from moejax.moe.routing import RouterConfig
 from moejax.moe.statistics import STATISTICS, Stats, layer_statistics, token_statistics
 from moejax.train.telemetry.metric_rows import (
   add_sums,
@@ -19,6 +20,7 @@ from moejax.train.telemetry.metric_rows import (
 )
 
 L, E, K = 3, 4, 2
+ROUTER = RouterConfig(E, K)
 
 
 def stats(seed: int, tokens: float = 10) -> Stats:
@@ -90,7 +92,7 @@ def test_a_validation_is_the_ratio_of_sums_and_not_the_mean_of_ratios() -> None:
   for one in batches:
     sums = add_sums(sums, one)
   assert {leaf.dtype for leaf in (sums['load'], *sums['stats'])} == {np.dtype(np.float64)}
-  row, layers = validation_row(sums, K, corpus(''), {'churn': np.array([0.1, 0.5, 0.3])})
+  row, layers = validation_row(sums, ROUTER, corpus(''), {'churn': np.array([0.1, 0.5, 0.3])})
   assert row['eval/lm_loss'] == pytest.approx(310 / 102)
   assert row['eval/perplexity'] == pytest.approx(math.exp(310 / 102))
   assert row['eval/bits_per_byte'] == pytest.approx(310 / 102 / math.log(2) * 100 / 300)
@@ -115,7 +117,10 @@ def test_a_validation_is_the_ratio_of_sums_and_not_the_mean_of_ratios() -> None:
 
 def test_each_task_has_its_losses() -> None:
   row, _ = validation_row(
-    add_sums(None, batch(0, [300.0, 50, 0], [100, 10, 0])), K, corpus('a', 'b', 'c'), {}
+    add_sums(None, batch(0, [300.0, 50, 0], [100, 10, 0])),
+    RouterConfig(E, K),
+    corpus('a', 'b', 'c'),
+    {},
   )
   assert row['eval/lm_loss'] == pytest.approx(350 / 110) and row['eval/lm_loss/a'] == pytest.approx(
     3
@@ -125,7 +130,7 @@ def test_each_task_has_its_losses() -> None:
   assert row['eval/perplexity/b'] == pytest.approx(math.exp(5)) and 'eval/churn' not in row
   assert not any(
     name.startswith('eval/lm_loss/')
-    for name in validation_row(add_sums(None, batch(0, [3.0], [1])), K, corpus('alone'), {})[0]
+    for name in validation_row(add_sums(None, batch(0, [3.0], [1])), ROUTER, corpus('alone'), {})[0]
   )
 
 
