@@ -134,15 +134,17 @@ def rotate(x: Array, positions: Array, cfg: RopeConfig) -> Array:
     q and k alike, so that no product of the two sees it.
   """
   width = int(x.shape[-1] * cfg.fraction)
-  x, rest = x[..., :width], x[..., width:]
+  turned, rest = x[..., :width].astype(jnp.float32), x[..., width:]
   # In float32, since bfloat16 cannot count past 256.
   angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(width, cfg)  # [B, S, r/2]
   factor = attention_factor(cfg)
   # One angle for all heads.
-  cos = (factor * jnp.cos(angles))[:, :, None, :].astype(x.dtype)
-  sin = (factor * jnp.sin(angles))[:, :, None, :].astype(x.dtype)
+  cos = (factor * jnp.cos(angles))[:, :, None, :]
+  sin = (factor * jnp.sin(angles))[:, :, None, :]
   if cfg.interleaved:
-    first, second = x[..., 0::2], x[..., 1::2]
+    first, second = turned[..., 0::2], turned[..., 1::2]
   else:
-    first, second = jnp.split(x, 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    first, second = jnp.split(turned, 2, axis=-1)
+  # Rounded once, here: cosines, products and sums in bfloat16 would each be rounded.
+  turned = [first * cos - second * sin, second * cos + first * sin]
+  return jnp.concatenate([*(half.astype(x.dtype) for half in turned), rest], axis=-1)
