@@ -12,7 +12,7 @@ import jax
 
 from moejax.config import at_least, check, not_one_of, problem_if
 from moejax.model.attention_cores import ATTENTIONS
-from moejax.model.rope import RopeConfig
+from moejax.model.rope import RopeConfig, rotated_width
 from moejax.moe.layer import MoEConfig
 
 
@@ -153,8 +153,7 @@ class AttentionConfig:
 
   def grouped_problems(self) -> list[str]:
     """Says what only grouped-query attention cannot do."""
-    # As `rotate` counts them: they are rotated in pairs.
-    width = int(self.d_head * self.rope.fraction)
+    width = rotated_width(self.d_head, self.rope)  # in pairs
     return [
       problem_if(
         width < 2 or width % 2,

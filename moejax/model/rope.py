@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from moejax.config import at_least, check, problem_if
+from moejax.config.decimals import decimal_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,11 @@ class RopeConfig:
         not 0 < self.fraction <= 1, f'fraction={self.fraction}: use a number above 0, at most 1'
       ),
     )
+
+
+def rotated_width(width: int, cfg: RopeConfig) -> int:
+  """Returns r, how many of a head's channels are rotated: floor(fraction * d)."""
+  return math.floor(decimal_of(cfg.fraction) * width)
 
 
 def yarn_ramp(dim: int, cfg: RopeConfig) -> np.ndarray:
@@ -133,7 +139,7 @@ def rotate(x: Array, positions: Array, cfg: RopeConfig) -> Array:
     [B, S, H, d] in the dtype of x. Interleaved pairs come back as halves, (0, 2, ..., 1, 3, ...):
     q and k alike, so that no product of the two sees it.
   """
-  width = int(x.shape[-1] * cfg.fraction)
+  width = rotated_width(x.shape[-1], cfg)
   turned, rest = x[..., :width].astype(jnp.float32), x[..., width:]
   # In float32, since bfloat16 cannot count past 256.
   angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(width, cfg)  # [B, S, r/2]

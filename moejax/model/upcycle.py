@@ -27,6 +27,7 @@ L layers, g granularity.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import jax
@@ -34,6 +35,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moejax.config import check, problem_if
+from moejax.config.decimals import decimal_of
 from moejax.model.config import ModelConfig
 from moejax.model.layer_stack import stack_sizes
 from moejax.model.transformer import Transformer
@@ -283,7 +285,7 @@ def redraw_units(expert: Mapping[str, Array], drop: float, key: Array) -> dict[s
   deviation of what it replaces there.
   """
   units = len(expert['down'])
-  dropped = jax.random.permutation(key, units)[: int(drop * units)]
+  dropped = jax.random.permutation(key, units)[: math.floor(decimal_of(drop) * units)]
 
   def redraw(rows: Array, key: Array) -> Array:
     old = rows[dropped]

@@ -25,6 +25,7 @@ from moejax.moe.selection import (
   limit_to_groups,
   margin,
   noisy,
+  num_dropped,
   without_some,
 )
 
@@ -83,7 +84,7 @@ class RouterConfig:
   def __post_init__(self) -> None:
     experts, groups = self.num_experts, max(1, self.num_groups)
     reachable = experts // groups * self.top_groups
-    remaining = experts - round(self.expert_dropout * experts)
+    remaining = experts - num_dropped(self.expert_dropout, experts)
     check(
       *at_least(1, self, 'num_experts'),
       problem_if(

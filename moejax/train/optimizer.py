@@ -10,6 +10,7 @@ import optax
 from jax import Array
 
 from moejax.config import at_least, check, not_one_of, problem_if
+from moejax.config.decimals import decimal_of
 from moejax.config.schedule import piecewise, schedule_problem
 from moejax.sharding.params import is_param
 
@@ -88,7 +89,7 @@ def wsd(cfg: OptimConfig, steps: int) -> optax.Schedule:
 
   A run can be prolonged from its stable part.
   """
-  decay = round(cfg.decay_fraction * steps)
+  decay = round(decimal_of(cfg.decay_fraction) * steps)
   final = cfg.learning_rate * cfg.final_fraction
   return optax.linear_schedule(
     cfg.learning_rate, final, max(1, decay), transition_begin=steps - decay
