@@ -5,7 +5,6 @@
                               there on 0.03
 """
 
-import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from moejax.config.checks import LARGEST
 from moejax.config.decimals import decimal_of
 
 Schedule = Callable[[Array], Array]
@@ -50,8 +50,8 @@ def pieces(spec: str | float) -> list[Piece]:
       raise ValueError(spec)
     parsed.append(Piece(decimal_of(float(start[:-1])) / 100, float(value), shape))
   starts = [piece.start for piece in parsed]
-  # Comparisons with NaN are false: a start or a value that is NaN is out of range as well.
-  in_range = all(0 <= piece.start <= 1 and 0 <= piece.value < math.inf for piece in parsed)
+  # A value that is NaN, or inf in float32, is out of range as well.
+  in_range = all(0 <= piece.start <= 1 and 0 <= piece.value <= LARGEST for piece in parsed)
   if not in_range or starts != sorted(starts):
     raise ValueError(spec)
   return parsed

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moejax.config import at_least, check, problem_if
+from moejax.config import at_least, check, not_finite, problem_if
 from moejax.config.decimals import decimal_of
 
 
@@ -38,6 +38,7 @@ class YarnConfig:
   truncate: bool = True
 
   def __post_init__(self) -> None:
+    check(*not_finite(self))
     check(
       *at_least(1, self, 'factor', meaning='off'),
       *at_least(1, self, 'original_length'),
@@ -64,6 +65,7 @@ class RopeConfig:
   yarn: YarnConfig = YarnConfig()
 
   def __post_init__(self) -> None:
+    check(*not_finite(self))
     check(
       problem_if(not self.theta > 1, f'theta={self.theta}: use a number above 1'),
       problem_if(

@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moejax.config import check, problem_if
+from moejax.config import check, not_finite, problem_if
 from moejax.config.decimals import decimal_of
 from moejax.model.config import ModelConfig
 from moejax.model.layer_stack import stack_sizes
@@ -57,6 +57,7 @@ class UpcycleConfig:
   drop: float = 0.0
 
   def __post_init__(self) -> None:
+    check(*not_finite(self))
     check(problem_if(not 0 <= self.drop <= 1, f'drop={self.drop}: use 0 (plain copies) to 1'))
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from moejax.config import at_least, check, frozendict, not_one_of, problem_if
+from moejax.config import at_least, check, frozendict, not_finite, not_one_of, problem_if
 from moejax.moe.balance.losses import BALANCE_LOSSES
 from moejax.moe.bias import BIAS_RULES
 from moejax.moe.dispatch.dispatchers import DISPATCHERS, DispatchConfig
@@ -49,6 +49,7 @@ class MoEConfig:
   expert_bias: bool = False
 
   def __post_init__(self) -> None:
+    check(*not_finite(self))
     check(
       *at_least(1, self, 'd_expert'),
       *at_least(0, self, 'num_shared', meaning='no shared expert'),

@@ -3,7 +3,7 @@
 import dataclasses
 
 from moejax.checkpoint.checkpoints import CheckpointConfig
-from moejax.config import at_least, check, problem_if
+from moejax.config import at_least, check, not_finite, problem_if
 from moejax.data.sources import DataConfig
 from moejax.model.config import ModelConfig
 from moejax.model.cross_entropy import LossConfig
@@ -76,6 +76,7 @@ class ExperimentConfig:
   upcycle: UpcycleConfig = UpcycleConfig()
 
   def __post_init__(self) -> None:
+    check(*not_finite(self))
     # Each part has checked itself when it was made; here is what stands alone or spans two of them.
     # Whether a mesh divides the batch is found where it is made: devices are not known here.
     check(
