@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moejax.config import at_least, check, frozendict, not_finite
+from moejax.config.checks import LARGEST
 from moejax.config.schedule import schedule_problem
 
 Tree = TypeVar('Tree')
@@ -46,7 +47,7 @@ class LossConfig:
       *(
         f'task_weights.{task}={weight!r}: use a number of 0 or more'
         for task, weight in self.task_weights.items()
-        if isinstance(weight, str) or weight < 0
+        if isinstance(weight, str) or -LARGEST <= weight < 0
       ),
       *not_finite(self),
       *at_least(1, self, 'chunks'),

@@ -47,13 +47,14 @@ class OptimConfig:
   def __post_init__(self) -> None:
     check(*not_finite(self))
     check(
-      *above_zero(self, 'learning_rate', 'eps'),
+      *above_zero(self, 'learning_rate'),
       not_one_of('schedule', self.schedule, SCHEDULES),
       self._phases_problem(),
       *at_least(0, self, 'warmup_steps', 'weight_decay'),
       *at_least(0, self, 'clip_norm', 'skip_spikes'),
       *self._outside_of_0_to_1('final_fraction', 'decay_fraction'),
       *self._no_decay_rate('beta1', 'beta2'),
+      *above_zero(self, 'eps'),
     )
 
   def _phases_problem(self) -> str:

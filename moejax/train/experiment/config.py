@@ -41,7 +41,7 @@ class ExperimentConfig:
     parts.
   log_every: steps between two rows of the log; a validation has its own, see EvalConfig.
   stop_after: end here, with a checkpoint, what is planned for `steps`; 0: do not.
-  stop_after_skips: steps in a row with a non-finite loss or gradient, each skipped, after which the
+  stop_after_skips: steps in a row with a non-finite loss, gradient or update, each skipped, after which the
     run gives up.
   hang_after: seconds without progress, after which a process ends itself, with the stacks of its
     threads; 0: never.
