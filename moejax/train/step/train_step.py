@@ -38,7 +38,7 @@ class Learned(NamedTuple):
   model: Transformer
   opt_state: optax.OptState
   router: BiasState  # [L, E] f32 each
-  lagged: Terms  # loss -> [sets, L, E] f32
+  lagged: Terms  # loss -> [sets, L, E] i32
 
 
 def train_step(
@@ -127,8 +127,9 @@ def statistics(sums: Sums, router: BiasState, cfg: ExperimentConfig) -> Terms:
 
 
 def task_tokens(batch: Batch, cfg: ExperimentConfig) -> Array:
-  """How many tokens are to be predicted, of each task. [R] f32."""
-  return sum_by_task(jnp.ones(batch.mask.shape), batch, cfg)
+  """How many tokens are to be predicted, of each task. [R] i32."""
+  none = jnp.zeros(len(cfg.data.tasks), jnp.int32)
+  return none.at[batch.task_ids].add(batch.mask.sum(-1, dtype=jnp.int32))
 
 
 def task_losses(nll: Array, tokens: Array, cfg: ExperimentConfig) -> Terms:
