@@ -27,7 +27,7 @@ IDS = np.array([[0, 1], [2, 3], [4, 5], [0, 1], [2, 3], [4, 5]], np.int32)[None]
 MASK = np.ones((1, 6), bool)
 LOGITS = np.zeros((1, 6, E), np.float32)
 np.put_along_axis(LOGITS, IDS, 1.0, axis=-1)
-MICRO_BATCHES = 2**26 // 12 + 1  # of 12 copies: 2^26 and some
+MICRO_BATCHES = 2**25 + 1  # of 12 copies: 2^26 and 2 for each expert
 
 
 @functools.cache
