@@ -74,9 +74,8 @@ def train_step(
   # 3. May this step be learned from? A finite gradient does not make a finite update: where it is
   # squared, divided or added to a parameter, numbers may overflow.
   grad_norm = optax.tree.norm(grads)
-  # `learn` is worked out twice, here and in the branch below. Here nothing is kept but one bool, so
-  # that it takes time, a few percent of a step, and not the memory of a second state, which looking
-  # at the new one before the old one is overwritten would take.
+  # `learn` is worked out here, of which one bool is kept, and again in the branch below: that takes
+  # a few percent of a step, where both states at once would take the memory of a second one.
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & all_finite(learn())
   good = finite
   if cfg.optim.skip_spikes:
