@@ -222,7 +222,7 @@ def check_evaluation(plan: Plan) -> Iterator[Check]:
   counted.see('the batch that training takes', difference)
   # The sign rule sees nothing of a mere multiple: evaluation uses the experts that training uses
   # least.
-  opposite = before.router._replace(bias=-one.metrics['load'])
+  opposite = before.router._replace(bias=-one.metrics['load'].astype(jnp.float32))
   for number in range(1, 4):
     jax.block_until_ready(evaluate(before.model, opposite, rows))
     after = tiny.take_step(plan, cfg, before, rows).after.router

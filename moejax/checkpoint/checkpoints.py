@@ -15,13 +15,14 @@ from collections.abc import Mapping
 from typing import Generic, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from moejax.checkpoint.fingerprint import Compared, accept_problem, expect_same
 from moejax.checkpoint.manifest import Meta, digests
 from moejax.checkpoint.reader import NOT_DAMAGE, meta_everywhere, meta_in, read_leaves
 from moejax.checkpoint.steps import Steps, steps_to_keep
 from moejax.checkpoint.writer import Writer
-from moejax.config import ConfigError, check
+from moejax.config import ConfigError, check, problem_if
 from moejax.runtime.multiprocess import broadcast_from_first
 from moejax.sharding.tree import flatten, kinds
 
@@ -192,13 +193,15 @@ class Checkpoints:
     path = self.steps.path(step)
     meta = meta_everywhere(path)
     saved = {leaf: kind for leaf, kind in meta.kinds.items() if leaf.startswith(only)}
+    as_saved = with_float_counts(wanted, saved)
     accepted = expect_same(
       str(path),
-      Compared(saved, kinds(wanted)),  # Orbax would silently cast to another dtype
+      Compared(saved, kinds(as_saved)),  # Orbax would silently cast to another dtype
       Compared(meta.fingerprint, fingerprint or meta.fingerprint),
       self._cfg.accept,
     )
-    leaves = read_leaves(path / 'state', wanted, meta.digests)
+    leaves = read_leaves(path / 'state', as_saved, meta.digests)
+    leaves = [as_count(leaf, like.dtype) for leaf, like in zip(leaves, wanted.values())]
     for line in accepted:  # only now: a step that is damaged is not gone on from
       log.warning('accepted: %s', line)
     return leaves, meta
@@ -208,3 +211,37 @@ class Checkpoints:
     with contextlib.suppress(Exception):  # damage is for restore to tell
       return meta_in(self.steps.path(step)).metric
     return math.inf
+
+
+def with_float_counts(
+  wanted: Mapping[str, jax.ShapeDtypeStruct], saved: Mapping[str, str]
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns what to read: the wanted leaves, with counts in float32 where they were saved as that.
+
+  Counts were float32 before they were int32, and such a checkpoint is still one of this run.
+
+  Args:
+    wanted: path -> shape, dtype and sharding.
+    saved: path -> dtype and shape, see `kinds`.
+  """
+  as_saved = dict(wanted)
+  for path, leaf in wanted.items():
+    float_count = jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
+    was_float = path in saved and saved[path] == kinds({path: float_count})[path]
+    if leaf.dtype == jnp.int32 and was_float:
+      as_saved[path] = float_count
+  return as_saved
+
+
+def as_count(leaf: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """Returns the leaf in this dtype, which is another one for counts saved as float32 alone.
+
+  Raises:
+    ConfigError: its numbers are no counts.
+  """
+  if leaf.dtype == dtype:
+    return leaf
+  counts = leaf.astype(dtype)
+  is_same = bool((counts.astype(leaf.dtype) == leaf).all())
+  check(problem_if(not is_same, f'a leaf of {leaf.dtype} is not one of {dtype}: use a new workdir'))
+  return counts

@@ -4,8 +4,13 @@ Import these from moejax.config.
 """
 
 import difflib
-from collections.abc import Collection
+import numbers
+from collections.abc import Collection, Mapping
 from typing import NoReturn
+
+# Of float32, in which nearly all numbers of a config end: beyond the largest is inf, and below the
+# smallest normal one, which TPUs make 0 of.
+SMALLEST, LARGEST = 1.1754944e-38, 3.4028234e38
 
 
 class ConfigError(ValueError):
@@ -48,6 +53,42 @@ def at_least(least: float, config: object, *fields: str, meaning: str = '') -> l
   values = {name: getattr(config, name) for name in fields}
   # `not value >= least` and not `value < least`: every comparison with NaN is false.
   return [f'{name}={value}: {remedy}' for name, value in values.items() if not value >= least]
+
+
+def above_zero(config: object, *fields: str) -> list[str]:
+  """Returns a problem for each of the fields of a config that is 0 or less in float32, or NaN."""
+  values = {name: getattr(config, name) for name in fields}
+  remedy = f'use a number above 0, {SMALLEST:.2g} at least'
+  return [f'{name}={value}: {remedy}' for name, value in values.items() if not value >= SMALLEST]
+
+
+def is_finite(value: float) -> bool:
+  """Whether float32 has a finite number for it. NaN, inf, 1e39 and 10**400 have none."""
+  return abs(value) <= LARGEST  # so that a comparison with NaN, which is false, says no
+
+
+def not_finite(config: object) -> list[str]:
+  """Returns a problem for each number of a config that is not finite: `clip_norm=nan`.
+
+  No field of ours has a meaning for inf. Tables and tuples are looked into, as `losses.x` and
+  `windows[0]`; sections are not, since each checks itself. This goes first in a `__post_init__`:
+  comparisons with NaN are false, and most checks are comparisons.
+  """
+  values: dict[str, object] = {}
+  for name, value in vars(config).items():
+    if isinstance(value, Mapping):
+      values |= {f'{name}.{key}': entry for key, entry in value.items()}
+    elif isinstance(value, tuple):
+      values |= {f'{name}[{i}]': entry for i, entry in enumerate(value)}
+    else:
+      values[name] = value
+  reals = {name: value for name, value in values.items() if isinstance(value, numbers.Real)}
+  return [finite_problem(name, value) for name, value in reals.items() if not is_finite(value)]
+
+
+def finite_problem(path: str, value: float) -> str:
+  """Returns the problem of a number that is not finite."""
+  return f'{path}={value!r}: use a finite number, {LARGEST:.1e} at most'
 
 
 def not_one_of(name: str, value: str, known: Collection[str]) -> str:

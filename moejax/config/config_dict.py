@@ -9,7 +9,14 @@ from typing import TypeVar, get_args, get_origin, get_type_hints
 
 from ml_collections import ConfigDict
 
-from moejax.config import ConfigError, check, frozendict, unknown
+from moejax.config.checks import (
+  ConfigError,
+  check,
+  finite_problem,
+  frozendict,
+  is_finite,
+  unknown,
+)
 
 T = TypeVar('T')
 
@@ -64,8 +71,8 @@ def _build(cls: type[T], d: Mapping | ConfigDict, path: str, problems: list[str]
 def _typed(hint: type, value: object, default: object, path: str, problems: list[str]) -> object:
   """Returns the value as the type that the hint asks for.
 
-  Where it has another type, adds that to `problems` and returns the default, so that the checks of
-  the section can still run.
+  Where it has another type, or is no finite number, adds that to `problems` and returns the
+  default, so that the checks of the section can still run.
   """
   kind, args = get_origin(hint) or hint, get_args(hint)
   is_mapping = isinstance(value, (Mapping, ConfigDict))
@@ -82,7 +89,10 @@ def _typed(hint: type, value: object, default: object, path: str, problems: list
       )
   # type() and not isinstance: True is an int, and no number of layers. JSON writes 1.0 as 1.
   elif type(value) is kind or (kind is float and type(value) is int):
-    return kind(value)
+    if kind is not float or is_finite(value):
+      return kind(value)
+    problems.append(finite_problem(path, value))
+    return default
   wanted = hint if args else kind.__name__
   problems.append(f'{path}={value!r} is {type(value).__name__}; give {wanted}')
   return default
@@ -95,7 +105,8 @@ def _typed_table(
   entries = {}
   for name, value in table.items():
     hint = str if type(value) is str else float
-    entries[name] = _typed(hint, value, value, f'{path}.{name}', problems)
+    # Tables hold weights and coefficients: 1 is a value that no other check objects to.
+    entries[name] = _typed(hint, value, 1.0, f'{path}.{name}', problems)
   return frozendict(entries)
 
 

@@ -5,12 +5,15 @@
                               there on 0.03
 """
 
-import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+
+from moejax.config.checks import LARGEST
+from moejax.config.decimals import decimal_of
 
 Schedule = Callable[[Array], Array]
 
@@ -25,7 +28,7 @@ SHAPES: dict[str, Callable[[Array], Array]] = {
 class Piece(NamedTuple):
   """A part of a schedule, up to where the next one starts, or to the end of the run."""
 
-  start: float  # fraction of the run, 0 to 1
+  start: Fraction  # of the run, 0 to 1, exactly as it is written
   value: float  # with a shape, the value at the end of the piece; without one, of all of it
   shape: str = ''  # how the value is reached: a row of SHAPES
 
@@ -38,17 +41,17 @@ def pieces(spec: str | float) -> list[Piece]:
   """
   first, *others = str(spec).split(',')
   # The first piece is a bare number: it has no value before it that it could leave from.
-  parsed = [Piece(0.0, float(first))]
+  parsed = [Piece(Fraction(0), float(first))]
   for text in others:
     words, _, start = text.strip().partition('@')
     *shape_words, value = words.split()  # ValueError where there is no word
     shape = ' '.join(shape_words)
     if not start.endswith('%') or shape not in SHAPES:
       raise ValueError(spec)
-    parsed.append(Piece(float(start[:-1]) / 100, float(value), shape))
+    parsed.append(Piece(decimal_of(float(start[:-1])) / 100, float(value), shape))
   starts = [piece.start for piece in parsed]
-  # Comparisons with NaN are false: a start or a value that is NaN is out of range as well.
-  in_range = all(0 <= piece.start <= 1 and 0 <= piece.value < math.inf for piece in parsed)
+  # A value that is NaN, or inf in float32, is out of range as well.
+  in_range = all(0 <= piece.start <= 1 and 0 <= piece.value <= LARGEST for piece in parsed)
   if not in_range or starts != sorted(starts):
     raise ValueError(spec)
   return parsed

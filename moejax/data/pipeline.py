@@ -22,6 +22,7 @@ import grain
 import numpy as np
 
 from moejax.config import check, problem_if
+from moejax.config.decimals import decimal_of
 from moejax.data.batch import Batch
 from moejax.data.holdout import digest_of, documents_of_split
 from moejax.data.rows import PAST_END, Rows, batch_from_rows, spaced_batches
@@ -232,7 +233,7 @@ def _check_lengths(streams: Streams, batch_size: int, weight: float) -> None:
   """Raises ConfigError where a batch would draw a row twice, or there is nothing to validate on."""
   train, validation = streams
   seq_len = train.seq_len
-  drawn = math.ceil(batch_size * weight)
+  drawn = math.ceil(batch_size * decimal_of(weight))
   share = f' draws {drawn} of them' if drawn < batch_size else ''
   check(
     problem_if(

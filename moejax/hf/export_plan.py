@@ -10,6 +10,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from moejax.config import ConfigError, check, problem_if
+from moejax.config.decimals import decimal_of
 from moejax.families import FAMILIES, config_json, family_of
 from moejax.families.schema.family import KEPT, Family, config_from_json
 from moejax.families.schema.tensor_names import leaves, tensors
@@ -159,7 +160,9 @@ def _spell(cfg: ExperimentConfig, origin: Origin | None, eod_id: int, wanted: st
 def _unsaid_keys(cfg: ExperimentConfig, eod_id: int) -> Json:
   """Keys that no field of the model says, of a run that was not imported."""
   yarn = cfg.model.attention.rope.yarn
-  longest = round(yarn.original_length * yarn.factor) if yarn.factor > 1 else cfg.seq_len
+  longest = (
+    round(yarn.original_length * decimal_of(yarn.factor)) if yarn.factor > 1 else cfg.seq_len
+  )
   ids = {name: eod_id for name in TOKEN_IDS[:2]} if eod_id >= 0 else {}
   return {'max_position_embeddings': longest} | ids
 

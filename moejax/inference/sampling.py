@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moejax.config import at_least, check, problem_if
+from moejax.config import at_least, check, not_finite, problem_if
 from moejax.data.tokenizer import Tokenizer
 from moejax.inference.decode import MAX_DRAFTS, prefill, step
 from moejax.inference.draw import SamplingParams
@@ -49,6 +49,7 @@ class SampleConfig:
   draft: bool = False
 
   def __post_init__(self) -> None:
+    check(*not_finite(self))
     check(
       *at_least(1, self, 'max_tokens'),
       *at_least(0, self, 'temperature', meaning='the likeliest token'),

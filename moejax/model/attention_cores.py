@@ -67,7 +67,10 @@ def attend(
   scale: float,
   sinks: Array | None,
 ) -> Array:
-  """Computes softmax attention, the softmax in float32.
+  """Computes softmax attention; scores, softmax and both sums of products in float32.
+
+  What is rounded to the dtype of v: the weights, once, and the result, once. A score of 16 in
+  bfloat16 would be off by 1/32, and its weight by as large a part of itself.
 
   Args:
     q_BSHd, k_BTJd, v_BTJv: query head h reads key head h // (H / J).
@@ -82,15 +85,22 @@ def attend(
   b, s, h, d = q_BSHd.shape
   # The query heads of a key head are one more axis, so that keys are not repeated for each.
   q_BSJGd = q_BSHd.reshape(b, s, k_BTJd.shape[2], -1, d)
-  scores_BJGST = jnp.einsum('bsjgd,btjd->bjgst', q_BSJGd, k_BTJd).astype(jnp.float32) * scale
+  scores_BJGST = scale * jnp.einsum(
+    'bsjgd,btjd->bjgst', q_BSJGd, k_BTJd, preferred_element_type=jnp.float32
+  )
   # Minus infinity and no large number: scores may be steeper than any number.
   scores_BJGST = jnp.where(mask_B1ST[:, :, None], scores_BJGST, -jnp.inf)
   if sinks is None:
     probs_BJGST = jax.nn.softmax(scores_BJGST, axis=-1)
   else:
     probs_BJGST = softmax_with_sinks(scores_BJGST, sinks)
-  y_BSJGv = jnp.einsum('bjgst,btjd->bsjgd', probs_BJGST.astype(v_BTJv.dtype), v_BTJv)
-  return y_BSJGv.reshape(b, s, h, v_BTJv.shape[-1])
+  y_BSJGv = jnp.einsum(
+    'bjgst,btjv->bsjgv',
+    probs_BJGST.astype(v_BTJv.dtype),
+    v_BTJv,
+    preferred_element_type=jnp.float32,
+  )
+  return y_BSJGv.reshape(b, s, h, -1).astype(v_BTJv.dtype)
 
 
 class Core(Protocol):

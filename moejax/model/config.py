@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import jax
 
-from moejax.config import at_least, check, not_one_of, problem_if
+from moejax.config import above_zero, at_least, check, not_finite, not_one_of, problem_if
 from moejax.model.attention_cores import ATTENTIONS
-from moejax.model.rope import RopeConfig
+from moejax.model.rope import RopeConfig, rotated_width
 from moejax.moe.layer import MoEConfig
 
 
@@ -59,8 +59,9 @@ class InitConfig:
   ffn_gain: float = 0.0
 
   def __post_init__(self) -> None:
+    check(*not_finite(self))
     check(
-      problem_if(not self.std > 0, f'std={self.std}: use a number above 0'),
+      *above_zero(self, 'std'),
       not_one_of('rule', self.rule, INIT_RULES),
       *at_least(0, self, 'embed_std', 'attention_gain', 'ffn_gain', meaning='off'),
     )
@@ -90,13 +91,14 @@ class LatentConfig:
   norm_eps: float = 1e-6
 
   def __post_init__(self) -> None:
+    check(*not_finite(self))
     check(
       *at_least(0, self, 'kv_rank', 'q_rank', meaning='off'),
       problem_if(
         self.d_rope < 2 or self.d_rope % 2, f'd_rope={self.d_rope}: use an even number, 2 or more'
       ),
       *at_least(1, self, 'd_value'),
-      problem_if(not self.norm_eps > 0, f'norm_eps={self.norm_eps}: use a number above 0'),
+      *above_zero(self, 'norm_eps'),
     )
 
 
@@ -128,6 +130,7 @@ class AttentionConfig:
   latent: LatentConfig = LatentConfig()
 
   def __post_init__(self) -> None:
+    check(*not_finite(self))
     # 0 has a problem of its own, and would be an error to divide by.
     undivided = self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads
     implementations = ['auto', *sorted(ATTENTIONS)]
@@ -153,8 +156,7 @@ class AttentionConfig:
 
   def grouped_problems(self) -> list[str]:
     """Says what only grouped-query attention cannot do."""
-    # As `rotate` counts them: they are rotated in pairs.
-    width = int(self.d_head * self.rope.fraction)
+    width = rotated_width(self.d_head, self.rope)  # in pairs
     return [
       problem_if(
         width < 2 or width % 2,
@@ -229,6 +231,7 @@ class ModelConfig:
   unroll: int = 1
 
   def __post_init__(self) -> None:
+    check(*not_finite(self))
     # Without sandwich norm nothing reads these gains.
     gains = {'attention_gain': self.init.attention_gain, 'ffn_gain': self.init.ffn_gain}
     check(
@@ -243,7 +246,7 @@ class ModelConfig:
         f'num_dense_layers={self.num_dense_layers}: use 0 to num_layers - 1 = '
         f'{self.num_layers - 1}, so that one layer at least has experts',
       ),
-      problem_if(self.norm_eps <= 0, f'norm_eps={self.norm_eps}: use a number above 0'),
+      *above_zero(self, 'norm_eps'),
       *at_least(0, self, 'mtp_depth', meaning='the next token only'),
       *(
         f"init.{name}={gain} is for the norm of a branch's output: use sandwich_norm=True, or 0"

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moejax.config import at_least, check, frozendict
+from moejax.config import at_least, check, frozendict, not_finite
+from moejax.config.checks import LARGEST
 from moejax.config.schedule import schedule_problem
 
 Tree = TypeVar('Tree')
@@ -30,7 +31,8 @@ class LossConfig:
   z_coef, mtp_coef: coefficients of the squared logsumexp of the logits (PaLM uses 1e-4), and of
     multi-token prediction (its lambda). Each is a number or a schedule ('1e-4, 0@50%'); 0: off.
   task_weights: task of a mixture -> weight of its tokens, 1 where not named.
-  chunks: pieces of the sequence whose logits are made one after another, for memory.
+  chunks: pieces of the sequence whose logits are made one after another, for memory; of any length
+    of sequence, the last piece is filled up.
   """
 
   z_coef: str = '0'
@@ -43,10 +45,11 @@ class LossConfig:
       schedule_problem('z_coef', self.z_coef),
       schedule_problem('mtp_coef', self.mtp_coef),
       *(
-        f'task_weights.{task}={weight}: use a number of 0 or more'
+        f'task_weights.{task}={weight!r}: use a number of 0 or more'
         for task, weight in self.task_weights.items()
-        if not 0 <= weight < float('inf')
+        if isinstance(weight, str) or -LARGEST <= weight < 0
       ),
+      *not_finite(self),
       *at_least(1, self, 'chunks'),
     )
 
@@ -95,7 +98,7 @@ def cross_entropy(
     targets: [B, S] i32. Where nothing is to be predicted (-100) the weight must be 0.
     weights: [B, S] f32. Divide by the tokens of the whole batch, and micro-batches add up.
     z_coef: of log_z^2. Neither it nor the weights are differentiated.
-    chunks: how many pieces the sequence is cut into; more where they do not divide it.
+    chunks: how many pieces the sequence is cut into, see `split_chunks`.
   """
 
   def chunk(total: Array, xs: tuple[Array, Array, Array]) -> tuple[Array, PerToken]:
@@ -103,7 +106,7 @@ def cross_entropy(
     return total + loss, parts
 
   total, parts = jax.lax.scan(chunk, jnp.zeros(()), split_chunks((h, targets, weights), chunks))
-  return total, join_chunks(parts)
+  return total, join_chunks(parts, h.shape[1])
 
 
 def cross_entropy_fwd(
@@ -125,7 +128,8 @@ def cross_entropy_fwd(
   start = jnp.zeros(()), jnp.zeros_like(head)
   pieces = split_chunks((h, targets, weights), chunks)
   (total, d_head), (parts, dh) = jax.lax.scan(chunk, start, pieces)
-  return (total, join_chunks(parts)), (join_chunks(dh), d_head)
+  length = h.shape[1]
+  return (total, join_chunks(parts, length)), (join_chunks(dh, length), d_head)
 
 
 def cross_entropy_bwd(
@@ -141,23 +145,27 @@ cross_entropy.defvjp(cross_entropy_fwd, cross_entropy_bwd)
 
 
 def split_chunks(tree: Tree, chunks: int) -> Tree:
-  """Cuts [B, S, ...] into [chunks, B, S / chunks, ...].
+  """Cuts [B, S, ...] into [n, B, s, ...], n at most `chunks`, of s = ceil(S / chunks) tokens each.
 
-  Where the number of chunks does not divide S, the next larger one that does is taken.
+  What the last piece lacks are zeros: tokens of weight 0, which add nothing to a loss, and no
+  gradient. Not the next number that divides S: that is S itself where S is prime.
   """
   length = jax.tree.leaves(tree)[0].shape[1]
-  chunks = next(n for n in range(min(chunks, length), length + 1) if length % n == 0)
+  size = -(-length // chunks)
+  number = -(-length // size)  # fewer than asked where some would be empty
 
   def split(a: Array) -> Array:
-    return jnp.moveaxis(a.reshape(a.shape[0], chunks, -1, *a.shape[2:]), 1, 0)
+    rest = a.ndim - 2
+    padded = jnp.pad(a, ((0, 0), (0, number * size - length), *[(0, 0)] * rest))
+    return jnp.moveaxis(padded.reshape(a.shape[0], number, size, *a.shape[2:]), 1, 0)
 
   return jax.tree.map(split, tree)
 
 
-def join_chunks(tree: Tree) -> Tree:
-  """Joins [chunks, B, S / chunks, ...] to [B, S, ...]: the inverse of `split_chunks`."""
+def join_chunks(tree: Tree, length: int) -> Tree:
+  """Joins [n, B, s, ...] to [B, S, ...], S = `length`: the inverse of `split_chunks`."""
 
   def join(a: Array) -> Array:
-    return jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])
+    return jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])[:, :length]
 
   return jax.tree.map(join, tree)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moejax.config import at_least, check, problem_if
+from moejax.config import at_least, check, not_finite, problem_if
+from moejax.config.decimals import decimal_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class YarnConfig:
   truncate: bool = True
 
   def __post_init__(self) -> None:
+    check(*not_finite(self))
     check(
       *at_least(1, self, 'factor', meaning='off'),
       *at_least(1, self, 'original_length'),
@@ -63,12 +65,18 @@ class RopeConfig:
   yarn: YarnConfig = YarnConfig()
 
   def __post_init__(self) -> None:
+    check(*not_finite(self))
     check(
       problem_if(not self.theta > 1, f'theta={self.theta}: use a number above 1'),
       problem_if(
         not 0 < self.fraction <= 1, f'fraction={self.fraction}: use a number above 0, at most 1'
       ),
     )
+
+
+def rotated_width(width: int, cfg: RopeConfig) -> int:
+  """Returns r, how many of a head's channels are rotated: floor(fraction * d)."""
+  return math.floor(decimal_of(cfg.fraction) * width)
 
 
 def yarn_ramp(dim: int, cfg: RopeConfig) -> np.ndarray:
@@ -133,16 +141,18 @@ def rotate(x: Array, positions: Array, cfg: RopeConfig) -> Array:
     [B, S, H, d] in the dtype of x. Interleaved pairs come back as halves, (0, 2, ..., 1, 3, ...):
     q and k alike, so that no product of the two sees it.
   """
-  width = int(x.shape[-1] * cfg.fraction)
-  x, rest = x[..., :width], x[..., width:]
+  width = rotated_width(x.shape[-1], cfg)
+  turned, rest = x[..., :width].astype(jnp.float32), x[..., width:]
   # In float32, since bfloat16 cannot count past 256.
   angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(width, cfg)  # [B, S, r/2]
   factor = attention_factor(cfg)
   # One angle for all heads.
-  cos = (factor * jnp.cos(angles))[:, :, None, :].astype(x.dtype)
-  sin = (factor * jnp.sin(angles))[:, :, None, :].astype(x.dtype)
+  cos = (factor * jnp.cos(angles))[:, :, None, :]
+  sin = (factor * jnp.sin(angles))[:, :, None, :]
   if cfg.interleaved:
-    first, second = x[..., 0::2], x[..., 1::2]
+    first, second = turned[..., 0::2], turned[..., 1::2]
   else:
-    first, second = jnp.split(x, 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    first, second = jnp.split(turned, 2, axis=-1)
+  # Rounded once, here: cosines, products and sums in bfloat16 would each be rounded.
+  turned = [first * cos - second * sin, second * cos + first * sin]
+  return jnp.concatenate([*(half.astype(x.dtype) for half in turned), rest], axis=-1)

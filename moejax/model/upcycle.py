@@ -27,13 +27,15 @@ L layers, g granularity.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moejax.config import check, problem_if
+from moejax.config import check, not_finite, problem_if
+from moejax.config.decimals import decimal_of
 from moejax.model.config import ModelConfig
 from moejax.model.layer_stack import stack_sizes
 from moejax.model.transformer import Transformer
@@ -55,6 +57,7 @@ class UpcycleConfig:
   drop: float = 0.0
 
   def __post_init__(self) -> None:
+    check(*not_finite(self))
     check(problem_if(not 0 <= self.drop <= 1, f'drop={self.drop}: use 0 (plain copies) to 1'))
 
 
@@ -283,7 +286,7 @@ def redraw_units(expert: Mapping[str, Array], drop: float, key: Array) -> dict[s
   deviation of what it replaces there.
   """
   units = len(expert['down'])
-  dropped = jax.random.permutation(key, units)[: int(drop * units)]
+  dropped = jax.random.permutation(key, units)[: math.floor(decimal_of(drop) * units)]
 
   def redraw(rows: Array, key: Array) -> Array:
     old = rows[dropped]

@@ -12,7 +12,7 @@ A model of your own can use the layer by itself:
   >>> balance_loss = 0.001 * aux.losses['sequence']  # add it to the loss of the model
   >>> router = BIAS_RULES['sign'].update(router, aux.seen, 0.001, 2)  # after the optimizer's step
   >>> y.shape, aux.load.sum()  # every token goes to top_k experts
-  ((4, 16, 32), Array(128., dtype=float32))
+  ((4, 16, 32), Array(128, dtype=int32))
 """
 
 from moejax.moe.balance import BALANCE_LOSSES, BalanceConfig

@@ -24,7 +24,7 @@ from jax import Array
 
 from moejax.moe.bias_quantile import histogram, quantile
 from moejax.moe.routing import Routing
-from moejax.moe.token_sets import expert_load
+from moejax.moe.token_sets import exact_mean, expert_load, total_of
 
 SHARPNESS = 2.0  # kappa of SMEBU: the tanh bends where a load is off by half of the mean
 MEMORY = 0.5  # beta of SMEBU
@@ -40,7 +40,7 @@ class BiasState(NamedTuple):
 class BiasRule(NamedTuple):
   """What a rule looks at in a routing, and what it makes of what the whole batch has shown.
 
-  observe: (routing, bias [E], mask [B, S]) -> seen, `load [E]` f32 or a histogram [E, BINS] i32.
+  observe: (routing, bias [E], mask [B, S]) -> seen, i32: `load [E]` or a histogram [E, BINS].
     The bias is the one that routed, the same for all micro-batches of a step; what they have seen
     adds up.
   update: (state, seen, rate, K) -> state.
@@ -58,7 +58,7 @@ def init_bias_state(num_experts: int) -> BiasState:
 
 
 def counts(routing: Routing, bias: Array, mask: Array) -> Array:
-  """Returns how many copies went to each expert, of the tokens that count. [E] f32."""
+  """Returns how many copies went to each expert, of the tokens that count. [E] i32."""
   return expert_load(routing.expert_ids, mask, bias.shape[-1])
 
 
@@ -69,9 +69,15 @@ def distances(routing: Routing, bias: Array, mask: Array) -> Array:
 
 
 def shortfall(load: Array) -> Array:
-  """`(mean load - load) / mean load`, exactly 0 for all of an even load. [E] -> [E]."""
-  # Whole numbers until the division: a mean that rounds would push experts of an even load.
-  return (load.sum() - load.size * load) / jnp.maximum(load.sum(), 1.0)
+  """`(mean load - load) / mean load`, its sign exact, for counts below 2^31. [E] i32 -> [E] f32.
+
+  A mean that rounds would push experts of an even load.
+  """
+  mean, experts = exact_mean(load), load.size
+  # Whole numbers before float32. Where the difference is too large to be exact there, the rest is
+  # too small to turn its sign.
+  above = experts * (mean.whole - load).astype(jnp.float32) + mean.rest
+  return above / jnp.maximum(total_of(mean, experts), 1.0)
 
 
 def sign_step(state: BiasState, load: Array, rate: Array, top_k: int) -> BiasState:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from moejax.config import at_least, check, frozendict, not_one_of, problem_if
+from moejax.config import at_least, check, frozendict, not_finite, not_one_of, problem_if
 from moejax.moe.balance.fit import fit_problems, untrainable
 from moejax.moe.balance.losses import BALANCE_LOSSES
 from moejax.moe.bias import BIAS_RULES
@@ -50,6 +50,7 @@ class MoEConfig:
   expert_bias: bool = False
 
   def __post_init__(self) -> None:
+    check(*not_finite(self))
     check(
       *at_least(1, self, 'd_expert'),
       *at_least(0, self, 'num_shared', meaning='no shared expert'),
@@ -91,9 +92,9 @@ def causality(cfg: MoEConfig) -> list[str]:
 class MoEAux(NamedTuple):
   """What a layer learnt besides its output; a scan over layers stacks it to [L, ...]."""
 
-  load: Array  # [E] f32  copies dispatched, of tokens that count
+  load: Array  # [E] i32  copies dispatched, of tokens that count
   seen: Array  # what the bias rule observes, see `BiasRule`; without a rule the load
-  # loss -> [E] f32, what losses whose sets are larger than this micro-batch see of it: added up
+  # loss -> [E], what losses whose sets are larger than this micro-batch see of it: added up
   # over the set, it comes back as the argument `whole` of a later pass
   whole: dict[str, Array]
   losses: dict[str, Array]  # name -> scalar f32, without coefficient
@@ -205,7 +206,7 @@ class MoE(nnx.Module):
       x: of a floating dtype, which is also that of y; what the router does is float32.
       bias: [E] f32, added to the scores where experts are chosen; None: zeros.
       tokens: which of them count, and of which document they are; None: all, a document a row.
-      whole: loss -> [E] f32, what `BalanceLoss.seen` sums over the whole set, for losses whose sets
+      whole: loss -> [E], what `BalanceLoss.seen` sums over the whole set, for losses whose sets
         are larger than x; None where nothing is trained: no losses.
 
     What padding holds, NaN or not, reaches neither y nor aux nor a gradient: it is taken for 0.
@@ -269,7 +270,7 @@ class MoE(nnx.Module):
   ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Returns the losses of `scopes`, and what those with larger sets see of this batch.
 
-    Losses are scalars without coefficient; what is seen is [E] f32.
+    Losses are scalars without coefficient; what is seen is [E].
     """
     losses: dict[str, Array] = {}
     seen: dict[str, Array] = {}

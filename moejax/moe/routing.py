@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moejax.config import at_least, check, not_one_of, problem_if
+from moejax.config import above_zero, at_least, check, not_finite, not_one_of, problem_if
 from moejax.moe.input_checks import expect_bias, expect_logits, expect_tokens
 from moejax.moe.selection import (
   SELECTIONS,
@@ -26,6 +26,7 @@ from moejax.moe.selection import (
   limit_to_groups,
   margin,
   noisy,
+  num_dropped,
   whole_rows,
   without_some,
 )
@@ -85,9 +86,10 @@ class RouterConfig:
   logit_bias: bool = False
 
   def __post_init__(self) -> None:
+    check(*not_finite(self))
     experts, groups = self.num_experts, max(1, self.num_groups)
     reachable = experts // groups * self.top_groups
-    remaining = experts - round(self.expert_dropout * experts)
+    remaining = experts - num_dropped(self.expert_dropout, experts)
     check(
       *at_least(1, self, 'num_experts'),
       problem_if(
@@ -114,7 +116,7 @@ class RouterConfig:
         self.weigh == 'softmax' and not self.renormalise,
         "weigh='softmax' always adds up to 1: use renormalise=True",
       ),
-      problem_if(self.scale <= 0, f'scale={self.scale}: use a number above 0'),
+      *above_zero(self, 'scale'),
       problem_if(not 0 <= self.jitter < 1, f'jitter={self.jitter}: use 0 (off) or more, below 1'),
       problem_if(
         self.noisy and self.top_k >= experts,

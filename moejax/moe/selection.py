@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from moejax.config.decimals import decimal_of
 from moejax.moe.token_sets import zero_padding
 
 SINKHORN_ROUNDS = 8
@@ -129,12 +130,17 @@ def limit_to_groups(choice: Array, num_groups: int, top_groups: int, group_best:
   return jnp.where(inside[..., None], grouped, -jnp.inf).reshape(choice.shape)
 
 
+def num_dropped(fraction: float, num_experts: int) -> int:
+  """Returns how many experts expert dropout leaves out: round(fraction * E), a half to even."""
+  return round(decimal_of(fraction) * num_experts)
+
+
 def without_some(choice: Array, tokens: Tokens, fraction: float) -> Array:
   """Expert dropout: `choice` with -inf for round(fraction * E) experts. [B, S, E].
 
   They are drawn for the layer and step, the same for all rows.
   """
-  dropped = round(fraction * choice.shape[-1])
+  dropped = num_dropped(fraction, choice.shape[-1])
   if not dropped or tokens.key is None:
     return choice
   order = jax.random.permutation(jax.random.fold_in(tokens.key, EXPERT_DROPOUT), choice.shape[-1])

@@ -19,15 +19,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from moejax.moe.routing import Routing
-from moejax.moe.token_sets import assignment_matrix
+from moejax.moe.token_sets import assignment_matrix, exact_mean
 
 # Below it a choice may be another one on another mesh: sums that differ in their order differ by
 # about this much.
 NEAR_TIE = 1e-3
+EXACT = 2**24  # float32 counts up to it, one by one
 
 
 class Stats(NamedTuple):
-  """Sums over one layer's tokens that count, all f32.
+  """Sums over one layer's tokens that count: counts i32, all others f32.
 
   s are scores, M the experts chosen, M° the top-K of s alone.
   """
@@ -49,6 +50,21 @@ class Stats(NamedTuple):
   best: Array  # scalar, sum_e s_e M°_e
 
 
+def pair_counts(chosen_BSE: Array) -> Array:
+  """Returns how many tokens went to both of two experts. [B, S, E] of 0 and 1 -> [E, E] i32.
+
+  A product of float32, since devices have no fast one of int32, of so few rows at a time that no
+  count in it can pass 2^24: of all rows, but for the largest batches.
+  """
+  rows, length, experts = chosen_BSE.shape
+  at_once = max(1, EXACT // length)
+  total = jnp.zeros((experts, experts), jnp.int32)
+  for first in range(0, rows, at_once):
+    part_TE = chosen_BSE[first : first + at_once].reshape(-1, experts).astype(jnp.float32)
+    total += (part_TE.T @ part_TE).astype(jnp.int32)
+  return total
+
+
 def observe(routing: Routing, unbiased_ids: Array, mask: Array) -> Stats:
   """Returns the sums of one layer over one micro-batch.
 
@@ -66,7 +82,7 @@ def observe(routing: Routing, unbiased_ids: Array, mask: Array) -> Stats:
   # By `where`, never by a product with the mask: 0 * NaN is NaN.
   mask_BS1 = mask[..., None]
   ids_BSK = jnp.where(mask_BS1, routing.expert_ids, experts)
-  chosen_TE = assignment_matrix(routing.expert_ids, mask, experts).reshape(-1, experts)  # M
+  chosen_BSE = assignment_matrix(routing.expert_ids, mask, experts)  # M
   z_BSE = jnp.where(mask_BS1, routing.logits, 0)
   p_BSE = jnp.where(mask_BS1, routing.probs, 0)
   has_margin_BS = ~jnp.isinf(routing.margin)
@@ -76,24 +92,27 @@ def observe(routing: Routing, unbiased_ids: Array, mask: Array) -> Stats:
   def total(values_BS: Array) -> Array:
     return jnp.where(mask, values_BS, 0).astype(jnp.float32).sum()
 
+  def count(values_BS: Array) -> Array:
+    return jnp.where(mask, values_BS, 0).sum(dtype=jnp.int32)
+
   def total_score(chosen_BSK: Array) -> Array:
     # An unassigned id is out of range, and fills in a score of 0.
     scores_BSK = jnp.take_along_axis(routing.scores, chosen_BSK, -1, mode='fill', fill_value=0)
     return total(scores_BSK.sum(-1))
 
   return Stats(
-    tokens=total(mask),
-    copies=total((ids_BSK < experts).sum(-1)),
-    pairs=chosen_TE.T @ chosen_TE,
+    tokens=count(mask),
+    copies=count((ids_BSK < experts).sum(-1)),
+    pairs=pair_counts(chosen_BSE),
     probs=p_BSE.sum((0, 1)),
     entropy=-(p_BSE * jnp.log(jnp.where(p_BSE > 0, p_BSE, 1))).sum(),
     squares=jnp.square(z_BSE).sum(),
     peak=jnp.abs(z_BSE).max(initial=0),
     logsumexp=total(jax.nn.logsumexp(z_BSE, axis=-1)),
-    compared=total(has_margin_BS),
+    compared=count(has_margin_BS),
     margin=total(jnp.where(has_margin_BS, routing.margin, 0)),
-    near_ties=total(jnp.abs(routing.margin) < NEAR_TIE),
-    overrides=elsewhere_BSK.sum().astype(jnp.float32),
+    near_ties=count(jnp.abs(routing.margin) < NEAR_TIE),
+    overrides=elsewhere_BSK.sum(dtype=jnp.int32),
     kept=total_score(ids_BSK),
     best=total_score(unbiased_ids),
   )
@@ -147,7 +166,7 @@ def token_statistics(stats: Stats, has_margin: bool = True) -> dict[str, Array]:
   return (margins if has_margin else {}) | {
     'router_entropy': entropy,
     'mutual_information': entropy_of_mean - entropy,
-    'logit_rms': xp.sqrt(ratio(stats.squares, stats.tokens * experts)),
+    'logit_rms': xp.sqrt(ratio(stats.squares, stats.tokens * float(experts))),
     'logit_max': stats.peak,
     'logsumexp': ratio(stats.logsumexp, stats.tokens),
     'override_rate': ratio(stats.overrides, stats.copies),
@@ -171,7 +190,10 @@ def layer_statistics(load: Array, top_k: int) -> dict[str, Array]:
     never NaN.
   """
   xp, experts = load.__array_namespace__(), load.shape[-1]
-  mean = load.mean(axis=-1)
+  exact = exact_mean(load)
+  load, whole = 1.0 * load, 1.0 * exact.whole  # float32, or NumPy's float64
+  # Of an even load the very number that all counts become: their ratio is then exactly 1.
+  mean = xp.where(exact.rest == 0, whole, (experts * whole + exact.rest) / experts)
   relative = load / xp.where(mean > 0, mean, 1)[:, None]  # 1 is balance
   share = relative / experts
   entropy = -(share * xp.log(xp.where(share > 0, share, 1))).sum(axis=-1)

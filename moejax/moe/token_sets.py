@@ -26,8 +26,8 @@ class Scope(NamedTuple):
     from the logits.
   running: `whole` lacks the micro-batch at hand, which is added to it (the buffer of 2501.11873,
     Algorithm 1).
-  whole: [E] f32, what `BalanceLoss.seen` sums over the whole set, when part of it lies in other
-    micro-batches.
+  whole: [E], what `BalanceLoss.seen` sums over the whole set, when part of it lies in other
+    micro-batches: counts i32, or sums f32.
   """
 
   rows: int = 0
@@ -48,19 +48,45 @@ def zero_padding(values: Array, mask: Array) -> Array:
 
 
 def assignment_matrix(expert_ids_BSK: Array, mask_BS: Array, num_experts: int) -> Array:
-  """Returns M_te [B, S, E] f32: 1 where token t is given to expert e, else 0.
+  """Returns M_te [B, S, E] i32: 1 where token t is given to expert e, else 0.
 
   Tokens that are masked out are given to no expert; neither is a copy of id E, which is unassigned.
+  Sums of it are counts, and stay integers until they are divided: float32 loses ones past 2^24.
   """
   # One-hot of an id that is out of range is all zeros, which is what an unassigned copy should be.
   # A product with the mask is right here, and nowhere else: of ones and zeros, never of NaN.
-  chosen_BSE = jax.nn.one_hot(expert_ids_BSK, num_experts, dtype=jnp.float32).sum(2)
+  chosen_BSE = jax.nn.one_hot(expert_ids_BSK, num_experts, dtype=jnp.int32).sum(2)
   return chosen_BSE * mask_BS[..., None]
 
 
 def expert_load(expert_ids_BSK: Array, mask_BS: Array, num_experts: int) -> Array:
-  """Returns how many copies go to each expert, [E] f32, of the tokens that are not masked out."""
+  """Returns how many copies go to each expert, [E] i32, of the tokens that are not masked out."""
   return assignment_matrix(expert_ids_BSK, mask_BS, num_experts).sum((0, 1))
+
+
+class ExactMean(NamedTuple):
+  """The mean of counts as a whole number and a fraction: `whole + rest / E`, 0 <= rest < E."""
+
+  whole: Array  # [...]
+  rest: Array  # [...]
+
+
+def exact_mean(load: Array) -> ExactMean:
+  """Returns the mean over experts of counts [..., E], in the dtype of the counts.
+
+  Of i32 it is exact for all counts below 2^31, whatever they add up to: neither their sum nor E
+  times a count is made. It also takes NumPy arrays.
+  """
+  xp, experts = load.__array_namespace__(), load.shape[-1]
+  wholes, rests = xp.divmod(load, experts)
+  # Sums of E numbers that are each divided by E, or below E.
+  more, rest = xp.divmod(rests.sum(axis=-1, dtype=load.dtype), experts)
+  return ExactMean(wholes.sum(axis=-1, dtype=load.dtype) + more, rest)
+
+
+def total_of(mean: ExactMean, experts: int) -> Array:
+  """Returns the sum of counts, which int32 may not hold, from their mean. [...] f32."""
+  return experts * mean.whole.astype('float32') + mean.rest.astype('float32')
 
 
 def document_sums(values_BSN: Array, segments_BS: Array) -> Array:
@@ -130,12 +156,12 @@ def parts_of_set(rows: int, micro_rows: int) -> int:
 
 
 # What follows gives the weight of each micro-batch [A] in a loss of the whole batch, before
-# division by their sum. `tokens_ABS1` is 1 for tokens that count, in f32; arguments are those of
+# division by their sum. `tokens_ABS1` is 1 for tokens that count, i32; arguments are those of
 # `BalanceLoss.parts`.
 
 
 def token_parts(tokens_ABS1: Array, segments_ABS: Array, scope: Scope) -> Array:
-  """Weighs micro-batches for a mean over tokens: each by its number of tokens. [A] f32."""
+  """Weighs micro-batches for a mean over tokens: each by its number of tokens. [A] i32."""
   del segments_ABS, scope
   return tokens_ABS1.sum((1, 2, 3))
 

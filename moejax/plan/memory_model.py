@@ -211,7 +211,8 @@ def peak_temporary_bytes(
   vocab = model.vocab_size / mesh.tensor
   # The head's weights gathered, and cast, in the compute dtype; their gradient in float32.
   head_weights = model.d_model * vocab * (itemsize * 2 + FLOAT32_BYTES)
-  head = tokens / cfg.loss.chunks * vocab * LOGIT_BYTES + head_weights
+  chunk_tokens = tokens / cfg.seq_len * math.ceil(cfg.seq_len / cfg.loss.chunks)
+  head = chunk_tokens * vocab * LOGIT_BYTES + head_weights
   # XLA casts the stacks of all layers at once, before the loop over them.
   cast = shapes.count(mesh) * itemsize if itemsize < FLOAT32_BYTES else 0.0
   return cast + max(block, head)

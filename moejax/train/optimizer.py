@@ -9,7 +9,8 @@ import jax
 import optax
 from jax import Array
 
-from moejax.config import at_least, check, not_one_of, problem_if
+from moejax.config import above_zero, at_least, check, not_finite, not_one_of, problem_if
+from moejax.config.decimals import decimal_of
 from moejax.config.schedule import piecewise, schedule_problem
 from moejax.sharding.params import is_param
 
@@ -44,15 +45,16 @@ class OptimConfig:
   skip_spikes: float = 0.0
 
   def __post_init__(self) -> None:
+    check(*not_finite(self))
     check(
-      self._not_above_zero('learning_rate'),
+      *above_zero(self, 'learning_rate'),
       not_one_of('schedule', self.schedule, SCHEDULES),
       self._phases_problem(),
       *at_least(0, self, 'warmup_steps', 'weight_decay'),
       *at_least(0, self, 'clip_norm', 'skip_spikes'),
       *self._outside_of_0_to_1('final_fraction', 'decay_fraction'),
       *self._no_decay_rate('beta1', 'beta2'),
-      self._not_above_zero('eps'),
+      *above_zero(self, 'eps'),
     )
 
   def _phases_problem(self) -> str:
@@ -62,10 +64,6 @@ class OptimConfig:
       self.phases,
       f"phases={self.phases!r} is read by schedule='phases' only: use it, or phases=''",
     )
-
-  def _not_above_zero(self, field: str) -> str:
-    value = getattr(self, field)
-    return problem_if(value <= 0, f'{field}={value}: use a number above 0')
 
   def _outside_of_0_to_1(self, *fields: str) -> list[str]:
     values = {name: getattr(self, name) for name in fields}
@@ -88,7 +86,7 @@ def wsd(cfg: OptimConfig, steps: int) -> optax.Schedule:
 
   A run can be prolonged from its stable part.
   """
-  decay = round(cfg.decay_fraction * steps)
+  decay = round(decimal_of(cfg.decay_fraction) * steps)
   final = cfg.learning_rate * cfg.final_fraction
   return optax.linear_schedule(
     cfg.learning_rate, final, max(1, decay), transition_begin=steps - decay

@@ -44,7 +44,7 @@ from moejax.train.validation import validate
 
 
 class Diverged(RuntimeError):
-  """Too many steps in a row had a non-finite loss or gradient."""
+  """Too many steps in a row had a non-finite loss, gradient or update."""
 
 
 EXIT_STATUS = {ConfigError: 2, NoLoadableCheckpoint: 3, Diverged: 4, RunInUse: 5}

@@ -254,3 +254,25 @@ def test_import_is_cheap() -> None:
   code = 'import sys, moejax.checkpoint; print({"orbax", "tensorstore"} & sys.modules.keys())'
   run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   assert run.stdout == 'set()\n'
+
+
+def test_counts_that_were_saved_as_float32_come_back_as_integers(tmp_path: Path) -> None:
+  """As they were before they were integers; other numbers are still those of another run."""
+  counts = jnp.array([[3.0, 2.0**24], [0.0, 7.0]])
+  for step, lagged in enumerate((counts, counts + 0.5), 1):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(step, {'lagged': lagged, 'n': jnp.int32(7)}, DATA, 0.0)
+    checkpoints.close()
+    target = {'lagged': counts.astype(jnp.int32), 'n': jnp.int32(0)}
+    reader = Checkpoints(tmp_path, CheckpointConfig(), readonly=True)
+    if step == 1:
+      back = reader.restore(target, DATA).tree
+      assert back['lagged'].dtype == jnp.int32 and back['n'] == 7
+      assert (back['lagged'] == target['lagged']).all()
+    else:
+      with pytest.raises(ConfigError, match='a leaf of float32 is not one of int32'):
+        reader.restore(target, DATA)
+  # Nothing else is cast: integers as floats, or floats of another width.
+  for kind in (jnp.bfloat16, jnp.int16, jnp.uint32):
+    with pytest.raises(ConfigError, match=r'lagged: float32\[2, 2\] in the checkpoint'):
+      reader.restore({'lagged': counts.astype(kind), 'n': jnp.int32(0)}, DATA)

@@ -1,6 +1,7 @@
 """Numbers that change over a run: what a text says, and what is none; pieces and slopes."""
 
 import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,20 @@ from moejax.config.schedule import pieces, piecewise, schedule_problem
   ids=str,
 )
 def test_pieces_of_a_schedule(spec: str | float, want: list[tuple]) -> None:
-  np.testing.assert_allclose(
-    [piece[:2] for piece in pieces(spec)], [piece[:2] for piece in want], rtol=1e-12
-  )
+  assert [(float(piece.start), piece.value) for piece in pieces(spec)] == [p[:2] for p in want]
   assert [(piece.shape,) for piece in pieces(spec)] == [piece[2:] or ('',) for piece in want]
   assert schedule_problem('rate', spec) == ''
+
+
+@pytest.mark.parametrize('steps', [50, 100, 500, 1000, 1500, 12_345])
+def test_a_piece_starts_at_the_nearest_step_of_the_percentage_as_written(steps: int) -> None:
+  """In tenths of a percent; a half goes to the even step. 0.7 / 100 * 500 is 3.4999999999999996."""
+  for tenths in range(0, 1001, 7):
+    first, last = pieces(f'0, 1@{tenths / 10}%, 2@100%')[1:]
+    assert round(first.start * steps) == round(Fraction(tenths, 1000) * steps), tenths
+    assert last.start == 1
+  value = piecewise('0, 1@0.7%', 500)
+  assert [float(value(jnp.int32(step))) for step in (3, 4)] == [0, 1]
 
 
 @pytest.mark.parametrize(

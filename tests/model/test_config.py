@@ -88,12 +88,12 @@ def test_a_model_config_that_cannot_be_is_one_clear_error() -> None:
 
 def test_initial_weights_that_cannot_be_are_one_clear_error() -> None:
   assert problems(
-    InitConfig, std=0.0, rule='some', embed_std=-1.0, attention_gain=float('nan'), ffn_gain=-2.0
+    InitConfig, std=0.0, rule='some', embed_std=-1.0, attention_gain=-0.5, ffn_gain=-2.0
   ) == [
     'std=0.0',
     "rule='some' is not one of ['depth', 'normal', 'tiny']",
     'embed_std=-1.0',
-    'attention_gain=nan',
+    'attention_gain=-0.5',
     'ffn_gain=-2.0',
   ]
 

@@ -163,10 +163,41 @@ def test_split_and_join() -> None:
   parts = split_chunks((H, TARGETS), 4)
   assert [a.shape for a in parts] == [(4, B, 3, D), (4, B, 3)]
   np.testing.assert_array_equal(parts[0][1], H[:, 3:6])
-  for a, b in zip(join_chunks(parts), (H, TARGETS)):
+  for a, b in zip(join_chunks(parts, S), (H, TARGETS)):
     np.testing.assert_array_equal(a, b)
-  # More where they do not divide.
-  assert [split_chunks(H, n).shape[0] for n in CUTS] == [1, 4, 12, 6, 12]
+  # Pieces are never longer than asked for, and the last one is filled up, whatever the length.
+  assert [split_chunks(H, n).shape[::2] for n in CUTS] == [(1, 12), (4, 3), (12, 1), (4, 3), (6, 2)]
+  for length in (1, 2, 127, 254, 257, 8191):
+    for chunks in (1, 3, 4, 16):
+      row = jax.ShapeDtypeStruct((1, length), 'int32')
+      number, _, size = jax.eval_shape(functools.partial(split_chunks, chunks=chunks), row).shape
+      assert number <= chunks and size == math.ceil(length / chunks)
+      assert number * size < length + size, 'no piece is empty'
+  pieces = split_chunks(TARGETS[:, :7], 4)
+  assert not pieces[3, :, 1].any(), 'filled with zeros'
+  np.testing.assert_array_equal(join_chunks(pieces, 7), TARGETS[:, :7])
+
+
+@pytest.mark.parametrize('length', [1, 2, 127, 254, 257])
+def test_every_length_is_the_oracles_in_any_number_of_chunks(length: int) -> None:
+  """Value and both gradients against float64 of the row at once: softmax - target, by hand."""
+  rng = np.random.default_rng(length)
+  h, head = rng.normal(size=(1, length, 3)), rng.normal(size=(3, 5))
+  targets = rng.integers(0, 5, (1, length)).astype(np.int32)
+  weights = rng.uniform(0, 1, (1, length)) / length
+  logits = h @ head
+  log_z = np.log(np.exp(logits).sum(-1))
+  nll = log_z - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+  p = np.exp(logits - log_z[..., None])
+  d_logits = p * (1 + 2 * Z * log_z[..., None]) - np.eye(5)[targets]
+  d_logits *= weights[..., None]
+  arrays = [a.astype(np.float32) for a in (h, head)]
+  for chunks in (4, 1000):
+    total, parts, (dh, d_head) = run(*arrays, targets, weights.astype(np.float32), Z, chunks)
+    np.testing.assert_allclose(total, (weights * (nll + Z * log_z**2)).sum(), rtol=1e-5)
+    np.testing.assert_allclose(parts.nll, nll, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(dh, d_logits @ head.T, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(d_head, np.einsum('bsd,bsv->dv', h, d_logits), rtol=1e-4, atol=1e-6)
 
 
 def test_weights_of_tasks_weigh_value_and_gradient_token_by_token() -> None:

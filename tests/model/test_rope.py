@@ -187,3 +187,15 @@ def test_a_config_that_cannot_be_is_one_clear_error() -> None:
     'mscale=-1.0',
     'attention_factor=nan',
   ]
+
+
+@pytest.mark.parametrize('interleaved', [False, True])
+def test_bfloat16_is_rounded_once(interleaved: bool) -> None:
+  """The nearest bfloat16 of the oracle's number, but where float32 lies near the middle of two."""
+  x = jnp.asarray(X, jnp.bfloat16)
+  want = oracle.rope(np.asarray(x, np.float64), POSITIONS[:1], 100.0, interleaved=interleaved)
+  want = halves(want) if interleaved else want
+  got = run(x[:1], POSITIONS[:1], RopeConfig(100.0, 1.0, interleaved))
+  assert got.dtype == jnp.bfloat16
+  nearest = jnp.asarray(want[:1], jnp.float32).astype(jnp.bfloat16)
+  assert (np.asarray(got) == np.asarray(nearest)).mean() > 0.99

@@ -156,7 +156,7 @@ def test_bfloat16_computes_so_and_keeps_parameters_and_routing_in_float32(
   assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype('float32')}
   out = output_of(cfg)
   assert routed and {*routed} == {(jnp.dtype('float32'),) * 2}
-  assert out.hidden.dtype == jnp.bfloat16 and out.aux.load.dtype == jnp.float32
+  assert out.hidden.dtype == jnp.bfloat16 and out.aux.load.dtype == jnp.int32
   assert jax.eval_shape(model.logits, out.hidden).dtype == jnp.float32
   np.testing.assert_allclose(
     out.hidden.astype(jnp.float32)[REAL], output_of(CONFIG).hidden[REAL], atol=0.3

@@ -25,7 +25,7 @@ rules = pytest.mark.parametrize('rule', RULES)
 counting = pytest.mark.parametrize('rule', COUNTING)
 
 
-LOAD = np.array([9, 5, 1, 6, 4, 5, 0, 12], np.float32)
+LOAD = np.array([9, 5, 1, 6, 4, 5, 0, 12], np.int32)
 
 
 @functools.partial(jax.jit, static_argnames='names', compiler_options=QUICK)
@@ -75,7 +75,7 @@ def test_update_is_the_oracles(rule: str, num_experts: int) -> None:
     ]
   )
   for rate in (1e-3, 0.5):
-    got = push(state, loads.astype(np.float32), rate)[rule]
+    got = push(state, loads.astype(np.int32), rate)[rule]
     for i, load in enumerate(loads):
       want = oracle.COUNT_RULES[rule](
         oracle.BiasState(*map(np.float64, state)), load.astype(np.float64), rate
@@ -125,7 +125,8 @@ def test_even_load_does_not_push(num_experts: int) -> None:
   A mean that is off by a rounding is a whole step of the sign rules.
   """
   state = some_state(num_experts)._replace(momentum=np.zeros(num_experts, np.float32))
-  loads = np.outer([1, 7, 11, 4099], np.ones(num_experts)).astype(np.float32)
+  loads = np.outer([1, 7, 11, 4099, 2**26, 2**26 + 1, 2**31 - 1], np.ones(num_experts, np.int32))
+  loads = loads.astype(np.int32)
   for rule, new in push(state, loads, 1e-3).items():
     np.testing.assert_array_equal(new.bias, np.broadcast_to(state.bias, loads.shape), err_msg=rule)
     assert not np.any(new.momentum)
@@ -133,7 +134,7 @@ def test_even_load_does_not_push(num_experts: int) -> None:
 
 def test_momentum_of_smebu_decays_and_still_moves() -> None:
   state = some_state(E)
-  new = push(state, np.full((1, E), 12, np.float32), 1e-3)['smebu']
+  new = push(state, np.full((1, E), 12, np.int32), 1e-3)['smebu']
   np.testing.assert_allclose(new.momentum[0], state.momentum / 2, rtol=1e-6)
   np.testing.assert_allclose(new.bias[0], state.bias + state.momentum / 2, rtol=1e-6)
 

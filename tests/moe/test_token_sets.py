@@ -27,7 +27,7 @@ def test_load_counts_every_copy_of_every_token_that_counts(cfg: RouterConfig) ->
     ids = measured(cfg, label)[3].expert_ids
     got = np.asarray(expert_load(ids, case.mask, cfg.num_experts))
     np.testing.assert_array_equal(got, oracle_balance.load(ids, case.mask, cfg.num_experts))
-    assert got.sum() == case.mask.sum() * cfg.top_k and got.dtype == np.float32
+    assert got.sum() == case.mask.sum() * cfg.top_k and got.dtype == np.int32
   unassigned = np.where(np.arange(2) == 1, 8, ids)
   assert expert_load(unassigned, np.ones((B, S), bool), 8).sum() == B * S, (
     'an id of E is unassigned'
@@ -77,7 +77,7 @@ def test_sets_that_rows_do_not_divide_into_are_refused(rows: int) -> None:
 def test_micro_batches_weigh_what_they_hold_of_each_kind_of_set() -> None:
   """Four micro-batches of one row; a token counts where its segment is above 0."""
   segments = np.array([[[1, 1, 2, 2]], [[1, 0, 0, 0]], [[0, 0, 0, 0]], [[1, 1, 1, 0]]], np.int32)
-  tokens = (segments > 0)[..., None].astype(np.float32)
+  tokens = (segments > 0)[..., None].astype(np.int32)
   half = Scope(rows=2)  # two micro-batches a set
   assert [parts_of_set(rows, 1) for rows in (0, 1, 2, 4)] == [1, 1, 2, 4]
   np.testing.assert_array_equal(token_parts(tokens, segments, half), [4, 1, 0, 3])

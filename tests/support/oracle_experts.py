@@ -5,6 +5,7 @@ Letters: B batch, S sequence, D model, F hidden, E experts, K experts per token,
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -54,7 +55,7 @@ def clamped_swiglu(
 
 def capacity_of(tokens: int, num_experts: int, top_k: int, capacity_factor: float) -> int:
   """How many copies an expert has room for: ceil(T K / E factor)."""
-  return math.ceil(tokens * top_k / num_experts * capacity_factor)
+  return math.ceil(tokens * top_k * Fraction(str(capacity_factor)) / num_experts)
 
 
 def kept_copies(

@@ -14,7 +14,9 @@ from moejax.moe.token_sets import (
   Scope,
   assignment_matrix,
   document_sums,
+  exact_mean,
   row_sums,
+  total_of,
   zero_padding,
 )
 
@@ -38,36 +40,39 @@ def canonical(
     scope: the switches; its `rows` have already made `set_sums`.
   """
   num_experts = routing.probs.shape[-1]
-  weight_BS1 = mask_BS.astype(jnp.float32)[..., None]
+  counts_BS1 = mask_BS.astype(jnp.int32)[..., None]
   probs_BSE = routing.probs
   if scope.probability:
     # Padding is taken out before: a softmax of NaN would give NaN as the gradient of a 0 behind it.
     logits_BSE = zero_padding(routing.logits, mask_BS)
     probs_BSE = jax.nn.softmax(SCORE_FNS[scope.probability](logits_BSE))
-  # P, what f counts and the number of tokens side by side, so that one sum takes all three.
-  columns = (zero_padding(probs_BSE, mask_BS), assigned(routing, mask_BS, scope), weight_BS1)
-  sums = set_sums(jnp.concatenate(columns, axis=-1))  # [G, 2E + 1]
-  probs_GE, counts_GE, tokens_G1 = jnp.split(sums, [num_experts, 2 * num_experts], axis=-1)
+  probs_GE = set_sums(zero_padding(probs_BSE, mask_BS))
+  # What f counts and the number of tokens side by side, so that one sum takes both: of integers,
+  # which lose no one past 2^24.
+  columns = (assigned(routing, mask_BS, scope), counts_BS1)
+  counts_GE, tokens_G1 = jnp.split(set_sums(jnp.concatenate(columns, axis=-1)), [num_experts], -1)
   if scope.whole is not None:
-    counts_GE = scope.whole + (counts_GE if scope.running else 0.0)
+    counts_GE = scope.whole + (counts_GE if scope.running else 0)
   groups = scope.partition or num_experts  # M = E: every expert is a group of its own
   probs_GM = probs_GE.reshape(*probs_GE.shape[:-1], groups, -1).sum(-1)
   counts_GM = counts_GE.reshape(*counts_GE.shape[:-1], groups, -1).sum(-1)
-  total_G1 = counts_GM.sum(-1, keepdims=True)
+  total_G1 = total_of(exact_mean(counts_GM), groups)[..., None]
   # Without a count f is 1, as at balance: nothing is known to be uneven, and so nothing pulls.
-  f_GM = jnp.where(total_G1 > 0, groups * counts_GM / jnp.maximum(total_G1, 1.0), 1.0)
+  # M times the float: int32 may not hold M times the integer.
+  f_GM = groups * counts_GM.astype(jnp.float32) / jnp.maximum(total_G1, 1.0)
+  f_GM = jnp.where(total_G1 > 0, f_GM, 1.0)
   loss_G = (jax.lax.stop_gradient(f_GM) * probs_GM / jnp.maximum(tokens_G1, 1.0)).sum(-1)
   return loss_G.sum() / jnp.maximum((tokens_G1 > 0).sum(), 1)
 
 
 def assigned(routing: Routing, mask_BS: Array, scope: Scope) -> Array:
-  """Returns what f counts, token by token. [B, S, E] f32."""
+  """Returns what f counts, token by token. [B, S, E] i32."""
   expert_ids = ASSIGNMENTS[scope.assignment](routing)
   return assignment_matrix(expert_ids, mask_BS, routing.probs.shape[-1])
 
 
 def assignment_counts(routing: Routing, mask_BS: Array, scope: Scope) -> Array:
-  """Returns what f counts, summed over all tokens at hand. [E] f32."""
+  """Returns what f counts, summed over all tokens at hand. [E] i32."""
   return assigned(routing, mask_BS, scope).sum((0, 1))
 
 

@@ -52,7 +52,7 @@ def micro_batch_shares(loss: str, mask_ABS: Array, segments_ABS: Array, scope: S
   spans micro-batches, by its tokens. It depends on masks alone, so it is known before the first
   micro-batch is differentiated.
   """
-  tokens_ABS1 = mask_ABS.astype(jnp.float32)[..., None]
+  tokens_ABS1 = mask_ABS.astype(jnp.int32)[..., None]
   parts_A = BALANCE_LOSSES[loss].parts(tokens_ABS1, segments_ABS, scope)
   total = parts_A.sum()
   return parts_A / jnp.where(total > 0, total, 1.0)  # a batch without a token: all 0
@@ -78,7 +78,8 @@ class BalanceLoss(NamedTuple):
   rows: Callable[[int, int, int], int]
   # (router, scope) -> why its gradient would be 0 whatever that router says, '' where it is not.
   misfit: Callable[[RouterConfig, Scope], str]
-  # (routing, mask [B, S], scope) -> [E] f32, what must be known of the whole set; it adds up.
+  # (routing, mask [B, S], scope) -> [E], what must be known of the whole set; it adds up. Counts
+  # are i32, other sums f32.
   seen: Callable[[Routing, Array, Scope], Array] = assignment_counts
   # In P, f being given: then f may also come from another step, or from a part of the set.
   linear: bool = True

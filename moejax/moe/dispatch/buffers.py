@@ -12,14 +12,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from moejax.config.decimals import decimal_of
 from moejax.moe.dispatch.exchange import LocalView, RoutedTokens, ffn_at_experts
 from moejax.moe.experts.sorted_copies import clip_unassigned
 from moejax.moe.experts.weights import batched_ffn
 
 
 def capacity(num_copies: int, num_experts: int, capacity_factor: float) -> int:
-  """Returns C = ceil(N / E * capacity_factor), at most all copies: rows in an expert's buffer."""
-  return min(num_copies, max(1, math.ceil(num_copies / num_experts * capacity_factor)))
+  """Returns C = ceil(N / E * capacity_factor), at most all copies: rows in an expert's buffer.
+
+  Exactly, by the factor as it is written: 1000 copies, 10 experts and 1.1 give 110.
+  """
+  rows = math.ceil(num_copies * decimal_of(capacity_factor) / num_experts)
+  return min(num_copies, max(1, rows))
 
 
 class Queue(NamedTuple):

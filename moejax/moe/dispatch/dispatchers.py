@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh
 
-from moejax.config import ConfigError, at_least, check, not_one_of, problem_if
+from moejax.config import ConfigError, at_least, check, not_finite, not_one_of, problem_if
 from moejax.moe.dispatch.buffers import capacity, capacity_matmul
 from moejax.moe.dispatch.exchange import (
   EXCHANGES,
@@ -61,6 +61,7 @@ class DispatchConfig:
   exchange: str = AUTO
 
   def __post_init__(self) -> None:
+    check(*not_finite(self))
     is_known = self.dispatcher in DISPATCHERS
     never_drops = self.dispatcher == 'sparse_matmul' and self.capacity_factor > 0
     # With a wrong dispatcher or capacity, only an exchange that none takes is one more problem.

@@ -3,7 +3,7 @@
 import dataclasses
 
 from moejax.checkpoint.checkpoints import CheckpointConfig
-from moejax.config import at_least, check, problem_if
+from moejax.config import at_least, check, not_finite, problem_if
 from moejax.data.sources import DataConfig
 from moejax.model.config import ModelConfig
 from moejax.model.cross_entropy import LossConfig
@@ -12,6 +12,8 @@ from moejax.moe.balance.config import BalanceConfig, router_problems
 from moejax.moe.balance.fit import untrainable
 from moejax.sharding.mesh import MeshConfig
 from moejax.train.optimizer import OptimConfig
+
+INT32 = 2**31 - 1  # the largest count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +45,8 @@ class ExperimentConfig:
     parts.
   log_every: steps between two rows of the log; a validation has its own, see EvalConfig.
   stop_after: end here, with a checkpoint, what is planned for `steps`; 0: do not.
-  stop_after_skips: steps in a row with a non-finite loss or gradient, each skipped, after which the
-    run gives up.
+  stop_after_skips: steps in a row with a non-finite loss, gradient or update, each skipped, after
+    which the run gives up.
   hang_after: seconds without progress, after which a process ends itself, with the stacks of its
     threads; 0: never.
   sample_prompt: what the model goes on from in the sample of each validation.
@@ -78,6 +80,7 @@ class ExperimentConfig:
   upcycle: UpcycleConfig = UpcycleConfig()
 
   def __post_init__(self) -> None:
+    check(*not_finite(self))
     # Each part has checked itself when it was made; here is what stands alone or spans two of them.
     # Whether a mesh divides the batch is found where it is made: devices are not known here.
     check(
@@ -87,6 +90,7 @@ class ExperimentConfig:
       *at_least(0, self, 'seed', 'stop_after', 'hang_after'),
       problem_if(not self.workdir, "workdir='': name a directory for the run"),
       self._uneven_micro_batches(),
+      self._too_many_copies(),
       self.balance.groups_problem(self.batch_size, self.micro_batches),
       *self._unknown_tasks(),
       problem_if(
@@ -103,6 +107,15 @@ class ExperimentConfig:
       self.micro_batches > 0 and self.batch_size % self.micro_batches,
       f'micro_batches={self.micro_batches} does not divide batch_size={self.batch_size}: '
       'use a divisor of it',
+    )
+
+  def _too_many_copies(self) -> str:
+    top_k = self.model.moe.router.top_k
+    copies = self.batch_size * self.seq_len * top_k
+    return problem_if(
+      copies > INT32,
+      f'batch_size={self.batch_size} * seq_len={self.seq_len} * top_k={top_k} = {copies} copies of '
+      f'tokens in a step: use {INT32} at most, which is as far as int32 counts them',
     )
 
   def _unknown_tasks(self) -> list[str]:

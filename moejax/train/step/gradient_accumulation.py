@@ -81,7 +81,7 @@ def gradients(state: TrainState, batch: Batch, cfg: ExperimentConfig) -> Gradien
     (total, buffer), (index, part) = carry, x
     if is_running:
       # A set begins: what is in the buffer is of the set before.
-      buffer = {name: jnp.where(index % n == 0, 0.0, buffer[name]) for name, n in spans.items()}
+      buffer = {name: jnp.where(index % n == 0, 0, buffer[name]) for name, n in spans.items()}
       part = part._replace(whole=buffer)
     more, set_counts = gradient_of(part)
     buffer = jax.tree.map(jnp.add, buffer, set_counts)
@@ -91,9 +91,8 @@ def gradients(state: TrainState, batch: Batch, cfg: ExperimentConfig) -> Gradien
     return (total, buffer), (set_counts, used)
 
   # A scan, and not a vmap: the activations of one micro-batch at a time take memory.
-  shapes, _ = jax.eval_shape(gradient_of, first)
-  nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-  start = nothing, zero_terms(spans, state.router.bias)
+  shapes = jax.eval_shape(gradient_of, first)
+  start = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
   xs = jnp.arange(cfg.micro_batches), micro_batches
   (total, _), (set_counts, used) = jax.lax.scan(add_part, start, xs)
   # Only now is the whole of each set known: how far was what the losses used from it?
@@ -118,11 +117,6 @@ def split_micro_batches(batch: Batch, micro_batches: int) -> Batch:
   return jax.tree.map(split, batch)
 
 
-def zero_terms(names: dict[str, int], like: Array) -> Terms:
-  """Zeros of one shape for each loss."""
-  return {name: jnp.zeros_like(like) for name in names}
-
-
 def whole_set_counts(
   state: TrainState, parts: Batch, rows: Array, key: Array | None, cfg: ExperimentConfig
 ) -> Terms:
@@ -143,9 +137,11 @@ def whole_set_counts(
   if cfg.balance.accumulation == 'lagged':
     return {name: jnp.repeat(state.lagged[name], n, axis=0) for name, n in spans.items()}
   if cfg.balance.accumulation == 'buffer' or not spans:
-    return {name: jnp.zeros((cfg.micro_batches, *state.router.bias.shape)) for name in spans}
+    # Counts: only losses that are linear in P, whose f they are, may be summed in a buffer.
+    shape = cfg.micro_batches, *state.router.bias.shape
+    return {name: jnp.zeros(shape, jnp.int32) for name in spans}
   # Any counts will do here: what is seen does not depend on the losses.
-  placeholder = zero_terms(spans, state.router.bias)
+  placeholder = {name: jnp.zeros_like(state.router.bias) for name in spans}
 
   def count(part: tuple[Batch, Array]) -> Terms:
     batch, batch_rows = part
@@ -172,6 +168,7 @@ def f_gap(used: Array, truth: Array) -> Array:
   """
 
   def f_of(counts: Array) -> Array:
+    counts = counts.astype(jnp.float32)  # int32 may not hold E times a count, nor their sum
     return counts.shape[-1] * counts / positive(counts.sum(-1, keepdims=True))
 
   return jnp.abs(f_of(used) - f_of(truth)).mean()

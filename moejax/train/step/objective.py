@@ -38,7 +38,7 @@ class Sums(NamedTuple):
   loss: Array  # the objective: what is differentiated
   terms: Terms  # its terms, by the names they are logged under, coefficients left out
   nll: Array  # [R] f32, of each task's tokens, unweighted
-  load: Array  # [L, E] f32
+  load: Array  # [L, E] i32
   dropped: Array  # [L] f32, copies dropped, of the `stats.copies` that there were
   seen: Array  # [L, ...], what the bias rule observes
   stats: Stats  # [L, ...]

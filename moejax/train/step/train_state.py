@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
   model: Transformer
   opt_state: optax.OptState
   router: BiasState  # [L, E] f32 each: no parameter, no gradient, moved once a step
-  # loss -> [sets, L, E] f32, the step before's counts; empty unless accumulation='lagged'.
+  # loss -> [sets, L, E] i32, the step before's counts; empty unless accumulation='lagged'.
   lagged: dict[str, Array]
   stability: Stability
 
@@ -39,7 +39,7 @@ def init_state(cfg: ExperimentConfig) -> TrainState:
   if cfg.balance.accumulation == 'lagged':
     layers, experts = cfg.model.num_moe_layers, cfg.model.moe.router.num_experts
     for name, parts in spanning(cfg).items():
-      lagged[name] = jnp.zeros((cfg.micro_batches // parts, layers, experts))
+      lagged[name] = jnp.zeros((cfg.micro_batches // parts, layers, experts), jnp.int32)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     model=model,

@@ -38,7 +38,7 @@ class Learned(NamedTuple):
   model: Transformer
   opt_state: optax.OptState
   router: BiasState  # [L, E] f32 each
-  lagged: Terms  # loss -> [sets, L, E] f32
+  lagged: Terms  # loss -> [sets, L, E] i32
 
 
 def train_step(
@@ -46,8 +46,9 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
   """One step: the next state, and what this step measured.
 
-  A non-finite objective or gradient changes nothing but the step count: `skipped` is 1 then. With
-  optim.skip_spikes a spike does the same, but for the trend that spikes are measured from.
+  A non-finite objective, gradient or update changes nothing but the step count: `skipped` is 1
+  then. With optim.skip_spikes a spike does the same, but for the trend that spikes are measured
+  from.
   """
   # 1. The gradient of the whole batch's objective, a micro-batch at a time.
   grads, sums, set_counts, f_gaps = gradients(state, batch, cfg)
@@ -55,14 +56,7 @@ def train_step(
   grads = inject('gradient', grads, state.step + 1)
   loss, lm_loss = inject('loss', (sums.loss, sums.terms['lm_loss']), state.step + 1)
 
-  # 2. May this step be learned from?
-  grad_norm = optax.tree.norm(grads)
-  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-  good = finite
-  if cfg.optim.skip_spikes:
-    good = finite & ~is_spike(state, lm_loss, grad_norm, cfg)
-
-  # 3. Parameters follow the optimiser, the router bias follows its rule: it has no gradient.
+  # 2. Parameters follow the optimiser, the router bias follows its rule: it has no gradient.
   tx = optimizer(cfg.optim, cfg.steps)
 
   def learn() -> Learned:
@@ -76,6 +70,16 @@ def train_step(
 
   def skip() -> Learned:
     return Learned(state.model, state.opt_state, state.router, state.lagged)
+
+  # 3. May this step be learned from? A finite gradient does not make a finite update: where it is
+  # squared, divided or added to a parameter, numbers may overflow.
+  grad_norm = optax.tree.norm(grads)
+  # `learn` is worked out here, of which one bool is kept, and again in the branch below: that takes
+  # a few percent of a step, where both states at once would take the memory of a second one.
+  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & all_finite(learn())
+  good = finite
+  if cfg.optim.skip_spikes:
+    good = finite & ~is_spike(state, lm_loss, grad_norm, cfg)
 
   # A spike that is skipped moves the trend all the same: a level that stays is then let in.
   stability, stability_metrics = update_stability(state.stability, lm_loss, grad_norm, ~finite)
@@ -99,6 +103,11 @@ def train_step(
   return new, replicated(sums.terms | stability_metrics | metrics)
 
 
+def all_finite(tree: Learned) -> Array:
+  """Whether no number of any leaf is NaN or inf. Scalar bool."""
+  return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
 def is_spike(state: TrainState, lm_loss: Array, grad_norm: Array, cfg: ExperimentConfig) -> Array:
   """Whether the loss or the gradient's norm is further above its trend than optim.skip_spikes
   standard deviations. Scalar bool."""
@@ -118,8 +127,9 @@ def statistics(sums: Sums, router: BiasState, cfg: ExperimentConfig) -> Terms:
 
 
 def task_tokens(batch: Batch, cfg: ExperimentConfig) -> Array:
-  """How many tokens are to be predicted, of each task. [R] f32."""
-  return sum_by_task(jnp.ones(batch.mask.shape), batch, cfg)
+  """How many tokens are to be predicted, of each task. [R] i32."""
+  none = jnp.zeros(len(cfg.data.tasks), jnp.int32)
+  return none.at[batch.task_ids].add(batch.mask.sum(-1, dtype=jnp.int32))
 
 
 def task_losses(nll: Array, tokens: Array, cfg: ExperimentConfig) -> Terms:

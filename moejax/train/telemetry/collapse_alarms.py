@@ -54,7 +54,7 @@ def alarm_values(load: np.ndarray, dropped: np.ndarray, top_k: int) -> dict[str,
   crowded = np.zeros(len(load))
   # Where a token takes all experts, each of them gets every token.
   if experts > top_k:
-    crowded = load.max(axis=1) * top_k / np.maximum(copies, 1)
+    crowded = load.max(axis=1).astype(np.int64) * top_k / np.maximum(copies, 1)
   idle = np.where(copies >= FEW * experts, (load == 0).sum(axis=1), 0)
   return {'crowded': crowded, 'idle': idle, 'dropped': dropped}
 

@@ -1,6 +1,9 @@
 """Buffers of a fixed capacity: how large they are, and in which order copies take their places."""
 
+import math
+
 import jax.numpy as jnp
+import numpy as np
 
 from moejax.moe.dispatch.buffers import capacity, queue_copies
 from moejax.moe.dispatch.exchange import RoutedTokens
@@ -14,6 +17,19 @@ def test_capacity_is_rounded_up_and_never_more_than_all_copies() -> None:
   assert capacity(num_copies=12, num_experts=8, capacity_factor=1.0) == 2
   assert capacity(num_copies=12, num_experts=8, capacity_factor=0.1) == 1
   assert capacity(num_copies=12, num_experts=8, capacity_factor=100.0) == 12
+
+
+def test_capacity_is_exact_for_the_factor_as_it_is_written() -> None:
+  """Of every count: a product of floats is above what it should be in one of twenty."""
+  assert capacity(1000, 10, 1.1) == 110
+  rng, off = np.random.default_rng(0), 0
+  for percent in (1, 7, 55, 100, 105, 110, 115, 125, 140, 190, 235, 1000):
+    for experts in (1, 2, 7, 10, 60, 64, 256):
+      for copies in (experts * 100, experts * 700, *rng.integers(1, 2**31, 4).tolist()):
+        want = min(copies, max(1, -(-copies * percent // (experts * 100))))
+        assert capacity(copies, experts, percent / 100) == want, (copies, experts, percent)
+        off += math.ceil(copies / experts * (percent / 100)) > want
+  assert off > 10
 
 
 def test_copies_queue_by_score_and_by_position() -> None:

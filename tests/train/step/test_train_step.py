@@ -10,6 +10,8 @@ import numpy as np
 import optax
 import pytest
 
+from moejax.data.batch import Batch
+from moejax.model.transformer import Transformer
 from moejax.moe.bias import BIAS_RULES
 from moejax.moe.dispatch.dispatchers import DispatchConfig
 from moejax.runtime import faults
@@ -17,11 +19,13 @@ from moejax.sharding.mesh import MeshConfig
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.step import train_step as step
 from moejax.train.step.gradient_accumulation import gradients
+from moejax.train.step.train_state import TrainState
 from moejax.train.step.train_step import eval_step, train_step
 from tests.support.quick import QUICK
 from tests.train.step.step_cases import (
   CONFIG,
   LATENT,
+  VOCAB,
   WINDOWED,
   assert_same,
   differentiate,
@@ -79,6 +83,49 @@ def test_a_non_finite_step_changes_nothing_but_the_count(bad: str) -> None:
   assert metrics['skipped'] and int(after.step) == int(before.step) + 1
   for name in ('model', 'opt_state', 'router', 'lagged', 'stability'):
     jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(before, name))
+
+
+def test_a_step_whose_update_is_not_finite_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Loss and gradient are finite, and what the optimiser makes of them is not.
+
+  By the step: a good one; NaN in one update; inf in one moment; an update that is finite, but not
+  once it is added to its parameter.
+  """
+  balance = dataclasses.replace(CONFIG.balance, accumulation='lagged')
+  cfg = replace(CONFIG, micro_batches=2, balance=balance)
+  tx = step.optimizer(cfg.optim, cfg.steps)
+  unused = min({*range(VOCAB)} - {*make_batch().tokens.ravel().tolist()})
+
+  def run(state: TrainState, batch: Batch) -> tuple[TrainState, step.Metrics]:
+    def update(
+      grads: Transformer, opt_state: optax.OptState, model: Transformer
+    ) -> tuple[Transformer, optax.OptState]:
+      updates, opt_state = tx.update(grads, opt_state, model)
+      was = updates.embed.table[unused, 0]
+      wrong = jnp.stack([was, jnp.nan, was, 3e38])[state.step]
+      updates.embed.table[...] = updates.embed.table[...].at[unused, 0].set(wrong)
+      moments, tree = jax.tree.flatten(opt_state)
+      last = [i for i, leaf in enumerate(moments) if leaf.ndim][-1]
+      moments[last] += jnp.where(state.step == 2, jnp.inf, 0)
+      return updates, jax.tree.unflatten(tree, moments)
+
+    of_step = optax.GradientTransformation(tx.init, update)
+    monkeypatch.setattr(step, 'optimizer', lambda cfg, steps: of_step)
+    return train_step(state, batch, cfg)
+
+  state = start(cfg)
+  # A number this large in a row of the embedding that no token reads.
+  state.model.embed.table[...] = state.model.embed.table[...].at[unused, 0].set(1e38)
+  compiled = jax.jit(run, compiler_options=QUICK)
+  state, metrics = compiled(state, make_batch())
+  assert not metrics['skipped'] and state.lagged['global_batch'].any()
+  for skips in (1, 2, 3):
+    before = state
+    state, metrics = compiled(before, make_batch())
+    assert metrics['skipped'] and metrics['skipped_total'] == skips and int(state.step) == skips + 1
+    assert np.isfinite(metrics['loss']) and np.isfinite(metrics['grad_norm'])
+    for part in ('model', 'opt_state', 'router', 'lagged', 'stability'):
+      jax.tree.map(np.testing.assert_array_equal, getattr(state, part), getattr(before, part))
 
 
 def test_a_spike_changes_nothing_where_it_is_to_be_skipped() -> None:
