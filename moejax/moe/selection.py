@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from moejax.moe.token_sets import chosen_mask
+
 SINKHORN_ROUNDS = 8
 # What a key is drawn for: folded into it, so that no two uses of randomness draw the same.
 JITTER, NOISE, EXPERT_DROPOUT, SECOND = range(4)
@@ -206,7 +208,7 @@ def margin(choice: Array, expert_ids: Array) -> Array:
 
   It is inf where there is nothing to compare.
   """
-  taken = jax.nn.one_hot(expert_ids, choice.shape[-1], dtype=jnp.bool_).any(-2)  # [B, S, E]
+  taken = chosen_mask(expert_ids, choice.shape[-1])  # [B, S, E]
   return jnp.where(taken, choice, jnp.inf).min(-1) - jnp.where(taken, -jnp.inf, choice).max(-1)
 
 

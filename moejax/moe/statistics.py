@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moejax.moe.routing import Routing
-from moejax.moe.token_sets import assignment_matrix
+from moejax.moe.token_sets import chosen_mask
 
 # Below it a choice may be another one on another mesh: sums that differ in their order differ by
 # about this much.
@@ -65,7 +65,7 @@ def observe(routing: Routing, unbiased_ids: Array, mask: Array) -> Stats:
   # By `where`, never by a product with the mask: 0 * NaN is NaN.
   mask_BS1 = mask[..., None]
   ids_BSK = jnp.where(mask_BS1, routing.expert_ids, experts)
-  chosen_TE = assignment_matrix(routing.expert_ids, mask, experts).reshape(-1, experts)  # M
+  chosen_TE = chosen_mask(ids_BSK, experts).reshape(-1, experts).astype(jnp.float32)  # M
   z_BSE = jnp.where(mask_BS1, routing.logits, 0)
   p_BSE = jnp.where(mask_BS1, routing.probs, 0)
   unbiased_BSK = (ids_BSK[..., None] == unbiased_ids[..., None, :]).any(-1)

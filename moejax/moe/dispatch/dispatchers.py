@@ -37,6 +37,7 @@ from moejax.moe.experts.grouped_ffn import grouped_ffn
 from moejax.moe.experts.sorted_copies import Copies, sort_copies
 from moejax.moe.experts.weights import Activation, Weights, dense_ffn
 from moejax.moe.routing import Routing
+from moejax.moe.token_sets import put_at_experts
 
 DROP_BY = ('position', 'probs')
 AUTO = 'auto'
@@ -232,9 +233,7 @@ def dense_matmul(view: LocalView, cfg: DispatchConfig) -> tuple[Array, Array]:
   if cfg.capacity_factor > 0:
     return capacity_matmul(view, cfg.capacity_factor, cfg.drop_by)
   tokens = view.tokens
-  # The one-hot of an unassigned id is all zeros.
-  chosen_TKE = jax.nn.one_hot(tokens.expert_ids, view.num_experts, dtype=jnp.float32)
-  combine_TE = jnp.einsum('tke,tk->te', chosen_TKE, tokens.weights)
+  combine_TE = put_at_experts(tokens.weights, tokens.expert_ids, view.num_experts)
   y_TD = dense_ffn(tokens.x, combine_TE, view.experts, view.activation)
   return y_TD, jnp.zeros_like(tokens.weights, shape=())
 
