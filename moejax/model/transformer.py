@@ -107,6 +107,7 @@ class Transformer(nnx.Module):
     whole: dict[str, Array] | None = None,
     draws: Draws | None = None,
     replayed: Array | None = None,
+    rows_with_ids: int | None = None,
   ) -> Output:
     """Runs all layers; those of multi-token prediction only without a cache: see `draft`.
 
@@ -117,6 +118,8 @@ class Transformer(nnx.Module):
       whole: loss -> [L, E] f32, for balance losses of sets larger than the batch; None: no losses.
       draws: what routers draw random numbers from; None: nothing is random.
       replayed: [L, B, S, K] i32, `MoEAux.expert_ids` of another run to use again; None: choose.
+      rows_with_ids: how many of the first rows `MoEAux.expert_ids` is returned of; None: all. Ids
+        of all tokens of all layers are a large array, and who looks at a part asks for that.
     """
     cfg, caches = self.cfg, {}
     if draws is None:
@@ -140,7 +143,8 @@ class Transformer(nnx.Module):
       x: Array, layer: tuple[MoEBlock, PerLayer], window: int, cache: KVCache | None
     ) -> tuple[Array, KVCache | None, MoEAux]:
       block, own = layer
-      return block(x, batch, window, cache, route_of(own))
+      x, cache, aux = block(x, batch, window, cache, route_of(own))
+      return x, cache, aux._replace(expert_ids=aux.expert_ids[:rows_with_ids])
 
     if cfg.num_dense_layers:
       x, caches['dense_blocks'], _ = run_stack(
@@ -157,6 +161,7 @@ class Transformer(nnx.Module):
       ahead = shifted(embedded, batch, depth + 1)
       state, _, layer_aux = self.run_mtp(depth, state, ahead, batch, cache=None, route=route)
       mtp_hidden.append(state)
+      layer_aux = layer_aux._replace(expert_ids=layer_aux.expert_ids[:rows_with_ids])
       aux = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), aux, layer_aux)
     return Output(hidden, aux, caches if cache else None, tuple(mtp_hidden))
 

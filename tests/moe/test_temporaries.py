@@ -1,7 +1,7 @@
 """What counting, balancing and dispatching take besides their arguments, in compiled programs.
 
-A bound is a multiple of the logits' bytes, [B, S, E] f32. XLA's CPU backend really allocates what is
-written as [B, S, K, E], and would be caught here.
+A bound is a multiple of the logits' bytes, [B, S, E] f32. XLA's CPU backend really allocates what
+is written as [B, S, K, E], and would be caught here.
 
 Letters: B batch, S sequence, D model, F FFN hidden, E experts, K experts per token.
 """
