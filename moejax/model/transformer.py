@@ -34,6 +34,10 @@ from moejax.moe.selection import Tokens
 from moejax.sharding.logical_axes import constrain
 
 
+# x [B, S, D], the cache, and what a layer with experts learnt
+LayerOutput = tuple[Array, KVCache | None, MoEAux | None]
+
+
 class Output(NamedTuple):
   """What a forward pass gives. Logits are made by `Transformer.logits`, or by the loss."""
 
@@ -118,10 +122,9 @@ class Transformer(nnx.Module):
       whole: loss -> [L, E] f32, for balance losses of sets larger than the batch; None: no losses.
       draws: what routers draw random numbers from; None: nothing is random.
       replayed: [L, B, S, K] i32, `MoEAux.expert_ids` of another run to use again; None: choose.
-      rows_with_ids: how many of the first rows `MoEAux.expert_ids` is returned of; None: all. Ids
-        of all tokens of all layers are a large array, and who looks at a part asks for that.
+      rows_with_ids: of how many of the first rows `MoEAux.expert_ids` are kept; None: of all.
     """
-    cfg, caches = self.cfg, {}
+    cfg, caches, mtp_hidden = self.cfg, {}, []
     if draws is None:
       rows, keys = jnp.arange(batch.tokens.shape[0]), None
     else:
@@ -134,17 +137,14 @@ class Transformer(nnx.Module):
       tokens_of = tokens._replace(key=layer.key, replayed=layer.replayed)
       return Route(layer.bias, tokens_of, layer.whole)
 
-    def dense(
-      x: Array, block: DenseBlock, window: int, cache: KVCache | None
-    ) -> tuple[Array, KVCache | None, None]:
+    def dense(x: Array, block: DenseBlock, window: int, cache: KVCache | None) -> LayerOutput:
       return *block(x, batch, window, cache), None
 
     def moe(
       x: Array, layer: tuple[MoEBlock, PerLayer], window: int, cache: KVCache | None
-    ) -> tuple[Array, KVCache | None, MoEAux]:
+    ) -> LayerOutput:
       block, own = layer
-      x, cache, aux = block(x, batch, window, cache, route_of(own))
-      return x, cache, aux._replace(expert_ids=aux.expert_ids[:rows_with_ids])
+      return keep_ids(block(x, batch, window, cache, route_of(own)), rows_with_ids)
 
     if cfg.num_dense_layers:
       x, caches['dense_blocks'], _ = run_stack(
@@ -154,14 +154,13 @@ class Transformer(nnx.Module):
     layers = self.blocks, in_blocks
     x, caches['blocks'], aux = run_stack('blocks', moe, x, layers, caches=cache, cfg=cfg)
     hidden = state = self.norm(x)
-    mtp_hidden = []
     for depth in range(cfg.mtp_depth if cache is None else 0):
       # Blocks of multi-token prediction are the last of all that is [L, ...].
       route = route_of(layer_of(per_layer, depth - cfg.mtp_depth))
       ahead = shifted(embedded, batch, depth + 1)
-      state, _, layer_aux = self.run_mtp(depth, state, ahead, batch, cache=None, route=route)
+      ran = self.run_mtp(depth, state, ahead, batch, cache=None, route=route)
+      state, _, layer_aux = keep_ids(ran, rows_with_ids)
       mtp_hidden.append(state)
-      layer_aux = layer_aux._replace(expert_ids=layer_aux.expert_ids[:rows_with_ids])
       aux = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), aux, layer_aux)
     return Output(hidden, aux, caches if cache else None, tuple(mtp_hidden))
 
@@ -200,6 +199,15 @@ class Transformer(nnx.Module):
     route = Route(router[depth - self.cfg.mtp_depth], seen, None)
     hidden, cache, _ = self.run_mtp(depth, hidden, embedded, batch, cache=cache, route=route)
     return hidden, cache
+
+
+def keep_ids(ran: LayerOutput, rows: int | None) -> LayerOutput:
+  """Returns what a layer gave, with the expert_ids of so many first rows alone; None: of all.
+
+  Stacked over layers, the ids of all tokens are a large array, of which a probe looks at a part.
+  """
+  x, cache, aux = ran
+  return x, cache, aux._replace(expert_ids=aux.expert_ids[:rows])
 
 
 def layer_keys(key: Array, layers: int) -> Array:

@@ -19,11 +19,11 @@ from moejax.moe.bias import BIAS_RULES
 from moejax.moe.dispatch.dispatchers import DISPATCHERS, DispatchConfig
 from moejax.moe.experts.ffn import ACTIVATIONS, SwiGLU
 from moejax.moe.experts.weights import Experts
+from moejax.moe.layer_input import expect_input, expect_mesh_axes
 from moejax.moe.routing import RouterConfig, Routing, route, router_logits
 from moejax.moe.selection import SELECTIONS, Tokens, jittered, whole_rows
 from moejax.moe.statistics import Stats, observe
 from moejax.moe.token_sets import Scope, expert_load
-from moejax.sharding.mesh import MESH_AXES
 from moejax.sharding.params import constant_init, normal_init, param
 
 
@@ -116,26 +116,6 @@ def layer_problems(cfg: MoEConfig, scopes: Mapping[str, Scope], bias_rule: str) 
   if bias_rule:
     problems.append(not_one_of('bias_rule', bias_rule, BIAS_RULES))
   return problems
-
-
-def expect_input(x: Array, d_model: int) -> None:
-  """ValueError where x is not [B, S, D] of a floating dtype."""
-  if x.ndim != 3 or x.shape[-1] != d_model or not jnp.issubdtype(x.dtype, jnp.floating):
-    raise ValueError(
-      f'x is {x.dtype}{list(x.shape)}: use [B, S, {d_model}] of a floating dtype, the output of '
-      'the norm before the layer'
-    )
-
-
-def expect_mesh_axes() -> None:
-  """ValueError where a mesh is set that lacks an axis which experts and tokens are laid out by."""
-  mesh = jax.sharding.get_abstract_mesh()
-  missing = [axis for axis in MESH_AXES if axis not in mesh.shape]
-  if not mesh.empty and missing:
-    raise ValueError(
-      f'the mesh has axes {mesh.axis_names} and lacks {missing}: make it with '
-      'moejax.sharding.make_mesh, sizes of 1 for axes that are not used'
-    )
 
 
 class MoE(nnx.Module):
@@ -258,7 +238,15 @@ class MoE(nnx.Module):
     activation = ACTIVATIONS[cfg.activation](cfg.activation_limit)
     weights = self.experts.weights(x_BSD.dtype)
     routing = routing._replace(expert_ids=sent_BSK)
-    y_BSD, dropped = dispatch(x_BSD, routing, weights, activation, cfg.dispatch)
+    experts_choose = SELECTIONS[cfg.router.selection].experts_choose
+    y_BSD, dropped = dispatch(
+      x_BSD,
+      routing,
+      weights,
+      activation,
+      cfg.dispatch,
+      expert_top_k=cfg.router.top_k * experts_choose,
+    )
     if cfg.shared_gate:
       gate_BS1 = jax.nn.sigmoid(router_logits(x_BSD, self.shared_gate[...]))
       return y_BSD + gate_BS1.astype(x_BSD.dtype) * self.shared(x_BSD), dropped

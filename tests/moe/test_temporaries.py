@@ -15,7 +15,9 @@ from jax import Array
 
 from moejax.moe.balance.losses import BALANCE_LOSSES
 from moejax.moe.bias_quantile import above_the_line
-from moejax.moe.routing import Routing
+from moejax.moe.dispatch.dispatchers import DISPATCHERS, DispatchConfig
+from moejax.moe.layer import MoE, MoEConfig
+from moejax.moe.routing import RouterConfig, Routing
 from moejax.moe.selection import margin
 from moejax.moe.statistics import observe
 from moejax.moe.token_sets import Scope, expert_load
@@ -70,3 +72,22 @@ def test_counting_needs_no_more_than_statistics_of_each_token_do() -> None:
   for function in (margin, above_the_line):
     # As many places as experts, as expert choice has them.
     assert temporaries(function, LOGITS, ids_of(E)) < 2.5
+
+
+def test_expert_choice_dispatches_as_many_copies_as_token_choice() -> None:
+  """E C of them, about T K, and not the T E places that its routing has."""
+  x = jax.ShapeDtypeStruct((B, S, 64), jnp.float32)
+
+  def of_layer(selection: str, dispatcher: str) -> float:
+    cfg = MoEConfig(RouterConfig(E, 2, selection=selection), DispatchConfig(dispatcher), 64)
+    layer = jax.eval_shape(lambda: MoE(jax.random.key(0), 64, cfg))
+
+    def value(layer: MoE, x: Array) -> Array:
+      return jnp.square(layer(x, whole=None)[0]).sum()
+
+    return temporaries(jax.grad(value, argnums=(0, 1)), layer, x)
+
+  token_choice = of_layer('top_k', 'sparse_matmul')
+  # Routing itself has more arrays of [B, S, E]: an order of tokens for each expert, and weights.
+  for dispatcher in DISPATCHERS:
+    assert of_layer('expert_choice', dispatcher) < 3 * token_choice

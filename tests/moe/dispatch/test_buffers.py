@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from moejax.moe.dispatch.buffers import capacity, queue_copies
-from moejax.moe.dispatch.exchange import RoutedTokens
+from moejax.moe.dispatch.local_view import RoutedTokens
 
 IDS = jnp.array([[0, 1], [1, 2], [1, 0]], jnp.int32)  # of two experts: 2 is unassigned
 SCORES = jnp.array([[0.1, 0.2], [0.2, 0.9], [0.8, 0.7]])
