@@ -33,7 +33,6 @@ from moejax.moe.layer import MoEAux
 from moejax.moe.selection import Tokens
 from moejax.sharding.logical_axes import constrain
 
-
 # x [B, S, D], the cache, and what a layer with experts learnt
 LayerOutput = tuple[Array, KVCache | None, MoEAux | None]
 
@@ -119,7 +118,7 @@ class Transformer(nnx.Module):
       batch: tokens, segment_ids and positions are read; segment 0 is padding, which counts nowhere.
       router: [L, E] f32, the bias of each MoE layer.
       cache: from `empty_caches`, to go on from; None to attend within the batch alone.
-      whole: loss -> [L, E] f32, for balance losses of sets larger than the batch; None: no losses.
+      whole: loss -> [L, E] f32, for sets larger than the batch; None: no losses, and no capacity.
       draws: what routers draw random numbers from; None: nothing is random.
       replayed: [L, B, S, K] i32, `MoEAux.expert_ids` of another run to use again; None: choose.
       rows_with_ids: of how many of the first rows `MoEAux.expert_ids` are kept; None: of all.

@@ -17,6 +17,7 @@ from moejax.config import at_least, check, frozendict, not_one_of, problem_if
 from moejax.moe.balance.losses import BALANCE_LOSSES
 from moejax.moe.bias import BIAS_RULES
 from moejax.moe.dispatch.dispatchers import DISPATCHERS, DispatchConfig
+from moejax.moe.dispatch.dropless import dropless
 from moejax.moe.experts.ffn import ACTIVATIONS, SwiGLU
 from moejax.moe.experts.weights import Experts
 from moejax.moe.layer_input import expect_input, expect_mesh_axes
@@ -70,7 +71,10 @@ class MoEConfig:
 
 
 def causality(cfg: MoEConfig) -> list[str]:
-  """Says where outputs depend on more than the tokens before them in a row; [] for most layers."""
+  """Says where outputs depend on more than the tokens before them in a row; [] for most layers.
+
+  In training: where nothing is trained nothing is dropped, and only a selection can be at fault.
+  """
   reasons = []
   if not SELECTIONS[cfg.router.selection].causal:
     reasons.append(
@@ -199,7 +203,7 @@ class MoE(nnx.Module):
       bias: [E] f32, added to the scores where experts are chosen; None: zeros.
       tokens: which of them count, and of which document they are; None: all, a document a row.
       whole: loss -> [E] f32, what `BalanceLoss.seen` sums over the whole set, for losses whose sets
-        are larger than x; None where nothing is trained: no losses.
+        are larger than x; None where nothing is trained: no losses and no capacity, see `dropless`.
 
     Raises:
       ValueError: x has another shape or dtype, the mesh that is set lacks an axis, or a loss has
@@ -212,7 +216,9 @@ class MoE(nnx.Module):
     bias = jnp.zeros(num_experts) if bias is None else bias
     tokens = whole_rows(jnp.ones(x.shape[:2], bool)) if tokens is None else tokens
     routing = self.route(x, bias, tokens)
-    y, dropped = self.mixture(x, routing, tokens)
+    # Where nothing is trained nothing is dropped, or rows would change each other.
+    dispatch = dropless(self.cfg.dispatch) if whole is None else self.cfg.dispatch
+    y, dropped = self.mixture(x, routing, tokens, dispatch)
     losses, seen = self.balance(routing, tokens, whole)
     load = expert_load(routing.expert_ids, tokens.mask, num_experts)
     observed = load
@@ -228,23 +234,24 @@ class MoE(nnx.Module):
       expert_ids=routing.expert_ids,
     )
 
-  def mixture(self, x_BSD: Array, routing: Routing, tokens: Tokens) -> tuple[Array, Array]:
+  def mixture(
+    self, x_BSD: Array, routing: Routing, tokens: Tokens, dispatch: DispatchConfig
+  ) -> tuple[Array, Array]:
     """Returns the experts' output y [B, S, D], and the fraction of copies that were dropped."""
     cfg = self.cfg
     # Padding is sent to no expert, whatever its routing says: id E is unassigned.
     unassigned = cfg.router.num_experts
     sent_BSK = jnp.where(tokens.mask[..., None], routing.expert_ids, unassigned)
-    dispatch = DISPATCHERS[cfg.dispatch.dispatcher]
     activation = ACTIVATIONS[cfg.activation](cfg.activation_limit)
     weights = self.experts.weights(x_BSD.dtype)
     routing = routing._replace(expert_ids=sent_BSK)
     experts_choose = SELECTIONS[cfg.router.selection].experts_choose
-    y_BSD, dropped = dispatch(
+    y_BSD, dropped = DISPATCHERS[dispatch.dispatcher](
       x_BSD,
       routing,
       weights,
       activation,
-      cfg.dispatch,
+      dispatch,
       expert_top_k=cfg.router.top_k * experts_choose,
     )
     if cfg.shared_gate:

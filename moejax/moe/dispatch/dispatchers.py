@@ -47,8 +47,9 @@ AUTO = 'auto'
 class DispatchConfig:
   """How tokens reach their experts.
 
-  capacity_factor: how much larger than an even load the experts' buffers are. 0: no buffers, and
-    nothing is dropped. On a mesh, buffers are those of each device's own tokens: the more devices,
+  capacity_factor: in training, how much larger than an even load the experts' buffers are. 0: no
+    buffers, and nothing is dropped, as it never is where nothing is trained: in validation,
+    decoding and export. On a mesh, buffers are those of each device's own tokens: the more devices,
     the less evens out between them.
   drop_by: which copies stay when a buffer is full.
   exchange: how tokens and experts come together over the `expert` mesh axis, see `exchanges`.
