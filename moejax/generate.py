@@ -15,6 +15,7 @@ from moejax.inference.sampling import (
   SampleConfig,
   TimedSteps,
   decode,
+  decoding_note,
   detokenize,
   drafts_per_step,
   encode_prompt,
@@ -53,6 +54,9 @@ def main(argv: Sequence[str]) -> int:
     return 2 if isinstance(error, ConfigError) else 3
   # All but the text goes to stderr, so that stdout is the text alone.
   print(f'step {step} of {workdir}', file=sys.stderr)
+  note = decoding_note(model.cfg)
+  if note:
+    print(note, file=sys.stderr)
   steps = TimedSteps(decode(model, router, prompts, cfg, ends))
   pieces = format_ids(steps, ends) if ids else detokenize(steps, tokenizer, cfg.stop)
   print(ids or prompt, end='', flush=True)

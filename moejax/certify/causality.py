@@ -109,7 +109,8 @@ def layer_outputs(key: Array, tokens: Array, subject: Subject) -> Array:
       branch[...] = branch[...] * kept.reshape(-1, *[1] * (branch[...].ndim - 1))
     part = jax.tree.map(lambda a: a, model)
     part.blocks = blocks
-    return part(batch, bias, draws=draws).hidden
+    # As in training, {} for losses of no sets: where nothing is trained, nothing is dropped.
+    return part(batch, bias, whole={}, draws=draws).hidden
 
   # One depth after the other in a loop: the model is compiled once.
   return jax.lax.map(hidden_at, jnp.arange(LAYERS + 1))

@@ -11,9 +11,10 @@ import numpy as np
 from moejax.config import check
 from moejax.hf.export_plan import GENERATION_FILE, Origin, plan_export
 from moejax.hf.export_tensors import lost_leaves, tensor_specs
-from moejax.hf.progress import progress_bar, say
+from moejax.hf.progress import print_note, progress_bar, say
 from moejax.hf.safetensors.directory import write_tensors
 from moejax.hf.safetensors.file import Spec
+from moejax.moe.dispatch.dropless import dropless_note
 from moejax.runtime.files import expect_room, read_json
 from moejax.sharding.tree import flatten
 from moejax.train.experiment.run_dir import CONFIG_FILE, TOKENIZER_FILE, read_model_on, read_setup
@@ -38,6 +39,8 @@ def export_model(workdir: str, out: str, wanted: str = '', dtype: str = '') -> N
   cfg, tokenizer = read_setup(workdir)
   kept = read_json(Path(workdir), ORIGIN_FILE)
   origin = Origin(**kept) if kept else None  # a run that was not imported has none
+  # Published models have no capacity.
+  print_note(dropless_note(cfg.model.moe.dispatch))
   eod_id = tokenizer.eod_id if tokenizer else -1
   plan = plan_export(cfg, origin, eod_id, wanted, dtype)
   step, model, router = read_model_on(jax.local_devices(backend='cpu')[0], workdir, cfg)

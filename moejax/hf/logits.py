@@ -11,9 +11,10 @@ from jax import Array
 
 from moejax.config import ConfigError, check, problem_if
 from moejax.data.batch import make_batch
-from moejax.hf.progress import progress_bar
+from moejax.hf.progress import print_note, progress_bar
 from moejax.hf.weights import Published, open_published, read_weights
 from moejax.model.transformer import Transformer
+from moejax.moe.dispatch.dropless import dropless_note
 from moejax.runtime.files import whole_path
 from moejax.sharding.mesh import MeshConfig, make_mesh
 from moejax.train.experiment.run_dir import CHECKPOINTS, read_model_on, read_setup
@@ -53,7 +54,8 @@ def read_published_model(source: Published, mesh: MeshConfig) -> tuple[Transform
 def write_logits(directory: str, tokens_file: str, out: str) -> None:
   """Writes a .npy with the logits [B, S, V] f32 of the token ids [B, S] in another one.
 
-  Each row is a document by itself.
+  Each row is a document by itself, and depends on no other: no copy is dropped, whatever capacity
+  the run was trained with.
 
   Args:
     directory: published files, or a run, whose newest checkpoint is read.
@@ -68,6 +70,7 @@ def write_logits(directory: str, tokens_file: str, out: str) -> None:
   if (Path(directory) / CHECKPOINTS).is_dir():
     cfg = read_setup(directory).cfg
     tokens = token_ids(tokens_file, cfg.model.vocab_size)
+    print_note(dropless_note(cfg.model.moe.dispatch))
     _, model, router = read_model_on(device, directory, cfg)
     bias = router.bias
   else:

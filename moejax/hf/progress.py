@@ -39,3 +39,9 @@ def say(text: str) -> None:
   peak = [int(line.split()[1]) / 2**20 for line in lines if line.startswith('VmHWM')]
   memory = ''.join(f', peak memory {gib:.2f} GiB' for gib in peak)
   print(text + memory, file=sys.stderr)
+
+
+def print_note(note: str) -> None:
+  """Prints what a reader should know on stderr; nothing for ''."""
+  if note:
+    print(note, file=sys.stderr)

@@ -18,6 +18,7 @@ from moejax.inference.decode import MAX_DRAFTS, prefill, step
 from moejax.inference.draw import SamplingParams
 from moejax.model.config import ModelConfig
 from moejax.model.transformer import Transformer, empty_caches
+from moejax.moe.dispatch.dropless import dropless, dropless_note
 from moejax.moe.layer import causality
 from moejax.sharding.logical_axes import row_shards
 
@@ -60,6 +61,11 @@ class SampleConfig:
     )
 
 
+def decoding_note(model: ModelConfig) -> str:
+  """Says in what decoding differs from the model as it was trained; '' for most models."""
+  return dropless_note(model.moe.dispatch)
+
+
 def drafts_per_step(model: ModelConfig, cfg: SampleConfig) -> int:
   """Returns how many tokens to draft in each step.
 
@@ -68,6 +74,8 @@ def drafts_per_step(model: ModelConfig, cfg: SampleConfig) -> int:
   """
   if not cfg.draft:
     return 0
+  # What is dropped in training is not in decoding.
+  decoded = dataclasses.replace(model.moe, dispatch=dropless(model.moe.dispatch))
   check(
     problem_if(
       not model.mtp_depth,
@@ -76,7 +84,7 @@ def drafts_per_step(model: ModelConfig, cfg: SampleConfig) -> int:
     ),
     *(
       f'draft=True would change the text, since it is not causal: {why}'
-      for why in causality(model.moe)
+      for why in causality(decoded)
     ),
   )
   return min(model.mtp_depth, MAX_DRAFTS)
@@ -93,7 +101,7 @@ def decode(
 
   A row ends with one of `ends`, which is yielded, or after max_tokens; from then on it is padding
   and gets nothing. `cfg.stop` is for texts, and not looked at. The tokens of a row do not depend on
-  the others, but for the order of sums.
+  the others, but for the order of sums: also of a model that was trained with a capacity.
 
   Args:
     router: the bias of each MoE layer, as of `Transformer.__call__`.

@@ -33,6 +33,9 @@ from moejax.moe.layer import MoEAux
 from moejax.moe.selection import Tokens
 from moejax.sharding.logical_axes import constrain
 
+# x [B, S, D], the cache, and what a layer with experts learnt
+LayerOutput = tuple[Array, KVCache | None, MoEAux | None]
+
 
 class Output(NamedTuple):
   """What a forward pass gives. Logits are made by `Transformer.logits`, or by the loss."""
@@ -107,6 +110,7 @@ class Transformer(nnx.Module):
     whole: dict[str, Array] | None = None,
     draws: Draws | None = None,
     replayed: Array | None = None,
+    rows_with_ids: int | None = None,
   ) -> Output:
     """Runs all layers; those of multi-token prediction only without a cache: see `draft`.
 
@@ -114,11 +118,12 @@ class Transformer(nnx.Module):
       batch: tokens, segment_ids and positions are read; segment 0 is padding, which counts nowhere.
       router: [L, E] f32, the bias of each MoE layer.
       cache: from `empty_caches`, to go on from, a document a row; None: attend within the batch.
-      whole: loss -> [L, E] f32, for balance losses of sets larger than the batch; None: no losses.
+      whole: loss -> [L, E], for sets larger than the batch; None: no losses, and no capacity.
       draws: what routers draw random numbers from; None: nothing is random.
       replayed: [L, B, S, K] i32, `MoEAux.expert_ids` of another run to use again; None: choose.
+      rows_with_ids: of how many of the first rows `MoEAux.expert_ids` are kept; None: of all.
     """
-    cfg, caches = self.cfg, {}
+    cfg, caches, mtp_hidden = self.cfg, {}, []
     if draws is None:
       rows, keys = jnp.arange(batch.tokens.shape[0]), None
     else:
@@ -131,16 +136,14 @@ class Transformer(nnx.Module):
       tokens_of = tokens._replace(key=layer.key, replayed=layer.replayed)
       return Route(layer.bias, tokens_of, layer.whole)
 
-    def dense(
-      x: Array, block: DenseBlock, window: int, cache: KVCache | None
-    ) -> tuple[Array, KVCache | None, None]:
+    def dense(x: Array, block: DenseBlock, window: int, cache: KVCache | None) -> LayerOutput:
       return *block(x, batch, window, cache), None
 
     def moe(
       x: Array, layer: tuple[MoEBlock, PerLayer], window: int, cache: KVCache | None
-    ) -> tuple[Array, KVCache | None, MoEAux]:
+    ) -> LayerOutput:
       block, own = layer
-      return block(x, batch, window, cache, route_of(own))
+      return keep_ids(block(x, batch, window, cache, route_of(own)), rows_with_ids)
 
     if cfg.num_dense_layers:
       x, caches['dense_blocks'], _ = run_stack(
@@ -150,12 +153,12 @@ class Transformer(nnx.Module):
     layers = self.blocks, in_blocks
     x, caches['blocks'], aux = run_stack('blocks', moe, x, layers, caches=cache, cfg=cfg)
     hidden = state = self.norm(x)
-    mtp_hidden = []
     for depth in range(cfg.mtp_depth if cache is None else 0):
       # Blocks of multi-token prediction are the last of all that is [L, ...].
       route = route_of(layer_of(per_layer, depth - cfg.mtp_depth))
       ahead = shifted(embedded, batch, depth + 1)
-      state, _, layer_aux = self.run_mtp(depth, state, ahead, batch, cache=None, route=route)
+      ran = self.run_mtp(depth, state, ahead, batch, cache=None, route=route)
+      state, _, layer_aux = keep_ids(ran, rows_with_ids)
       mtp_hidden.append(state)
       aux = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), aux, layer_aux)
     return Output(hidden, aux, caches if cache else None, tuple(mtp_hidden))
@@ -202,6 +205,15 @@ def routed_tokens(batch: Batch, rows: Array, has_cache: bool) -> Tokens:
   places = batch.positions if has_cache else None
   mask = batch.segment_ids > 0
   return Tokens(batch.tokens, mask, batch.segment_ids, rows, places=places)
+
+
+def keep_ids(ran: LayerOutput, rows: int | None) -> LayerOutput:
+  """Returns what a layer gave, with the expert_ids of so many first rows alone; None: of all.
+
+  Stacked over layers, the ids of all tokens are a large array, of which a probe looks at a part.
+  """
+  x, cache, aux = ran
+  return x, cache, aux._replace(expert_ids=aux.expert_ids[:rows])
 
 
 def layer_keys(key: Array, layers: int) -> Array:

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from moejax.moe.token_sets import chosen_mask
+
 BINS = 256
 # Scores near 1/2 are this coarse in float32: below it there is nothing to tell apart.
 FINEST = 2.0**-24
@@ -66,7 +68,7 @@ def above_the_line(choice: Array, expert_ids: Array) -> Array:
     choice: [B, S, E] f32, scores plus bias, of all experts.
     expert_ids: [B, S, K] i32, the experts taken; E: unassigned.
   """
-  taken = jax.nn.one_hot(expert_ids, choice.shape[-1], dtype=jnp.bool_).any(-2)
+  taken = chosen_mask(expert_ids, choice.shape[-1])
   least = jnp.where(taken, choice, jnp.inf).min(-1, keepdims=True)
   a = jnp.where(taken | (choice > least), -jnp.inf, choice).max(-1, keepdims=True)
   return jnp.where(taken, choice - a, jnp.minimum(choice - a, 0.0))

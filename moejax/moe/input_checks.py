@@ -5,6 +5,8 @@ XLA broadcasts, clips and promotes without a word, so that what does not fit wou
 Letters: B batch, S sequence, D model, E experts.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -55,6 +57,16 @@ def expect_tokens(tokens: Tokens, shape: tuple[int, int]) -> None:
     raise ValueError(
       f'tokens.replayed is {list(tokens.replayed.shape)}: use [{shape[0]}, {shape[1]}, K], the '
       'expert_ids of the same tokens'
+    )
+
+
+def expect_whole(whole: Mapping[str, Array], name: str, set_rows: int, rows: int) -> None:
+  """ValueError where nothing is given of the sets of a balance loss, larger than the rows of x."""
+  if name not in whole:
+    raise ValueError(
+      f'the balance loss {name!r} is of sets of {set_rows} rows, and x has {rows}: use '
+      f'whole={{{name!r}: ...}}, what BALANCE_LOSSES[{name!r}].seen sums over the set, '
+      f'or Scope(rows=0), all rows of x, or whole=None, no losses'
     )
 
 

@@ -14,13 +14,20 @@ from flax import nnx
 from jax import Array
 
 from moejax.config import at_least, check, frozendict, not_finite, not_one_of, problem_if
-from moejax.moe.balance.fit import fit_problems, untrainable
+from moejax.moe.balance.fit import asked_problems, untrainable
 from moejax.moe.balance.losses import BALANCE_LOSSES
 from moejax.moe.bias import BIAS_RULES
 from moejax.moe.dispatch.dispatchers import DISPATCHERS, DispatchConfig
+from moejax.moe.dispatch.dropless import dropless
 from moejax.moe.experts.ffn import ACTIVATIONS, SwiGLU
 from moejax.moe.experts.weights import Experts
-from moejax.moe.input_checks import expect_bias, expect_input, expect_mesh_axes, expect_tokens
+from moejax.moe.input_checks import (
+  expect_bias,
+  expect_input,
+  expect_mesh_axes,
+  expect_tokens,
+  expect_whole,
+)
 from moejax.moe.routing import RouterConfig, Routing, route, router_logits
 from moejax.moe.selection import SELECTIONS, Tokens, jittered, whole_rows
 from moejax.moe.statistics import Stats, observe
@@ -72,7 +79,10 @@ class MoEConfig:
 
 
 def causality(cfg: MoEConfig) -> list[str]:
-  """Says where outputs depend on more than the tokens before them in a row; [] for most layers."""
+  """Says where outputs depend on more than the tokens before them in a row; [] for most layers.
+
+  In training: where nothing is trained nothing is dropped, and only a selection can be at fault.
+  """
   reasons = []
   if not SELECTIONS[cfg.router.selection].causal:
     reasons.append(
@@ -107,22 +117,7 @@ def layer_problems(cfg: MoEConfig, scopes: Mapping[str, Scope], bias_rule: str) 
   """What a layer cannot be built of, '' for each thing that it can."""
   if not isinstance(cfg, MoEConfig):
     return [f'cfg={cfg!r}: use an MoEConfig, which holds the RouterConfig']
-  if not isinstance(scopes, Mapping):
-    return [f'scopes={scopes!r}: use a dict of balance loss -> Scope()']
-  problems = [not_one_of('scopes', name, BALANCE_LOSSES) for name in scopes]
-  for name, scope in scopes.items():
-    is_scope = isinstance(scope, Scope)
-    # A coefficient is a likely mistake here.
-    remedy = 'use a Scope(), and multiply the loss by its coefficient yourself'
-    problems.append(problem_if(not is_scope, f'scopes[{name!r}]={scope!r}: {remedy}'))
-  if bias_rule:
-    problems.append(not_one_of('bias_rule', bias_rule, BIAS_RULES))
-  if any(problems):
-    return problems  # what is not there fits nothing
-  if scopes or bias_rule:  # it is to be trained; otherwise a call says whether it is
-    problems.append(untrainable(cfg.router))
-  fits = fit_problems(cfg.router, scopes, bias_rule, loss='scopes[{!r}]', rule='bias_rule')
-  return problems + fits
+  return asked_problems(cfg.router, scopes, bias_rule)
 
 
 class MoE(nnx.Module):
@@ -207,7 +202,7 @@ class MoE(nnx.Module):
       bias: [E] f32, added to the scores where experts are chosen; None: zeros.
       tokens: which of them count, and of which document they are; None: all, a document a row.
       whole: loss -> [E], what `BalanceLoss.seen` sums over the whole set, for losses whose sets
-        are larger than x; None where nothing is trained: no losses.
+        are larger than x; None where nothing is trained: no losses and no capacity, see `dropless`.
 
     What padding holds, NaN or not, reaches neither y nor aux nor a gradient: it is taken for 0.
 
@@ -231,7 +226,9 @@ class MoE(nnx.Module):
       check(problem_if(why, why + remedy))
     x = zero_padding(x, tokens.mask)
     routing = self.route(x, bias, tokens)
-    y, dropped = self.mixture(x, routing, tokens)
+    # Where nothing is trained nothing is dropped, or rows would change each other.
+    dispatch = dropless(self.cfg.dispatch) if whole is None else self.cfg.dispatch
+    y, dropped = self.mixture(x, routing, tokens, dispatch)
     losses, seen = self.balance(routing, tokens, whole)
     load = expert_load(routing.expert_ids, tokens.mask, num_experts)
     observed = load
@@ -247,17 +244,26 @@ class MoE(nnx.Module):
       expert_ids=routing.expert_ids,
     )
 
-  def mixture(self, x_BSD: Array, routing: Routing, tokens: Tokens) -> tuple[Array, Array]:
+  def mixture(
+    self, x_BSD: Array, routing: Routing, tokens: Tokens, dispatch: DispatchConfig
+  ) -> tuple[Array, Array]:
     """Returns the experts' output y [B, S, D], and the fraction of copies that were dropped."""
     cfg = self.cfg
     # Padding is sent to no expert, whatever its routing says: id E is unassigned.
     unassigned = cfg.router.num_experts
     sent_BSK = jnp.where(tokens.mask[..., None], routing.expert_ids, unassigned)
-    dispatch = DISPATCHERS[cfg.dispatch.dispatcher]
     activation = ACTIVATIONS[cfg.activation](cfg.activation_limit)
     weights = self.experts.weights(x_BSD.dtype)
     routing = routing._replace(expert_ids=sent_BSK)
-    y_BSD, dropped = dispatch(x_BSD, routing, weights, activation, cfg.dispatch)
+    experts_choose = SELECTIONS[cfg.router.selection].experts_choose
+    y_BSD, dropped = DISPATCHERS[dispatch.dispatcher](
+      x_BSD,
+      routing,
+      weights,
+      activation,
+      dispatch,
+      expert_top_k=cfg.router.top_k * experts_choose,
+    )
     if cfg.shared_gate:
       gate_BS1 = jax.nn.sigmoid(router_logits(x_BSD, self.shared_gate[...]))
       return y_BSD + gate_BS1.astype(x_BSD.dtype) * self.shared(x_BSD), dropped
@@ -280,12 +286,7 @@ class MoE(nnx.Module):
     for name, scope in self.scopes.items():
       loss = BALANCE_LOSSES[name]
       if scope.rows > rows:
-        if name not in whole:
-          raise ValueError(
-            f'the balance loss {name!r} is of sets of {scope.rows} rows, and x has {rows}: use '
-            f'whole={{{name!r}: ...}}, what BALANCE_LOSSES[{name!r}].seen sums over the set, '
-            f'or Scope(rows=0), all rows of x, or whole=None, no losses'
-          )
+        expect_whole(whole, name, scope.rows, rows)
         seen[name] = loss.seen(routing, tokens.mask, scope)
         scope = scope._replace(whole=whole[name])
       losses[name] = loss.value(routing, tokens.mask, tokens.segments, scope)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moejax.config.decimals import decimal_of
-from moejax.moe.token_sets import zero_padding
+from moejax.moe.token_sets import chosen_mask, zero_padding
 
 SINKHORN_ROUNDS = 8
 # What a key is drawn for: folded into it, so that no two uses of randomness draw the same.
@@ -165,6 +165,11 @@ def top_k_experts(log_scores: Array, choice: Array, tokens: Tokens | None, top_k
   return jax.lax.top_k(choice, top_k)[1]
 
 
+def expert_quota(tokens: int | Array, top_k: int, num_experts: int) -> int | Array:
+  """Returns how many of a row's tokens each expert takes, n K / E rounded up: Zhou et al.'s k."""
+  return -(-tokens * top_k // num_experts)
+
+
 def expert_choice(log_scores: Array, choice: Array, tokens: Tokens, top_k: int) -> Array:
   """Each expert takes its best tokens, ceil(n K / E) of each row's n. **Not causal.**
 
@@ -180,7 +185,7 @@ def expert_choice(log_scores: Array, choice: Array, tokens: Tokens, top_k: int) 
   cost = jnp.where(tokens.mask[..., None], -log_scores, jnp.inf)  # [B, S, E]
   # The argsort of an argsort is the place of each token in an expert's order.
   rank = jnp.argsort(jnp.argsort(cost, axis=1, stable=True), axis=1)  # [B, S, E]
-  quota = -(-tokens.mask.sum(1) * top_k // num_experts)  # [B], rounded up
+  quota = expert_quota(tokens.mask.sum(1), top_k, num_experts)  # [B]
   taken = (rank < quota[:, None, None]) & tokens.mask[..., None]  # [B, S, E]
   # A token's best expert first, and behind them those that did not take it.
   order = jax.lax.top_k(jnp.where(taken, log_scores, -jnp.inf), num_experts)[1]
@@ -248,7 +253,7 @@ def margin(choice: Array, expert_ids: Array) -> Array:
 
   inf where no expert is left that could have been taken, or none was taken: nothing to compare.
   """
-  taken = jax.nn.one_hot(expert_ids, choice.shape[-1], dtype=jnp.bool_).any(-2)  # [B, S, E]
+  taken = chosen_mask(expert_ids, choice.shape[-1])  # [B, S, E]
   return jnp.where(taken, choice, jnp.inf).min(-1) - jnp.where(taken, -jnp.inf, choice).max(-1)
 
 
@@ -259,10 +264,11 @@ class Selection(NamedTuple):
   choose: Callable[[Array, Array, Tokens, int], Array]
   causal: bool  # tokens after t change nothing at t
   takes_bias: bool  # the router bias has a say
+  experts_choose: bool = False  # each takes `expert_quota` of each row
 
 
 SELECTIONS: dict[str, Selection] = {
-  'expert_choice': Selection(expert_choice, causal=False, takes_bias=False),
+  'expert_choice': Selection(expert_choice, causal=False, takes_bias=False, experts_choose=True),
   'hash': Selection(hashed, causal=True, takes_bias=False),
   'sinkhorn': Selection(sinkhorn, causal=False, takes_bias=False),
   'top_k': Selection(top_k_experts, causal=True, takes_bias=True),

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moejax.moe.routing import Routing
-from moejax.moe.token_sets import assignment_matrix, exact_mean
+from moejax.moe.token_sets import chosen_mask, exact_mean
 
 # Below it a choice may be another one on another mesh: sums that differ in their order differ by
 # about this much.
@@ -82,7 +82,7 @@ def observe(routing: Routing, unbiased_ids: Array, mask: Array) -> Stats:
   # By `where`, never by a product with the mask: 0 * NaN is NaN.
   mask_BS1 = mask[..., None]
   ids_BSK = jnp.where(mask_BS1, routing.expert_ids, experts)
-  chosen_BSE = assignment_matrix(routing.expert_ids, mask, experts)  # M
+  chosen_BSE = chosen_mask(ids_BSK, experts)  # M
   z_BSE = jnp.where(mask_BS1, routing.logits, 0)
   p_BSE = jnp.where(mask_BS1, routing.probs, 0)
   has_margin_BS = ~jnp.isinf(routing.margin)

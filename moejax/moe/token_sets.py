@@ -47,21 +47,94 @@ def zero_padding(values: Array, mask: Array) -> Array:
   return jnp.where(mask.reshape(*mask.shape, *[1] * (values.ndim - 2)), values, 0)
 
 
-def assignment_matrix(expert_ids_BSK: Array, mask_BS: Array, num_experts: int) -> Array:
-  """Returns M_te [B, S, E] i32: 1 where token t is given to expert e, else 0.
+def put_at_experts(values_BSK: Array, expert_ids_BSK: Array, num_experts: int) -> Array:
+  """Returns each copy's value in the column of its expert, 0 elsewhere. [..., S, E].
 
-  Tokens that are masked out are given to no expert; neither is a copy of id E, which is unassigned.
-  Sums of it are counts, and stay integers until they are divided: float32 loses ones past 2^24.
+  Scattered: a product with a one-hot of the ids would need [..., S, K, E].
+
+  Args:
+    values_BSK: [..., S, K] of any dtype; values at the same expert of a token are added.
+    expert_ids_BSK: [..., S, K] integers; outside [0, num_experts) for an unassigned copy, whose
+      value goes nowhere.
+    num_experts: E.
   """
-  # One-hot of an id that is out of range is all zeros, which is what an unassigned copy should be.
-  # A product with the mask is right here, and nowhere else: of ones and zeros, never of NaN.
-  chosen_BSE = jax.nn.one_hot(expert_ids_BSK, num_experts, dtype=jnp.int32).sum(2)
-  return chosen_BSE * mask_BS[..., None]
+  # Of a negative id, an index would count from the end.
+  is_assigned = expert_ids_BSK >= 0
+  columns = jnp.where(is_assigned, expert_ids_BSK, num_experts)
+
+  def row(values_K: Array, columns_K: Array) -> Array:
+    # `zeros_like` of values: in `shard_map` they vary over the same mesh axes.
+    none_E = jnp.zeros_like(values_K, shape=(num_experts,))
+    return none_E.at[columns_K].add(values_K, mode='drop')
+
+  for _ in range(columns.ndim - 1):
+    # One axis at a time, so that a split batch axis stays where it is.
+    row = jax.vmap(row)
+  return row(values_BSK, columns)
+
+
+def chosen_mask(expert_ids_BSK: Array, num_experts: int) -> Array:
+  """Returns which experts each token has among its K. [..., S, K] integers -> [..., S, E] bool."""
+  all_E = jnp.arange(num_experts, dtype=expert_ids_BSK.dtype)
+  is_chosen_BSE = jnp.zeros((*expert_ids_BSK.shape[:-1], num_experts), jnp.bool_)
+  # One choice after the other, which compiles to one pass: a one-hot would be [..., S, K, E].
+  for k in range(expert_ids_BSK.shape[-1]):
+    is_chosen_BSE = is_chosen_BSE | (expert_ids_BSK[..., k, None] == all_E)
+  return is_chosen_BSE
+
+
+def masked_ids(expert_ids_BSK: Array, mask_BS: Array, num_experts: int) -> Array:
+  """Returns the ids [B, S, K] with those of tokens that are masked out unassigned: E."""
+  return jnp.where(mask_BS[..., None], expert_ids_BSK, num_experts)
+
+
+def row_loads(expert_ids_BSK: Array, mask_BS: Array, num_experts: int) -> Array:
+  """Returns how many copies of each row go to each expert, of tokens that count. [B, E] i32."""
+  ids_BSK = masked_ids(expert_ids_BSK, mask_BS, num_experts)
+  # A row's copies as those of one token; rows stay apart, since a mesh splits them.
+  ids_BN = ids_BSK.reshape(ids_BSK.shape[0], -1)
+  return put_at_experts(jnp.ones_like(ids_BN, dtype=jnp.int32), ids_BN, num_experts)
 
 
 def expert_load(expert_ids_BSK: Array, mask_BS: Array, num_experts: int) -> Array:
   """Returns how many copies go to each expert, [E] i32, of the tokens that are not masked out."""
-  return assignment_matrix(expert_ids_BSK, mask_BS, num_experts).sum((0, 1))
+  return row_loads(expert_ids_BSK, mask_BS, num_experts).sum(0)
+
+
+class DocumentCounts(NamedTuple):
+  """What each token's own document holds, of tokens that count."""
+
+  experts: Array  # [B, S, E] i32, copies at each expert
+  copies: Array  # [B, S] i32, of all experts
+  tokens: Array  # [B, S] i32
+  documents: Array  # scalar i32, of the batch: those with a token
+
+
+def document_counts(
+  expert_ids_BSK: Array, mask_BS: Array, segments_BS: Array, num_experts: int
+) -> DocumentCounts:
+  """Counts copies and tokens of each document, which is a (row, segment), and tells each token.
+
+  In integers, so exactly. A sum over documents of what is made of counts and of sums over tokens is
+  a sum over tokens: only counts need room for each of the S + 1 documents that a row may have.
+  """
+  ids_BSK = masked_ids(expert_ids_BSK, mask_BS, num_experts)
+  segments_BS = ids_in_range(segments_BS)
+
+  def of_row(ids_SK: Array, mask_S: Array, segments_S: Array) -> tuple[Array, ...]:
+    # Segment 0 is padding and a row holds at most S documents. A shape under jit cannot be the
+    # number of documents that there are, so it is the number that there can be.
+    room = segments_S.shape[0] + 1
+    is_copy_SK = ((ids_SK >= 0) & (ids_SK < num_experts)).astype(jnp.int32)
+    columns_SK = jnp.where(is_copy_SK > 0, ids_SK, num_experts)
+    nothing = jnp.zeros((room, num_experts), jnp.int32)
+    experts = nothing.at[segments_S[:, None], columns_SK].add(1, mode='drop')
+    copies = jnp.zeros(room, jnp.int32).at[segments_S].add(is_copy_SK.sum(1), mode='drop')
+    tokens = jnp.zeros(room, jnp.int32).at[segments_S].add(mask_S.astype(jnp.int32), mode='drop')
+    return experts[segments_S], copies[segments_S], tokens[segments_S], (tokens > 0).sum()
+
+  experts, copies, tokens, documents = jax.vmap(of_row)(ids_BSK, mask_BS, segments_BS)
+  return DocumentCounts(experts, copies, tokens, documents.sum())
 
 
 class ExactMean(NamedTuple):

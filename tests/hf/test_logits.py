@@ -1,5 +1,6 @@
 """Logits of published files and of a run; bad token ids are one message and leave nothing."""
 
+import json
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from moejax.config import check
 from moejax.hf import logits
+from moejax.train.experiment.run_dir import CONFIG_FILE
 from tests.hf.commands import Evil, imported, logits_of, run
 from tests.support.published_models import GOLDEN, NAMES, copied
 
@@ -25,6 +27,23 @@ def test_logits_are_those_of_the_golden_of_files_and_of_a_run(name: str, tmp_pat
     ours = logits_of(model, golden['tokens'].astype(np.uint16), tmp_path)
     assert ours.dtype == np.float32 and np.abs(ours - golden['logits']).max() < 1e-4
   assert {*os.listdir(tmp_path)} == {'source', 'run', 'ids.npy', 'out.npy'}
+
+
+def test_a_run_with_capacity_writes_what_it_gives_without_and_says_so(
+  tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+  source = copied('mixtral', tmp_path / 'source')
+  workdir = imported(source, tmp_path / 'run')
+  tokens = np.load(GOLDEN / 'mixtral' / 'golden.npz')['tokens']
+  want = logits_of(workdir, tokens, tmp_path)
+  assert 'capacity_factor' not in capfd.readouterr().err
+  config = json.loads((workdir / CONFIG_FILE).read_text())
+  config['model']['moe']['dispatch'] |= {'dispatcher': 'dense_matmul', 'capacity_factor': 0.5}
+  (workdir / CONFIG_FILE).write_text(json.dumps(config))
+  np.testing.assert_array_equal(logits_of(workdir, tokens, tmp_path), want)
+  assert capfd.readouterr().err.count('trained with dispatch.capacity_factor=0.5') == 1
+  assert run('export', f'--workdir={workdir}', f'--out={tmp_path / "out"}') == 0
+  assert capfd.readouterr().err.count('trained with dispatch.capacity_factor=0.5') == 1
 
 
 IDS = {

@@ -7,18 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.data.batch import make_batch
 from moejax.inference import decode, sampling
 from moejax.inference.decode import prefill, step
 from moejax.inference.sampling import (
   SampleConfig,
 )
 from moejax.model.transformer import Transformer, empty_caches
+from moejax.moe.dispatch.dispatchers import DROP_BY, DispatchConfig
 from moejax.sharding.mesh import MeshConfig, make_mesh
 from moejax.sharding.params import shardings
 from tests.inference.decode_cases import (
+  BASE,
   GREEDY,
   HEAVY,
   KINDS,
+  MOE,
   PROGRAMS,
   PROMPTS,
   anew,
@@ -29,6 +33,7 @@ from tests.inference.decode_cases import (
   pad,
   sampling_params,
 )
+from tests.support.quick import QUICK
 
 
 @pytest.mark.parametrize(
@@ -161,3 +166,22 @@ def test_a_model_that_knows_what_it_will_say_says_it_at_once() -> None:
   model.mtp.norm.scale[...] = model.mtp.norm.scale[...].at[-1].multiply(-1)
   wrong, counts = decode_all(model, ask)
   assert wrong == said and {*sum(counts[1:-1], [])} == {depth}
+
+
+@pytest.mark.parametrize('drop_by', DROP_BY)
+def test_rows_do_not_change_each_other_whatever_capacity_training_had(drop_by: str) -> None:
+  """In training they would: full experts drop copies of other rows, and of other places."""
+  tight = DispatchConfig('dense_matmul', 0.5, drop_by)
+  cfg = dataclasses.replace(BASE, mtp_depth=1, moe=dataclasses.replace(MOE, dispatch=tight))
+  model, dropless = model_of(cfg), model_of(dataclasses.replace(cfg, moe=MOE))
+  prompts = [PROMPTS[0]] * 4
+  ask = dataclasses.replace(GREEDY, max_tokens=8)
+  alike, _ = decode_all(model, ask, prompts)
+  assert alike == [alike[0]] * 4 == decode_all(dropless, ask, prompts)[0]
+  # Drafts are verified by a model that is causal.
+  assert sampling.drafts_per_step(cfg, dataclasses.replace(ask, draft=True)) == 1
+  notes = [sampling.decoding_note(c.cfg) for c in (model, dropless)]
+  assert 'capacity_factor=0.5' in notes[0] and not notes[1]
+  batch = make_batch(np.array(prompts))
+  trained = jax.jit(lambda: model(batch, biases(cfg), whole={}).hidden, compiler_options=QUICK)()
+  assert np.abs(trained - trained[:1]).max() > 0.1

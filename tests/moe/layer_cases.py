@@ -169,10 +169,10 @@ def scopes_for(cfg: MoEConfig, bias_rule: str = '') -> frozendict:
 
 
 @functools.cache
-def layer(cfg: MoEConfig, bias_rule: str = '') -> MoE:
+def layer(cfg: MoEConfig, bias_rule: str = '', has_losses: bool = True) -> MoE:
   """Of random numbers, the noise's too: initialised for real it would have to be compiled."""
   rng = np.random.default_rng(1)
-  scopes = scopes_for(cfg, bias_rule)
+  scopes = scopes_for(cfg, bias_rule) if has_losses else frozendict()
   shapes = jax.eval_shape(lambda: MoE(jax.random.key(0), D, cfg, scopes, bias_rule, std=0.5))
   return jax.tree.map(lambda a: rng.normal(scale=0.5, size=a.shape).astype(np.float32), shapes)
 
@@ -201,7 +201,7 @@ def run(
   return y, aux, gradients
 
 
-forward = jax.jit(lambda moe, x, bias, tokens: moe(x, bias, tokens, None), compiler_options=QUICK)
+forward = jax.jit(lambda moe, x, bias, tokens: moe(x, bias, tokens, {}), compiler_options=QUICK)
 
 
 def run_on(
@@ -219,7 +219,8 @@ def output(cfg: MoEConfig, g: Given) -> tuple[np.ndarray, MoEAux]:
   """y and the aux, by a program that is there already, or one without losses and gradients."""
   if cfg in FIRST:
     return jax.tree.map(np.asarray, run_on(cfg, g)[:2])
-  return jax.tree.map(np.asarray, forward(layer(cfg), g.x, g.bias, g.tokens(key_of(cfg))))
+  moe = layer(cfg, has_losses=False)
+  return jax.tree.map(np.asarray, forward(moe, g.x, g.bias, g.tokens(key_of(cfg))))
 
 
 def parameters(moe: MoE) -> dict[str, np.ndarray]:

@@ -8,12 +8,14 @@ from moejax.certify.oracle import balance as oracle_balance
 from moejax.moe.routing import RouterConfig
 from moejax.moe.token_sets import (
   Scope,
+  document_counts,
   document_parts,
   document_sums,
   even_parts,
   expert_load,
   ids_in_range,
   parts_of_set,
+  row_loads,
   row_parts,
   row_sums,
   token_parts,
@@ -87,3 +89,28 @@ def test_micro_batches_weigh_what_they_hold_of_each_kind_of_set() -> None:
   single = Scope(rows=1)
   for parts in (row_parts, even_parts):
     np.testing.assert_array_equal(parts(tokens, segments, single), [1, 1, 0, 1])
+
+
+def test_each_micro_batch_of_a_whole_set_has_its_own_sets_share() -> None:
+  """Three sets of two micro-batches of one row; the second set has no token."""
+  segments = np.ones((6, 1, 4), np.int32)
+  segments[2:4] = 0
+  tokens = (segments > 0)[..., None].astype(np.float32)
+  shares = even_parts(tokens, segments, Scope(rows=2))
+  np.testing.assert_array_equal(shares, [0.5, 0.5, 0, 0, 0.5, 0.5])
+
+
+def test_counts_are_whole_numbers_whatever_is_masked_or_unassigned() -> None:
+  ids = np.array([[[0, 2], [3, -1], [1, 0]], [[2, 1], [0, 1], [7, 0]]], np.int32)  # of three
+  mask = np.array([[True, True, False], [True, True, True]])
+  np.testing.assert_array_equal(row_loads(ids, mask, 3), [[1, 0, 1], [2, 2, 1]])
+  np.testing.assert_array_equal(expert_load(ids, mask, 3), [3, 2, 2])
+  segments = np.array([[1, 2, 2], [1, 1, 3]], np.int32)
+  counts = document_counts(ids, mask, segments, 3)
+  # A token reads its own document: the masked one that of the token beside it.
+  nothing = [0, 0, 0]
+  want = [[[1, 0, 1], nothing, nothing], [[1, 2, 1], [1, 2, 1], [1, 0, 0]]]
+  np.testing.assert_array_equal(counts.experts, want)
+  np.testing.assert_array_equal(counts.copies, [[2, 0, 0], [4, 4, 1]])
+  np.testing.assert_array_equal(counts.tokens, [[1, 1, 1], [2, 2, 1]])
+  assert counts.documents == 4 and counts.experts.dtype == np.int32

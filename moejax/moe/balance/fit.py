@@ -11,8 +11,9 @@ Letters: E experts, K experts per token, M groups of experts.
 
 from collections.abc import Mapping
 
-from moejax.config import problem_if
+from moejax.config import not_one_of, problem_if
 from moejax.moe.balance.losses import BALANCE_LOSSES
+from moejax.moe.bias import BIAS_RULES
 from moejax.moe.routing import RouterConfig
 from moejax.moe.selection import SELECTIONS
 from moejax.moe.token_sets import Scope
@@ -25,7 +26,9 @@ def untrainable(router: RouterConfig) -> str:
   exported: so this is no problem of a RouterConfig, but of whoever trains with it.
   """
   # Experts that choose their tokens may leave a token several, or none.
-  several = router.top_k > 1 or router.num_experts == 1 or router.selection == 'expert_choice'
+  selection = SELECTIONS.get(router.selection)
+  choose = bool(selection and selection.experts_choose)
+  several = router.top_k > 1 or router.num_experts == 1 or choose
   if several or not router.renormalise:
     return ''
   remedy = 'use renormalise=False'
@@ -62,6 +65,26 @@ def fit_problems(
       )
     )
   return problems
+
+
+def asked_problems(router: RouterConfig, scopes: Mapping[str, Scope], bias_rule: str) -> list[str]:
+  """What is wrong with the losses and the bias rule that a layer is asked for, '' where nothing."""
+  if not isinstance(scopes, Mapping):
+    return [f'scopes={scopes!r}: use a dict of balance loss -> Scope()']
+  problems = [not_one_of('scopes', name, BALANCE_LOSSES) for name in scopes]
+  for name, scope in scopes.items():
+    is_scope = isinstance(scope, Scope)
+    # A coefficient is a likely mistake here.
+    remedy = 'use a Scope(), and multiply the loss by its coefficient yourself'
+    problems.append(problem_if(not is_scope, f'scopes[{name!r}]={scope!r}: {remedy}'))
+  if bias_rule:
+    problems.append(not_one_of('bias_rule', bias_rule, BIAS_RULES))
+  if any(problems):
+    return problems  # what is not there fits nothing
+  if scopes or bias_rule:  # it is to be trained; otherwise a call says whether it is
+    problems.append(untrainable(router))
+  fits = fit_problems(router, scopes, bias_rule, loss='scopes[{!r}]', rule='bias_rule')
+  return problems + fits
 
 
 def bias_rule_problem(router: RouterConfig, bias_rule: str, rule: str) -> str:

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from moejax.moe.routing import Routing
-from moejax.moe.token_sets import Scope, parts_of_set, row_sums, zero_padding
+from moejax.moe.token_sets import (
+  Scope,
+  masked_ids,
+  parts_of_set,
+  put_at_experts,
+  row_sums,
+  zero_padding,
+)
 
 # A mean below it is taken for nothing: it is near the smallest normal float32, 1.2e-38.
 SMALLEST_SUM = 1e-37
@@ -31,14 +38,19 @@ def variation(sums_GE: Array) -> Array:
   return jnp.square(away_GE).mean(-1)  # of what is away, not E[x^2] - 1: that cancels
 
 
-def of_sets(values_BSE: Array, mask_BS: Array, scope: Scope) -> Array:
+def of_sets(sums_BE: Array, mask_BS: Array, scope: Scope) -> Array:
   """Mean over the sets that hold a token of the variation of their sums, a scalar.
 
   Where a set is spread over m micro-batches, its variation is that of the whole, and the gradient
   of this part is m times that of its own tokens: each part counts 1/m (`even_parts`), and they add
   up to the gradient of the whole.
+
+  Args:
+    sums_BE: what varies, summed over each row's tokens that count.
+    mask_BS: bool, the tokens that count.
+    scope: the switches.
   """
-  sums_GE = row_sums(zero_padding(values_BSE, mask_BS), scope.rows)
+  sums_GE = row_sums(sums_BE[:, None], scope.rows)
   if scope.whole is None:
     tokens_G = row_sums(mask_BS[..., None].astype(jnp.float32), scope.rows)[:, 0]
     return variation(sums_GE).sum() / jnp.maximum((tokens_G > 0).sum(), 1)
@@ -48,11 +60,21 @@ def of_sets(values_BSE: Array, mask_BS: Array, scope: Scope) -> Array:
   return variation(scope.whole + parts * own_GE)[0]
 
 
-def gates(routing: Routing, mask_BS: Array) -> Array:
-  """Returns G_te, the weight of expert e for token t, 0 where it was not chosen. [B, S, E] f32."""
-  chosen_BSKE = jax.nn.one_hot(routing.expert_ids, routing.probs.shape[-1])
-  # Padding is taken out before the product: its weights may be NaN.
-  return jnp.einsum('bske,bsk->bse', chosen_BSKE, zero_padding(routing.weights, mask_BS))
+def gate_sums(routing: Routing, mask_BS: Array) -> Array:
+  """Returns the sums of the gates over each row's tokens that count. [B, E] f32.
+
+  A gate G_te is the weight of expert e for token t, 0 where it was not chosen.
+  """
+  num_experts, rows = routing.probs.shape[-1], len(mask_BS)
+  ids_BSK = masked_ids(routing.expert_ids, mask_BS, num_experts)
+  # A row's copies as those of one token.
+  weights_BN, ids_BN = (a.reshape(rows, -1) for a in (routing.weights, ids_BSK))
+  return put_at_experts(weights_BN, ids_BN, num_experts)
+
+
+def likely_sums(routing: Routing, mask_BS: Array) -> Array:
+  """Returns the load that each expert may expect of each row's tokens that count. [B, E] f32."""
+  return zero_padding(routing.likely, mask_BS).sum(1)
 
 
 def importance(
@@ -64,7 +86,7 @@ def importance(
   number was at hand. 0 at balance.
   """
   del segments_BS
-  return of_sets(gates(routing, mask_BS), mask_BS, scope)
+  return of_sets(gate_sums(routing, mask_BS), mask_BS, scope)
 
 
 def smooth_load(
@@ -76,16 +98,16 @@ def smooth_load(
   unlike a count, has a gradient.
   """
   del segments_BS
-  return of_sets(routing.likely, mask_BS, scope)
+  return of_sets(likely_sums(routing, mask_BS), mask_BS, scope)
 
 
 def importance_seen(routing: Routing, mask_BS: Array, scope: Scope) -> Array:
   """Returns the sums of the gates over a micro-batch's tokens that count. [E] f32."""
   del scope
-  return row_sums(gates(routing, mask_BS), 0)[0]
+  return gate_sums(routing, mask_BS).sum(0)
 
 
 def load_seen(routing: Routing, mask_BS: Array, scope: Scope) -> Array:
   """Returns the load that each expert may expect of a micro-batch's tokens that count. [E] f32."""
   del scope
-  return row_sums(zero_padding(routing.likely, mask_BS), 0)[0]
+  return likely_sums(routing, mask_BS).sum(0)

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from moejax.config.decimals import decimal_of
-from moejax.moe.dispatch.exchange import LocalView, RoutedTokens, ffn_at_experts
+from moejax.moe.dispatch.exchange import ffn_at_experts
+from moejax.moe.dispatch.expert_rows import expert_rows
+from moejax.moe.dispatch.local_view import LocalView, RoutedTokens, RowQuota
 from moejax.moe.experts.sorted_copies import clip_unassigned
 from moejax.moe.experts.weights import batched_ffn
 
@@ -81,15 +83,39 @@ def capacity_matmul(view: LocalView, capacity_factor: float, drop_by: str) -> tu
   # By index: products with one-hot matrices would need [T, E, C] masks.
   no_token_Q = jnp.full_like(slot_N, num_tokens, shape=(num_slots,))
   token_Q = no_token_Q.at[slot_N].set(queue.copies // top_k, mode='drop')
-  # An empty slot has a token past the end: its row is zeros, and its output is added to no token.
-  buffers_QD = tokens.x.at[token_Q].get(mode='fill', fill_value=0)
-  ffn = functools.partial(batched_ffn, weights=view.experts, activation=view.activation)
-  num_local = view.experts.gate.shape[0]
-  out_ECD = ffn_at_experts(ffn, buffers_QD.reshape(num_experts, rows, -1), num_local)
-  out_QD = out_ECD.reshape(num_slots, -1)
   no_weight_Q = jnp.zeros_like(tokens.weights, shape=(num_slots,))
   weight_Q = no_weight_Q.at[slot_N].set(tokens.weights.reshape(-1)[queue.copies], mode='drop')
-  scaled_QD = out_QD * weight_Q[:, None].astype(out_QD.dtype)
-  y_TD = jnp.zeros_like(tokens.x).at[token_Q].add(scaled_QD, mode='drop')
+  y_TD = buffers_matmul(view, token_Q.reshape(num_experts, rows), weight_Q)
   is_dropped_N = (queue.expert_ids < num_experts) & ~fits_N
   return y_TD, is_dropped_N.sum().astype(jnp.float32)
+
+
+def quota_matmul(view: LocalView, quota: RowQuota) -> tuple[Array, Array]:
+  """A batched product on the rows that each expert has taken, where experts choose.
+
+  Args:
+    view: of one device, with ids that count its own experts.
+    quota: of a row.
+
+  Returns:
+    y [T, D], and how many copies were beyond the quota, a scalar f32.
+  """
+  rows = expert_rows(view.tokens, view.num_experts, quota)
+  return buffers_matmul(view, rows.tokens, rows.weights), rows.dropped
+
+
+def buffers_matmul(view: LocalView, token_EC: Array, weight_EC: Array) -> Array:
+  """Returns y [T, D]: what experts give for the tokens in their buffers, by a batched product.
+
+  Args:
+    view: of one device.
+    token_EC: integers, the token in each slot; T for an empty slot.
+    weight_EC: f32, in the same order, of any shape: what a slot's output is multiplied by.
+  """
+  tokens = view.tokens
+  # An empty slot has a token past the end: its row is zeros, and its output is added to no token.
+  buffers_ECD = tokens.x.at[token_EC].get(mode='fill', fill_value=0)
+  ffn = functools.partial(batched_ffn, weights=view.experts, activation=view.activation)
+  out_ECD = ffn_at_experts(ffn, buffers_ECD, view.experts.gate.shape[0])
+  scaled_ECD = out_ECD * weight_EC.reshape(*token_EC.shape, 1).astype(out_ECD.dtype)
+  return jnp.zeros_like(tokens.x).at[token_EC].add(scaled_ECD, mode='drop')

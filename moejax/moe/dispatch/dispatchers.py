@@ -22,21 +22,22 @@ from jax import Array
 from jax.sharding import AbstractMesh
 
 from moejax.config import ConfigError, at_least, check, not_finite, not_one_of, problem_if
-from moejax.moe.dispatch.buffers import capacity, capacity_matmul
+from moejax.moe.dispatch.buffers import capacity, capacity_matmul, quota_matmul
 from moejax.moe.dispatch.exchange import (
   EXCHANGES,
   Exchange,
-  LocalView,
-  RoutedTokens,
   expert_parallel,
   expert_specs,
   no_exchange,
 )
 from moejax.moe.dispatch.exchange_cost import Group, exchange_bytes, lacking_ragged
+from moejax.moe.dispatch.expert_rows import sort_view
+from moejax.moe.dispatch.local_view import LocalView, RoutedTokens, RowQuota
 from moejax.moe.experts.grouped_ffn import grouped_ffn
-from moejax.moe.experts.sorted_copies import Copies, sort_copies
 from moejax.moe.experts.weights import Activation, Weights, dense_ffn
 from moejax.moe.routing import Routing
+from moejax.moe.selection import expert_quota
+from moejax.moe.token_sets import put_at_experts
 
 DROP_BY = ('position', 'probs')
 AUTO = 'auto'
@@ -46,8 +47,9 @@ AUTO = 'auto'
 class DispatchConfig:
   """How tokens reach their experts.
 
-  capacity_factor: how much larger than an even load the experts' buffers are. 0: no buffers, and
-    nothing is dropped. On a mesh, buffers are those of each device's own tokens: the more devices,
+  capacity_factor: in training, how much larger than an even load the experts' buffers are. 0: no
+    buffers, and nothing is dropped, as it never is where nothing is trained: in validation,
+    decoding and export. On a mesh, buffers are those of each device's own tokens: the more devices,
     the less evens out between them.
   drop_by: which copies stay when a buffer is full.
   exchange: how tokens and experts come together over the `expert` mesh axis, see `exchanges`.
@@ -85,8 +87,8 @@ class DispatchConfig:
     )
 
 
-# (x [B, S, D], routing, experts, activation, cfg) -> y [B, S, D], dropped fraction
-Dispatcher = Callable[[Array, Routing, Weights, Activation, DispatchConfig], tuple[Array, Array]]
+# (x [B, S, D], routing, experts, activation, cfg[, expert_top_k]) -> y [B, S, D], dropped fraction
+Dispatcher = Callable[..., tuple[Array, Array]]
 # (view, cfg) -> y [T, D], copies dropped: a LocalDispatcher once it is given its config
 ConfiguredDispatcher = Callable[[LocalView, DispatchConfig], tuple[Array, Array]]
 
@@ -159,12 +161,24 @@ def over_mesh(local: ConfiguredDispatcher) -> Dispatcher:
   routing whose padding has expert_ids past the last expert, so that it takes no place in a buffer.
   It gives y [B, S, D], zero for padding, and the dropped fraction of the copies that count, a
   scalar f32.
+
+  Where experts choose, `expert_top_k` is K of `expert_quota`, by which each takes its tokens of
+  each row. A routing that gives an expert more, as that selection never does, has the rest dropped.
+  0: tokens choose.
   """
 
   def dispatcher(
-    x: Array, routing: Routing, experts: Weights, activation: Activation, cfg: DispatchConfig
+    x: Array,
+    routing: Routing,
+    experts: Weights,
+    activation: Activation,
+    cfg: DispatchConfig,
+    expert_top_k: int = 0,
   ) -> tuple[Array, Array]:
-    num_experts = experts.gate.shape[0]
+    num_experts, length = experts.gate.shape[0], x.shape[1]
+    quota = None
+    if expert_top_k:
+      quota = RowQuota(length, expert_quota(length, expert_top_k, num_experts))
     # Scores only rank copies for room in a buffer: no gradient. 'clip', since the ids of unassigned
     # copies are past the end.
     scores_BSK = jnp.take_along_axis(
@@ -175,14 +189,22 @@ def over_mesh(local: ConfiguredDispatcher) -> Dispatcher:
 
     def run(exchange: Exchange, tokens: RoutedTokens, experts: Weights) -> tuple[Array, Array]:
       flat = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), tokens)
-      view = LocalView(flat, experts, activation, num_experts)
+      view = LocalView(
+        flat,
+        experts,
+        activation,
+        num_experts=num_experts,
+        even_share=even_share(flat, num_experts, quota),
+        quota=quota,
+      )
       y_TD, dropped = exchange(functools.partial(local, cfg=cfg), view)
       return y_TD.reshape(tokens.x.shape), dropped
 
     if mesh.empty or mesh.size == 1:
       y, dropped = run(no_exchange, tokens, experts)
     else:
-      exchange = exchange_on(mesh, cfg, tokens, num_experts)
+      top_k = expert_top_k or routing.expert_ids.shape[-1]
+      exchange = exchange_on(mesh, cfg, x, top_k, num_experts)
       run_on_mesh = expert_parallel(functools.partial(run, exchange), expert_specs(experts))
       y, dropped = run_on_mesh(tokens, experts)
     num_copies = (routing.expert_ids < num_experts).sum()
@@ -192,19 +214,30 @@ def over_mesh(local: ConfiguredDispatcher) -> Dispatcher:
   return dispatcher
 
 
+def even_share(tokens: RoutedTokens, num_experts: int, quota: RowQuota | None) -> int:
+  """Returns how many copies a device's own tokens have, or where experts choose can have.
+
+  Of an even routing as many come to each device of an expert-parallel group.
+  """
+  num_tokens, top_k = tokens.expert_ids.shape
+  if quota is None:
+    return num_tokens * top_k
+  return num_tokens // quota.length * quota.most * num_experts
+
+
 def exchange_on(
-  mesh: AbstractMesh, cfg: DispatchConfig, tokens: RoutedTokens, num_experts: int
+  mesh: AbstractMesh, cfg: DispatchConfig, x: Array, top_k: int, num_experts: int
 ) -> Exchange:
-  """Returns the exchange for global tokens [B, S, ...]: none if every device has all experts."""
-  rows, length, d_model = tokens.x.shape
+  """Returns the exchange for global tokens x [B, S, D]: none if every device has all experts."""
+  rows, length, d_model = x.shape
   group = exchange_group(
     cfg,
     mesh,
     tokens=rows * length,
-    top_k=tokens.expert_ids.shape[-1],
+    top_k=top_k,
     num_experts=num_experts,
     d_model=d_model,
-    dtype=tokens.x.dtype,
+    dtype=x.dtype,
   )
   if group.devices == 1:
     return no_exchange
@@ -214,28 +247,25 @@ def exchange_on(
 def sparse_matmul(view: LocalView, cfg: DispatchConfig) -> tuple[Array, Array]:
   """Dropless: copies sorted by expert, then `grouped_ffn`. Returns y [T, D], and 0 dropped."""
   del cfg
-  tokens = view.tokens
-  num_tokens, top_k = tokens.expert_ids.shape
-  tokens_N, weights_N, load_E = sort_copies(tokens.expert_ids, tokens.weights, view.num_experts)
-  # A token has no expert twice: of its K at most as many as this device has; the rest is
-  # unassigned, and last.
-  most = num_tokens * min(top_k, view.num_experts)
-  copies = Copies(tokens_N[:most], weights_N[:most], load_E)
-  y_TD = grouped_ffn(tokens.x, copies, view.experts, view.activation)
-  return y_TD, jnp.zeros_like(tokens.weights, shape=())
+  copies, dropped = sort_view(view)
+  y_TD = grouped_ffn(view.tokens.x, copies, view.experts, view.activation, view.even_share)
+  return y_TD, dropped
 
 
 def dense_matmul(view: LocalView, cfg: DispatchConfig) -> tuple[Array, Array]:
-  """A dense product for each expert: on every token without capacity, on [E, C, D] buffers with it.
+  """A dense product for each expert: on every token, or on [E, C, D] buffers.
 
-  Returns y [T, D], and how many copies were dropped.
+  Buffers are filled with capacity, and where experts choose.
+
+  Returns:
+    y [T, D], and how many copies were dropped.
   """
   if cfg.capacity_factor > 0:
     return capacity_matmul(view, cfg.capacity_factor, cfg.drop_by)
+  if view.quota is not None:
+    return quota_matmul(view, view.quota)
   tokens = view.tokens
-  # The one-hot of an unassigned id is all zeros.
-  chosen_TKE = jax.nn.one_hot(tokens.expert_ids, view.num_experts, dtype=jnp.float32)
-  combine_TE = jnp.einsum('tke,tk->te', chosen_TKE, tokens.weights)
+  combine_TE = put_at_experts(tokens.weights, tokens.expert_ids, view.num_experts)
   y_TD = dense_ffn(tokens.x, combine_TE, view.experts, view.activation)
   return y_TD, jnp.zeros_like(tokens.weights, shape=())
 

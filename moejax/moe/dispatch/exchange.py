@@ -21,30 +21,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from moejax.moe.experts.sorted_copies import sort_copies
-from moejax.moe.experts.weights import Activation, Biases, Weights
+from moejax.moe.dispatch.expert_rows import most_copies, sort_view
+from moejax.moe.dispatch.local_view import LocalView, RoutedTokens
+from moejax.moe.experts.weights import Biases, Weights
 from moejax.sharding.logical_axes import RULES
 from moejax.sharding.mesh import MESH_AXES
-
-
-class RoutedTokens(NamedTuple):
-  """Tokens and where they are routed: [T, ...] on a device, [B, S, ...] as global arrays."""
-
-  x: Array  # [T, D]
-  # [T, K] i32, outside [0, num_experts) if unassigned; no expert twice for a token
-  expert_ids: Array
-  scores: Array  # [T, K] f32, which copies stay when a buffer is full: the highest
-  weights: Array  # [T, K] f32
-
-
-class LocalView(NamedTuple):
-  """What a device sees: tokens, and the experts that it holds."""
-
-  tokens: RoutedTokens
-  experts: Weights  # [L, ...]
-  activation: Activation
-  num_experts: int  # that ids count: L, or E where the dispatcher fills buffers for the whole group
-
 
 # view -> y [T, D], copies dropped: a scalar f32
 LocalDispatcher = Callable[[LocalView], tuple[Array, Array]]
@@ -78,13 +59,12 @@ def ragged(local: LocalDispatcher, view: LocalView) -> tuple[Array, Array]:
   """
   tokens, num_local = view.tokens, view.experts.gate.shape[0]
   group_size = jax.lax.axis_size('expert')
-  num_tokens, top_k = tokens.expert_ids.shape
   # Sorted by expert is sorted by device: experts lie on the devices in order.
-  copies = sort_copies(tokens.expert_ids, tokens.weights, view.num_experts)
+  copies, beyond_quota = sort_view(view)
   # Copies from which device, to which device, for which of its experts.
   counts_XXL = jax.lax.all_gather(copies.load, 'expert').reshape(group_size, group_size, num_local)
   sent_XX = counts_XXL.sum(-1)
-  room = group_size * num_tokens * min(top_k, num_local)
+  room = group_size * most_copies(view, num_local)
   x_ND, weights_N1 = tokens.x[copies.tokens], copies.weights[:, None]
   x_RD = send_rows(x_ND, sent_XX, room)
   weights_R1 = send_rows(weights_N1, sent_XX, room)
@@ -95,9 +75,10 @@ def ragged(local: LocalDispatcher, view: LocalView) -> tuple[Array, Array]:
   # Rows past the last run are no copies: unassigned.
   ids_R1 = jnp.where(jnp.arange(room) < run_lengths.sum(), ids_R, num_local)[:, None]
   received = RoutedTokens(x_RD, ids_R1, jnp.zeros_like(weights_R1), weights_R1)
-  y_RD, dropped = local(view._replace(tokens=received, num_experts=num_local))
+  arrived = view._replace(tokens=received, num_experts=num_local, quota=None)
+  y_RD, dropped = local(arrived)
   y_ND = send_rows(y_RD, sent_XX.T, copies.tokens.size)
-  return jnp.zeros_like(tokens.x).at[copies.tokens].add(y_ND), dropped
+  return jnp.zeros_like(tokens.x).at[copies.tokens].add(y_ND), dropped + beyond_quota
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

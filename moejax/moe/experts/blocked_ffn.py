@@ -118,7 +118,7 @@ def loop_over_blocks(
 
 
 def blocked_forward(
-  x_TD: Array, copies: Copies, weights: Weights, activation: Activation
+  x_TD: Array, copies: Copies, weights: Weights, activation: Activation, even_share: int = 0
 ) -> tuple[Array, PreActivations]:
   """Returns y [T, D] and the pre-activations [P, F].
 
@@ -130,7 +130,9 @@ def blocked_forward(
     copies: N of them, sorted by expert.
     weights: of all E experts.
     activation: of the gate and the up projection.
+    even_share: not looked at: what has no copy costs nothing.
   """
+  del even_share
   num_copies = copies.tokens.shape[0]
   num_experts, _, d_ff = weights.gate.shape
   sizes = block_sizes(num_copies, num_experts)
@@ -159,7 +161,9 @@ def blocked_forward(
   return jax.lax.fori_loop(0, num_experts, run_expert, carry)
 
 
-def blocked_backward(residuals: Residuals, activation: Activation, dy_TD: Array) -> FfnGradients:
+def blocked_backward(
+  residuals: Residuals, activation: Activation, dy_TD: Array, even_share: int = 0
+) -> FfnGradients:
   """Returns the gradients of `blocked_forward`'s arguments from what it kept.
 
   Args:
@@ -167,6 +171,7 @@ def blocked_backward(residuals: Residuals, activation: Activation, dy_TD: Array)
     activation: the same as in the forward pass.
     dy_TD: [T, D], the cotangent of y.
   """
+  del even_share
   x_TD, copies, weights, pre_PF = residuals
   num_copies, num_experts = copies.tokens.shape[0], weights.gate.shape[0]
   sizes = block_sizes(num_copies, num_experts)
@@ -208,11 +213,7 @@ def blocked_backward(residuals: Residuals, activation: Activation, dy_TD: Array)
     )
     return own._replace(weights=d_weights)
 
-  carry = FfnGradients(
-    x=zeros(x_TD, *x_TD.shape),
-    copy_weights=zeros(copy_weights_P, num_copies + sizes[-1]),
-    weights=jax.tree.map(lambda a: zeros(a, *a.shape), weights),
-  )
+  carry = jax.tree.map(lambda a: zeros(a, *a.shape), FfnGradients(x_TD, copy_weights_P, weights))
   gradients = jax.lax.fori_loop(0, num_experts, run_expert, carry)
   # A block also writes the rows past its expert's last, and nothing overwrites the unassigned.
   is_assigned_N = assigned_mask(copies)[:, 0]

@@ -13,7 +13,7 @@ from moejax.moe.experts.weights import Activation, Weights, add_bias
 
 
 def gathered_forward(
-  x_TD: Array, copies: Copies, weights: Weights, activation: Activation
+  x_TD: Array, copies: Copies, weights: Weights, activation: Activation, even_share: int = 0
 ) -> tuple[Array, PreActivations]:
   """Returns what `blocked_forward` does, from a gathered expert for each copy; N pre-activations.
 
@@ -22,7 +22,9 @@ def gathered_forward(
     copies: N of them, sorted by expert.
     weights: of all E experts; gathered to [N, D, F] and [N, F, D].
     activation: of the gate and the up projection.
+    even_share: not looked at: there is room for few copies.
   """
+  del even_share
   x_ND = x_TD[copies.tokens]
   # Every copy brings its own matrices: for a few copies less to read than all experts are.
   w = jax.tree.map(lambda stacked: stacked[expert_of_copies(copies)], weights)
@@ -36,12 +38,15 @@ def gathered_forward(
   return y_TD, PreActivations(gate_NF, up_NF)
 
 
-def gathered_backward(residuals: Residuals, activation: Activation, dy_TD: Array) -> FfnGradients:
+def gathered_backward(
+  residuals: Residuals, activation: Activation, dy_TD: Array, even_share: int = 0
+) -> FfnGradients:
   """Returns what `blocked_backward` does, by computing everything again.
 
   It is there so that small models differentiate: training batches have many more copies than
   experts.
   """
+  del even_share
   copies = residuals.copies
 
   def forward(x_TD: Array, copy_weights_N: Array, weights: Weights) -> Array:

@@ -37,9 +37,11 @@ class Implementation(NamedTuple):
   backward: Backward
 
 
-# The activation is a Python function, not an array: static for differentiation.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_ffn(x: Array, copies: Copies, weights: Weights, activation: Activation) -> Array:
+# The activation is a Python function and `even_share` a size: static for differentiation.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def grouped_ffn(
+  x: Array, copies: Copies, weights: Weights, activation: Activation, even_share: int = 0
+) -> Array:
   """Returns the weighted sum of its experts' outputs for every token.
 
   Args:
@@ -47,35 +49,37 @@ def grouped_ffn(x: Array, copies: Copies, weights: Weights, activation: Activati
     copies: sorted by expert, see `sort_copies`.
     weights: the experts' projections in the compute dtype.
     activation: of the gate and the up projection.
+    even_share: copies that these experts get of an even routing, where there is room for more, in
+      an expert-parallel group; 0: as many as there are.
 
   Returns:
     [T, D] in the dtype of x. Sums over a token's copies and over blocks are in that dtype.
   """
-  return run_forward(x, copies, weights, activation)[0]
+  return run_forward(x, copies, weights, activation, even_share)[0]
 
 
 def run_forward(
-  x: Array, copies: Copies, weights: Weights, activation: Activation
+  x: Array, copies: Copies, weights: Weights, activation: Activation, even_share: int
 ) -> tuple[Array, PreActivations]:
   """Returns y [T, D] and the pre-activations [N or more, F], by the best implementation."""
   implementation = IMPLEMENTATIONS[best_implementation(copies)]
-  return implementation.forward(x, copies, weights, activation)
+  return implementation.forward(x, copies, weights, activation, even_share)
 
 
 def grouped_ffn_fwd(
-  x: Array, copies: Copies, weights: Weights, activation: Activation
+  x: Array, copies: Copies, weights: Weights, activation: Activation, even_share: int
 ) -> tuple[Array, Residuals]:
   """Computes the forward pass for differentiation, which keeps the pre-activations."""
-  y, pre_activations = run_forward(x, copies, weights, activation)
+  y, pre_activations = run_forward(x, copies, weights, activation, even_share)
   return y, Residuals(x, copies, weights, pre_activations)
 
 
 def grouped_ffn_bwd(
-  activation: Activation, residuals: Residuals, dy: Array
+  activation: Activation, even_share: int, residuals: Residuals, dy: Array
 ) -> tuple[Array, Copies, Weights]:
   """Returns cotangents of x, of the copies' weights and of the experts' projections."""
   implementation = IMPLEMENTATIONS[best_implementation(residuals.copies)]
-  gradients = implementation.backward(residuals, activation, dy)
+  gradients = implementation.backward(residuals, activation, dy, even_share)
   # None is JAX's cotangent of integers: of the copies' tokens and of the load.
   d_copies = Copies(tokens=None, weights=gradients.copy_weights, load=None)
   return gradients.x, d_copies, gradients.weights

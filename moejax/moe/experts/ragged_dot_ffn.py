@@ -46,16 +46,17 @@ class Window(NamedTuple):
   start: Array  # scalar i32, the first copy
 
 
-def window_size(num_copies: int) -> int:
-  """Returns W, the rows of a window: without an expert-parallel group, all copies.
+def window_size(num_copies: int, even_share: int) -> int:
+  """Returns W, the rows of a window: a quarter more than an even routing gives, in whole tiles.
 
-  In a group, a quarter more than an even routing gives a device, in whole tiles.
+  Args:
+    num_copies: N, for which there is room. In an expert-parallel group with fewer local experts
+      than a token has, N is less than all of the group's copies, so W does not follow from it.
+    even_share: copies of an even routing; 0: N.
   """
-  mesh = jax.sharding.get_abstract_mesh().shape
-  group_size = mesh['expert'] if 'expert' in mesh else 1
-  if group_size == 1:
+  if not even_share:
     return num_copies
-  tiles = -(-5 * num_copies // (4 * group_size * TILE))
+  tiles = -(-5 * even_share // (4 * TILE))
   return min(num_copies, tiles * TILE)
 
 
@@ -116,11 +117,11 @@ def pre_activations(x_ND: Array, copies: Copies, weights: Weights) -> PreActivat
 
 
 def ragged_forward(
-  x_TD: Array, copies: Copies, weights: Weights, activation: Activation
+  x_TD: Array, copies: Copies, weights: Weights, activation: Activation, even_share: int = 0
 ) -> tuple[Array, PreActivations]:
   """Returns what `blocked_forward` does; of several windows, pre-activations of no rows [0, F]."""
   num_copies = copies.tokens.size
-  size = window_size(num_copies)
+  size = window_size(num_copies, even_share)
   is_single = size == num_copies
 
   def body(window: Window, carry: tuple[Array, PreActivations]) -> tuple[Array, PreActivations]:
@@ -138,11 +139,13 @@ def ragged_forward(
   return loop_over_windows(copies, size, body, carry, peel_first=is_single)
 
 
-def ragged_backward(residuals: Residuals, activation: Activation, dy_TD: Array) -> FfnGradients:
+def ragged_backward(
+  residuals: Residuals, activation: Activation, dy_TD: Array, even_share: int = 0
+) -> FfnGradients:
   """Returns what `blocked_backward` does, from what `ragged_forward` kept."""
   x_TD, copies, weights, kept = residuals
   num_copies = copies.tokens.size
-  size = window_size(num_copies)
+  size = window_size(num_copies, even_share)
 
   def body(window: Window, sums: GradientSums) -> GradientSums:
     own = window.copies

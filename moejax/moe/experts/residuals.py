@@ -40,7 +40,7 @@ class FfnGradients(NamedTuple):
   weights: Weights
 
 
-# (x, copies, weights, activation) -> y [T, D], pre-activations
-Forward = Callable[[Array, Copies, Weights, Activation], tuple[Array, PreActivations]]
-# (residuals, activation, dy [T, D]) -> gradients
-Backward = Callable[[Residuals, Activation, Array], FfnGradients]
+# (x, copies, weights, activation, even_share) -> y [T, D], pre-activations
+Forward = Callable[[Array, Copies, Weights, Activation, int], tuple[Array, PreActivations]]
+# (residuals, activation, dy [T, D], even_share) -> gradients
+Backward = Callable[[Residuals, Activation, Array, int], FfnGradients]

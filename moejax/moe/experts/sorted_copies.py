@@ -29,18 +29,23 @@ def sort_copies(expert_ids: Array, weights: Array, num_experts: int) -> Copies:
     weights: [T, K] f32.
     num_experts: E, of which some may get no copy.
   """
-  num_copies, top_k = expert_ids.size, expert_ids.shape[1]
+  top_k = expert_ids.shape[1]
   ids_N = clip_unassigned(expert_ids, num_experts).reshape(-1)
-  if (num_experts + 1) * num_copies >= 2**31:
-    # The packed keys would overflow an int32.
-    order_N = jnp.argsort(ids_N, stable=True).astype(jnp.int32)
-  else:
-    # One sort of `expert * N + index` packed in an integer: several times faster than an argsort.
-    keys_N = ids_N * num_copies + jnp.arange(num_copies, dtype=jnp.int32)
-    order_N = jnp.sort(keys_N) % num_copies
+  order_N = order_by_expert(ids_N, num_experts)
   # One bin more than experts counts the unassigned, and is cut off.
   load_E = jnp.bincount(ids_N, length=num_experts + 1)[:num_experts].astype(jnp.int32)
   return Copies(order_N // top_k, weights.reshape(-1)[order_N], load_E)
+
+
+def order_by_expert(ids_N: Array, num_experts: int) -> Array:
+  """Returns the stable order of ids from 0 to E, [N] i32."""
+  num_copies = ids_N.size
+  if (num_experts + 1) * num_copies > 2**31:
+    # The packed keys, (E + 1) N - 1 at most, would overflow an int32.
+    return jnp.argsort(ids_N, stable=True).astype(jnp.int32)
+  # One sort of `expert * N + index` packed in an integer: several times faster than an argsort.
+  keys_N = ids_N * num_copies + jnp.arange(num_copies, dtype=jnp.int32)
+  return jnp.sort(keys_N) % num_copies
 
 
 def clip_unassigned(expert_ids: Array, num_experts: int) -> Array:

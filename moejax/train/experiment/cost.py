@@ -97,10 +97,7 @@ def exchange_summary(cfg: ExperimentConfig, mesh: AbstractMesh) -> tuple[str, di
     d_model=model.d_model,
     dtype=model.dtype,
   )
-  # Under expert choice a token may be taken by any number of experts, up to all of them.
-  places = router.num_experts if router.selection == 'expert_choice' else router.top_k
-  exchange = choose_exchange(dispatch, group._replace(top_k=places), lacking_ragged(mesh))
-  return exchange, exchange_bytes(group)
+  return choose_exchange(dispatch, group, lacking_ragged(mesh)), exchange_bytes(group)
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, devices: list[jax.Device]) -> float:

@@ -28,6 +28,7 @@ from moejax.train.step.gradient_accumulation import gradients
 from moejax.train.step.objective import Sums, Terms, positive, sum_by_task
 from moejax.train.step.spikes import spike_limit, update_stability
 from moejax.train.step.train_state import TrainState
+from moejax.train.telemetry.routing_probe import probe_rows
 
 Metrics = dict[str, Array | dict[str, Array]]
 
@@ -184,9 +185,9 @@ def eval_step(
 
   Returns:
     Of each task [R]: `task_nll` in nats, `task_tokens` predicted. Of each MoE layer: `load` [L, E],
-    `stats` [L, ...], and the `expert_ids` [L, B, S, K].
+    `stats` [L, ...], and the `expert_ids` [L, rows, S, K] of the first rows, which a probe takes.
   """
-  out = model(batch, router.bias)
+  out = model(batch, router.bias, rows_with_ids=probe_rows(batch.tokens.shape[1]))
   # Every token counts once: what training weighs tasks by is no part of a measurement.
   weights = batch.mask.astype(jnp.float32)
   head = model.head_weights()

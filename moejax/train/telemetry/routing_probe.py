@@ -23,14 +23,20 @@ UNASSIGNED = 2**16 - 1  # in place of an expert: a copy of padding, or one that 
 log = logging.getLogger(__name__)
 
 
+def probe_rows(length: int) -> int:
+  """Returns of how many rows of `length` tokens a probe is made, where a batch has as many."""
+  return max(1, TOKENS // length)
+
+
 def make_probe(expert_ids: Array, mask: Array, num_experts: int) -> Array:
   """The probe of one batch. [L, T, K] u16, UNASSIGNED where a copy has no expert.
 
   Args:
-    expert_ids: [L, B, S, K], as a model gave them; an id of E is no expert.
+    expert_ids: [L, rows, S, K], as a model gave them; an id of E is no expert. Of `probe_rows`, or
+      more: the others are not looked at.
     mask: [B, S] bool, the tokens that count.
   """
-  rows = max(1, TOKENS // mask.shape[1])
+  rows = probe_rows(mask.shape[1])
   ids = expert_ids[:, :rows]
   ids = jnp.where(mask[:rows, :, None] & (ids < num_experts), ids, UNASSIGNED)
   return ids.reshape(len(ids), -1, ids.shape[-1]).astype(jnp.uint16)

@@ -5,8 +5,10 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.moe.dispatch.buffers import capacity, queue_copies
-from moejax.moe.dispatch.exchange import RoutedTokens
+from moejax.moe.dispatch.buffers import capacity, capacity_matmul, queue_copies
+from moejax.moe.dispatch.dispatchers import DROP_BY
+from moejax.moe.dispatch.local_view import LocalView, RoutedTokens
+from moejax.moe.experts.weights import Weights
 
 IDS = jnp.array([[0, 1], [1, 2], [1, 0]], jnp.int32)  # of two experts: 2 is unassigned
 SCORES = jnp.array([[0.1, 0.2], [0.2, 0.9], [0.8, 0.7]])
@@ -40,3 +42,16 @@ def test_copies_queue_by_score_and_by_position() -> None:
   assert by_score.rank.tolist() == [0, 1, 0, 1, 2, 0]
   by_position = queue_copies(TOKENS, 2, 'position')
   assert by_position.copies.tolist() == [0, 5, 1, 2, 4, 3]
+
+
+def test_padding_takes_no_room() -> None:
+  """Unassigned copies, however keen, queue behind all experts, and fill no buffer."""
+  ids = jnp.array([[2, 2], [0, 1], [-1, 2], [0, 1], [1, 0]], jnp.int32)  # of two experts
+  scores = jnp.where((ids >= 0) & (ids < 2), 0.1, 9.0)
+  weights = Weights(*(jnp.ones((2, *shape)) for shape in ((4, 3), (4, 3), (3, 4))))
+  for drop_by in DROP_BY:
+    tokens = RoutedTokens(jnp.ones((5, 4)), ids, scores, jnp.ones((5, 2)))
+    view = LocalView(tokens, weights, lambda gate, up: gate * up, num_experts=2, even_share=10)
+    # 10 copies, 2 experts: C is 3, as many as each has of the three tokens that count.
+    y, dropped = capacity_matmul(view, 0.6, drop_by)
+    assert dropped == 0 and y.any(-1).tolist() == [False, True, False, True, True]

@@ -13,7 +13,7 @@ from moejax.moe.experts.ffn import ACTIVATIONS
 from moejax.moe.experts.grouped_ffn import IMPLEMENTATIONS, best_implementation
 from moejax.moe.experts.residuals import Residuals
 from moejax.moe.experts.sorted_copies import sort_copies
-from moejax.moe.experts.weights import Weights
+from moejax.moe.experts.weights import Biases, Weights
 from tests.support.dispatch_oracle import (
   GPT_OSS,
   LIMIT,
@@ -65,6 +65,48 @@ def test_grouped_ffn_over_many_blocks(implementation: str, to_one: bool, ffn: Ff
   np.testing.assert_array_equal(load, [(ids == e).sum() for e in range(num_experts)])
   np.testing.assert_allclose(y, oracle_y(job, weights, kept, ffn), rtol=1e-5, atol=2e-5)
   check_gradients(gradients, job, weights, kept, dy, ffn, implementation)
+
+
+# Copies of each expert: none, a part of a block, whole blocks, and a row more or less.
+LOADS = [0, 1, 31, 33, 127, 128, 129, 255, 256, 257, 384, 385]
+
+
+@pytest.mark.parametrize('implementation', ['blocked', 'ragged_dot'])
+def test_blocks_of_every_remainder_and_of_several_whole_ones(implementation: str) -> None:
+  """Linear experts of width 1, whose sums over copies are short formulas; integers, so exact.
+
+  With gate = up = down = 1 and activation gate + up an expert gives 2 w x; no weight is 1.
+  """
+  ids = np.repeat(np.arange(len(LOADS), dtype=np.int32), LOADS)[:, None]
+  rng = np.random.default_rng(0)
+  x, w, dy = (rng.integers(1, 5, ids.shape).astype(np.float32) for _ in range(3))
+  w += 1
+  ones = np.ones((len(LOADS), 1, 1), np.float32)
+  bias = ones[..., 0]
+
+  @functools.partial(jax.jit, compiler_options=QUICK)
+  def both(x: Array, w: Array, weights: Weights, dy: Array) -> tuple:
+    copies = sort_copies(jnp.asarray(ids), w, len(LOADS))
+    forward, backward = IMPLEMENTATIONS[implementation]
+    y, pre = forward(x, copies, weights, jnp.add)
+    return y, backward(Residuals(x, copies, weights, pre), jnp.add, dy)
+
+  weights = Weights(ones, ones, ones, Biases(bias, bias, bias))
+  y, gradients = jax.tree.map(np.asarray, both(x, w, weights, dy))
+  hidden = 2 * x + 2  # (x + 1) + (x + 1)
+  np.testing.assert_array_equal(y, w * (hidden + 1))
+  np.testing.assert_array_equal(gradients.x, 2 * w * dy)
+  np.testing.assert_array_equal(gradients.copy_weights, ((hidden + 1) * dy)[:, 0])
+
+  def sums(values: np.ndarray) -> np.ndarray:
+    return np.bincount(ids[:, 0], values[:, 0], len(LOADS))
+
+  found = gradients.weights
+  for got in (found.gate, found.up):
+    np.testing.assert_array_equal(got[:, 0, 0], sums(w * x * dy))
+  np.testing.assert_array_equal(found.down[:, 0, 0], sums(w * hidden * dy))
+  for got in found.biases:
+    np.testing.assert_array_equal(got[:, 0], sums(w * dy))
 
 
 def test_few_copies_are_gathered_but_on_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,18 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from moejax.moe.dispatch.dispatchers import DispatchConfig
 from moejax.moe.experts import ragged_dot_ffn
 from moejax.moe.experts.ffn import ACTIVATIONS
+from moejax.moe.experts.grouped_ffn import BEST_BY_PLATFORM
 from moejax.moe.experts.residuals import FfnGradients, Residuals
 from moejax.moe.experts.sorted_copies import sort_copies
 from moejax.moe.experts.weights import Biases, Weights
 from moejax.sharding.mesh import MeshConfig, make_mesh
+from tests.support.dispatch_oracle import DY as DY_BSD
+from tests.support.dispatch_oracle import GPT_OSS, experts, jobs, run, run_on_one_device
+from tests.support.dispatch_oracle import T as TOKENS
+from tests.support.emulated_exchange import emulate
 from tests.support.quick import QUICK
 
 T, K, E, D, F = 30, 2, 4, 6, 5  # 60 copies
@@ -66,7 +72,7 @@ def check(got: tuple, want: tuple) -> None:
 @pytest.mark.parametrize('size', [60, 16, 15])
 def test_windows_change_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
   want = {name: in_one_window(name) for name in IDS}
-  monkeypatch.setattr(ragged_dot_ffn, 'window_size', lambda num_copies: size)
+  monkeypatch.setattr(ragged_dot_ffn, 'window_size', lambda num_copies, even_share: size)
   anew = jax.jit(lambda x, ids: both_passes(x, ids), compiler_options=QUICK)
   for name, ids in IDS.items():
     check(anew(X, ids), want[name])
@@ -74,7 +80,7 @@ def test_windows_change_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_devices_with_more_windows_than_others(monkeypatch: pytest.MonkeyPatch) -> None:
   want = {name: in_one_window(name) for name in IDS}
-  monkeypatch.setattr(ragged_dot_ffn, 'window_size', lambda num_copies: 16)
+  monkeypatch.setattr(ragged_dot_ffn, 'window_size', lambda num_copies, even_share: 16)
   mesh = make_mesh(MeshConfig(expert=4), jax.devices()[:4])
 
   def own(x: jax.Array, ids: jax.Array) -> tuple[jax.Array, FfnGradients]:
@@ -90,10 +96,46 @@ def test_devices_with_more_windows_than_others(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_even_routing_takes_one_window() -> None:
-  """Of a group of four with 4 * 1000 copies: a quarter more than 1000, in tiles.
+  """A quarter more than its 1000 copies, in tiles; without a share, or with less room, all copies.
 
-  Without a group, all copies.
+  How much room there is does not matter: it is less where a token has more experts than a device.
   """
+  window_size = ragged_dot_ffn.window_size
+  assert [window_size(n, even_share=1000) for n in (4000, 2000, 100)] == [1280, 1280, 100]
+  assert window_size(4000, even_share=0) == 4000
+
+
+@pytest.mark.parametrize('exchange', ['gather', 'ragged'])
+def test_fewer_local_experts_than_a_token_has(
+  exchange: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Experts over four devices, one each, of which a token has three.
+
+  A device has room for a copy of each token of the group, and of an even routing gets three
+  quarters of those: windows are made for that many, and all that comes is computed.
+  """
+  emulate(monkeypatch)
+  monkeypatch.setitem(BEST_BY_PLATFORM, 'cpu', 'ragged_dot')
+  monkeypatch.setattr(ragged_dot_ffn, 'TILE', 2)
+  shares = []
+  window_size = ragged_dot_ffn.window_size
+
+  def recording(num_copies: int, even_share: int) -> int:
+    shares.append((num_copies, even_share))
+    return window_size(num_copies, even_share)
+
+  monkeypatch.setattr(ragged_dot_ffn, 'window_size', recording)
+  cfg, top_k = DispatchConfig(exchange=exchange), 3
+  weights = experts(4, GPT_OSS.bias)
+
+  def both(*args: object) -> object:
+    # Not `run`, whose cache may hold a trace of another implementation.
+    return run.__wrapped__(cfg, *args, GPT_OSS.activation)
+
+  anew = jax.jit(both, compiler_options=QUICK)
   with jax.set_mesh(make_mesh(MeshConfig(expert=4), jax.devices()[:4])):
-    assert [ragged_dot_ffn.window_size(n) for n in (4000, 100)] == [1280, 100]
-  assert ragged_dot_ffn.window_size(4000) == 4000
+    for label in ('plain', 'all to the same'):
+      job = jobs(4, top_k)[label]
+      got = jax.tree.map(np.asarray, anew(job, weights, DY_BSD))
+      check(got, run_on_one_device(cfg, 4, top_k, label, GPT_OSS))
+  assert set(shares) == {(TOKENS, TOKENS // 4 * top_k)}

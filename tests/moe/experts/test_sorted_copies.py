@@ -2,11 +2,13 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moejax.moe.experts.sorted_copies import (
   assigned_mask,
   clip_unassigned,
   expert_of_copies,
+  order_by_expert,
   sort_copies,
 )
 
@@ -36,3 +38,13 @@ def test_unassigned_copies_have_no_expert_and_come_last() -> None:
   copies = sort_copies(jnp.asarray(IDS), jnp.asarray(WEIGHTS), 3)
   assert assigned_mask(copies)[:, 0].tolist() == [True] * 5 + [False] * 3
   assert expert_of_copies(copies)[:5].tolist() == [0, 0, 0, 2, 2]
+
+
+@pytest.mark.parametrize('over', [0, 1])
+def test_keys_are_packed_up_to_the_last_that_an_int32_holds(over: int) -> None:
+  """The largest key, of the last copy unassigned, is (E + 1) N - 1."""
+  num_copies = 2**10
+  num_experts = 2**31 // num_copies - 1 + over
+  ids = np.array([num_experts, 0, num_experts - 1, num_experts, *[7] * (num_copies - 4)], np.int32)
+  order = np.asarray(order_by_expert(jnp.asarray(ids), num_experts))
+  np.testing.assert_array_equal(order, np.argsort(ids, kind='stable'))

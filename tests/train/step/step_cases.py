@@ -186,9 +186,9 @@ def result(
   return flat(grads), jax.device_get(sums)
 
 
-def assert_same(one: tuple, other: tuple) -> None:
+def assert_same(one: tuple, other: tuple, tolerance: float = TOLERANCE) -> None:
   (grads, sums), (grads2, sums2) = one, other
-  np.testing.assert_allclose(grads2, grads, rtol=0, atol=TOLERANCE * np.abs(grads).max())
+  np.testing.assert_allclose(grads2, grads, rtol=0, atol=tolerance * np.abs(grads).max())
   np.testing.assert_array_equal(sums2.load, sums.load)
   np.testing.assert_allclose(sums2.loss, sums.loss, rtol=1e-6)
   for name, value in sums.terms.items():

@@ -85,7 +85,9 @@ def test_each_balance_gradient_survives_accumulation() -> None:
   gradients_of = []
   for i, name in enumerate(names):
     one, four = (result(replace(cfg, micro_batches=n), step=i * part) for n in (1, 4))
-    assert_same(one, four)
+    # Of `load`, whose gradient goes through the density of the noise, six batches were off by
+    # 5e-7 to 1.3e-6; of the others by 8e-7 at most.
+    assert_same(one, four, tolerance=3e-6)
     np.testing.assert_allclose(
       one[1].loss - one[1].terms['lm_loss'], 100 * one[1].terms[f'balance/{name}'], rtol=1e-5
     )

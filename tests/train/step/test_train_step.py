@@ -21,6 +21,7 @@ from moejax.train.step import train_step as step
 from moejax.train.step.gradient_accumulation import gradients
 from moejax.train.step.train_state import TrainState
 from moejax.train.step.train_step import eval_step, train_step
+from moejax.train.telemetry import routing_probe
 from tests.support.quick import QUICK
 from tests.train.step.step_cases import (
   CONFIG,
@@ -241,6 +242,20 @@ def test_evaluation_moves_nothing_and_counts_what_training_would() -> None:
   np.testing.assert_array_equal(out['load'], sums.load)
   counted = (make_batch().segment_ids > 0).sum() * 2
   np.testing.assert_array_equal(out['load'].sum(-1), counted)
+
+
+def test_evaluation_keeps_the_experts_of_the_probe_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Of all tokens of all layers they are K numbers each, which a scan over layers would stack."""
+  state, batch = start(CONFIG), make_batch()
+  rows, length = batch.tokens.shape
+  monkeypatch.setattr(routing_probe, 'TOKENS', 2 * length)
+  traced, out = jax.make_jaxpr(functools.partial(eval_step, cfg=CONFIG), return_shape=True)(
+    state.model, state.router, batch
+  )
+  layers, _ = state.router.bias.shape
+  assert rows > 2 and out['expert_ids'].shape == (layers, 2, length, 2)
+  stacked = {f'[{n},{rows},{length},2]' for n in range(1, layers + 1)}
+  assert not any(shape in str(traced) for shape in stacked)
 
 
 def test_gradient_of_the_model_against_finite_differences() -> None:
