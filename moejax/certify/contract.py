@@ -1,4 +1,4 @@
-"""The ten lines of the contract, by name, and a certificate that is made of them.
+"""The lines of the contract, by name, and a certificate that is made of them.
 
 names -> each line's checks, as they finish -> results -> Certificate
 """
@@ -21,11 +21,13 @@ from moejax.certify.causality import causality_line
 from moejax.certify.checks import Certificate, Check, Result
 from moejax.certify.equations import oracle_line
 from moejax.certify.invariance import invariance_line
+from moejax.certify.large_numbers import large_line
 from moejax.certify.layer_mean import layers_line
 from moejax.certify.logged_objective import logged_line
 from moejax.certify.padding import padding_line
 from moejax.certify.perfect_balance import balance_line, shrink_line
 from moejax.certify.probabilities import probabilities_line
+from moejax.certify.trained import trained_line
 from moejax.moe.balance.losses import BALANCE_LOSSES
 from moejax.moe.bias import BIAS_RULES
 from moejax.moe.dispatch.dispatchers import DISPATCHERS
@@ -190,5 +192,12 @@ LINES: dict[str, Line] = {
   'causality': Line(
     'changing tokens after t changes nothing up to t, except where a router is labelled so',
     causality_line,
+  ),
+  'trained': Line(
+    'what is trained moves by the optimiser and its schedules, and nothing else does', trained_line
+  ),
+  'large': Line(
+    'sort keys past 2^31, counts past 2^24, blocks of every remainder, buffers that overflow',
+    large_line,
   ),
 }

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.certify import tiny_config
 from moejax.certify import tiny_model as tiny
 from moejax.certify.cases import Plan
 from moejax.certify.checks import Check, Worst
@@ -32,7 +33,7 @@ def layers_line(plan: Plan) -> Iterator[Check]:
   apart = Worst(
     'two layers collapsed on opposite experts', 1e-6, 'relative, of E/K; pooled they would score 1'
   )
-  cfg, rows = tiny.config(), tiny.batch()
+  cfg, rows = tiny_config.base_config(), tiny.batch_of(plan)
   starts = {
     'random': tiny.start_state(plan, cfg),
     'collapsed': collapse(tiny.start_state(plan, cfg)),
@@ -42,7 +43,7 @@ def layers_line(plan: Plan) -> Iterator[Check]:
     routed = tiny.state_routing(plan, before, rows)
     num_layers = len(routed.logits)
     layers = [jax.tree.map(lambda a, i=i: a[i], routed) for i in range(num_layers)]
-    for loss in tiny.loss_names():
+    for loss in tiny_config.loss_names():
       of_layers = np.mean([layer_loss(loss, layer, rows) for layer in layers])
       value = result.terms[f'balance/{loss}']
       mean.see(f'{loss}; {label}', (value - of_layers) / max(abs(of_layers), 1))

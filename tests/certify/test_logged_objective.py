@@ -2,6 +2,7 @@
 
 import pytest
 
+from moejax.certify import tiny_config
 from moejax.certify import tiny_model as tiny
 from moejax.certify.logged_objective import step_coefficients
 from moejax.config.schedule import piecewise
@@ -9,8 +10,8 @@ from moejax.config.schedule import piecewise
 
 @pytest.mark.parametrize('noisy', [False, True])
 def test_coefficients_are_those_of_the_schedules(noisy: bool) -> None:
-  cfg = tiny.config(noisy)
-  texts = {f'balance/{name}': text for name, text in tiny.schedules(noisy).items()}
+  cfg = tiny_config.base_config(noisy)
+  texts = {f'balance/{name}': text for name, text in tiny_config.schedules(noisy).items()}
   texts['z_loss'] = cfg.loss.z_coef
   for step, coefficients in step_coefficients(noisy).items():
     for term, text in texts.items():
