@@ -18,6 +18,7 @@ from moejax.certify import tiny_config
 from moejax.certify import tiny_model as tiny
 from moejax.certify.cases import Plan
 from moejax.certify.checks import Check, Worst
+from moejax.certify.randomness import check_draws, check_steps, random_config
 from moejax.data.batch import IGNORE, Batch, make_batch
 from moejax.model.config import REMAT_POLICIES
 from moejax.moe.dispatch.dispatchers import DISPATCHERS, DispatchConfig
@@ -232,7 +233,13 @@ def invariance_line(plan: Plan) -> Iterator[Check]:
     for router in router_variants():
       name = f'{router.name}, all at once'
       same.see(plan, router.base, Variant(name, router.changed, SPREAD))
+  changed = tiny_config.change(random_config(), micro_batches=4, remat='full')
+  # What a counting pass sees, of which f is made, is what the other passes see.
+  number = tiny_config.step_alone('balance/global_batch', noisy=True)
+  same.see(plan, random_config(), Variant('random router, micro_batches=4', changed), number)
   yield from same.checks()
+  yield check_steps(plan)
+  yield check_draws(plan)
   yield from check_packing(plan, base)
   yield from check_resume(plan)
 

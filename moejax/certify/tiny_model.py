@@ -90,30 +90,34 @@ def tiny_state_shapes(plan: Plan, cfg: ExperimentConfig) -> state.TrainState:
   return plan.once(('shapes', cfg), lambda: jax.eval_shape(lambda: state.init_state(cfg)))
 
 
-def start_state(plan: Plan, cfg: ExperimentConfig) -> state.TrainState:
-  """A state of the plan's seed, with a bias that matters where there is a rule for it.
+def draw_parameters(plan: Plan, shapes: Transformer) -> Transformer:
+  """Parameters of the plan's seed for a model of these shapes: nothing is compiled.
 
-  Its routers choose unevenly, as trained ones do, and its experts matter. A parameter is the same
-  in all configs that have it.
+  Routers choose unevenly, as trained ones do, and experts matter. A parameter is the same in all
+  models that have it.
   """
 
-  def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
+  def draw(path: str, shape: tuple[int, ...]) -> Array:
     normal = plan.rng(20, zlib.crc32(path.encode())).normal(size=shape)
     if path.endswith('scale/value'):
-      return (1 + 0.1 * normal).astype(np.float32)
-    return ((2 if 'router' in path else 1) * STD * normal).astype(np.float32)
+      return jnp.asarray(1 + 0.1 * normal, jnp.float32)
+    return jnp.asarray((2 if 'router' in path else 1) * STD * normal, jnp.float32)
+
+  leaves = [draw(path, leaf.shape) for path, leaf in named_leaves(shapes).items()]
+  return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def start_state(plan: Plan, cfg: ExperimentConfig) -> state.TrainState:
+  """A state with parameters of the plan's seed, and a bias that matters where there is a rule."""
 
   def make() -> state.TrainState:
     shapes = tiny_state_shapes(plan, cfg)
     blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    leaves = [
-      jnp.asarray(draw(path, leaf.shape)) for path, leaf in named_leaves(shapes.model).items()
-    ]
-    model = jax.tree.unflatten(jax.tree.structure(shapes.model), leaves)
     shape, size = blank.router.bias.shape, blank.router.bias.size
     bias = 0.02 * jnp.arange(size, dtype=jnp.float32).reshape(shape) % 0.07
     has_rule = bool(cfg.balance.bias_rule)
-    return blank._replace(model=model, router=BiasState(bias * has_rule, blank.router.momentum))
+    router = BiasState(bias * has_rule, blank.router.momentum)
+    return blank._replace(model=draw_parameters(plan, shapes.model), router=router)
 
   # A copy: of a module that is kept, what is set would stay in it.
   return jax.tree.map(lambda a: a, plan.once(('start', cfg, plan.seed), make))
@@ -220,7 +224,7 @@ def layer_routings(model: Transformer, bias: Array, rows: Batch) -> Routing:
     x = x + block.attention(block.attention_norm(x), rows.segment_ids, rows.positions)[0]
     h = block.moe_norm(x)
     routings.append(block.moe.route(h, bias[i], tokens))
-    x = x + block.moe(h, bias[i], tokens, {})[0]
+    x = x + block.moe(h, bias[i], tokens, None)[0]
   return jax.tree.map(lambda *a: jnp.stack(a), *routings)
 
 
