@@ -162,6 +162,10 @@ class StillChecks:
     idle = before._replace(step=jnp.int32(IDLE_STEP))
     late = tiny.take_step(plan, cfg, idle, rows, MESH)
     self.idle.see(f'{rule}: rate 0', distance(late.after.router, before.router))
+    # The step before is the last one with a rate.
+    last = tiny.take_step(plan, cfg, before._replace(step=jnp.int32(IDLE_STEP - 1)), rows, MESH)
+    stayed = distance(last.after.router, before.router) == 0
+    self.idle.see(f'{rule}: stays at a rate that is not 0', stayed)
     model = jax.tree.map(lambda a: a, before.model)  # a copy: what is set below stays in it
     model.norm.scale[...] = model.norm.scale[...].at[0].set(jnp.inf)
     poisoned = tiny.take_step(plan, cfg, before._replace(model=model), rows, MESH)

@@ -30,7 +30,8 @@ from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import SCORE_FNS, RouterConfig
 from moejax.moe.selection import SELECTIONS
 
-ROWS, PROMPT, LENGTH, VOCAB, LAYERS, EXPERTS = 3, 4, 14, 8, 2, 4
+ROWS, PROMPT, LENGTH = 3, 4, 14
+VOCAB, LAYERS, EXPERTS = 8, 2, 4
 STARTS = np.array([0, 2, 3], np.int32)  # rows are padded on the left, up to a last token
 STEPS = 8  # of one or two tokens each
 # Of logits of size 1: sums of float32 in another order. Another expert moves them by 1e-2.
@@ -49,7 +50,7 @@ def routers(plan: Plan) -> Iterator[RouterConfig]:
     yield dataclasses.replace(base, random_second=True)
 
 
-def model_config(router: RouterConfig) -> ModelConfig:
+def drafting_model(router: RouterConfig) -> ModelConfig:
   """A model that drafts one token."""
   return ModelConfig(
     vocab_size=VOCAB,
@@ -61,20 +62,20 @@ def model_config(router: RouterConfig) -> ModelConfig:
   )
 
 
-class Subject(NamedTuple):
+class Decoder(NamedTuple):
   """A model, and the bias of its routers."""
 
   model: Transformer
   bias: np.ndarray  # [L + 1, E] f32
 
 
-def make_subject(plan: Plan, router: RouterConfig) -> Subject:
+def make_decoder(plan: Plan, router: RouterConfig) -> Decoder:
   """A model of the plan's seed, with a router bias where the selection takes one."""
-  cfg = model_config(router)
+  cfg = drafting_model(router)
   shapes = jax.eval_shape(lambda: Transformer(jax.random.key(0), cfg))
   size = 0.3 * SELECTIONS[router.selection].takes_bias
   bias = size * plan.rng(41).normal(size=(LAYERS + 1, EXPERTS))
-  return Subject(tiny.draw_parameters(plan, shapes), bias.astype(np.float32))
+  return Decoder(tiny.draw_parameters(plan, shapes), bias.astype(np.float32))
 
 
 class Logits(NamedTuple):
@@ -84,7 +85,7 @@ class Logits(NamedTuple):
   cached: Array  # by a prompt of P tokens, and then one token after the other
 
 
-def both_logits(subject: Subject, tokens: Array) -> Logits:
+def both_logits(subject: Decoder, tokens: Array) -> Logits:
   """The logits of tokens [B, S], rows of which begin at STARTS, without a cache and with one."""
   model, bias = subject
   starts, alive = jnp.asarray(STARTS), jnp.ones(ROWS, bool)
@@ -107,7 +108,7 @@ def both_logits(subject: Subject, tokens: Array) -> Logits:
 
 
 def start_decoding(
-  subject: Subject, prompts: Array, params: SamplingParams
+  subject: Decoder, prompts: Array, params: SamplingParams
 ) -> tuple[Decoding, Array]:
   """Runs prompts [B, P]: what the next step wants, and the first tokens [B]."""
   caches = empty_caches(ROWS, LENGTH + 2 * STEPS, subject.model.cfg, 1)
@@ -115,14 +116,14 @@ def start_decoding(
 
 
 def next_tokens(
-  subject: Subject, decoding: Decoding, params: SamplingParams
+  subject: Decoder, decoding: Decoding, params: SamplingParams
 ) -> tuple[Decoding, Array, Array]:
   """Verifies a draft and makes the next: the state, tokens [B, 2] and how many count [B]."""
   return step.__wrapped__(*subject, decoding, jnp.ones(ROWS, bool), params)
 
 
 def drafted_text(
-  plan: Plan, subject: Subject, prompts: np.ndarray, params: SamplingParams
+  plan: Plan, subject: Decoder, prompts: np.ndarray, params: SamplingParams
 ) -> tuple[np.ndarray, int]:
   """The text [B, S] that decoding with drafts makes of prompts, and how many drafts were right."""
   decoding, first = plan.program(start_decoding)(subject, prompts, params)
@@ -148,7 +149,7 @@ def decoding_line(plan: Plan) -> Iterator[Check]:
     if not SELECTIONS[router.selection].causal:
       refused.see(name, not refuses_drafts(router))
       continue
-    subject, rng = make_subject(plan, router), plan.rng(40, number)
+    subject, rng = make_decoder(plan, router), plan.rng(40, number)
     for temperature in (0.0, 0.8):
       params = SamplingParams(
         key=jax.random.key(plan.seed + number),
@@ -175,7 +176,7 @@ def decoding_line(plan: Plan) -> Iterator[Check]:
 def refuses_drafts(router: RouterConfig) -> bool:
   """Whether decoding such a model refuses to draft."""
   try:
-    drafts_per_step(model_config(router), SampleConfig(draft=True))
+    drafts_per_step(drafting_model(router), SampleConfig(draft=True))
   except ConfigError:
     return True
   return False

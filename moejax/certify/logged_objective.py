@@ -195,12 +195,12 @@ class LoggedChecks:
     coefficients = coefficients_at(cfg, int(before.step))
     result = tiny.take_step64(plan, cfg, before, slopes.rows)
     self.see_objective(where, result, coefficients)
-    gradient = tiny.gradients(result, cfg)
+    gradient = tiny.leaf_gradients(result, cfg)
     self.see_slopes(where, gradient, slopes, coefficients)
     flat = np.concatenate([np.ravel(g) for g in gradient.values()])
     self.norms.see(where, float(result.metrics['grad_norm']) / np.linalg.norm(flat) - 1)
     if before.step == 0:
-      in_float32 = tiny.gradients(tiny.take_step(plan, cfg, before, slopes.rows), cfg)
+      in_float32 = tiny.leaf_gradients(tiny.take_step(plan, cfg, before, slopes.rows), cfg)
       for leaf, wide in gradient.items():
         error = np.linalg.norm(in_float32[leaf] - wide) / np.linalg.norm(wide)
         self.narrow.see(f'{leaf}; {where}', float(error))
@@ -242,7 +242,7 @@ def check_interference(plan: Plan, rows: Batch) -> Iterator[Check]:
   start = tiny.start_state(plan, cfg)
   alone = tiny_config.step_alone('balance/global_batch')
   with_loss, without = (
-    tiny.gradients(tiny.take_step64(plan, cfg, start._replace(step=jnp.int32(n)), rows), cfg)
+    tiny.leaf_gradients(tiny.take_step64(plan, cfg, start._replace(step=jnp.int32(n)), rows), cfg)
     for n in (alone, tiny_config.step_alone(''))
   )
   program = plan.program(lambda before, rows: interference(before, rows, cfg))

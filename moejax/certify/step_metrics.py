@@ -50,7 +50,7 @@ def metrics_config() -> ExperimentConfig:
   )
 
 
-class Part(NamedTuple):
+class CutRouting(NamedTuple):
   """What one micro-batch gave, in NumPy."""
 
   routing: Routing  # [L, B / A, S, ...]
@@ -73,13 +73,13 @@ class Part(NamedTuple):
     return np.maximum(load - room, 0).sum(-1) / load.sum(-1)
 
 
-def parts_of(plan: Plan, before: state.TrainState, rows: Batch) -> list[Part]:
+def parts_of(plan: Plan, before: state.TrainState, rows: Batch) -> list[CutRouting]:
   """The routing of each micro-batch, by running one block after the other on it."""
   program, parts = plan.program(tiny.layer_routings), []
   for i in range(PARTS):
     part = jax.tree.map(lambda a, i=i: np.split(np.asarray(a), PARTS)[i], rows)
     routed = program(before.model, np.asarray(before.router.bias), part)
-    parts.append(Part(jax.tree.map(np.asarray, routed), part.segment_ids > 0))
+    parts.append(CutRouting(jax.tree.map(np.asarray, routed), part.segment_ids > 0))
   return parts
 
 
@@ -88,20 +88,24 @@ def share(counts: np.ndarray) -> np.ndarray:
   return EXPERTS * counts / np.maximum(counts.sum(-1, keepdims=True), 1)
 
 
-def wanted_statistics(parts: list[Part]) -> dict[str, np.ndarray]:
+def wanted_statistics(parts: list[CutRouting]) -> dict[str, np.ndarray]:
   """What is known of each layer, by name, in float64: a row of STATISTICS each. [L]."""
-  z, p, s, ids, best, margin = (
-    np.concatenate([getattr(part.routing, name)[:, part.mask] for part in parts], axis=1)
-    for name in ('logits', 'probs', 'scores', 'expert_ids', 'best_ids', 'margin')
-  )
-  z, p = z.astype(np.float64), p.astype(np.float64)
+
+  def tokens_of(name: str) -> np.ndarray:
+    """What the router says of the tokens that count. [L, tokens, ...]."""
+    of_parts = [getattr(part.routing, name)[:, part.mask] for part in parts]
+    whole = np.concatenate(of_parts, axis=1)
+    return whole.astype(np.float64) if whole.dtype == np.float32 else whole
+
+  z, p, s = tokens_of('logits'), tokens_of('probs'), tokens_of('scores')
+  ids, best, margin = tokens_of('expert_ids'), tokens_of('best_ids'), tokens_of('margin')
   load = sum(part.load() for part in parts)
   relative = load / load.mean(-1, keepdims=True)
   entropy = -(p * np.log(p)).sum(-1).mean(-1)
   mean = p.mean(1)
   logsumexp = np.log(np.exp(z).sum(-1))
-  taken = np.take_along_axis(s.astype(np.float64), ids, -1).sum((1, 2))
-  most = np.take_along_axis(s.astype(np.float64), best, -1).sum((1, 2))
+  taken = np.take_along_axis(s, ids, -1).sum((1, 2))
+  most = np.take_along_axis(s, best, -1).sum((1, 2))
   elsewhere = (ids[..., None] != best[..., None, :]).all(-1)
   tokens = sum(part.mask.sum() for part in parts)
   # Of weight by tokens, which a micro-batch with more padding has fewer of.
@@ -112,7 +116,7 @@ def wanted_statistics(parts: list[Part]) -> dict[str, np.ndarray]:
     'logit_rms': np.sqrt((z**2).mean((1, 2))),
     'logit_max': np.abs(z).max((1, 2)),
     'logsumexp': logsumexp.mean(-1),
-    'margin': margin.astype(np.float64).mean(-1),
+    'margin': margin.mean(-1),
     'override_rate': elsewhere.mean((1, 2)),
     'price_of_balance': 1 - taken / most,
     'max_vio': relative.max(-1) - 1,
@@ -151,11 +155,8 @@ class MetricChecks:
     self.gaps.see(where, float(metrics['f_gap/global_batch']) - gap)
     # Nothing is known before the first step: f is then 1.
     f = share(counts) if counts.any() else np.ones_like(counts)
-    probs = [
-      np.concatenate([part.routing.probs[layer][part.mask] for part in parts])
-      for layer in range(len(f))
-    ]
-    p = np.mean(np.array(probs, np.float64), axis=1)
+    probs = [part.routing.probs[:, part.mask] for part in parts]
+    p = np.concatenate(probs, axis=1).mean(1, dtype=np.float64)
     value = float(metrics['balance/global_batch'])
     self.terms.see(where, value / (f * p).sum(-1).mean() - 1)
     self.losses.see(where, float(metrics['nll'] / metrics['lm_loss']) - 1)

@@ -202,7 +202,7 @@ def save_and_restore(whole: state.TrainState) -> state.TrainState:
     return Checkpoints(directory, CheckpointConfig(), readonly=True).restore(whole, {})[1]
 
 
-def gradients(result: StepResult, cfg: ExperimentConfig) -> dict[str, np.ndarray]:
+def leaf_gradients(result: StepResult, cfg: ExperimentConfig) -> dict[str, np.ndarray]:
   """The gradient of each leaf as the optimiser got it in its first step, before it was clipped.
 
   The first moment is then (1 - beta1) times the clipped one.

@@ -54,7 +54,14 @@ def rate_of(cfg: OptimConfig, steps: int) -> oracle.Rate:
 def rule_of(cfg: OptimConfig, leaves: dict[str, np.ndarray]) -> oracle.AdamW:
   """What the oracle must know of the optimiser: only the scales of norms are not decayed."""
   decay = {name: not name.endswith('scale/value') for name in leaves}
-  return oracle.AdamW(cfg.beta1, cfg.beta2, cfg.eps, cfg.weight_decay, decay, cfg.clip_norm)
+  return oracle.AdamW(
+    b1=cfg.beta1,
+    b2=cfg.beta2,
+    eps=cfg.eps,
+    weight_decay=cfg.weight_decay,
+    decay=decay,
+    clip=cfg.clip_norm,
+  )
 
 
 def parameters(current: state.TrainState) -> dict[str, np.ndarray]:
