@@ -17,31 +17,26 @@ class CaughtError(BaseException):
     self.check = check
 
 
-def first_failure(line: str, known: frozenset[str] = frozenset()) -> Check | None:
+def first_failure(line: str) -> Check | None:
   """The first check that a line, in its quick form, does not pass.
 
   One case beyond its tolerance fails a check, whatever the other cases are: the line stops there,
   which is most of the time that a mutant takes.
-
-  known: cases that fail without the mutant, which say nothing about it.
   """
   see = Worst.see
 
   def see_and_stop(worst: Worst, where: str, deviation: float) -> None:
-    single = Worst(worst.what, worst.tolerance, worst.why)
-    see(single, where, deviation)
     see(worst, where, deviation)
-    if not single.check().passed and f'{worst.what}: {where}' not in known:
-      raise CaughtError(single.check())
+    check = worst.check()
+    if not check.passed:
+      raise CaughtError(check)
 
   with PATCH.context() as patch:
     patch.setattr(Worst, 'see', see_and_stop)
     try:
       for finding in contract.findings(line, Plan(quick=True)):
         # A check that saw no case has failed, too.
-        if isinstance(finding, Check) and (
-          not finding.cases or finding.what == contract.UNEXPECTED
-        ):
+        if isinstance(finding, Check) and not finding.passed:
           return finding
     except CaughtError as caught:
       return caught.check
