@@ -18,7 +18,12 @@ from moejax.certify import tiny_config
 from moejax.certify import tiny_model as tiny
 from moejax.certify.cases import Plan
 from moejax.certify.checks import Check, Worst
-from moejax.certify.randomness import check_draws, check_steps, random_config
+from moejax.certify.randomness import (
+  check_distributions,
+  check_draws,
+  check_steps,
+  random_config,
+)
 from moejax.data.batch import IGNORE, Batch, make_batch
 from moejax.model.config import REMAT_POLICIES
 from moejax.moe.dispatch.dispatchers import DISPATCHERS, DispatchConfig
@@ -99,6 +104,9 @@ class SameChecks:
       self.statistics.see(f'{statistic}; {name}', float(difference) / largest)
     loads = [np.asarray(result.metrics['load']) for result in results]
     self.load.see(name, np.abs(loads[1] - loads[0]).max())
+    for metric, gap in other.metrics.items():
+      if metric.startswith('f_gap/'):  # a counting pass knows the truth
+        self.terms.see(f'{metric}; {name}', float(gap))
     for field, a, b in zip(one.after.router._fields, one.after.router, other.after.router):
       self.bias.see(f'{field}; {name}', np.abs(np.asarray(b) - np.asarray(a)).max())
     # The next forward pass sees parameters and bias at once: a wrong update of either shows.
@@ -241,6 +249,7 @@ def invariance_line(plan: Plan) -> Iterator[Check]:
   yield from same.checks()
   yield check_steps(plan)
   yield check_draws(plan)
+  yield check_distributions(plan)
   yield from check_packing(plan, base)
   yield from check_resume(plan)
 

@@ -82,7 +82,15 @@ def check_other_layers(plan: Plan) -> Iterator[Check]:
   load = np.asarray(result.metrics['load'])
   copies = int((rows.segment_ids > 0).sum()) * cfg.model.moe.router.top_k
   counted.see('copies in each layer', np.abs(load.sum(-1) - copies).max())
-  for worst in (counted, mean, unlike):
+  own = Worst("tokens that leave a layer's own favourite", 0, 'each layer has a bias of its own')
+  favourites = (np.arange(len(load)) + 1) % load.shape[-1]
+  bias = np.zeros(load.shape, np.float32)
+  bias[np.arange(len(load)), favourites] = 10
+  biased = before._replace(router=before.router._replace(bias=jnp.asarray(bias)))
+  favoured = np.asarray(tiny.take_step(plan, cfg, biased, rows).metrics['load'])
+  tokens = copies // cfg.model.moe.router.top_k
+  own.see('load', np.abs(favoured[np.arange(len(load)), favourites] - tokens).max())
+  for worst in (counted, mean, unlike, own):
     yield worst.check()
 
 

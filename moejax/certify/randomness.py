@@ -18,6 +18,7 @@ from moejax.certify import tiny_model as tiny
 from moejax.certify.cases import Plan
 from moejax.certify.checks import Check, Worst
 from moejax.model.transformer import layer_keys
+from moejax.moe import selection
 from moejax.moe.layer import MoE, MoEConfig
 from moejax.moe.routing import RouterConfig
 from moejax.moe.selection import Tokens
@@ -83,6 +84,42 @@ def check_draws(plan: Plan) -> Check:
       worst.see(f'{name}: places', (one == one[:, :1]).all())
   keys = np.asarray(jax.random.key_data(layer_keys(key, 3)))
   worst.see('layers', 3 - len(np.unique(keys, axis=0)))
+  return worst.check()
+
+
+def check_distributions(plan: Plan) -> Check:
+  """Checks how what is drawn is spread: 5 standard errors are passed once in a million draws."""
+  worst = Worst('draws of another distribution', 5, 'standard errors of the mean')
+  shape = (ROWS, 200, D)
+  ones = jnp.ones(shape[:2], jnp.int32)
+  tokens = Tokens(ones, ones > 0, ones, jnp.arange(ROWS), jax.random.key(plan.seed))
+
+  def draw() -> tuple[Array, Array, Array, Array]:
+    flat = jnp.zeros(shape)
+    # As likely as half of the tokens: a second expert of weight 1/4.
+    weights = jnp.broadcast_to(jnp.array([0.75, 0.25]), (*shape[:2], 2))
+    return (
+      selection.jittered(flat + 1, tokens, 0.5),
+      selection.noisy(flat, flat + 2, tokens, 2)[0],
+      selection.without_some(flat, tokens, 0.25),
+      selection.keep_second(weights, tokens)[..., 1],
+    )
+
+  jitter, noise, dropped, second = (np.asarray(a, np.float64) for a in jax.jit(draw)())
+  # Uniform from 1/2 to 3/2: its variance is 1/12, that of its square's mean 1/180.
+  moments = (
+    ('jitter', jitter - 1, np.sqrt(1 / 12)),
+    ('square of jitter', (jitter - 1) ** 2 - 1 / 12, np.sqrt(1 / 180)),
+    ('noise', noise / 2, 1.0),
+    ('square of noise', (noise / 2) ** 2 - 1, np.sqrt(2)),
+    ('second expert', second - 0.5, 0.5),
+  )
+  for name, values, std in moments:
+    worst.see(name, values.mean() * np.sqrt(values.size) / std)
+  outside = np.abs(jitter - 1).max() > 0.5
+  worst.see('jitter beyond its epsilon', np.inf if outside else 0)
+  left_out = np.isneginf(dropped).sum(-1)
+  worst.see('experts left out of 8, less 2', np.inf if (left_out != D // 4).any() else 0)
   return worst.check()
 
 

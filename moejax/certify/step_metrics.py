@@ -73,11 +73,13 @@ class CutRouting(NamedTuple):
     return np.maximum(load - room, 0).sum(-1) / load.sum(-1)
 
 
-def parts_of(plan: Plan, before: state.TrainState, rows: Batch) -> list[CutRouting]:
+def parts_of(
+  plan: Plan, before: state.TrainState, rows: Batch, micro_batches: int = PARTS
+) -> list[CutRouting]:
   """The routing of each micro-batch, by running one block after the other on it."""
   program, parts = plan.program(tiny.layer_routings), []
-  for i in range(PARTS):
-    part = jax.tree.map(lambda a, i=i: np.split(np.asarray(a), PARTS)[i], rows)
+  for i in range(micro_batches):
+    part = jax.tree.map(lambda a, i=i: np.split(np.asarray(a), micro_batches)[i], rows)
     routed = program(before.model, np.asarray(before.router.bias), part)
     parts.append(CutRouting(jax.tree.map(np.asarray, routed), part.segment_ids > 0))
   return parts
@@ -167,6 +169,34 @@ class MetricChecks:
     yield from (worst.check() for worst in vars(self).values())
 
 
+def check_buffer(plan: Plan) -> Iterator[Check]:
+  """Checks f of the micro-batches so far (2501.11873, Algorithm 1), of sets of two of four."""
+  terms = Worst('balance terms with f of what was seen so far', SUMS, 'relative; float32')
+  gaps = Worst('logged distance of such an f', STATISTIC, 'absolute; float32')
+  base = tiny_config.base_config()
+  balance = dataclasses.replace(
+    base.balance, losses={'ep_group': '0.1'}, accumulation='buffer', ep_groups=2
+  )
+  cfg = tiny_config.change(base, micro_batches=4, balance=balance)
+  before, rows = tiny.start_state(plan, cfg), tiny.batch_of(plan)
+  metrics = tiny.take_step(plan, cfg, before, rows).metrics
+  parts = parts_of(plan, before, rows, 4)
+  value, gap = 0.0, 0.0
+  for number, part in enumerate(parts):
+    first = number // 2 * 2
+    of_set = parts[first : first + 2]
+    seen = sum(one.counts() for one in parts[first : number + 1])
+    tokens = part.mask.sum() / sum(one.mask.sum() for one in of_set)
+    p = part.routing.probs[:, part.mask].mean(1, dtype=np.float64)
+    # Two sets, of which each is its parts by their tokens.
+    value += tokens / 2 * (share(seen) * p).sum(-1).mean()
+    gap += np.abs(share(seen) - share(sum(one.counts() for one in of_set))).mean() / 4
+  terms.see('ep_group', float(metrics['balance/ep_group']) / value - 1)
+  gaps.see('ep_group', float(metrics['f_gap/ep_group']) - gap)
+  yield terms.check()
+  yield gaps.check()
+
+
 def check_evaluation_sums(plan: Plan, before: state.TrainState, rows: Batch) -> Iterator[Check]:
   """Checks the sums that evaluation gives, of a model with recomputation."""
   counted = Worst('sums of an evaluation', 0, 'whole numbers')
@@ -198,4 +228,5 @@ def metrics_line(plan: Plan) -> Iterator[Check]:
     counts = sum(part.counts() for part in parts_of(plan, before, rows))
     before = taken.after
   yield from checks.checks()
+  yield from check_buffer(plan)
   yield from check_evaluation_sums(plan, before, rows)
