@@ -230,6 +230,9 @@ def documents_batch(*rows: tuple[int, ...]) -> Batch:
 
 def invariance_line(plan: Plan) -> Iterator[Check]:
   """Checks line 3."""
+  # First what takes no whole step.
+  yield check_draws(plan)
+  yield check_distributions(plan)
   base, same = tiny_config.base_config(), SameChecks()
   for variant in variants(plan):
     same.see(plan, base, variant)
@@ -248,8 +251,6 @@ def invariance_line(plan: Plan) -> Iterator[Check]:
   same.see(plan, random_config(), Variant('random router, micro_batches=4', changed), number)
   yield from same.checks()
   yield check_steps(plan)
-  yield check_draws(plan)
-  yield check_distributions(plan)
   yield from check_packing(plan, base)
   yield from check_resume(plan)
 

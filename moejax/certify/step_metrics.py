@@ -33,6 +33,7 @@ from moejax.train.step import train_step as step
 PARTS, EXPERTS, TOP_K = 2, 4, 2
 SUMS = 2e-6  # relative, of sums of a hundred float32 numbers
 STATISTIC = 1e-5  # roots and logarithms of such sums
+NEAR_TIE = 1e-3  # of `near_ties`
 ROOM = 0.8  # the capacity factor: a part of the copies is dropped in most layers
 
 
@@ -90,8 +91,35 @@ def share(counts: np.ndarray) -> np.ndarray:
   return EXPERTS * counts / np.maximum(counts.sum(-1, keepdims=True), 1)
 
 
-def wanted_statistics(parts: list[CutRouting]) -> dict[str, np.ndarray]:
-  """What is known of each layer, by name, in float64: a row of STATISTICS each. [L]."""
+def load_statistics(load: np.ndarray) -> dict[str, np.ndarray]:
+  """How even the load [L, E] of each layer is, by name. [L]."""
+  relative = load / load.mean(-1, keepdims=True)
+  parts = relative / EXPERTS
+  entropy = -(parts * np.log(np.where(parts > 0, parts, 1))).sum(-1)
+  floor = 2 * np.log(EXPERTS) * (1 - TOP_K / EXPERTS) / load.mean(-1)
+  return {
+    'max_vio': relative.max(-1) - 1,
+    'expert_usage': (load > 0).mean(-1),
+    'dead_experts': (relative < 0.1).sum(-1),
+    'load_entropy': entropy / np.log(EXPERTS),
+    'balance_score': 1 - relative.std(-1),
+    'std_of_share': parts.std(-1),
+    'noise_floor': np.sqrt(floor),
+  }
+
+
+def company(ids: np.ndarray) -> np.ndarray:
+  """The share of copies that go with the most frequent partner of their expert. [L, T, K]."""
+  chosen = (ids[..., None] == np.arange(EXPERTS)).any(-2).astype(int)  # [L, T, E]
+  pairs = np.einsum('lte,ltf->lef', chosen, chosen) * (1 - np.eye(EXPERTS))
+  return pairs.max(-1).sum(-1) / chosen.sum((1, 2))
+
+
+def wanted_statistics(parts: list[CutRouting], bias: np.ndarray) -> dict[str, np.ndarray]:
+  """What is known of each layer, by name, in float64: a row of STATISTICS each. [L].
+
+  bias: [L, E], of the routers.
+  """
 
   def tokens_of(name: str) -> np.ndarray:
     """What the router says of the tokens that count. [L, tokens, ...]."""
@@ -102,7 +130,6 @@ def wanted_statistics(parts: list[CutRouting]) -> dict[str, np.ndarray]:
   z, p, s = tokens_of('logits'), tokens_of('probs'), tokens_of('scores')
   ids, best, margin = tokens_of('expert_ids'), tokens_of('best_ids'), tokens_of('margin')
   load = sum(part.load() for part in parts)
-  relative = load / load.mean(-1, keepdims=True)
   entropy = -(p * np.log(p)).sum(-1).mean(-1)
   mean = p.mean(1)
   logsumexp = np.log(np.exp(z).sum(-1))
@@ -121,11 +148,13 @@ def wanted_statistics(parts: list[CutRouting]) -> dict[str, np.ndarray]:
     'margin': margin.mean(-1),
     'override_rate': elsewhere.mean((1, 2)),
     'price_of_balance': 1 - taken / most,
-    'max_vio': relative.max(-1) - 1,
-    'expert_usage': (load > 0).mean(-1),
-    'balance_score': 1 - relative.std(-1),
+    'near_ties': (np.abs(margin) < NEAR_TIE).mean(-1),
+    'coactivation': company(ids),
+    'bias_mean': bias.mean(-1),
+    'bias_std': bias.std(-1),
+    'bias_max': np.abs(bias).max(-1),
     'dropped': dropped,
-  }
+  } | load_statistics(load)
 
 
 class MetricChecks:
@@ -150,7 +179,10 @@ class MetricChecks:
     self.load.see(f'load; {where}', np.abs(np.asarray(metrics['load']) - load).max())
     lagged = np.asarray(taken.after.lagged['global_batch'])[0]
     self.load.see(f'counts for the next step; {where}', np.abs(lagged - truth).max())
-    for name, wanted in wanted_statistics(parts).items():
+    statistics = wanted_statistics(parts, np.asarray(before.router.bias, np.float64))
+    for name in set(metrics['layers']) - set(statistics):
+      self.statistics.see(f'{name} has no oracle', float('nan'))
+    for name, wanted in statistics.items():
       error = np.abs(np.asarray(metrics['layers'][name]) - wanted).max()
       self.statistics.see(f'{name}; {where}', error / max(1, np.abs(wanted).max()))
     gap = np.abs(share(counts) - share(truth)).mean()

@@ -3,6 +3,7 @@
 from tests.support.mutants.draws import DRAWS
 from tests.support.mutants.experts import EXPERTS
 from tests.support.mutants.gradients import GRADIENTS
+from tests.support.mutants.neighbours import NEIGHBOURS
 from tests.support.mutants.patching import Mutant
 from tests.support.mutants.published import PUBLISHED
 from tests.support.mutants.routers import ROUTERS
@@ -17,4 +18,5 @@ MUTANTS: dict[str, Mutant] = {
   **SUMS,
   **EXPERTS,
   **ROUTERS,
+  **NEIGHBOURS,
 }
