@@ -17,7 +17,7 @@ from moejax.certify import tiny_config
 from moejax.certify import tiny_model as tiny
 from moejax.certify.cases import Plan
 from moejax.certify.checks import Check, Worst
-from moejax.model.transformer import layer_keys
+from moejax.model import transformer
 from moejax.moe import selection
 from moejax.moe.layer import MoE, MoEConfig
 from moejax.moe.routing import RouterConfig
@@ -82,7 +82,7 @@ def check_draws(plan: Plan) -> Check:
     if name != 'expert dropout':  # one draw for all tokens of a layer
       worst.see(f'{name}: rows', (one == one[:1]).all())
       worst.see(f'{name}: places', (one == one[:, :1]).all())
-  keys = np.asarray(jax.random.key_data(layer_keys(key, 3)))
+  keys = np.asarray(jax.random.key_data(transformer.layer_keys(key, 3)))
   worst.see('layers', 3 - len(np.unique(keys, axis=0)))
   return worst.check()
 
