@@ -11,7 +11,7 @@ PY = $(VENV)/bin/python
 PYTEST = $(PY) -m pytest -n $(WORKERS) --dist loadgroup
 install = $(PY) -m pip install --quiet --disable-pip-version-check -e
 
-.PHONY: train test fast aot certify families meshes faults bench lint
+.PHONY: train test fast aot certify mutants families meshes faults bench lint
 
 train: $(VENV)/.dev
 	$(PY) train.py $(ARGS)
@@ -29,6 +29,10 @@ aot: $(VENV)/.tpu
 
 certify: $(VENV)/.dev
 	$(PY) -m moejax.certify $(ARGS)
+
+# Every wrong program against its line: some minutes. `ARGS=--readme` rewrites docs/certificate.md.
+mutants: $(VENV)/.dev
+	$(PY) -m tests.support.mutant_table $(ARGS)
 
 # Eight virtual devices, and a schedule in which none of them waits forever.
 DEVICES = JAX_PLATFORMS=cpu XLA_FLAGS="--xla_force_host_platform_device_count=8 \

@@ -49,7 +49,14 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument(
     '--readme', default='', metavar='FILE', help='rewrite the table between its two comments'
   )
-  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--seed', type=int, default=0, help='of all that is drawn')
+  parser.add_argument(
+    '--seeds',
+    type=int,
+    default=1,
+    metavar='N',
+    help='so many seeds from --seed on: of each check the worst of them',
+  )
   return parser
 
 
@@ -67,9 +74,12 @@ def main(argv: Sequence[str]) -> int:
     message = f'moejax.certify: --only {unknown[0]} is no line: use one of {known}'
     print(message, file=sys.stderr)
     return 2
-  out = pathlib.Path(args.out)
+  if args.seeds < 1 or args.seed < 0:
+    print('moejax.certify: use --seeds of 1 or more, --seed of 0 or more', file=sys.stderr)
+    return 2
+  out, seeds = pathlib.Path(args.out), range(args.seed, args.seed + args.seeds)
   with Terminal() as terminal:
-    certificate = certify(args.only or list(LINES), args.quick, args.seed, terminal)
+    certificate = certify(args.only or list(LINES), args.quick, seeds, terminal)
   # Before the README is looked at: a certificate that took minutes is not lost to a wrong path.
   write_certificate(certificate, out)
   terminal.table(certificate, out)

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax import Array
 
+from moejax.certify import tiny_config
 from moejax.certify import tiny_model as tiny
 from moejax.certify.cases import MICRO_BATCHES, Plan, make_cases, router_name
 from moejax.certify.checks import Check, Worst
@@ -36,7 +37,7 @@ WHY = 'absolute; biases below 1 in float32'
 MESH = MeshConfig(2, expert=2, tensor=2)
 OTHER_TOKEN = 5  # for places that are padding
 RATE = 0.05  # of the base's schedule, until IDLE_STEP
-IDLE_STEP = tiny.STEPS // 2  # from this step on the rate is 0
+IDLE_STEP = tiny_config.STEPS // 2  # from this step on the rate is 0
 
 
 def push(
@@ -135,7 +136,7 @@ class StillChecks:
     """Takes in one rule: a step on a mesh of devices, and steps from the same state that differ."""
     self.see_layout(rule, taken.after.router)
     self.see_idle_steps(plan, rule, cfg, before)
-    rows = tiny.batch()
+    rows = tiny.batch_of(plan)
     other = rows._replace(tokens=np.where(rows.segment_ids > 0, rows.tokens, OTHER_TOKEN))
     after = tiny.take_step(plan, cfg, before, other, MESH).after
     self.padding.see(rule, distance(after.router, taken.after.router))
@@ -157,10 +158,14 @@ class StillChecks:
     self, plan: Plan, rule: str, cfg: ExperimentConfig, before: state.TrainState
   ) -> None:
     """A step whose rate is 0, and one that is skipped because its objective is not finite."""
-    rows = tiny.batch()
+    rows = tiny.batch_of(plan)
     idle = before._replace(step=jnp.int32(IDLE_STEP))
     late = tiny.take_step(plan, cfg, idle, rows, MESH)
     self.idle.see(f'{rule}: rate 0', distance(late.after.router, before.router))
+    # The step before is the last one with a rate.
+    last = tiny.take_step(plan, cfg, before._replace(step=jnp.int32(IDLE_STEP - 1)), rows, MESH)
+    stayed = distance(last.after.router, before.router) == 0
+    self.idle.see(f'{rule}: stays at a rate that is not 0', stayed)
     model = jax.tree.map(lambda a: a, before.model)  # a copy: what is set below stays in it
     model.norm.scale[...] = model.norm.scale[...].at[0].set(jnp.inf)
     poisoned = tiny.take_step(plan, cfg, before._replace(model=model), rows, MESH)
@@ -176,13 +181,13 @@ class StillChecks:
 
 def bias_line(plan: Plan) -> Iterator[Check]:
   """Checks line 6, on whole steps in micro-batches with recomputation, on a mesh of devices."""
-  still, rows = StillChecks(), tiny.batch()
+  still, rows = StillChecks(), tiny.batch_of(plan)
   # Sign first: whatever is wrong with a step shows in it. Quantile next: what it adds up are no
   # counts.
   rules = ['sign', 'quantile', *sorted(set(bias.BIAS_RULES) - {'sign', 'quantile'})]
-  base = tiny.config()
+  base = tiny_config.base_config()
   for rule in rules[:2] if plan.quick else rules:
-    cfg = tiny.change(
+    cfg = tiny_config.change(
       base,
       micro_batches=2,
       remat='full',
@@ -213,7 +218,7 @@ def check_evaluation(plan: Plan) -> Iterator[Check]:
   """Checks that a training step is the same after evaluations, which count loads but keep none."""
   moved = Worst('moved by evaluation', 0, 'the same bits')
   counted = Worst('load in evaluation', 0, 'whole numbers; what training counts')
-  cfg, rows = tiny.config(), tiny.batch()
+  cfg, rows = tiny_config.base_config(), tiny.batch_of(plan)
   before = tiny.start_state(plan, cfg)
   one = jax.block_until_ready(tiny.take_step(plan, cfg, before, rows))
   evaluate = plan.program(step.eval_step, cfg)
@@ -257,9 +262,9 @@ def objective_of_bias(
 def check_gradient(plan: Plan) -> Iterator[Check]:
   """Checks that the objective of the whole model has no gradient to the bias."""
   worst = Worst('gradient of the objective to the bias', 0, 'there is none')
-  cfg = tiny.config()
+  cfg = tiny_config.base_config()
   before = tiny.start_state(plan, cfg)
   gradient = plan.program(lambda *args: jax.grad(objective_of_bias)(*args), cfg)
-  slope = gradient(before.router.bias, before, tiny.batch())
+  slope = gradient(before.router.bias, before, tiny.batch_of(plan))
   worst.see('all layers', np.abs(np.asarray(slope)).max())
   yield worst.check()

@@ -55,6 +55,13 @@ class Plan:
     self.quick, self.seed = quick, seed
     self.options = cheapest()
     self._cache: dict[Hashable, object] = {}
+    self._programs: dict[Hashable, Callable] = {}
+
+  def with_seed(self, seed: int) -> 'Plan':
+    """The same plan for another seed: programs, which no seed is part of, are compiled once."""
+    other = Plan(self.quick, seed)
+    other._programs = self._programs
+    return other
 
   def once(self, key: Hashable, make: Callable[[], T]) -> T:
     """What `make` returns, called the first time that this run asks for the key."""
@@ -64,12 +71,25 @@ class Plan:
 
   def program(self, function: Callable, *static: Hashable) -> Callable:
     """`function(*arrays, *static)`, compiled once a run."""
-
-    def make() -> Callable:
+    key = function, static
+    if key not in self._programs:
       # The lambda is new, so that jax's own cache, which is of the process, does not know it.
-      return jax.jit(lambda *arrays: function(*arrays, *static), compiler_options=self.options)
+      self._programs[key] = jax.jit(
+        lambda *arrays: function(*arrays, *static), compiler_options=self.options
+      )
+    return self._programs[key]
 
-    return self.once((function, static), make)
+  def program64(self, key: Hashable, make: Callable[[], Callable]) -> Callable:
+    """The function that `make` returns, compiled for float64, once a run for each key."""
+    if key not in self._programs:
+      compiled = jax.jit(make(), compiler_options=self.options)
+
+      def call(*args: object) -> object:
+        with jax.enable_x64(True):
+          return jax.tree.map(np.asarray, jax.block_until_ready(compiled(*args)))
+
+      self._programs[key] = call
+    return self._programs[key]
 
   def rng(self, *path: int) -> np.random.Generator:
     """A generator of random numbers for the place that is called `path`; no two places share."""
@@ -95,12 +115,12 @@ class Plan:
       for score_fn in [scores[i % len(scores)]] if self.quick else scores:
         yield routing.RouterConfig(8, 2, score_fn, selection=name)
     yield routing.RouterConfig(8, 2, 'softmax', noisy=True)
+    yield routing.RouterConfig(8, 2, 'softmax', renormalise=False, scale=2.5)
     if not self.quick:
       yield routing.RouterConfig(4, 1, 'sigmoid', noisy=True)
       yield routing.RouterConfig(
         8, 2, 'sigmoid', weigh='softmax', num_groups=4, top_groups=2, group_best=1
       )
-      yield routing.RouterConfig(8, 2, 'softmax', renormalise=False, scale=2.5)
       yield routing.RouterConfig(8, 2, 'softmax', random_second=True)
       yield routing.RouterConfig(8, 2, 'softmax', expert_dropout=0.25)
 

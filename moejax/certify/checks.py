@@ -35,6 +35,11 @@ class Check(NamedTuple):
     return self.worst / self.tolerance if self.worst else 0.0
 
 
+def worse(one: Check, other: Check) -> Check:
+  """The same comparison made twice, as one: the larger deviation, and all cases."""
+  return max(one, other, key=lambda check: check.worst)._replace(cases=one.cases + other.cases)
+
+
 class Worst:
   """A check in the making: looks at deviations one by one and keeps the largest."""
 

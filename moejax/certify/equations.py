@@ -169,11 +169,8 @@ def check_losses(plan: Plan) -> Iterator[Check]:
   checks = LossChecks()
   for cfg in plan.token_choice():
     for label, case in make_cases(plan, cfg.num_experts).items():
-      if plan.quick:
-        included = label in QUICK_CASES
-      else:
-        included = cfg.num_experts < 64 or label in LARGE_CASES
-      if included:
+      some = QUICK_CASES if plan.quick else {*QUICK_CASES, *LARGE_CASES}
+      if label in some or (not plan.quick and cfg.num_experts < 64):
         checks.compare(plan, cfg, label, case)
   for cfg in plan.other_routers():
     for label in OTHER_CASES:

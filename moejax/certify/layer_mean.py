@@ -10,14 +10,18 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
+from moejax.certify import tiny_config
 from moejax.certify import tiny_model as tiny
 from moejax.certify.cases import Plan
 from moejax.certify.checks import Check, Worst
+from moejax.certify.float64 import in_float64
 from moejax.certify.measure import CANONICAL
 from moejax.certify.oracle import balance as oracle_balance
 from moejax.certify.oracle import routing as oracle
 from moejax.data.batch import Batch
+from moejax.model.transformer import Transformer
 from moejax.moe.routing import Routing
 from moejax.train.step import train_state as state
 
@@ -32,7 +36,7 @@ def layers_line(plan: Plan) -> Iterator[Check]:
   apart = Worst(
     'two layers collapsed on opposite experts', 1e-6, 'relative, of E/K; pooled they would score 1'
   )
-  cfg, rows = tiny.config(), tiny.batch()
+  cfg, rows = tiny_config.base_config(), tiny.batch_of(plan)
   starts = {
     'random': tiny.start_state(plan, cfg),
     'collapsed': collapse(tiny.start_state(plan, cfg)),
@@ -42,7 +46,7 @@ def layers_line(plan: Plan) -> Iterator[Check]:
     routed = tiny.state_routing(plan, before, rows)
     num_layers = len(routed.logits)
     layers = [jax.tree.map(lambda a, i=i: a[i], routed) for i in range(num_layers)]
-    for loss in tiny.loss_names():
+    for loss in tiny_config.loss_names():
       of_layers = np.mean([layer_loss(loss, layer, rows) for layer in layers])
       value = result.terms[f'balance/{loss}']
       mean.see(f'{loss}; {label}', (value - of_layers) / max(abs(of_layers), 1))
@@ -50,6 +54,44 @@ def layers_line(plan: Plan) -> Iterator[Check]:
         apart.see(loss, value / 2 - 1)  # E = 4, K = 2
   yield mean.check()
   yield apart.check()
+  yield from check_other_layers(plan)
+
+
+def check_other_layers(plan: Plan) -> Iterator[Check]:
+  """Checks a model that also has a dense layer, and a block of multi-token prediction."""
+  counted = Worst('layers with experts', 0, 'those of the stack, and each depth of prediction')
+  mean = Worst('mean with multi-token prediction, without dense', 1e-6, 'relative; float32')
+  cfg = tiny_config.rich_config()
+  rows, before = tiny.batch_of(plan), tiny.start_state(plan, cfg)
+  result = tiny.take_step(plan, cfg, before, rows)
+
+  def losses_of_layers(model: Transformer, bias: Array, rows: Batch) -> dict[str, Array]:
+    return model(rows, bias, whole={}).aux.losses
+
+  program = plan.program64(
+    ('layers', cfg), lambda: in_float64(losses_of_layers, before.model, before.router.bias, rows)
+  )
+  for loss, of_layers in program(before.model, before.router.bias, rows).items():
+    counted.see(loss, len(of_layers) - (cfg.model.num_layers - 1 + cfg.model.mtp_depth))
+    wanted = of_layers.mean()
+    value = result.terms[f'balance/{loss}']
+    mean.see(loss, (value - wanted) / max(abs(wanted), 1))
+  unlike = Worst('layers whose losses are alike', 0, 'each has parameters of its own')
+  values = [v for v in program(before.model, before.router.bias, rows)['sequence']]
+  unlike.see('sequence', len(values) - len(set(map(float, values))))
+  load = np.asarray(result.metrics['load'])
+  copies = int((rows.segment_ids > 0).sum()) * cfg.model.moe.router.top_k
+  counted.see('copies in each layer', np.abs(load.sum(-1) - copies).max())
+  own = Worst("tokens that leave a layer's own favourite", 0, 'each layer has a bias of its own')
+  favourites = (np.arange(len(load)) + 1) % load.shape[-1]
+  bias = np.zeros(load.shape, np.float32)
+  bias[np.arange(len(load)), favourites] = 10
+  biased = before._replace(router=before.router._replace(bias=jnp.asarray(bias)))
+  favoured = np.asarray(tiny.take_step(plan, cfg, biased, rows).metrics['load'])
+  tokens = copies // cfg.model.moe.router.top_k
+  own.see('load', np.abs(favoured[np.arange(len(load)), favourites] - tokens).max())
+  for worst in (counted, mean, unlike, own):
+    yield worst.check()
 
 
 def layer_loss(loss: str, routed: Routing, rows: Batch) -> float:

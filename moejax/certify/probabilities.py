@@ -27,8 +27,6 @@ def probabilities_line(plan: Plan) -> Iterator[Check]:
   to_bias = Worst('gradient to the bias', 0, 'there is none')
   idle = Worst('routers that another bias does not move', 0, 'each must send some copies elsewhere')
   for cfg in plan.token_choice():
-    if cfg.num_experts > 8 and not plan.quick:
-      continue
     cases, elsewhere = make_cases(plan, cfg.num_experts), 0
     for label in ('packed', 'extreme', 'low', 'all to one'):
       case, where = cases[label], f'{router_name(cfg)}; {label}'

@@ -119,8 +119,8 @@ def rewrite_readme(certificate: Certificate, path: pathlib.Path) -> None:
   rewrite(path, 'certificate', '\n'.join([*summary_rows(certificate), '', headline(certificate)]))
 
 
-def rewrite(path: pathlib.Path, name: str, body: str) -> None:
-  """Puts a text between two comments that mark its place, `<!-- name -->` and `<!-- /name -->`.
+def split_at_marks(path: pathlib.Path, name: str) -> tuple[str, str, str]:
+  """What is before, between and after two comments, `<!-- name -->` and `<!-- /name -->`.
 
   Raises:
     ValueError: the file does not hold both marks, in their order.
@@ -128,9 +128,20 @@ def rewrite(path: pathlib.Path, name: str, body: str) -> None:
   begin, end = f'<!-- {name} -->', f'<!-- /{name} -->'
   head, begin_or_empty, rest = path.read_text().partition(begin)
   # Only what follows the first mark is searched for the second, so that their order is checked too.
-  _, end_or_empty, tail = rest.partition(end)
+  body, end_or_empty, tail = rest.partition(end)
   if not begin_or_empty or not end_or_empty:
     raise ValueError(
       f'{path} does not hold {begin} and, after it, {end}: put both where the table belongs'
     )
-  write_whole(path, f'{head}{begin}\n{body}\n{end}{tail}')
+  return head, body, tail
+
+
+def marked_text(path: pathlib.Path, name: str) -> str:
+  """The text between two comments, see `split_at_marks`."""
+  return split_at_marks(path, name)[1]
+
+
+def rewrite(path: pathlib.Path, name: str, body: str) -> None:
+  """Puts a text between two comments that mark its place, see `split_at_marks`."""
+  head, _, tail = split_at_marks(path, name)
+  write_whole(path, f'{head}<!-- {name} -->\n{body}\n<!-- /{name} -->{tail}')

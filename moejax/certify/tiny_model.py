@@ -1,15 +1,15 @@
-"""The tiny model that whole steps are taken with: its config, batch, initial state and step.
+"""The tiny model that whole steps are taken with: its batch, initial state and step.
 
   (config, mesh) -> one training step -> gradient, terms, load, router bias; then who is chosen next
 
-The initial state has routers that choose unevenly. All losses, one alone or several at once, are
-one program: their coefficients are schedules, and the step number says which of them are on.
+The initial state has routers that choose unevenly; it and the batch follow from the plan's seed.
 
 Letters: B batch, S sequence, E experts, L MoE layers.
 """
 
-import dataclasses
 import tempfile
+import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,95 +20,26 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from moejax.certify.cases import Plan
+from moejax.certify.float64 import in_float64
+from moejax.certify.tiny_config import LENGTH, ROWS, VOCAB, base_config
 from moejax.checkpoint.checkpoints import CheckpointConfig, Checkpoints
-from moejax.config import frozendict
 from moejax.data.batch import IGNORE, Batch, make_batch
-from moejax.model.config import AttentionConfig, ModelConfig
-from moejax.model.cross_entropy import LossConfig
 from moejax.model.transformer import Transformer
-from moejax.moe.balance.config import BalanceConfig
-from moejax.moe.balance.losses import BALANCE_LOSSES
 from moejax.moe.bias import BiasState
-from moejax.moe.dispatch.dispatchers import DispatchConfig
-from moejax.moe.layer import MoEConfig
-from moejax.moe.routing import RouterConfig, Routing
+from moejax.moe.routing import Routing
 from moejax.moe.selection import Tokens
 from moejax.sharding.logical_axes import spec
 from moejax.sharding.mesh import MeshConfig, make_mesh
 from moejax.sharding.params import shardings
 from moejax.train.experiment.config import ExperimentConfig
-from moejax.train.optimizer import OptimConfig
 from moejax.train.step import train_state as state
 from moejax.train.step import train_step as step
 
-ROWS, LENGTH, VOCAB = 8, 12, 32
-STEPS = 100  # of the run that schedules are parts of, so that a percent is a step
-CUT_DEPENDENT = ('micro_batch', 'gshard')  # another loss for another cut, by definition
-ALONE = 10  # the first step at which one loss alone has a coefficient
-ALONE_STEPS = 8  # for which it stays alone, until the next loss is
-WEIGHT = 20  # the coefficient of a loss that is alone
+CLEAR = 1e-4  # the least margin of a choice, which sums in another order do not flip
+STD = 0.2  # of the matrices that a state starts with; routers have twice that
 
 
-def loss_names(noisy: bool = False) -> list[str]:
-  """The losses of a run. 'load' needs a noisy router, and does not know of a bias."""
-  return [name for name in sorted(BALANCE_LOSSES) if noisy or name != 'load']
-
-
-def step_alone(name: str, noisy: bool = False) -> int:
-  """The first step at which this loss alone has a coefficient."""
-  return ALONE + ALONE_STEPS * loss_names(noisy).index(name)
-
-
-def schedules(noisy: bool) -> frozendict:
-  """The coefficient schedule of each loss, by name.
-
-  At step 0 all losses that do not depend on the cut are on, later one after the other: one program
-  serves all of it.
-  """
-  texts = {}
-  for name in loss_names(noisy):
-    first = '0' if name in CUT_DEPENDENT else '0.1'
-    begin = step_alone(name, noisy)
-    texts[name] = f'{first}, 0@{ALONE}%, {WEIGHT}@{begin}%, 0@{begin + ALONE_STEPS}%'
-  return frozendict(texts)
-
-
-def config(noisy: bool = False) -> ExperimentConfig:
-  """The base of all comparisons: the fastest dispatcher to compile, one micro-batch, no mesh."""
-  moe = MoEConfig(
-    RouterConfig(4, 2, noisy=noisy), DispatchConfig('dense_matmul'), d_expert=8, num_shared=1
-  )
-  return ExperimentConfig(
-    steps=STEPS,
-    batch_size=ROWS,
-    seq_len=LENGTH,
-    loss=LossConfig(z_coef=f'1e-3, 0@{ALONE}%', chunks=2),
-    model=ModelConfig(
-      vocab_size=VOCAB,
-      d_model=16,
-      num_layers=2,
-      attention=AttentionConfig(num_heads=2, num_kv_heads=2, d_head=8),
-      moe=moe,
-    ),
-    balance=BalanceConfig(schedules(noisy), '' if noisy else 'sign', '0.05, 0@50%', ep_groups=4),
-    # A large eps makes the update smooth in the gradient: at 1e-8 it would be the sign of the
-    # rounding of a zero.
-    optim=OptimConfig(learning_rate=0.05, warmup_steps=0, eps=1e-2, clip_norm=0.0),
-  )
-
-
-def change(cfg: ExperimentConfig, **changes: object) -> ExperimentConfig:
-  """A config with other fields: of the root, of the model, of its MoE layers, by their names."""
-
-  def fields_of(kind: type) -> dict[str, object]:
-    return {k: v for k, v in changes.items() if k in kind.__dataclass_fields__}
-
-  moe = dataclasses.replace(cfg.model.moe, **fields_of(MoEConfig))
-  model = dataclasses.replace(cfg.model, **fields_of(ModelConfig) | {'moe': moe})
-  return dataclasses.replace(cfg, **fields_of(ExperimentConfig) | {'model': model})
-
-
-def batch(seed: int = 0) -> Batch:
+def batch(seed: int | tuple[int, ...] = 0) -> Batch:
   """Documents of uneven lengths, one row half padding, one row all padding but a token."""
   rng = np.random.default_rng(seed)
   text = rng.integers(1, VOCAB, (ROWS, LENGTH + 1))
@@ -116,6 +47,37 @@ def batch(seed: int = 0) -> Batch:
   segments[2, LENGTH // 2 :] = 0
   segments[5, 1:] = 0
   return packed(text, segments)
+
+
+def batch_of(plan: Plan) -> Batch:
+  """The batch of the plan's seed, of whose tokens none is near to having another expert.
+
+  A sum in another order would then decide who is chosen, and loads are compared as whole numbers.
+  """
+
+  def draw() -> Batch:
+    before = start_state(plan, base_config())
+    for number in range(100):
+      rows = batch((plan.seed, number))
+      if smallest_margin(plan, before, rows) > CLEAR:
+        return rows
+    raise ValueError(f'seed {plan.seed}: none of 100 batches has a margin of {CLEAR}')
+
+  return plan.once(('batch', plan.seed), draw)
+
+
+def smallest_margin(plan: Plan, before: state.TrainState, rows: Batch) -> float:
+  """How near any token that counts is to other experts, with the bias or without, in any layer.
+
+  The best score less the next, and the last that is chosen less the first that is not.
+  """
+  routed, mask = state_routing(plan, before, rows), rows.segment_ids > 0
+  smallest = np.inf
+  for scores in (routed.scores, routed.scores + np.asarray(before.router.bias)[:, None, None]):
+    ranked = -np.sort(-scores, axis=-1)[:, mask]  # [L, tokens, E]
+    gaps = -np.diff(ranked)[..., :2]  # of the first two, and of the second and the third: K = 2
+    smallest = min(smallest, float(gaps.min()))
+  return smallest
 
 
 def packed(text: np.ndarray, segments: np.ndarray) -> Batch:
@@ -128,27 +90,54 @@ def tiny_state_shapes(plan: Plan, cfg: ExperimentConfig) -> state.TrainState:
   return plan.once(('shapes', cfg), lambda: jax.eval_shape(lambda: state.init_state(cfg)))
 
 
-def start_state(plan: Plan, cfg: ExperimentConfig) -> state.TrainState:
-  """A state with a bias that matters where there is a rule for it.
+def draw_parameters(plan: Plan, shapes: Transformer) -> Transformer:
+  """Parameters of the plan's seed for a model of these shapes: nothing is compiled.
 
-  Its routers choose unevenly, as trained ones do. Parameters are the same for all configs that
-  have a noisy router, and for all that have none.
+  Routers choose unevenly, as trained ones do, and experts matter. A parameter is the same in all
+  models that have it.
   """
-  noisy = cfg.model.moe.router.noisy
 
-  def parameters() -> list[np.ndarray]:
-    make = plan.program(lambda: state.init_state(config(noisy)).model)
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(make())]
+  def draw(path: str, shape: tuple[int, ...]) -> Array:
+    normal = plan.rng(20, zlib.crc32(path.encode())).normal(size=shape)
+    if path.endswith('scale/value'):
+      return jnp.asarray(1 + 0.1 * normal, jnp.float32)
+    return jnp.asarray((2 if 'router' in path else 1) * STD * normal, jnp.float32)
 
-  shapes = tiny_state_shapes(plan, cfg)
-  blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-  leaves = [jnp.asarray(leaf) for leaf in plan.once(('parameters', noisy), parameters)]
-  model = jax.tree.unflatten(jax.tree.structure(shapes.model), leaves)
-  model.blocks.moe.router[...] = 20 * model.blocks.moe.router[...]
-  shape, size = blank.router.bias.shape, blank.router.bias.size
-  bias = 0.02 * jnp.arange(size, dtype=jnp.float32).reshape(shape) % 0.07
-  has_rule = bool(cfg.balance.bias_rule)
-  return blank._replace(model=model, router=BiasState(bias * has_rule, blank.router.momentum))
+  leaves = [draw(path, leaf.shape) for path, leaf in named_leaves(shapes).items()]
+  return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def start_state(plan: Plan, cfg: ExperimentConfig) -> state.TrainState:
+  """A state with parameters of the plan's seed, and a bias that matters where there is a rule."""
+
+  def make() -> state.TrainState:
+    shapes = tiny_state_shapes(plan, cfg)
+    blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    shape, size = blank.router.bias.shape, blank.router.bias.size
+    bias = 0.02 * jnp.arange(size, dtype=jnp.float32).reshape(shape) % 0.07
+    has_rule = bool(cfg.balance.bias_rule)
+    router = BiasState(bias * has_rule, blank.router.momentum)
+    return blank._replace(model=draw_parameters(plan, shapes.model), router=router)
+
+  # A copy: of a module that is kept, what is set would stay in it.
+  return jax.tree.map(lambda a: a, plan.once(('start', cfg, plan.seed), make))
+
+
+def named_leaves(tree: object) -> dict[str, Array]:
+  """The leaves of a model, or of moments like it, by path, in the order of the tree."""
+  leaves = {}
+  for keys, leaf in jax.tree.leaves_with_path(tree):
+    leaves[jax.tree_util.keystr(keys, simple=True, separator='/')] = leaf
+  return leaves
+
+
+TERMS = ('lm_loss', 'z_loss', 'mtp_loss')  # of the objective, besides the balance losses
+
+
+def terms_of(metrics: step.Metrics) -> dict[str, Array]:
+  """The terms of the objective as they are logged, without their coefficients."""
+  names = [name for name in metrics if name in TERMS or name.startswith('balance/')]
+  return {name: metrics[name] for name in names}
 
 
 class StepResult(NamedTuple):
@@ -159,12 +148,8 @@ class StepResult(NamedTuple):
 
   @property
   def terms(self) -> dict[str, float]:
-    """The terms of the objective as they are logged, without their coefficients."""
-    return {
-      name: float(value)
-      for name, value in self.metrics.items()
-      if name in ('lm_loss', 'z_loss') or name.startswith('balance/')
-    }
+    """The logged terms of the objective, see `terms_of`."""
+    return {name: float(value) for name, value in terms_of(self.metrics).items()}
 
 
 def one_step(
@@ -196,6 +181,18 @@ def take_step(
     return jax.block_until_ready(StepResult(*program(state_on_mesh, rows_on_mesh)))
 
 
+def take_step64(
+  plan: Plan, cfg: ExperimentConfig, before: state.TrainState, rows: Batch
+) -> StepResult:
+  """One training step with all of its arithmetic in float64, in NumPy arrays."""
+
+  def make() -> Callable:
+    shapes = tiny_state_shapes(plan, cfg)
+    return in_float64(lambda before, rows: one_step(before, rows, cfg, None), shapes, rows)
+
+  return StepResult(*plan.program64(('step', cfg), make)(before, rows))
+
+
 def save_and_restore(whole: state.TrainState) -> state.TrainState:
   """A state as a checkpoint on disk gives it back."""
   with tempfile.TemporaryDirectory() as directory:
@@ -205,14 +202,15 @@ def save_and_restore(whole: state.TrainState) -> state.TrainState:
     return Checkpoints(directory, CheckpointConfig(), readonly=True).restore(whole, {})[1]
 
 
-def gradient(result: StepResult, cfg: ExperimentConfig) -> np.ndarray:
-  """The gradient as the optimiser got it in its first step, all parameters in one vector.
+def leaf_gradients(result: StepResult, cfg: ExperimentConfig) -> dict[str, np.ndarray]:
+  """The gradient of each leaf as the optimiser got it in its first step, before it was clipped.
 
-  The first moment is then (1 - beta1) times the gradient.
+  The first moment is then (1 - beta1) times the clipped one.
   """
   moments = optax.tree.get_all_with_path(result.after.opt_state, 'mu')[0][1]
-  flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(moments)])
-  return flat / (1 - cfg.optim.beta1)
+  clip, norm = cfg.optim.clip_norm, float(result.metrics['grad_norm'])
+  factor = max(1.0, norm / clip) / (1 - cfg.optim.beta1) if clip else 1 / (1 - cfg.optim.beta1)
+  return {name: factor * np.asarray(leaf) for name, leaf in named_leaves(moments).items()}
 
 
 def layer_routings(model: Transformer, bias: Array, rows: Batch) -> Routing:
@@ -226,7 +224,7 @@ def layer_routings(model: Transformer, bias: Array, rows: Batch) -> Routing:
     x = x + block.attention(block.attention_norm(x), rows.segment_ids, rows.positions)[0]
     h = block.moe_norm(x)
     routings.append(block.moe.route(h, bias[i], tokens))
-    x = x + block.moe(h, bias[i], tokens, {})[0]
+    x = x + block.moe(h, bias[i], tokens, None)[0]
   return jax.tree.map(lambda *a: jnp.stack(a), *routings)
 
 
@@ -235,7 +233,7 @@ def state_routing(plan: Plan, current: state.TrainState, rows: Batch) -> Routing
 
   One program for all states, whatever program made them: what differs is then the state.
   """
-  cfg = config(current.model.cfg.moe.router.noisy)
+  cfg = base_config(current.model.cfg.moe.router.noisy)
   structure = jax.tree.structure(tiny_state_shapes(plan, cfg).model)
   model = jax.tree.unflatten(
     structure, [np.asarray(leaf) for leaf in jax.tree.leaves(current.model)]

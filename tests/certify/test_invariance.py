@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from moejax.certify import tiny_config
 from moejax.certify import tiny_model as tiny
 from moejax.certify.cases import Plan
 from moejax.certify.invariance import (
@@ -30,10 +31,11 @@ def test_two_documents_are_the_same_tokens_in_one_row_or_two() -> None:
 
 
 def test_the_wide_batch_is_the_batch_and_padding() -> None:
-  wide, narrow = widened_batch(3), tiny.batch()
-  assert wide.tokens.shape == (tiny.ROWS, tiny.LENGTH + 3)
-  assert np.array_equal(wide.tokens[:, : tiny.LENGTH], narrow.tokens)
-  assert not wide.segment_ids[:, tiny.LENGTH :].any()
+  plan = Plan(quick=True)
+  wide, narrow = widened_batch(plan, 3), tiny.batch_of(plan)
+  assert wide.tokens.shape == (tiny_config.ROWS, tiny_config.LENGTH + 3)
+  assert np.array_equal(wide.tokens[:, : tiny_config.LENGTH], narrow.tokens)
+  assert not wide.segment_ids[:, tiny_config.LENGTH :].any()
 
 
 def test_the_whole_line_takes_every_variant_of_the_quick_one_and_more() -> None:

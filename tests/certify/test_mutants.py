@@ -1,4 +1,7 @@
-"""Every line of the contract fails for the mistake that it is there for."""
+"""Every line of the contract fails for the mistake that it is there for.
+
+`make mutants` runs all mutants; here is one for each line, the cheapest.
+"""
 
 from collections.abc import Iterator
 
@@ -7,47 +10,33 @@ import pytest
 from moejax.certify import contract
 from moejax.certify.cases import Plan
 from moejax.certify.checks import Check, Worst
+from moejax.certify.report import marked_text
+from tests.support.first_failure import first_failure
+from tests.support.mutant_table import DOCS
 from tests.support.mutants import MUTANTS
 
 PATCH = pytest.MonkeyPatch
-
-
-class CaughtError(BaseException):
-  """A case is beyond its tolerance. No Exception: of one of those a line would make a check."""
-
-  def __init__(self, check: Check) -> None:
-    super().__init__(check.what)
-    self.check = check
-
-
-def first_failure(line: str) -> Check | None:
-  """The first check that a line, in its quick form, does not pass.
-
-  One case beyond its tolerance fails a check, whatever the other cases are: the line stops there,
-  which is most of the time that a mutant takes.
-  """
-  see = Worst.see
-
-  def see_and_stop(worst: Worst, where: str, deviation: float) -> None:
-    see(worst, where, deviation)
-    check = worst.check()
-    if not check.passed:
-      raise CaughtError(check)
-
-  with PATCH.context() as patch:
-    patch.setattr(Worst, 'see', see_and_stop)
-    try:
-      for finding in contract.findings(line, Plan(quick=True)):
-        # A check that saw no case has failed, too.
-        if isinstance(finding, Check) and not finding.passed:
-          return finding
-    except CaughtError as caught:
-      return caught.check
-  return None
+# Line -> one of its mutants that the line finds early.
+SAMPLES = {
+  'oracle': 'two softmaxes',
+  'balance': 'wrong K factor',
+  'invariance': 'micro-batches weigh evenly',
+  'logged': 'gradient of the embedding alone',
+  'probabilities': 'bias inside P',
+  'bias': 'bias the wrong way',
+  'padding': 'padded tokens counted',
+  'shrink': 'tiny epsilon',
+  'layers': 'pooled layers',
+  'causality': 'expert choice labelled causal',
+  'trained': 'straight cosine',
+  'decoding': 'drafts not truncated',
+  'large': 'packed keys without limit',
+  'metrics': 'statistics of the last micro-batch',
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', MUTANTS)
+@pytest.mark.parametrize('name', SAMPLES.values())
 def test_a_mutant_is_caught_by_its_line(name: str, monkeypatch: PATCH) -> None:
   MUTANTS[name].apply(monkeypatch)
   caught = first_failure(MUTANTS[name].line)
@@ -55,7 +44,6 @@ def test_a_mutant_is_caught_by_its_line(name: str, monkeypatch: PATCH) -> None:
   assert caught.what != contract.UNEXPECTED, (
     f'{name} breaks the line instead of failing it: {caught.where}'
   )
-  print(f'{name}: {caught.what}, {caught.worst:.1e} of {caught.tolerance:.0e}, at {caught.where}')
 
 
 @pytest.mark.slow
@@ -69,10 +57,19 @@ def test_nothing_that_was_compiled_outlives_a_mutant(monkeypatch: PATCH) -> None
   assert first_failure(mutant.line) is None
 
 
-def test_every_line_of_the_contract_is_there_and_has_a_mutant() -> None:
-  assert len(contract.LINES) == 10 and {mutant.line for mutant in MUTANTS.values()} == set(
-    contract.LINES
-  )
+def test_every_line_has_a_sample_of_its_own_and_every_mutant_a_line_and_a_description() -> None:
+  assert list(SAMPLES) == list(contract.LINES)
+  assert all(MUTANTS[name].line == line for line, name in SAMPLES.items())
+  descriptions = [mutant.description for mutant in MUTANTS.values()]
+  assert len(MUTANTS) > 60 and len(set(descriptions)) == len(MUTANTS)
+  assert {mutant.line for mutant in MUTANTS.values()} == set(contract.LINES)
+
+
+def test_the_table_in_the_docs_has_every_mutant() -> None:
+  rows = marked_text(DOCS, 'mutants').strip().splitlines()[2:]
+  for row, (name, mutant) in zip(rows, MUTANTS.items(), strict=True):
+    assert row.startswith(f'| {name} | {mutant.description} | {mutant.line} | '), row
+    assert 'SURVIVES' not in row and contract.UNEXPECTED not in row
 
 
 def test_the_first_case_beyond_its_tolerance_ends_a_line(monkeypatch: PATCH) -> None:

@@ -58,6 +58,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     'moe',
     'checkpoint',
     'model',
+    'inference',
     'train.experiment',
     'train.step',
     'train.optimizer',

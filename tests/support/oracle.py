@@ -8,6 +8,7 @@ is next to this file.
 
 from moejax.certify.oracle.balance import *
 from moejax.certify.oracle.bias import *
+from moejax.certify.oracle.optimizer import *
 from moejax.certify.oracle.routing import *
 from moejax.certify.oracle.selection import *
 from tests.support.oracle_attention import *

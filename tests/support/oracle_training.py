@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from moejax.certify.oracle.optimizer import AdamW, adamw_step, no_moments
 from moejax.certify.oracle.routing import F64, logsumexp
 
 IGNORE = -100  # a target that counts nowhere
@@ -28,42 +29,15 @@ def cross_entropy(
   return math.fsum(nll), math.fsum(z), len(nll)
 
 
-# The optimiser: parameters and gradients are dicts of arrays.
-
-
-def global_norm(gradients: dict[str, F64]) -> float:
-  """The norm of all gradients as one vector."""
-  return math.sqrt(
-    math.fsum(float((np.asarray(g, np.float64) ** 2).sum()) for g in gradients.values())
-  )
-
-
 def adamw(
   params: dict[str, F64],
   steps: Sequence[dict[str, F64]],
   *,
   rates: Sequence[float],
-  b1: float,
-  b2: float,
-  eps: float,
-  weight_decay: float,
-  decay: dict[str, bool],
-  clip: float,
+  rule: AdamW,
 ) -> dict[str, F64]:
-  """Parameters after one AdamW step for each dict of gradients.
-
-  Clip to global norm (0 = off), then bias-corrected moments, eps outside the square root; decay is
-  decoupled, times the rate, and only where `decay` says so.
-  """
-  p = {k: np.array(v, np.float64) for k, v in params.items()}
-  m, v = ({k: np.zeros_like(a) for k, a in p.items()} for _ in range(2))
-  for n, (gradients, rate) in enumerate(zip(steps, rates, strict=True), start=1):
-    norm = global_norm(gradients)
-    shrink = clip / norm if 0 < clip < norm else 1.0
-    for k in p:
-      g = shrink * np.asarray(gradients[k], np.float64)
-      m[k] = b1 * m[k] + (1 - b1) * g
-      v[k] = b2 * v[k] + (1 - b2) * g**2
-      update = (m[k] / (1 - b1**n)) / (np.sqrt(v[k] / (1 - b2**n)) + eps)
-      p[k] = p[k] - rate * (update + (weight_decay * p[k] if decay[k] else 0.0))
-  return p
+  """Parameters after one AdamW step for each dict of gradients."""
+  moments = no_moments(params)
+  for gradients, rate in zip(steps, rates, strict=True):
+    params, moments = adamw_step(params, moments, gradients, rate=rate, rule=rule)
+  return params

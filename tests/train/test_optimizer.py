@@ -93,17 +93,8 @@ def test_six_steps_are_the_oracles(model: Model, clip: float) -> None:
     assert int(updates_made(state)) == i
     after, state = step(after, state, g)
   rates = [float(learning_rate(cfg, STEPS)(i)) for i in range(STEPS)]
-  want = oracle.adamw(
-    flat(model),
-    [flat(g) for g in grads],
-    rates=rates,
-    b1=0.8,
-    b2=0.9,
-    eps=1e-3,
-    weight_decay=0.3,
-    decay=DECAY,
-    clip=clip,
-  )
+  rule = oracle.AdamW(b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.3, decay=DECAY, clip=clip)
+  want = oracle.adamw(flat(model), [flat(g) for g in grads], rates=rates, rule=rule)
   for name, leaf in flat(after).items():
     np.testing.assert_allclose(leaf, want[name], rtol=1e-4, atol=1e-5, err_msg=name)
     assert np.abs(leaf - flat(model)[name]).max() > 0.05

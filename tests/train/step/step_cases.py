@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from moejax.certify.tiny_model import LENGTH, ROWS, VOCAB
+from moejax.certify.tiny_config import LENGTH, ROWS, VOCAB
 from moejax.certify.tiny_model import batch as make_batch
 from moejax.config import frozendict
 from moejax.data.batch import IGNORE, Batch

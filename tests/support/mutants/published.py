@@ -1,70 +1,30 @@
-"""Mistakes that were made in public, or nearly, as patches of moejax.
-
-Each replaces something of moejax, and names the line of the certificate that must object. Most have
-been shipped by published codebases; the last four are for lines that these leave out. A function is
-replaced in every module that has imported its name, the face of a package never: nothing inside
-looks there.
+"""Mistakes that were made in public, or nearly: most have been shipped by published codebases.
 
 Letters: B batch, S sequence, E experts.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax import Array
 
 from moejax.model.transformer import Output, Transformer
-from moejax.moe import bias, layer, routing, token_sets
+from moejax.moe import bias, routing, token_sets
 from moejax.moe.balance import aux_loss
 from moejax.moe.balance.losses import BALANCE_LOSSES
 from moejax.moe.bias_quantile import quantile
 from moejax.moe.selection import SELECTIONS
 from moejax.sharding.logical_axes import row_shards
 from moejax.train.step import objective, train_step
+from tests.support.mutants.patching import (
+  Mutant,
+  Patch,
+  change_output,
+  change_routing,
+  change_row,
+)
 
-Patch = pytest.MonkeyPatch
 MICRO_BATCHES = 2  # into which the lines that look at bias rules cut a batch
-
-
-class Mutant(NamedTuple):
-  """A mistake, and who must find it."""
-
-  apply: Callable[[Patch], None]
-  line: str  # of the certificate, that must fail
-
-
-def change_routing(
-  patch: Patch, change: Callable[[routing.Routing, Array, routing.RouterConfig], routing.Routing]
-) -> None:
-  """Every routing changed after the fact."""
-  route = routing.route
-
-  def changed(
-    logits: Array, bias: Array, cfg: routing.RouterConfig, *rest: object
-  ) -> routing.Routing:
-    return change(route(logits, bias, cfg, *rest), bias, cfg)
-
-  for module in (routing, layer):
-    patch.setattr(module, 'route', changed)
-
-
-def change_row(patch: Patch, rows: dict, name: str, **changes: object) -> None:
-  """A row of a registry with other fields."""
-  patch.setitem(rows, name, rows[name]._replace(**changes))
-
-
-def change_output(patch: Patch, change: Callable[[Transformer, Output], Output]) -> None:
-  """Every forward pass changed after the fact."""
-  call = Transformer.__call__
-
-  def changed(self: Transformer, *args: object, **named: object) -> Output:
-    return change(self, call(self, *args, **named))
-
-  patch.setattr(Transformer, '__call__', changed)
 
 
 def softmax_for_sigmoid(patch: Patch) -> None:
@@ -264,7 +224,7 @@ def token_choice_labelled_non_causal(patch: Patch) -> None:
   change_row(patch, SELECTIONS, 'hash', causal=False)
 
 
-MUTANTS: dict[str, Mutant] = {
+PUBLISHED: dict[str, Mutant] = {
   'softmax for sigmoid': Mutant(softmax_for_sigmoid, 'probabilities'),
   'top-k weights for full scores': Mutant(top_k_weights_for_full_scores, 'probabilities'),
   'bias inside P': Mutant(bias_inside_p, 'probabilities'),

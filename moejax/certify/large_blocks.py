@@ -1,0 +1,121 @@
+"""Part of line 13: the grouped FFN with every number of rows in an expert's last block.
+
+  sorted copies, cut into loads -> each implementation -> output and gradients | sums over copies
+
+Letters: T tokens, D model, F FFN hidden, E experts, N copies.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+
+from moejax.certify.cases import Plan
+from moejax.certify.checks import Check, Worst
+from moejax.moe.experts.grouped_ffn import IMPLEMENTATIONS
+from moejax.moe.experts.residuals import Residuals
+from moejax.moe.experts.sorted_copies import Copies
+from moejax.moe.experts.weights import Weights
+
+D, F = 2, 3
+ROWS = 1100  # copies of the grouped FFN: its largest blocks, of 256 rows, are used
+UNASSIGNED = 40  # of them
+ROUNDING = 2e-5  # of sums over 1100 copies in float32, as a part of the largest entry
+
+
+def silu(a: np.ndarray) -> np.ndarray:
+  """The activation's own function."""
+  return a / (1 + np.exp(-a))
+
+
+def gated_silu(gate: Array, up: Array) -> Array:
+  """The activation that experts have here."""
+  return jax.nn.silu(gate) * up
+
+
+class Copied(NamedTuple):
+  """What every copy of every token would give at every expert, in float64. [E, N, ...]."""
+
+  y: np.ndarray  # [E, N, D], weighed
+  x: np.ndarray  # [E, N, D], its gradient to its token
+  scale: np.ndarray  # [E, N], its gradient to its weight
+  gate: np.ndarray  # [E, N, D, F]
+  up: np.ndarray  # [E, N, D, F]
+  down: np.ndarray  # [E, N, F, D]
+
+
+def of_copies(x: np.ndarray, dy: np.ndarray, scale: np.ndarray, w: Weights) -> Copied:
+  """Outputs and gradients of each copy, by the chain rule. x, dy: [N, D]; scale: [N]."""
+  gate, up = (np.einsum('nd,edf->enf', x, one) for one in (w.gate, w.up))
+  hidden = silu(gate) * up
+  d_out = scale[None, :, None] * dy
+  d_hidden = np.einsum('end,efd->enf', d_out, w.down)
+  sigmoid = 1 / (1 + np.exp(-gate))
+  d_gate = d_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))
+  d_up = d_hidden * silu(gate)
+  out = np.einsum('enf,efd->end', hidden, w.down)
+  dx = np.einsum('enf,edf->end', d_gate, w.gate) + np.einsum('enf,edf->end', d_up, w.up)
+  return Copied(
+    y=scale[None, :, None] * out,
+    x=dx,
+    scale=(out * dy).sum(-1),
+    gate=x[None, :, :, None] * d_gate[:, :, None],
+    up=x[None, :, :, None] * d_up[:, :, None],
+    down=hidden[..., None] * d_out[:, :, None],
+  )
+
+
+def wanted_of(all_copies: Copied, tokens: np.ndarray, load: np.ndarray) -> dict[str, np.ndarray]:
+  """What the grouped FFN must give where the sorted copies are cut into these loads [E]."""
+  found = {name: np.zeros(one.shape[1:]) for name, one in all_copies._asdict().items()}
+  for name in ('gate', 'up', 'down'):
+    one = getattr(all_copies, name)
+    found[name] = np.zeros((len(load), *one.shape[2:]))
+  start = 0
+  for e, count in enumerate(load):
+    rows = slice(start, start + count)
+    # Every token has one copy.
+    found['y'][tokens[rows]] = all_copies.y[e, rows]
+    found['x'][tokens[rows]] = all_copies.x[e, rows]
+    found['scale'][rows] = all_copies.scale[e, rows]
+    for name in ('gate', 'up', 'down'):
+      found[name][e] = getattr(all_copies, name)[e, rows].sum(0)
+    start += count
+  return found
+
+
+def grouped(x: Array, copies: Copies, weights: Weights, dy: Array, name: str) -> dict[str, Array]:
+  """Output and gradients of a row of IMPLEMENTATIONS."""
+  implementation = IMPLEMENTATIONS[name]
+  y, kept = implementation.forward(x, copies, weights, gated_silu)
+  found = implementation.backward(Residuals(x, copies, weights, kept), gated_silu, dy)
+  w = found.weights
+  gradients = {'x': found.x, 'scale': found.copy_weights}
+  return {'y': y, 'gate': w.gate, 'up': w.up, 'down': w.down} | gradients
+
+
+def check_blocks(plan: Plan) -> Iterator[Check]:
+  """Checks the grouped FFN with every number of copies of an expert, from none to two blocks."""
+  rng = plan.rng(30)
+  x, dy = rng.normal(size=(2, ROWS, D)).astype(np.float32)
+  scale, tokens = rng.uniform(0.5, 1.5, ROWS).astype(np.float32), rng.permutation(ROWS)
+  shapes = (3, D, F), (3, D, F), (3, F, D)
+  weights = Weights(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
+  wide = Weights(*(np.asarray(w, np.float64) for w in weights[:3]))
+  sorted_x, sorted_dy = (np.asarray(a, np.float64)[tokens] for a in (x, dy))
+  all_copies = of_copies(sorted_x, sorted_dy, np.asarray(scale, np.float64), wide)
+  for name in sorted(IMPLEMENTATIONS):
+    worst = Worst(f'{name}: blocks of every remainder', ROUNDING, 'of the largest entry; float32')
+    # The loop over blocks is the one whose programs depend on the rest.
+    every = 1 if name == 'blocked' else 32
+    for half in range(0, 257, every):
+      first = (2 * half, 2 * half + 1)  # up to two whole blocks of 256
+      load = np.array([*first, ROWS - UNASSIGNED - sum(first)], np.int32)
+      copies = Copies(tokens.astype(np.int32), scale, load)
+      found = plan.program(grouped, name)(x, copies, weights, dy)
+      for what, wanted in wanted_of(all_copies, tokens, load).items():
+        error = np.abs(np.asarray(found[what]) - wanted).max() / np.abs(wanted).max()
+        worst.see(f'{what}; loads {load.tolist()}', float(error))
+    yield worst.check()
