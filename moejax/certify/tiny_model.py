@@ -23,6 +23,7 @@ from moejax.certify.cases import Plan
 from moejax.certify.float64 import in_float64
 from moejax.certify.tiny_config import LENGTH, ROWS, VOCAB, base_config
 from moejax.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from moejax.config import frozendict
 from moejax.data.batch import IGNORE, Batch, make_batch
 from moejax.model.transformer import Transformer
 from moejax.moe.bias import BiasState
@@ -224,7 +225,9 @@ def layer_routings(model: Transformer, bias: Array, rows: Batch) -> Routing:
     x = x + block.attention(block.attention_norm(x), rows.segment_ids, rows.positions)[0]
     h = block.moe_norm(x)
     routings.append(block.moe.route(h, bias[i], tokens))
-    x = x + block.moe(h, bias[i], tokens, None)[0]
+    # As in training, where a full expert drops; but no losses, which may be of larger sets.
+    block.moe.scopes = frozendict()
+    x = x + block.moe(h, bias[i], tokens, {})[0]
   return jax.tree.map(lambda *a: jnp.stack(a), *routings)
 
 

@@ -177,9 +177,7 @@ def test_a_config_that_cannot_be_is_one_clear_error() -> None:
     'fraction=1.5: use a number above 0, at most 1',
   )
   with pytest.raises(ConfigError) as error:
-    YarnConfig(
-      factor=0.5, original_length=0, beta_slow=40.0, mscale=-1.0, attention_factor=-1.0
-    )
+    YarnConfig(factor=0.5, original_length=0, beta_slow=40.0, mscale=-1.0, attention_factor=-1.0)
   assert [problem.split(':')[0] for problem in error.value.problems] == [
     'factor=0.5',
     'original_length=0',
