@@ -55,7 +55,7 @@ def of(num_experts: int, d_expert: int, d_model: int, num_layers: int) -> Experi
 
 def smallest() -> ExperimentConfig:
   """What `--quick` runs: one narrow layer, and few tokens."""
-  return dataclasses.replace(of(8, 16, 32, 1), batch_size=2, seq_len=16)
+  return dataclasses.replace(of(16, 16, 32, 1), batch_size=2, seq_len=16)
 
 
 def nothing(routing: Routing, unbiased_ids: jax.Array, mask: jax.Array) -> Stats:

@@ -1,6 +1,5 @@
 """For every test, and every process that a test starts: eight virtual CPU devices, programs that
-are quickly compiled, and a compilation cache. test_notebook.py clears these flags: it runs what a
-person runs.
+are quickly compiled, and a compilation cache.
 
 All by environment variables, set before anything imports jax: a test that needs no jax does not pay
 for it.

@@ -198,7 +198,7 @@ def test_a_model_that_cannot_guess_is_told_so(
   ('argument', 'told'),
   [
     ('--temperature=-1', 'temperature=-1.0: use 0'),
-    ('--temperature=nan', 'temperature=nan: use 0'),
+    ('--temperature=nan', 'temperature=nan: use a finite number'),
     ('--top_p=0', 'top_p=0.0: use a number above 0'),
     ('--top_p=1.1', 'top_p=1.1: use'),
     ('--max_tokens=0', 'max_tokens=0: use 1 or more'),

@@ -65,6 +65,11 @@ def test_every_line_has_a_sample_of_its_own_and_every_mutant_a_line_and_a_descri
   assert {mutant.line for mutant in MUTANTS.values()} == set(contract.LINES)
 
 
+@pytest.mark.parametrize('name', MUTANTS)
+def test_a_mutant_patches_what_there_is(name: str, monkeypatch: PATCH) -> None:
+  MUTANTS[name].apply(monkeypatch)
+
+
 def test_the_table_in_the_docs_has_every_mutant() -> None:
   rows = marked_text(DOCS, 'mutants').strip().splitlines()[2:]
   for row, (name, mutant) in zip(rows, MUTANTS.items(), strict=True):

@@ -14,6 +14,9 @@ FAST = 'olmoe'
 # On eight devices, too: latent attention with multi-token prediction, and sinks with windows and
 # biases. `make families` measures all families there.
 ON_A_MESH = ('deepseek_v3', 'gpt_oss')
+# Whose mistakes are tried: these have latent attention, YaRN, groups, and what all have.
+# `make families` tries those of all families.
+MISTAKEN = ('deepseek_v2', 'olmoe')
 
 
 def beyond(found: dict[str, float]) -> dict[str, float]:
@@ -33,8 +36,8 @@ def test_logits_weights_and_gradients_of_one_family() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 def test_a_family_is_its_golden_and_a_likely_mistake_shows(name: str) -> None:
-  """Logits and combine weights, six AdamW steps and a greedy text; then the logits of models that
-  each make one mistake.
+  """Logits and combine weights, six AdamW steps and a greedy text; then, of some, the logits of
+  models that each make one mistake.
 
   One test: the model is loaded once, and what is compiled for it serves all measures that can.
   """
@@ -46,6 +49,8 @@ def test_a_family_is_its_golden_and_a_likely_mistake_shows(name: str) -> None:
   expected = {column for column in COLUMNS if name in ON_A_MESH or 'mesh' not in column}
   assert found.keys() == expected - ({'weights'} if not golden.routes else set())
   assert not beyond(found), (beyond(found), found)
+  if name not in MISTAKEN:
+    return
   mistakes = of_mistakes(golden)
   unseen = {what: value for what, value in mistakes.items() if not value > 10 * COLUMNS['logits']}
   assert len(mistakes) >= 4 and not unseen, unseen

@@ -168,6 +168,7 @@ def test_a_model_that_knows_what_it_will_say_says_it_at_once() -> None:
   assert wrong == said and {*sum(counts[1:-1], [])} == {depth}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('drop_by', DROP_BY)
 def test_rows_do_not_change_each_other_whatever_capacity_training_had(drop_by: str) -> None:
   """In training they would: full experts drop copies of other rows, and of other places."""

@@ -1,11 +1,14 @@
 """The candidates of --plan=fit: they divide the run, should fit, and are sorted by time."""
 
+import pytest
+
 from moejax.plan.memory_model import memory_by_kind, model_shapes
 from moejax.plan.search import candidates, layout_variants
 from moejax.train.shapes import make_run_mesh
 from tests.plan.eight_devices import CONFIG, CPU_8, eight_chips
 
 
+@pytest.mark.slow
 def test_candidates_divide_the_run_and_should_fit() -> None:
   found = list(layout_variants(CONFIG, 8))
   assert {cfg.model.remat for cfg in found} == {'full', 'dots', 'none'}

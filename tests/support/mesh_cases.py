@@ -94,12 +94,12 @@ def axes(mesh: MeshConfig) -> tuple[str, ...]:
 
 
 def features(case: Case) -> frozenset[Hashable]:
-  """What a case covers: its mesh; each pair of axes; its dispatcher with each axis, its number of
+  """What a case covers: each pair of axes; its dispatcher with each axis, its number of
   micro-batches and its depth."""
   parts = axes(case.mesh)
   numbers = (('micro_batches', case.micro_batches), ('mtp_depth', case.mtp_depth))
   by_dispatch = itertools.product([case.dispatch], (*parts, *numbers))
-  return frozenset([case.mesh, *itertools.combinations(parts, 2), *by_dispatch])
+  return frozenset([*itertools.combinations(parts, 2), *by_dispatch])
 
 
 @functools.cache

@@ -1,7 +1,6 @@
 """The package's own programs, compiled without XLA's optimisation for as long as a block lasts.
 
-Most tests run a program a few times, so that compiling it is all the time that they take. What a
-person runs is optimised: test_notebook.py compiles as the trainer does it.
+Most tests run a program a few times, so that compiling it is all the time that they take.
 """
 
 import contextlib

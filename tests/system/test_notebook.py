@@ -8,6 +8,8 @@ import nbclient
 import nbformat
 import pytest
 
+from tests.support.trainer_process import xla_flags
+
 NOTEBOOK = Path(__file__).parents[2] / 'notebooks' / 'quickstart.ipynb'
 
 
@@ -59,7 +61,7 @@ def cut_down(notebook: nbformat.NotebookNode) -> None:
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setenv('QUICKSTART_STEPS', '8')
   monkeypatch.setenv('QUICKSTART_WORKDIR', str(tmp_path / 'run'))
-  monkeypatch.setenv('XLA_FLAGS', '')  # one device, and programs as a person has them
+  monkeypatch.setenv('XLA_FLAGS', xla_flags())
   monkeypatch.setenv(
     'PYTHONPATH', os.pathsep.join([str(NOTEBOOK.parents[1]), os.environ.get('PYTHONPATH') or ''])
   )

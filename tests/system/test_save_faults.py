@@ -188,8 +188,8 @@ def refusal(cfg: ExperimentConfig) -> str:
     ),
     (
       'model.moe.router.top_k',
-      1,
-      'model.moe.router.top_k: 2 in the checkpoint, 1 in the config',
+      3,
+      'model.moe.router.top_k: 2 in the checkpoint, 3 in the config',
       'model',
     ),
     (

@@ -21,6 +21,7 @@ DENSE = {
   'model__moe__d_expert': 32,
   'balance__bias_rule': '',
   'balance__losses__sequence': '0',
+  'mesh__data': 1,
 }
 
 
@@ -52,7 +53,7 @@ def test_a_dense_run_goes_on_as_it_is_and_as_experts(
   said = ' '.join(capsys.readouterr().err.split())
   experts_of_ffn = '4 experts are 2 copies of its FFN in 2 parts; routers begin at rand'
   assert f'the model of {dense}, upcycled: {experts_of_ffn}' in said
-  assert train(config(tmp_path / 'drop', upcycle__drop=0.5, **few)) == 0
+  assert train(config(tmp_path / 'drop', upcycle__drop=0.5, mesh__data=1, **few)) == 0
   assert '50% of their units are drawn anew' in ' '.join(capsys.readouterr().err.split())
   began, same, experts, drop = (
     rows(run)[0] for run in (dense, *(tmp_path / n for n in ('same', 'experts', 'drop')))

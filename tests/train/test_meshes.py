@@ -66,11 +66,10 @@ def test_nothing_is_left_out() -> None:
 
 
 def test_the_cases_of_every_run_cover_all_that_there_are() -> None:
-  """Every mesh and every pair of axes, and every dispatcher with every axis, both numbers of
-  micro-batches and depths."""
+  """Every pair of axes, and every dispatcher with every axis, both numbers of micro-batches and
+  depths. `make meshes` takes all."""
   chosen = covering_cases()
   assert {*chosen} <= {*cases()} and len(chosen) == len({*chosen}) <= 16
-  assert {case.mesh for case in chosen} == {ALONE, *MESHES}
   assert {case[:2] for case in chosen} >= {*FAST}
   for name in DISPATCHES:
     mine = [case for case in chosen if case.dispatch == name]

@@ -104,6 +104,7 @@ def to_router(gradients: list[np.ndarray], moves: list[np.ndarray]) -> np.ndarra
   return sum(parts)
 
 
+@pytest.mark.slow
 def test_what_is_accepted_has_a_gradient_and_what_is_not_says_what_to_do() -> None:
   x, w, tokens = batch()
   accepted, trained = set(), set()

@@ -145,6 +145,7 @@ def test_micro_batches_add_up_to_the_batch(micro_batches: int) -> None:
         )
 
 
+@pytest.mark.slow
 def test_sets_that_are_cut_are_the_oracles_for_every_cut() -> None:
   """Also of the losses that are, by definition, others for another cut."""
   for label, micro_batches in itertools.product(('holes', 'padded', 'nothing'), (1, 2, 4)):

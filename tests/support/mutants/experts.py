@@ -10,7 +10,7 @@ from moejax.certify import large_numbers
 from moejax.inference import decode
 from moejax.model.transformer import Output, Transformer
 from moejax.moe import bias
-from moejax.moe.dispatch import buffers, dispatchers
+from moejax.moe.dispatch import buffers, dispatchers, expert_rows
 from moejax.moe.experts import blocked_ffn, sorted_copies
 from moejax.moe.experts.grouped_ffn import IMPLEMENTATIONS
 from moejax.moe.experts.sorted_copies import Copies
@@ -30,7 +30,7 @@ def packed_keys(patch: Patch, limit: int) -> None:
     load = jnp.bincount(ids, length=num_experts + 1)[:num_experts].astype(jnp.int32)
     return Copies(order // top_k, weights.reshape(-1)[order], load)
 
-  for module in (sorted_copies, dispatchers, large_numbers):
+  for module in (sorted_copies, expert_rows, large_numbers):
     patch.setattr(module, 'sort_copies', sort)
 
 

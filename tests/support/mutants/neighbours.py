@@ -8,10 +8,10 @@ from jax import Array
 
 from moejax.model import transformer
 from moejax.moe import bias, layer, routing, selection
-from moejax.moe.balance import aux_loss, importance
+from moejax.moe.balance import importance
+from moejax.moe.balance.losses import BALANCE_LOSSES
 from moejax.moe.routing import RouterConfig, Routing
 from moejax.moe.selection import Tokens
-from moejax.moe.token_sets import Scope
 from moejax.train.step import gradient_accumulation, objective, train_step
 from moejax.train.step.train_state import TrainState
 from tests.support.mutants.patching import (
@@ -26,15 +26,21 @@ from tests.support.mutants.patching import (
 from tests.support.mutants.sums import change_statistic
 
 
+def change_row_sets(patch: Patch, change: Callable[[Callable], Callable]) -> None:
+  """The losses over sets of rows, each changed: (routing, mask, segments, scope) -> value."""
+  for name in ('ep_group', 'global_batch', 'micro_batch'):
+    change_row(patch, BALANCE_LOSSES, name, value=change(BALANCE_LOSSES[name].value))
+
+
 def buffer_without_its_own(patch: Patch) -> None:
   """A running f lacks the micro-batch at hand."""
 
-  def make(canonical: Callable) -> Callable:
-    return lambda found, mask, sums, scope: canonical(
-      found, mask, sums, scope._replace(running=False)
+  def change(value: Callable) -> Callable:
+    return lambda found, mask, segments, scope: value(
+      found, mask, segments, scope._replace(running=False)
     )
 
-  wrap(patch, 'canonical', make, aux_loss)
+  change_row_sets(patch, change)
 
 
 def one_sided_jitter(patch: Patch) -> None:
@@ -210,14 +216,12 @@ def dropout_keeps_choice(patch: Patch) -> None:
 def f_is_capped(patch: Patch) -> None:
   """A loss of more than twice its balance is cut."""
 
-  def make(value: Callable) -> Callable:
-    def changed(found: Routing, mask: Array, sums: Callable, scope: Scope) -> Array:
-      capped = jnp.minimum(value(found, mask, sums, scope), 2.0)
-      return capped
+  def change(value: Callable) -> Callable:
+    return lambda found, mask, segments, scope: jnp.minimum(
+      value(found, mask, segments, scope), 2.0
+    )
 
-    return changed
-
-  wrap(patch, 'canonical', make, aux_loss)
+  change_row_sets(patch, change)
 
 
 def statistics_of_first_layer(patch: Patch) -> None:

@@ -64,6 +64,7 @@ def test_micro_batch_loss_is_the_one_that_depends_on_the_cut_by_definition() -> 
   )
 
 
+@pytest.mark.slow
 def test_each_balance_gradient_survives_accumulation() -> None:
   """Where it fails the router's balance gradient falls with the number of tokens, and the log looks
   right.

@@ -27,7 +27,6 @@ from tests.train.step.step_cases import (
   CONFIG,
   LATENT,
   VOCAB,
-  WINDOWED,
   assert_same,
   differentiate,
   make_batch,
@@ -41,9 +40,10 @@ MIXED = MeshConfig(1, fsdp=2, expert=2, tensor=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('cfg', [LATENT, WINDOWED], ids=['latent', 'windowed'])
-def test_a_mesh_changes_nothing_for_any_architecture(cfg: ExperimentConfig) -> None:
-  assert_same(result(cfg), result(with_moe(cfg, dispatch=DispatchConfig('sparse_matmul')), MIXED))
+def test_a_mesh_changes_nothing_for_latent_attention_and_depths() -> None:
+  """Windows, sinks and biases are on a mesh in tests/families, with gpt_oss."""
+  on_mesh = with_moe(LATENT, dispatch=DispatchConfig('sparse_matmul'))
+  assert_same(result(LATENT), result(on_mesh, MIXED))
 
 
 @pytest.mark.slow
@@ -195,7 +195,8 @@ def test_a_finite_step_is_not_skipped() -> None:
 
 @pytest.mark.parametrize(
   'rule',
-  ['sign', *(pytest.param(rule, marks=pytest.mark.slow) for rule in BIAS_RULES if rule != 'sign')],
+  # Of counts, and of histograms; the certificate takes the other rules.
+  ['sign', pytest.param('quantile', marks=pytest.mark.slow)],
 )
 def test_the_bias_moves_once_a_step_by_the_whole_batch(rule: str) -> None:
   balance = dataclasses.replace(CONFIG.balance, bias_rule=rule, bias_rate='0.5, 0@50%')
