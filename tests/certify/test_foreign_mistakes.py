@@ -6,6 +6,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from moejax.certify.foreign.call import OFFERED
+from moejax.certify.foreign.claim import Claim
+from moejax.certify.foreign.equation import promised
+from moejax.certify.foreign.given import make_given
+from moejax.certify.foreign.mistakes import mistakes_of
+from moejax.certify.oracle.codebases import CODEBASES
+from moejax.certify.oracle.routing import probabilities
+from moejax.moe.balance import convert_coefficient
 from tests.certify import foreign_losses as foreign
 from tests.certify.certificate_samples import certify_quietly, failed, said
 
@@ -107,6 +115,74 @@ def test_a_known_mistake_is_caught_and_named(function: Callable, score_fn: str, 
   assert not certificate.passed and failed(certificate) - {'gradient'}
   assert what in said(certificate), said(certificate)
   assert 'no known mistake' not in said(certificate)
+
+
+# Between them every mistake is one: what a claim has by right is none of it.
+CLAIMS = (
+  Claim('sequence', num_experts=4, score_fn='sigmoid', layers=2),
+  Claim('global_batch', num_experts=4, num_groups=2, assignment='dispatched', layers=2),
+  Claim('gshard', num_experts=4, score_fn='sqrt_softplus', row_sets=4, layers=2, pooled=True),
+  *(Claim(like, num_experts=4) for like in ('router_z', 'importance', 'load', 'simbal')),
+)
+
+
+def test_every_known_mistake_changes_values_and_each_in_its_own_way() -> None:
+  """A mistake that no value shows would never be named; two that are alike would both be."""
+  takes, seen, unseen = frozenset(OFFERED), set(), set()
+  for claim in CLAIMS:
+    inputs = [
+      given for cases in make_given(claim, takes, 0, 'float64').values() for given in cases.values()
+    ]
+    values = {'': [promised(claim, given) for given in inputs]}
+    for what, value_of in mistakes_of(claim).items():
+      if 'an epsilon' not in what:  # told apart by the lines of smaller scores, below
+        values[what] = [value_of(claim, given) for given in inputs]
+    for what, found in values.items():
+      alike = {other for other in values if np.allclose(values[other], found, rtol=1e-5, atol=1e-5)}
+      if '' in alike:
+        unseen |= alike
+      else:
+        seen.add(what)
+        assert alike == {what}, claim
+  assert not unseen - seen - {''}, unseen - seen
+
+
+@pytest.mark.parametrize('epsilon', [1e-12, 1e-9, 1e-6])
+def test_an_epsilon_is_named_by_its_size(epsilon: float) -> None:
+  def loss(logits: Array, expert_ids: Array, mask: Array) -> np.floating:
+    scores = foreign.sigmoid(logits)
+    p = scores / (scores.sum(-1, keepdims=True) + scores.dtype.type(epsilon))
+    return foreign.mean_of_rows(p, expert_ids, mask)
+
+  notes = said(certify_quietly(loss, score_fn='sigmoid'))
+  assert f'explained: an epsilon of {epsilon:g} in the sum that normalises scores\n' in notes
+
+
+NAMED = {
+  'huggingface': '2 (K) times',
+  'levanter': '1.5 (L/K) times',
+  'maxtext': '2 (K) times',
+  'megatron': '3 (L) times',
+  'olmo_core': '3 (L) times',
+}
+
+
+@pytest.mark.parametrize('codebase', sorted(CODEBASES))
+def test_other_codebases_have_their_documented_factor_which_is_named(codebase: str) -> None:
+  """The factor of the table of coefficients, on three layers."""
+  theirs, scope = CODEBASES[codebase]
+
+  def loss(logits: Array, expert_ids: Array) -> float:
+    return theirs(probabilities(logits, 'softmax'), expert_ids)
+
+  claim = {'like': scope or 'global_batch', 'layers': 3, 'pooled': not scope, 'dtype': 'float64'}
+  factor = convert_coefficient(codebase, 1.0, top_k=2, num_moe_layers=3)
+  claimed = certify_quietly(loss, factor=float(factor), **claim)
+  assert claimed.passed, said(claimed)
+  notes = said(certify_quietly(loss, **claim))
+  assert f'the value is {NAMED[codebase]} what it should be' in notes
+  assert f'pass factor={factor:g}' in notes
+  assert f'the gradient is {factor:g} times' in notes
 
 
 def wrong_router(change: str) -> Callable:

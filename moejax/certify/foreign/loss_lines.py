@@ -147,6 +147,7 @@ def shrunk_checks(asked: Asked) -> Iterator[Check]:
   claim, dtype = asked.claim, asked.foreign.dtype
   given = even_given(claim, asked.seed, dtype, 'uneven')
   changed = {
+    'less 15': given.logits - 15,
     'less 30': given.logits - 30,
     'less 60': given.logits - 60,
     'times 0.1': 0.1 * given.logits,

@@ -12,7 +12,7 @@ import numpy as np
 
 from moejax.certify.foreign.claim import Claim
 from moejax.certify.foreign.equation import Parts, product, product_parts
-from moejax.certify.foreign.given import Given, choose_experts
+from moejax.certify.foreign.given import Given, choose_experts, counts_unbiased_choice
 from moejax.certify.oracle import balance as oracle_balance
 from moejax.certify.oracle.routing import F64, I64, SCORES, best, probabilities, scores
 
@@ -185,10 +185,6 @@ def sum_changes(claim: Claim) -> dict[str, Change]:
     'padding is counted in P': functools.partial(with_padding, in_p=True, in_f=False),
     'padding is counted in f': functools.partial(with_padding, in_p=False, in_f=True),
     'P is divided by all positions, padding included': over_all_positions,
-    'f counts what was dispatched, with bias and groups': counts_dispatched,
-    'f counts the best scores, without bias and groups': counts_unbiased,
-    'f counts the first choice alone': counts_first,
-    'f counts all choices': counts_all,
     'a set is the whole batch': functools.partial(sets_of_rows, groups=1),
     'a set is two rows': functools.partial(sets_of_rows, groups=2),
     'a set is a row, whatever its documents': functools.partial(sets_of_rows, groups=4),
@@ -196,6 +192,14 @@ def sum_changes(claim: Claim) -> dict[str, Change]:
     'sets weigh by their length': functools.partial(weighed_by_length, power=1),
     'sets weigh by the square of their length': functools.partial(weighed_by_length, power=2),
   }
+  if counts_unbiased_choice(claim):
+    changes['f counts what was dispatched, with bias and groups'] = counts_dispatched
+  else:
+    changes['f counts the best scores, without bias and groups'] = counts_unbiased
+  if claim.like == 'gshard':
+    changes['f counts all choices'] = counts_all
+  else:
+    changes['f counts the first choice alone'] = counts_first
   if claim.layers > 1:
     averaged = 'layers are averaged, not pooled'
     pooled = 'layers are pooled: f and P are means over the tokens of all layers'
