@@ -8,7 +8,7 @@ import pytest
 
 from moejax.certify.foreign.call import OFFERED
 from moejax.certify.foreign.claim import Claim
-from moejax.certify.foreign.equation import promised
+from moejax.certify.foreign.equation import product_parts, promised
 from moejax.certify.foreign.given import make_given
 from moejax.certify.foreign.mistakes import mistakes_of
 from moejax.certify.oracle.codebases import CODEBASES
@@ -134,9 +134,10 @@ def test_every_known_mistake_changes_values_and_each_in_its_own_way() -> None:
       given for cases in make_given(claim, takes, 0, 'float64').values() for given in cases.values()
     ]
     values = {'': [promised(claim, given) for given in inputs]}
-    for what, value_of in mistakes_of(claim).items():
+    parts = [product_parts(claim, given) for given in inputs]
+    for what, mistake in mistakes_of(claim).items():
       if 'an epsilon' not in what:  # told apart by the lines of smaller scores, below
-        values[what] = [value_of(claim, given) for given in inputs]
+        values[what] = [mistake(claim, *both) for both in zip(inputs, parts)]
     for what, found in values.items():
       alike = {other for other in values if np.allclose(values[other], found, rtol=1e-5, atol=1e-5)}
       if '' in alike:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from moejax.certify.foreign.claim import Claim
+from moejax.certify.foreign.equation import Parts, product_parts
 from moejax.certify.foreign.given import Given
-from moejax.certify.foreign.mistakes import mistakes_of, pairs_of_mistakes
+from moejax.certify.foreign.mistakes import Mistake, mistakes_of, pairs_of_mistakes
 
 ROOM = 10  # times the tolerance: what has a mistake rounds in other places
 UNEXPLAINED = 'no known mistake explains it'
@@ -27,6 +28,17 @@ class Sample(NamedTuple):
   given: Given
   value: float
   wanted: float
+
+
+class Traced(NamedTuple):
+  """A call whose value is finite, and the parts that the equation makes its value of."""
+
+  sample: Sample
+  parts: Parts
+
+  def predicted(self, claim: Claim, mistake: Mistake) -> float:
+    """The value of a function that makes a mistake."""
+    return mistake(claim, self.sample.given, self.parts)
 
 
 def relative_distance(claim: Claim, value: float, wanted: float) -> float:
@@ -67,10 +79,10 @@ def ratio_name(claim: Claim, ratio: float) -> str:
   return f'{ratio:.6g}{meaning} times'
 
 
-def single_explanations(claim: Claim, samples: Sequence[Sample], tolerance: float) -> Iterator[str]:
+def single_explanations(claim: Claim, calls: Sequence[Traced], tolerance: float) -> Iterator[str]:
   """Every explanation by at most one mistake and a constant factor, the simplest first."""
-  values = [sample.value for sample in samples]
-  ratio = constant_ratio(claim, values, [sample.wanted for sample in samples], tolerance)
+  values = [call.sample.value for call in calls]
+  ratio = constant_ratio(claim, values, [call.sample.wanted for call in calls], tolerance)
   if not math.isnan(ratio):
     documented = claim.factor * ratio
     yield (
@@ -79,8 +91,8 @@ def single_explanations(claim: Claim, samples: Sequence[Sample], tolerance: floa
     )
     return
   with_factor = []
-  for what, value_of in mistakes_of(claim).items():
-    predicted = [value_of(claim, sample.given) for sample in samples]
+  for what, mistake in mistakes_of(claim).items():
+    predicted = [call.predicted(claim, mistake) for call in calls]
     ratio = constant_ratio(claim, values, predicted, tolerance)
     if math.isclose(ratio, 1, rel_tol=tolerance):
       yield what
@@ -89,12 +101,12 @@ def single_explanations(claim: Claim, samples: Sequence[Sample], tolerance: floa
   yield from with_factor
 
 
-def paired(claim: Claim, samples: Sequence[Sample], tolerance: float) -> Iterator[str]:
+def paired_explanations(claim: Claim, calls: Sequence[Traced], tolerance: float) -> Iterator[str]:
   """Every explanation by two mistakes made together."""
-  for what, value_of in pairs_of_mistakes(claim):
+  for what, mistake in pairs_of_mistakes(claim):
     if all(
-      relative_distance(claim, sample.value, value_of(claim, sample.given)) <= tolerance
-      for sample in samples
+      relative_distance(claim, call.sample.value, call.predicted(claim, mistake)) <= tolerance
+      for call in calls
     ):
       yield what
 
@@ -112,8 +124,10 @@ def explain(claim: Claim, samples: Sequence[Sample], tolerance: float) -> list[s
   if any(relative_distance(claim, sample.value, sample.wanted) > tolerance for sample in finite):
     # What is wrong is seen first in what is far off.
     finite.sort(key=lambda sample: -relative_distance(claim, sample.value, sample.wanted))
-    explanations = list(single_explanations(claim, finite, ROOM * tolerance))
+    calls = [Traced(sample, product_parts(claim, sample.given)) for sample in finite]
+    explanations = list(single_explanations(claim, calls, ROOM * tolerance))
     if not explanations:
-      explanations = list(itertools.islice(paired(claim, finite, ROOM * tolerance), 2))
+      pairs = paired_explanations(claim, calls, ROOM * tolerance)
+      explanations = list(itertools.islice(pairs, 2))
     found.append(' or '.join(explanations[:3]) or UNEXPLAINED)
   return found

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from moejax.certify.foreign.claim import Claim
-from moejax.certify.foreign.equation import promised, weights_of_claim
+from moejax.certify.foreign.equation import Parts, promised, weights_of_claim
 from moejax.certify.foreign.given import Given, choose_experts
 from moejax.certify.foreign.product_mistakes import (
   normalised,
@@ -27,6 +27,8 @@ from moejax.certify.oracle import balance as oracle_balance
 from moejax.certify.oracle.routing import F64, probabilities, scores
 
 Value = Callable[[Claim, Given], float]
+# The right parts are made once for all mistakes: scores take most of the time.
+Mistake = Callable[[Claim, Given, Parts], float]
 
 
 def padding_counts(claim: Claim, given: Given) -> float:
@@ -129,17 +131,24 @@ OTHERS: dict[str, dict[str, Value]] = {
 }
 
 
-def mistakes_of(claim: Claim) -> dict[str, Value]:
+def without_parts(claim: Claim, given: Given, parts: Parts, value: Value) -> float:
+  """The value of a loss that is not made of P and f."""
+  return value(claim, given)
+
+
+def mistakes_of(claim: Claim) -> dict[str, Mistake]:
   """Every known mistake that may be made with this claim, by what is said of it."""
+  found: dict[str, Mistake] = {}
   if not claim.is_product:
-    return OTHERS[claim.like]
-  changes = {**score_changes(claim), **sum_changes(claim)}
-  return {
-    what: functools.partial(product_with, changes=(change,)) for what, change in changes.items()
-  }
+    for what, value in OTHERS[claim.like].items():
+      found[what] = functools.partial(without_parts, value=value)
+    return found
+  for what, change in {**score_changes(claim), **sum_changes(claim)}.items():
+    found[what] = functools.partial(product_with, changes=(change,))
+  return found
 
 
-def pairs_of_mistakes(claim: Claim) -> Iterator[tuple[str, Value]]:
+def pairs_of_mistakes(claim: Claim) -> Iterator[tuple[str, Mistake]]:
   """Every two known mistakes made together, of a loss f times P."""
   if claim.is_product:
     changes = {**score_changes(claim), **sum_changes(claim)}

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from moejax.certify.foreign.claim import Claim
-from moejax.certify.foreign.equation import Parts, product, product_parts
+from moejax.certify.foreign.equation import Parts, product
 from moejax.certify.foreign.given import Given, choose_experts, counts_unbiased_choice
 from moejax.certify.oracle import balance as oracle_balance
 from moejax.certify.oracle.routing import F64, I64, SCORES, best, probabilities, scores
@@ -207,9 +207,8 @@ def sum_changes(claim: Claim) -> dict[str, Change]:
   return changes
 
 
-def product_with(claim: Claim, given: Given, changes: tuple[Change, ...]) -> float:
-  """The value of a loss f times P that makes these mistakes."""
-  parts = product_parts(claim, given)
+def product_with(claim: Claim, given: Given, parts: Parts, changes: tuple[Change, ...]) -> float:
+  """The value of a loss f times P that makes these mistakes; `parts` are the right ones."""
   for change in changes:
     parts = change(claim, given, parts)
   return claim.factor * product(parts, claim.partition)
