@@ -122,6 +122,7 @@ CLAIMS = (
   Claim('sequence', num_experts=4, score_fn='sigmoid', layers=2),
   Claim('global_batch', num_experts=4, num_groups=2, assignment='dispatched', layers=2),
   Claim('gshard', num_experts=4, score_fn='sqrt_softplus', row_sets=4, layers=2, pooled=True),
+  Claim('micro_batch', num_experts=4, partition=2, row_sets=2),
   *(Claim(like, num_experts=4) for like in ('router_z', 'importance', 'load', 'simbal')),
 )
 

@@ -40,6 +40,14 @@ from moejax.certify.report import write_certificate
 from moejax.certify.terminal import Terminal
 from moejax.config import check, problem_if
 
+# What a function must take to be asked about a kind of batch.
+NEEDED = {
+  'padded rows': 'mask',
+  'packed documents': 'segment_ids',
+  'holes': 'mask',
+  'extreme logits': 'expert_ids',
+  'no token that counts': 'mask',
+}
 Found = Callable[[], Iterator[Check | str]]
 
 
@@ -165,14 +173,15 @@ def explained(result: Result, explanations: list[str]) -> Result:
 
 def not_asked(asked: Asked) -> list[str]:
   """What a function is not asked about, since it does not take it."""
-  takes, kinds = asked.foreign.takes, [kind for kind in KINDS if kind not in asked.kinds]
-  notes = []
-  if kinds:
-    missing = sorted({'mask', 'segment_ids', 'expert_ids'} - takes)
-    notes.append(f'not asked: {", ".join(kinds)}: it takes no {", ".join(missing)}')
-  if asked.claim.is_product and 'expert_ids' not in takes:
+  takes, claim, notes = asked.foreign.takes, asked.claim, []
+  for kind in KINDS:
+    # Of documents only the sequence loss knows, and of tokens all but SimBal.
+    is_idle = kind == 'packed documents' and claim.like != 'sequence' or claim.like == 'simbal'
+    if kind not in asked.kinds and not is_idle:
+      notes.append(f'not asked: {kind}: it takes no {NEEDED[kind]}')
+  if claim.is_product and 'expert_ids' not in takes:
     notes.append('not asked: ties, of which a function that chooses by itself may take any')
-  if asked.claim.is_product and 'bias' not in takes:
+  if claim.is_product and 'bias' not in takes:
     notes.append('not asked: a bias in P: it takes no bias')
   return notes
 

@@ -26,6 +26,7 @@ class Parts(NamedTuple):
   load_mask: Bool  # [B, S]  tokens in f
   sets: I64  # [B, S]
   pooled: bool
+  partition: int  # groups of experts that are balanced; 0: single experts
   all_positions: bool = False  # P is divided by all positions of a set, padding included
   length_power: int = 0  # sets weigh by this power of their length
 
@@ -47,6 +48,7 @@ def product_parts(claim: Claim, given: Given) -> Parts:
     load_mask=given.mask,
     sets=sets_of_claim(claim, given.segment_ids),
     pooled=claim.pooled,
+    partition=claim.partition,
   )
 
 
@@ -105,7 +107,7 @@ def promised(claim: Claim, given: Given) -> float:
   return claim.factor * float(np.mean(of_layers))
 
 
-def product(parts: Parts, partition: int) -> float:
+def product(parts: Parts) -> float:
   """The loss f times P of parts that may be mistaken; of right ones it is `promised_product`."""
   p, chosen, layers = parts.p, parts.chosen, len(parts.p)
   mask, load_mask, sets = parts.mask, parts.load_mask, parts.sets
@@ -113,7 +115,7 @@ def product(parts: Parts, partition: int) -> float:
     p, chosen = pooled_layers(p), pooled_layers(chosen)
     mask, load_mask, sets = (np.tile(array, (layers, 1)) for array in (mask, load_mask, sets))
   experts = p.shape[-1]
-  size = experts // partition if partition else 1
+  size = experts // parts.partition if parts.partition else 1
   of_layers = []
   for p_of_layer, ids in zip(p, chosen):
     losses, shares = [], []

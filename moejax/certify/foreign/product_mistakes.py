@@ -144,6 +144,11 @@ def other_layers(claim: Claim, given: Given, parts: Parts) -> Parts:
   return parts._replace(pooled=not parts.pooled)
 
 
+def single_experts(claim: Claim, given: Given, parts: Parts) -> Parts:
+  """Experts are balanced, not groups of them."""
+  return parts._replace(partition=0)
+
+
 def score_changes(claim: Claim) -> dict[str, Change]:
   """Mistakes in how P is made of logits, by what is said of them."""
   own, changes = claim.probability or claim.score_fn, {}
@@ -200,6 +205,8 @@ def sum_changes(claim: Claim) -> dict[str, Change]:
     changes['f counts all choices'] = counts_all
   else:
     changes['f counts the first choice alone'] = counts_first
+  if claim.partition:
+    changes['single experts are balanced, not groups of them'] = single_experts
   if claim.layers > 1:
     averaged = 'layers are averaged, not pooled'
     pooled = 'layers are pooled: f and P are means over the tokens of all layers'
@@ -211,4 +218,4 @@ def product_with(claim: Claim, given: Given, parts: Parts, changes: tuple[Change
   """The value of a loss f times P that makes these mistakes; `parts` are the right ones."""
   for change in changes:
     parts = change(claim, given, parts)
-  return claim.factor * product(parts, claim.partition)
+  return claim.factor * product(parts)
