@@ -15,7 +15,8 @@ A package imports only from those listed before it. What each is for:
   plan         what a run would take on other chips
   hf           published checkpoints, imported and exported: `python -m moejax.hf`
   generate     text from a run: `python -m moejax.generate`
-  certify      the proof that routing and balance are right: `python -m moejax.certify`
+  certify      the proof that routing and balance are right: `python -m moejax.certify`; its
+               `check` certifies functions of other codebases
 
 To read the code, begin with moe/layer.py, then model/transformer.py, then train/step/train_step.py.
 """

@@ -5,6 +5,7 @@ machine this is.
 """
 
 import argparse
+import json
 import os
 import pathlib
 import sys
@@ -44,7 +45,13 @@ def make_parser() -> argparse.ArgumentParser:
     '--only', action='append', default=[], metavar='NAME', help='this line of the contract alone'
   )
   parser.add_argument(
-    '--out', default='runs/certificate', metavar='DIR', help='for certificate.json and .md'
+    '--out',
+    default='runs/certificate',
+    metavar='DIR',
+    help='for certificate.json and .md, badge.json',
+  )
+  parser.add_argument(
+    '--json', action='store_true', help='print one JSON object for a program, and nothing else'
   )
   parser.add_argument(
     '--readme', default='', metavar='FILE', help='rewrite the table between its two comments'
@@ -66,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
   prepare_environment()
   # Only now: what is imported below imports jax, which reads the environment once.
   from moejax.certify.contract import LINES, certify
-  from moejax.certify.report import rewrite_readme, write_certificate
+  from moejax.certify.report import rewrite_readme, summary, write_certificate
   from moejax.certify.terminal import Terminal
 
   if unknown := sorted(set(args.only) - set(LINES)):
@@ -78,11 +85,19 @@ def main(argv: Sequence[str]) -> int:
     print('moejax.certify: use --seeds of 1 or more, --seed of 0 or more', file=sys.stderr)
     return 2
   out, seeds = pathlib.Path(args.out), range(args.seed, args.seed + args.seeds)
-  with Terminal() as terminal:
-    certificate = certify(args.only or list(LINES), args.quick, seeds, terminal)
+  names = args.only or list(LINES)
+  if args.json:
+    certificate = certify(names, args.quick, seeds)
+  else:
+    with Terminal() as terminal:
+      certificate = certify(names, args.quick, seeds, terminal)
   # Before the README is looked at: a certificate that took minutes is not lost to a wrong path.
   write_certificate(certificate, out)
-  terminal.table(certificate, out)
+  if args.json:
+    print(json.dumps(summary(certificate)))
+  else:
+    terminal.table(certificate)
+    terminal.written(out)
   if args.readme:
     try:
       rewrite_readme(certificate, pathlib.Path(args.readme))

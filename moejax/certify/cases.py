@@ -9,11 +9,12 @@ Letters: B batch, S sequence, E experts, K experts per token.
 import dataclasses
 import itertools
 from collections.abc import Callable, Hashable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
 
+from moejax.certify.batches import Case, draw_cases
 from moejax.moe import routing, selection
 
 T = TypeVar('T')
@@ -25,7 +26,6 @@ CHEAP = (
   {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False},
   {'xla_backend_optimization_level': 0},
 )
-B, S = 4, 8  # of the batches of logits
 MICRO_BATCHES, EP_GROUPS = 2, 4  # into which a batch is cut
 # (E, K) of the routers.
 SHAPES = tuple((e, k) for e, k in itertools.product((4, 8, 64, 256), (1, 2, 8)) if k <= e)
@@ -125,55 +125,9 @@ class Plan:
       yield routing.RouterConfig(8, 2, 'softmax', expert_dropout=0.25)
 
 
-class Case(NamedTuple):
-  """A batch of logits, and which of its tokens count."""
-
-  logits: np.ndarray  # [B, S, E] f32
-  bias: np.ndarray  # [E] f32
-  mask: np.ndarray  # [B, S] bool
-  segments: np.ndarray  # [B, S] i32
-
-
-# Segment ids [B, S]: one document a row, padded rows, several documents a row, and both of these
-# with a row that is all padding.
-WHOLE = np.ones((B, S), np.int32)
-PADDED = (np.arange(S) < np.array([[8], [5], [1], [3]])).astype(np.int32)
-PACKED = np.array(
-  [[1, 1, 1, 2, 2, 2, 2, 3], [1, 2, 2, 3, 3, 3, 4, 4], [1] * 8, [1] * 4 + [2] * 4], np.int32
-)
-MIXED = np.where(np.arange(S) < np.array([[8], [6], [0], [7]]), PACKED, 0).astype(np.int32)
-
-
 def make_cases(plan: Plan, num_experts: int) -> dict[str, Case]:
   """Batches of the plan's seed, by what is unusual about them."""
-  rng, shape = plan.rng(num_experts), (B, S, num_experts)
-  # The order of the draws is part of the cases: another order gives another certificate.
-  bias = rng.normal(scale=0.3, size=num_experts).astype(np.float32)
-  no_bias = np.zeros(num_experts, np.float32)
-  plain = rng.normal(size=shape).astype(np.float32)
-  ahead, avoided = plain.copy(), plain.copy()
-  ahead[..., 1], avoided[..., 0] = 50, -20
-  # Tokens inside a document that do not count, and a document of which no token does.
-  holes = (MIXED > 0) & (rng.random((B, S)) < 0.8)
-  holes[0, 3:7] = False
-  single = np.zeros((B, S), bool)
-  single[1, 2] = True
-  return {
-    'plain': Case(plain, no_bias, WHOLE > 0, WHOLE),
-    'padded': Case(2 * plain, bias, PADDED > 0, PADDED),
-    'packed': Case(plain, bias, PACKED > 0, PACKED),
-    'holes': Case(plain, bias, holes, MIXED),
-    'ties': Case(rng.integers(0, 2, shape).astype(np.float32), no_bias, MIXED > 0, MIXED),
-    'equal': Case(np.zeros(shape, np.float32), bias, MIXED > 0, MIXED),
-    # Softmax of what is 1e4 below the largest logit underflows to 0.
-    'extreme': Case(rng.choice([-1e4, 0, 1e4], shape).astype(np.float32), bias, MIXED > 0, MIXED),
-    'all to one': Case(ahead, bias, MIXED > 0, MIXED),
-    'one unchosen': Case(avoided, no_bias, MIXED > 0, MIXED),
-    # Scores of sigmoid are near exp(-50): an epsilon in a sum of them would show.
-    'low': Case(plain - 50, no_bias, MIXED > 0, MIXED),
-    'single': Case(plain, bias, single, PACKED),
-    'nothing': Case(plain, bias, np.zeros((B, S), bool), PADDED),
-  }
+  return draw_cases(plan.rng(num_experts), num_experts)
 
 
 def router_name(cfg: routing.RouterConfig) -> str:

@@ -3,18 +3,13 @@
 names -> each line's checks, as they finish -> results -> Certificate
 """
 
-import importlib.metadata
 import math
-import pathlib
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
 
-import moejax
 from moejax.certify.bias_rules import bias_line
 from moejax.certify.cases import Plan
 from moejax.certify.causality import causality_line
@@ -28,6 +23,7 @@ from moejax.certify.logged_objective import logged_line
 from moejax.certify.padding import padding_line
 from moejax.certify.perfect_balance import balance_line, shrink_line
 from moejax.certify.probabilities import probabilities_line
+from moejax.certify.provenance import commit, versions
 from moejax.certify.step_metrics import metrics_line
 from moejax.certify.trained import trained_line
 from moejax.moe.balance.losses import BALANCE_LOSSES
@@ -36,7 +32,6 @@ from moejax.moe.dispatch.dispatchers import DISPATCHERS
 from moejax.moe.routing import SCORE_FNS
 from moejax.moe.selection import SELECTIONS
 
-PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 UNEXPECTED = 'runs to its end'  # the check that a line fails when it raises
 
 
@@ -145,29 +140,6 @@ def registry_names(plan: Plan) -> dict[str, list[str]]:
   # Each size once, in the order of the plan.
   shapes = dict.fromkeys(f'E={cfg.num_experts} K={cfg.top_k}' for cfg in plan.token_choice())
   return names | {'shapes': list(shapes)}
-
-
-def versions() -> dict[str, str]:
-  """The versions of Python, of moejax, and of the packages that the numbers depend on."""
-  ours = {'python': platform.python_version(), 'moejax': moejax.__version__}
-  return ours | {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def commit() -> str:
-  """The commit of the source, 'unknown' where git does not say; with '+' where files differ."""
-  source = pathlib.Path(moejax.__file__).parent
-
-  def git(*args: str) -> str:
-    # Git refuses a checkout of another user, as in a container, unless it is told that it is safe.
-    command = ['git', '-c', 'safe.directory=*', *args]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=source)
-    return run.stdout.strip()
-
-  try:
-    differs = bool(git('status', '--porcelain', '--', '.'))
-    return git('rev-parse', '--short=12', 'HEAD') + '+' * differs
-  except (OSError, subprocess.CalledProcessError):
-    return 'unknown'
 
 
 LINES: dict[str, Line] = {

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from moejax.certify.batches import Case
 from moejax.certify.bias_rules import check_rules
-from moejax.certify.cases import EP_GROUPS, MICRO_BATCHES, Case, Plan, make_cases, router_name
+from moejax.certify.cases import EP_GROUPS, MICRO_BATCHES, Plan, make_cases, router_name
 from moejax.certify.checks import Check, Worst
 from moejax.certify.measure import Inputs, Loss, Measured, inputs_of, losses, measure, tokens_of
 from moejax.certify.oracle import balance as oracle_balance

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moejax.certify.cases import EP_GROUPS, MICRO_BATCHES, B, Case, Plan, S
+from moejax.certify.batches import B, Case, S
+from moejax.certify.cases import EP_GROUPS, MICRO_BATCHES, Plan
 from moejax.moe import balance, routing, selection
 from moejax.moe.token_sets import Scope
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from moejax.certify.cases import PACKED, B, Case, Plan, S, make_cases, router_name
+from moejax.certify.batches import PACKED, B, Case, S
+from moejax.certify.cases import Plan, make_cases, router_name
 from moejax.certify.checks import Check, Worst
 from moejax.certify.equations import GRADIENT, STEP, VALUE, Point, equation, relative
 from moejax.certify.measure import Measured, inputs_of, losses, measure

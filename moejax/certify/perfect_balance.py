@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 from jax import Array
 
-from moejax.certify.cases import B, Plan, router_name
+from moejax.certify.batches import B
+from moejax.certify.cases import Plan, router_name
 from moejax.certify.checks import Check, Worst
 from moejax.certify.equations import VALUE, relative
 from moejax.certify.measure import CANONICAL, Inputs, Loss, losses, route_with_noise, values

@@ -1,6 +1,6 @@
-"""A certificate as files: certificate.json, certificate.md, and the table in the README.
+"""A certificate as files: certificate.json, certificate.md, badge.json, the table in the README.
 
-Certificate -> every check as JSON | tables in Markdown -> files, each written whole
+Certificate -> every check as JSON | tables in Markdown | a badge -> files, each written whole
 """
 
 import json
@@ -37,10 +37,36 @@ def to_json(certificate: Certificate) -> str:
   return json.dumps(record, indent=2) + '\n'
 
 
+def summary(certificate: Certificate) -> dict[str, object]:
+  """The certificate in one small object, for another program: what `--json` prints."""
+  failed = [result.name for result in certificate.results if not result.passed]
+  return {
+    'passed': certificate.passed,
+    'failed': failed,
+    'lines': len(certificate.results),
+    'cases': sum(result.cases for result in certificate.results),
+    'commit': certificate.about['commit'],
+    'seed': certificate.about['seed'],
+  }
+
+
+def badge(certificate: Certificate) -> dict[str, object]:
+  """The certificate as shields.io's endpoint badge wants it: these keys and no other."""
+  found = summary(certificate)
+  failed = len(found['failed'])
+  verdict = f'{failed} of {found["lines"]} lines fail' if failed else f'{found["lines"]} lines hold'
+  return {
+    'schemaVersion': 1,
+    'label': 'moejax certificate',
+    'message': f'{verdict}, {found["cases"]} cases, commit {found["commit"]}, seed {found["seed"]}',
+    'color': 'brightgreen' if certificate.passed else 'red',
+  }
+
+
 def summary_rows(certificate: Certificate) -> list[str]:
   """The rows of a Markdown table, header included: one for each line of the contract."""
   rows = [
-    '| | what holds, over every registered row | comparisons | worst deviation | allowed |',
+    '| | what holds | comparisons | worst deviation | allowed |',
     '|---|---|---|---|---|',
   ]
   for result in certificate.results:
@@ -104,8 +130,12 @@ def to_markdown(certificate: Certificate) -> str:
 
 
 def write_certificate(certificate: Certificate, directory: pathlib.Path) -> None:
-  """Writes certificate.json and certificate.md into a directory, which it makes if need be."""
+  """Writes certificate.json, certificate.md and badge.json into a directory.
+
+  It is made if need be.
+  """
   directory.mkdir(parents=True, exist_ok=True)
+  write_whole(directory / 'badge.json', json.dumps(badge(certificate)) + '\n')
   write_whole(directory / 'certificate.json', to_json(certificate))
   write_whole(directory / 'certificate.md', to_markdown(certificate))
 

@@ -75,8 +75,8 @@ class Terminal:
     """Prints what a line found out besides its checks."""
     self.console.print(Text(f'  {note}', 'dim'))
 
-  def table(self, certificate: Certificate, directory: pathlib.Path) -> None:
-    """Prints the certificate at a glance, and where the files that say more were written."""
+  def table(self, certificate: Certificate) -> None:
+    """Prints the certificate at a glance."""
     table = Table(box=box.ROUNDED, title='routing and balance: the certificate', title_style='bold')
     for heading, alignment in COLUMNS:
       table.add_column(heading, justify=alignment, no_wrap=True)
@@ -88,6 +88,9 @@ class Terminal:
       style='dim',
     )
     self.console.print(headline(certificate), style='bold' if certificate.passed else 'bold red')
+
+  def written(self, directory: pathlib.Path) -> None:
+    """Prints where the files that say more were written."""
     self.console.print(
       f'{directory / "certificate.md"} says more, and why each tolerance is what it is'
     )

@@ -1,5 +1,8 @@
-"""Checks that passed and that failed, and a certificate of them."""
+"""Checks that passed and that failed, a certificate of them, and what is said in one."""
 
+import functools
+
+from moejax import certify
 from moejax.certify.checks import Certificate, Check, Result
 
 GOOD = Check('values', 2e-7, 1e-6, 'rounding', 'E8', 5)
@@ -20,3 +23,19 @@ def certificate(*checks: Check) -> Certificate:
     'covered': {'losses': ['sequence']},
   }
   return Certificate([Result('oracle', 1, 'is its equation', checks, 2.0, ('a note',))], about)
+
+
+certify_quietly = functools.partial(certify.check, quiet=True)
+
+
+def said(certificate: Certificate) -> str:
+  """All notes, and where each check that failed was worst."""
+  found = []
+  for result in certificate.results:
+    found += [*result.notes, *(each.where for each in result.checks if not each.passed)]
+  return '\n'.join(found)
+
+
+def failed(certificate: Certificate) -> set[str]:
+  """The names of the lines that do not hold."""
+  return {result.name for result in certificate.results if not result.passed}

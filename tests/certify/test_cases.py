@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from moejax.certify.cases import EP_GROUPS, MICRO_BATCHES, B, Plan, S, make_cases, router_name
+from moejax.certify.batches import B, S
+from moejax.certify.cases import EP_GROUPS, MICRO_BATCHES, Plan, make_cases, router_name
 from moejax.moe.routing import SCORE_FNS, RouterConfig
 from moejax.moe.selection import SELECTIONS
 

@@ -10,6 +10,7 @@ import pytest
 
 from moejax.certify import contract
 from moejax.certify.__main__ import main
+from tests.certify.certificate_samples import BAD, EXACT, GOOD, certificate
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,3 +50,25 @@ def test_an_unknown_line_is_an_error_that_names_the_known(
   assert main(['--only', 'oracles']) == 2
   said = capsys.readouterr().err
   assert 'oracles' in said and all(name in said for name in contract.LINES)
+
+
+def test_json_is_one_object_for_a_program(
+  tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  for name in ('XLA_FLAGS', 'JAX_PLATFORMS'):
+    monkeypatch.setenv(name, os.environ[name])  # what the command sets is taken back
+  for checks, status in (((GOOD, EXACT), 0), ((GOOD, BAD), 1)):
+    monkeypatch.setattr(contract, 'certify', lambda *_, checks=checks: certificate(*checks))
+    assert main(['--json', '--out', str(tmp_path)]) == status
+    assert json.loads(capsys.readouterr().out) == {
+      'passed': not status,
+      'failed': ['oracle'] * status,
+      'lines': 1,
+      'cases': 8,
+      'commit': 'unknown',
+      'seed': 0,
+    }
+    badge = json.loads((tmp_path / 'badge.json').read_text())
+    # shields.io refuses a badge with any other key.
+    assert badge.keys() == {'schemaVersion', 'label', 'message', 'color'}
+    assert badge['color'] == ('red' if status else 'brightgreen')

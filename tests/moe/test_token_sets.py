@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moejax.certify.cases import B, S
+from moejax.certify.batches import B, S
 from moejax.certify.oracle import balance as oracle_balance
 from moejax.moe.routing import RouterConfig
 from moejax.moe.token_sets import (

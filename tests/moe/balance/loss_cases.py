@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import Array
 
-from moejax.certify.cases import MIXED, PACKED, PADDED, WHOLE, B, Case, S
+from moejax.certify.batches import MIXED, PACKED, PADDED, WHOLE, B, Case, S
 from moejax.moe.balance.aux_loss import ASSIGNMENTS
 from moejax.moe.balance.losses import (
   BALANCE_LOSSES,

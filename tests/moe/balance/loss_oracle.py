@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moejax.certify.cases import Case
+from moejax.certify.batches import Case
 from moejax.certify.oracle import balance as oracle_balance
 from moejax.moe.routing import RouterConfig
 from tests.moe.balance.loss_cases import EP_GROUPS, MICRO_BATCHES, PROBABILITIES, Row

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moejax.certify.cases import PACKED, B, S
+from moejax.certify.batches import PACKED, B, S
 from moejax.certify.oracle import balance as oracle_balance
 from moejax.moe.balance.losses import (
   BALANCE_LOSSES,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.certify.cases import B, S
+from moejax.certify.batches import B, S
 from moejax.moe.balance.importance import variation
 from tests.moe.balance.loss_cases import QUICKLY, SIGMOID, Row, balanced, measure
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.certify.cases import B, Case, S
+from moejax.certify.batches import B, Case, S
 from moejax.certify.oracle import balance as oracle_balance
 from moejax.certify.oracle import codebases as oracle_codebases
 from moejax.config import ConfigError

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import Array
 
-from moejax.certify.cases import B, Case
+from moejax.certify.batches import B, Case
 from moejax.certify.oracle import balance as oracle_balance
 from moejax.config import frozendict
 from moejax.moe.balance.losses import (

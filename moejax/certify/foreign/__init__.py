@@ -1,0 +1,1 @@
+"""Certifies functions of other codebases: NumPy in, NumPy out, and no jax."""
