@@ -166,7 +166,7 @@ def bias_moved_by_evaluation(patch: Patch) -> None:
     return np.asarray(load)
 
   def total(like: np.ndarray) -> np.ndarray:
-    return np.asarray(sum(buffer, np.zeros_like(like)), np.float32)
+    return np.asarray(sum(buffer, np.zeros_like(like)), like.dtype)
 
   def counting(*args: object) -> train_step.Metrics:
     found = evaluate(*args)
