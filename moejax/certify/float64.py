@@ -112,20 +112,28 @@ def scatter(name: str, params: dict[str, object], args: list[Array]) -> Array:
   return function(*args, **named)
 
 
+def scan_parts(params: dict[str, object], args: list[Array]) -> list[list[Array]]:
+  """The arguments of a scan: constants, what is carried, and what is scanned."""
+  if 'ft_in' in params:  # JAX 0.11 keeps a tree of the three
+    return [list(part) for part in params['ft_in'].update(args).unpack()]
+  first, num_carry = params['num_consts'], params['num_carry']
+  second = first + num_carry
+  return [args[:first], args[first:second], args[second:]]
+
+
 def scan(params: dict[str, object], args: list[Array]) -> list[Array]:
   """A scan."""
-  num_consts, num_carry = params['num_consts'], params['num_carry']
-  consts, carry = args[:num_consts], args[num_consts : num_consts + num_carry]
-  body = params['jaxpr']
+  consts, carry, xs = scan_parts(params, args)
+  body, num_carry = params['jaxpr'], len(carry)
 
-  def step(carry: list[Array], xs: list[Array]) -> tuple[list[Array], list[Array]]:
-    results = run(body.jaxpr, body.consts, [*consts, *carry, *xs])
+  def step(carry: list[Array], x: list[Array]) -> tuple[list[Array], list[Array]]:
+    results = run(body.jaxpr, body.consts, [*consts, *carry, *x])
     return results[:num_carry], results[num_carry:]
 
   carry, ys = jax.lax.scan(
     step,
     carry,
-    args[num_consts + num_carry :],
+    xs,
     length=params['length'],
     reverse=params['reverse'],
     unroll=params['unroll'],

@@ -52,7 +52,8 @@ def test_no_config_is_left_out() -> None:
     for part in path.read_text().split('\nclass ')[1:]:
       if 'def __post_init__' in part:
         written.add(part.partition(':')[0])
-  assert walked == written
+  # A claim about a foreign function is no part of an experiment: tests/certify.
+  assert walked == written - {'Claim'}
 
 
 @pytest.mark.parametrize(
