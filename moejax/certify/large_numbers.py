@@ -70,10 +70,8 @@ def check_counts(plan: Plan) -> Iterator[Check]:
     jax.ShapeDtypeStruct((1, 2, 2), jnp.int32),
     jax.ShapeDtypeStruct((1, 2), jnp.bool_),
   ).dtype
-  for what, kind in [
-    ('load', load_type),
-    *((n, observed_type(r)) for n, r in count_rules().items()),
-  ]:
+  kinds = {name: observed_type(rule) for name, rule in count_rules().items()}
+  for what, kind in (kinds | {'load': load_type}).items():
     total = np.asarray(jnp.full((), 2**24, kind) + jnp.ones((), kind))
     summed.see(f'2^24 + 1 of {what}', int(total) - 2**24 - 1)
   yield summed.check()
