@@ -43,22 +43,16 @@ def pairs_twice_under_remat(patch: Patch) -> None:
   change_output(patch, twice)
 
 
-def change_scales(patch: Patch, change: Callable[[dict], dict]) -> None:
-  """What micro-batches are multiplied by: scales -> the ones that differ."""
-
-  def make(scales: Callable) -> Callable:
-    def changed(*args: object) -> dict:
-      found = scales(*args)
-      return found | change(found)
-
-    return changed
-
-  wrap(patch, 'part_scales', make, gradient_accumulation)
-
-
 def dropped_by_rows(patch: Patch) -> None:
   """Micro-batches weigh the dropped fraction evenly, however much padding they have."""
-  change_scales(patch, lambda found: {'load': jnp.ones_like(found['load']) / len(found['load'])})
+
+  def change(model: object, out: object) -> object:
+    # A fraction is made a number of copies by the copies that there are: here, by room for all.
+    room = out.aux.expert_ids[0].size
+    copies = jnp.maximum(out.aux.stats.copies, 1)
+    return out._replace(aux=out.aux._replace(dropped=out.aux.dropped * room / copies))
+
+  change_output(patch, change)
 
 
 def dropped_of_the_last(patch: Patch) -> None:
