@@ -31,7 +31,7 @@ from moejax.moe.input_checks import (
 from moejax.moe.routing import RouterConfig, Routing, route, router_logits
 from moejax.moe.selection import SELECTIONS, Tokens, jittered, whole_rows
 from moejax.moe.statistics import Stats, observe
-from moejax.moe.token_sets import Scope, expert_load, zero_padding
+from moejax.moe.token_sets import Scope, expert_load, masked_ids, zero_padding
 from moejax.sharding.params import constant_init, normal_init, param
 
 
@@ -250,8 +250,7 @@ class MoE(nnx.Module):
     """Returns the experts' output y [B, S, D], and the fraction of copies that were dropped."""
     cfg = self.cfg
     # Padding is sent to no expert, whatever its routing says: id E is unassigned.
-    unassigned = cfg.router.num_experts
-    sent_BSK = jnp.where(tokens.mask[..., None], routing.expert_ids, unassigned)
+    sent_BSK = masked_ids(routing.expert_ids, tokens.mask, cfg.router.num_experts)
     activation = ACTIVATIONS[cfg.activation](cfg.activation_limit)
     weights = self.experts.weights(x_BSD.dtype)
     routing = routing._replace(expert_ids=sent_BSK)

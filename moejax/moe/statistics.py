@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moejax.moe.routing import Routing
-from moejax.moe.token_sets import chosen_mask, exact_mean
+from moejax.moe.token_sets import chosen_mask, exact_mean, masked_ids, zero_padding
 
 # Below it a choice may be another one on another mesh: sums that differ in their order differ by
 # about this much.
@@ -80,20 +80,19 @@ def observe(routing: Routing, unbiased_ids: Array, mask: Array) -> Stats:
   routing = jax.lax.stop_gradient(routing)
   experts = routing.logits.shape[-1]
   # By `where`, never by a product with the mask: 0 * NaN is NaN.
-  mask_BS1 = mask[..., None]
-  ids_BSK = jnp.where(mask_BS1, routing.expert_ids, experts)
+  ids_BSK = masked_ids(routing.expert_ids, mask, experts)
   chosen_BSE = chosen_mask(ids_BSK, experts)  # M
-  z_BSE = jnp.where(mask_BS1, routing.logits, 0)
-  p_BSE = jnp.where(mask_BS1, routing.probs, 0)
+  z_BSE = zero_padding(routing.logits, mask)
+  p_BSE = zero_padding(routing.probs, mask)
   has_margin_BS = ~jnp.isinf(routing.margin)
   unbiased_BSK = (ids_BSK[..., None] == unbiased_ids[..., None, :]).any(-1)
   elsewhere_BSK = ~unbiased_BSK & (ids_BSK < experts)
 
   def total(values_BS: Array) -> Array:
-    return jnp.where(mask, values_BS, 0).astype(jnp.float32).sum()
+    return zero_padding(values_BS, mask).astype(jnp.float32).sum()
 
   def count(values_BS: Array) -> Array:
-    return jnp.where(mask, values_BS, 0).sum(dtype=jnp.int32)
+    return zero_padding(values_BS, mask).sum(dtype=jnp.int32)
 
   def total_score(chosen_BSK: Array) -> Array:
     # An unassigned id is out of range, and fills in a score of 0.
