@@ -120,9 +120,8 @@ class SameChecks:
     yield from (worst.check() for worst in vars(self).values())
 
 
-def widened_batch(plan: Plan, columns: int = 5) -> Batch:
-  """The batch with columns of padding on its right, that hold garbage."""
-  narrow = tiny.batch_of(plan)
+def widened_batch(narrow: Batch, columns: int = 5) -> Batch:
+  """A batch with columns of padding on its right, that hold garbage."""
   padding = ((0, 0), (0, columns))
   return make_batch(
     np.pad(narrow.tokens, padding, constant_values=7),
@@ -146,7 +145,7 @@ def variants(plan: Plan) -> Iterator[Variant]:
   for dispatch in others:
     cfg = tiny_config.change(base, dispatch=dispatch)
     yield Variant(f'{dispatch.dispatcher}, fsdp 2 x expert 2 x tensor 2', cfg, MIXED_MESH)
-  yield Variant('padding columns', base, rows=widened_batch(plan))
+  yield Variant('padding columns', base, rows=widened_batch(tiny.batch_of(plan)))
   if not plan.quick:
     yield from slow_variants(base, by_place, others)
 

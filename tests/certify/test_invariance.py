@@ -31,8 +31,8 @@ def test_two_documents_are_the_same_tokens_in_one_row_or_two() -> None:
 
 
 def test_the_wide_batch_is_the_batch_and_padding() -> None:
-  plan = Plan(quick=True)
-  wide, narrow = widened_batch(plan, 3), tiny.batch_of(plan)
+  narrow = tiny.batch_of(Plan(quick=True))
+  wide = widened_batch(narrow, 3)
   assert wide.tokens.shape == (tiny_config.ROWS, tiny_config.LENGTH + 3)
   assert np.array_equal(wide.tokens[:, : tiny_config.LENGTH], narrow.tokens)
   assert not wide.segment_ids[:, tiny_config.LENGTH :].any()

@@ -15,7 +15,6 @@ from jax.sharding import NamedSharding
 from moejax.certify.tiny_config import LENGTH, ROWS, VOCAB
 from moejax.certify.tiny_model import batch as make_batch
 from moejax.config import frozendict
-from moejax.data.batch import IGNORE, Batch
 from moejax.model.config import AttentionConfig, LatentConfig, ModelConfig
 from moejax.model.cross_entropy import LossConfig
 from moejax.model.rope import RopeConfig, YarnConfig
@@ -156,14 +155,6 @@ def start(cfg: ExperimentConfig) -> TrainState:
 @functools.cache
 def differentiate(cfg: ExperimentConfig):
   return jax.jit(functools.partial(gradients, cfg=cfg), compiler_options=QUICK)
-
-
-def widened(batch: Batch, columns: int = 5) -> Batch:
-  """The batch with columns of padding on its right, that hold garbage."""
-  fills = (7, IGNORE, False, 0, 0)  # tokens, targets, mask, segment ids, positions
-  padding = ((0, 0), (0, columns))
-  wide = [jnp.pad(a, padding, constant_values=fill) for a, fill in zip(batch, fills)]
-  return Batch(*wide, batch.task_ids)
 
 
 def flat(grads: object) -> np.ndarray:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.certify.invariance import widened_batch
 from moejax.config import frozendict
 from moejax.data.batch import Batch
 from moejax.model.config import AttentionConfig, ModelConfig
@@ -32,7 +33,6 @@ from tests.train.step.step_cases import (
   replace,
   result,
   start,
-  widened,
 )
 
 
@@ -46,7 +46,7 @@ def test_micro_batches_recomputation_and_padding_change_nothing_together(name: s
   """Of what other families are made of. One program: each alone is tried with the plain model."""
   cfg = FEATURES[name]
   changed = replace(cfg, micro_batches=4, remat='full')
-  grads, sums, *_ = differentiate(changed)(start(changed), widened(make_batch()))
+  grads, sums, *_ = differentiate(changed)(start(changed), widened_batch(make_batch()))
   assert_same(result(cfg), (flat(grads), jax.device_get(sums)))
 
 

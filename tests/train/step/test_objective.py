@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.certify.invariance import widened_batch
 from moejax.config import ConfigError, frozendict
 from moejax.data.batch import IGNORE, Batch
 from moejax.data.sources import DataConfig
@@ -44,7 +45,6 @@ from tests.train.step.step_cases import (
   replace,
   result,
   start,
-  widened,
 )
 
 TASKS = DataConfig(source='mixture', mixture=frozendict(code='0.7 stdlib', prose='0.3 synthetic'))
@@ -196,7 +196,7 @@ def test_weights_of_unknown_tasks_and_bad_numbers_are_refused() -> None:
 
 
 def test_padding_columns_change_nothing() -> None:
-  grads, sums, *_ = differentiate(CONFIG)(start(CONFIG), widened(make_batch()))
+  grads, sums, *_ = differentiate(CONFIG)(start(CONFIG), widened_batch(make_batch()))
   assert_same(result(CONFIG), (flat(grads), jax.device_get(sums)))
 
 
