@@ -27,6 +27,7 @@ from moejax.train.optimizer import OptimConfig
 from moejax.train.trainer import train
 from tests.hf.commands import assert_same_files, exported, imported, run, with_text
 from tests.support.published_models import GOLDEN, NAMES, arrays_in, copied
+from tests.support.unoptimised import unoptimised
 
 SLOW = pytest.mark.slow
 
@@ -87,7 +88,8 @@ def test_training_starts_from_an_import_and_generate_runs_on_it(
   tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
   source = imported(with_text(tmp_path / 'source'), tmp_path / 'run')
-  assert generate.main([f'--workdir={source}', '--prompt=ab', '--max_tokens=4']) == 0
+  with unoptimised():
+    assert generate.main([f'--workdir={source}', '--prompt=ab', '--max_tokens=4']) == 0
   assert capsys.readouterr().out.startswith('ab')
   model = read_config(str(source)).model
   cfg = ExperimentConfig(
@@ -106,7 +108,8 @@ def test_training_starts_from_an_import_and_generate_runs_on_it(
     ),
     optim=OptimConfig(learning_rate=1e-20),
   )
-  assert train(cfg) == 0
+  with unoptimised():
+    assert train(cfg) == 0
   # At that rate nothing moves but the bias, which keeps its float32.
   exported(tmp_path / 'trained', tmp_path / 'out', '--dtype=bfloat16')
   ours, theirs = arrays_in(tmp_path / 'out'), arrays_in(tmp_path / 'source')

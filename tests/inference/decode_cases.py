@@ -94,10 +94,9 @@ for selection in sorted(SELECTIONS):
     KINDS[selection] = dataclasses.replace(
       BASE, num_layers=1, mtp_depth=1, moe=MoEConfig(router, d_expert=8)
     )
-HEAVY = [
-  pytest.param(kind, marks=pytest.mark.slow)
-  for kind in KINDS
-  if kind not in ('latent', 'windows and sinks', 'uniform')
+# As parameters of a test: compiling is all the time, and one kind is enough for the fast tests.
+SOME_OR_ALL = [
+  kind if kind == 'uniform' else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS
 ]
 
 

@@ -20,11 +20,11 @@ from moejax.sharding.params import shardings
 from tests.inference.decode_cases import (
   BASE,
   GREEDY,
-  HEAVY,
   KINDS,
   MOE,
   PROGRAMS,
   PROMPTS,
+  SOME_OR_ALL,
   anew,
   biases,
   certain,
@@ -36,9 +36,7 @@ from tests.inference.decode_cases import (
 from tests.support.quick import QUICK
 
 
-@pytest.mark.parametrize(
-  'kind', ['latent', 'uniform', pytest.param('windows and sinks', marks=pytest.mark.slow), *HEAVY]
-)
+@pytest.mark.parametrize('kind', SOME_OR_ALL)
 def test_the_cache_decodes_what_running_anew_would(kind: str) -> None:
   """Token for token, with drafts and without, rows of all lengths, rings gone round often."""
   cfg = KINDS[kind]
@@ -56,13 +54,7 @@ def test_the_cache_decodes_what_running_anew_would(kind: str) -> None:
 
 # Hash selection drafts by the ids of the tokens ahead, which training does not: other guesses.
 @pytest.mark.parametrize(
-  'kind',
-  [
-    'latent',
-    pytest.param('uniform', marks=pytest.mark.slow),
-    *(kind for kind in HEAVY if kind.values != ('hash',)),
-    pytest.param('windows and sinks', marks=pytest.mark.slow),
-  ],
+  'kind', [kind for kind in SOME_OR_ALL if kind == 'uniform' or kind.values != ('hash',)]
 )
 def test_guesses_are_those_of_the_text_so_far(kind: str) -> None:
   """Of every step and row: what each depth says of all known tokens and the drafts before it.
@@ -134,6 +126,7 @@ def test_a_step_leaves_what_it_was_given(kind: str) -> None:
     assert given.caches['blocks'][0].entries[0].dtype == given.hidden.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_rows_that_have_ended_are_padding_and_stay() -> None:
   cfg = KINDS['latent']
   model, router, starts = model_of(cfg), biases(cfg), jnp.arange(5)

@@ -35,6 +35,7 @@ TOKENIZER = load_tokenizer('bytes')
 EOD = TOKENIZER.eod_id
 
 
+@pytest.mark.slow
 def test_draws_are_the_same_with_guesses_and_whatever_the_other_rows_are() -> None:
   model, ask = certain(2), SampleConfig(16, 1.0, 5, 0.9, seed=3)
   said, _ = decode_all(model, ask)

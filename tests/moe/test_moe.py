@@ -54,7 +54,7 @@ def test_a_layer_of_defaults_works_and_all_of_it_gets_a_gradient() -> None:
     y, aux = layer(x)
     return jnp.square(y).sum(), (y, aux)
 
-  gradients, (y, aux) = jax.grad(objective, argnums=(0, 1), has_aux=True)(layer, x)
+  gradients, (y, aux) = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))(layer, x)
   assert y.shape == x.shape and y.dtype == x.dtype
   assert aux.load.sum() == ROWS * LENGTH * layer.cfg.router.top_k
   np.testing.assert_array_equal(aux.seen, aux.load, err_msg='without a rule the load is seen')

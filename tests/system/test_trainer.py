@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from moejax.train.telemetry.tensorboard import TensorBoard
 from moejax.train.trainer import train
 from tests.support import tiny_run
 from tests.support.tiny_run import ROOT, final_digest, rows
+from tests.support.unoptimised import unoptimised
 
 # They compare with, or go on from, one run: one worker takes them all.
 pytestmark = pytest.mark.xdist_group('trainer')
@@ -24,6 +26,12 @@ pytestmark = pytest.mark.xdist_group('trainer')
 def config(workdir: Path, **changes: object) -> ExperimentConfig:
   """The tiny run on one device, which is the quickest to compile for."""
   return tiny_run.config(workdir, **{'mesh__data': 1} | changes)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quickly() -> Iterator[None]:
+  with unoptimised():
+    yield
 
 
 @pytest.fixture(scope='module')
@@ -81,6 +89,7 @@ def test_tensorboard_holds_scalars_pictures_and_text(straight: Path) -> None:
   )
 
 
+@pytest.mark.slow
 def test_stopping_and_resuming_changes_no_bit(straight: Path, tmp_path: Path) -> None:
   workdir = tmp_path / 'run'
   assert train(config(workdir, stop_after=6)) == 0

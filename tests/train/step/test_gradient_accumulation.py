@@ -36,6 +36,7 @@ from tests.train.step.step_cases import (
 )
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing() -> None:
   assert_same(result(CONFIG), result(replace(CONFIG, micro_batches=4)))
 

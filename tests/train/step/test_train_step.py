@@ -154,6 +154,7 @@ def test_a_spike_changes_nothing_where_it_is_to_be_skipped() -> None:
   assert not stepper(CONFIG)(before, make_batch())[1]['skipped']
 
 
+@pytest.mark.slow
 def test_a_fault_on_purpose_is_in_the_program_only_when_asked_for(
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
