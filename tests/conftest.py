@@ -39,9 +39,27 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 # Where in Python an operation comes from, frame by frame, is a tenth of the time of lowering.
 os.environ['JAX_TRACEBACK_IN_LOCATIONS_LIMIT'] = '0'
 
-# Tracing makes many small objects, most of which stay: with the default of 700 new ones, looking
-# for garbage among them is a tenth of the time, too.
+# Tracing makes many small objects, most of which stay: looking for garbage after every 700 of them,
+# the default, is time lost.
 gc.set_threshold(50_000, 20, 50)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+  """Fails where workers would each make the run that a group of tests shares.
+
+  Raises:
+    pytest.UsageError: a worker of pytest-xdist has lost the names of the groups.
+  """
+  if not config.getoption('loadgroup', False):
+    return
+  for item in items:
+    if item.get_closest_marker('xdist_group') and '@' not in item.nodeid:
+      raise pytest.UsageError(
+        f'{item.nodeid} has lost its group: this pytest and this pytest-xdist do not go together; '
+        'install what pyproject.toml names'
+      )
+
 
 MAPPINGS = Path('/proc/self/maps')
 MANY_MAPPINGS = 30_000
