@@ -2,6 +2,8 @@
 
 `python -m tests.support.mutant_table [NAME ...]` runs all mutants, or these; with `--readme` it
 rewrites their table in docs/certificate.md. Exit status 1: one survives, or breaks its line.
+
+`--together` makes one program of eleven mistakes, or of these, and tells every line that fails.
 """
 
 import argparse
@@ -13,6 +15,20 @@ from pathlib import Path
 from moejax.certify.__main__ import prepare_environment
 
 DOCS = Path(__file__).parents[2] / 'docs' / 'certificate.md'
+# One of each kind that a certificate overlooks whose slopes are taken along the reported gradient.
+ELEVEN = (
+  'frozen router',
+  'frozen embedding',
+  'combine weights without gradient',
+  'z-loss without the head',
+  'router update never applied',
+  'coefficients a step early',
+  'same noise every step',
+  'noise by row of micro-batch',
+  'statistics twice under remat',
+  'dropped of the last micro-batch',
+  'packed keys without limit',
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -20,8 +36,11 @@ def main(argv: Sequence[str]) -> int:
   parser = argparse.ArgumentParser(prog='python -m tests.support.mutant_table')
   parser.add_argument('names', nargs='*', metavar='NAME')
   parser.add_argument('--readme', action='store_true', help=f'rewrite the table in {DOCS.name}')
+  parser.add_argument('--together', action='store_true', help='all at once, against every line')
   args = parser.parse_args(argv)
   prepare_environment()
+  if args.together:
+    return all_at_once(args.names or ELEVEN)
   # Only now: what is imported below imports jax, which reads the environment once.
   import pytest
 
@@ -50,6 +69,30 @@ def main(argv: Sequence[str]) -> int:
   if args.readme:
     rewrite(DOCS, 'mutants', '\n'.join(rows))
   return 1 if survived else 0
+
+
+def all_at_once(names: Sequence[str]) -> int:
+  """Tries every line on the program that has all these mistakes, and prints what each line finds.
+
+  Returns the exit status: 1 where all lines pass.
+  """
+  import pytest
+
+  from moejax.certify import contract
+  from tests.support.first_failure import first_failure
+  from tests.support.mutants import MUTANTS
+
+  failed = []
+  with pytest.MonkeyPatch.context() as patch:
+    for name in names:
+      MUTANTS[name].apply(patch)
+    for line in contract.LINES:
+      caught = first_failure(line)
+      failed += [line] if caught else []
+      found = f'fails: {caught.what} ({caught.worst:.1e} at {caught.where})' if caught else 'passes'
+      print(f'{line}: {found}', flush=True)
+  print(f'{len(names)} mistakes at once: {len(failed)} lines fail ({", ".join(failed)})')
+  return 0 if failed else 1
 
 
 if __name__ == '__main__':
