@@ -1,5 +1,6 @@
 """Wrong programs, made by patching moejax at run time, and the line that must find each."""
 
+from tests.support.mutants.adversary import ADVERSARY
 from tests.support.mutants.draws import DRAWS
 from tests.support.mutants.experts import EXPERTS
 from tests.support.mutants.gradients import GRADIENTS
@@ -19,4 +20,5 @@ MUTANTS: dict[str, Mutant] = {
   **EXPERTS,
   **ROUTERS,
   **NEIGHBOURS,
+  **ADVERSARY,
 }
