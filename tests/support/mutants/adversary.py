@@ -115,7 +115,7 @@ def dropped_by_each_shard(patch: Patch) -> None:
 
 
 def room_by_weight(patch: Patch) -> None:
-  """A full expert keeps the copies of the highest combine weights, not of the best probabilities."""
+  """A full expert keeps the copies of the highest combine weights, not of the best scores."""
 
   def tokens(x: Array, expert_ids: Array, scores: Array, weights: Array) -> RoutedTokens:
     return RoutedTokens(x, expert_ids, jax.lax.stop_gradient(weights), weights)
@@ -147,7 +147,7 @@ def momentum_at_no_rate(patch: Patch) -> None:
 
 
 def turns_begin_anew(patch: Patch) -> None:
-  """With a cache, places in the row are counted from the tokens at hand: experts take other turns."""
+  """With a cache, places in a row are counted from the tokens at hand: experts take other turns."""
 
   def make(routed_tokens: Callable) -> Callable:
     return lambda batch, rows, has_cache: routed_tokens(batch, rows, has_cache=False)
