@@ -193,7 +193,7 @@ ADVERSARY: dict[str, Mutant] = {
   'dropped by each tensor shard': Mutant(dropped_by_each_shard, 'invariance'),
   'room by combine weight': Mutant(room_by_weight, 'large'),
   'first expert weighs one': Mutant(first_weighs_one, 'oracle'),
-  'momentum at no rate': Mutant(momentum_at_no_rate, 'bias'),
+  'momentum at no rate': Mutant(momentum_at_no_rate, 'oracle'),
   'turns begin anew': Mutant(turns_begin_anew, 'decoding'),
   'line without groups': Mutant(line_without_groups, 'oracle'),
   'counts of a skipped step': Mutant(counts_of_a_skipped_step, 'trained'),
