@@ -116,12 +116,12 @@ class Plan:
         yield routing.RouterConfig(8, 2, score_fn, selection=name)
     yield routing.RouterConfig(8, 2, 'softmax', noisy=True)
     yield routing.RouterConfig(8, 2, 'softmax', renormalise=False, scale=2.5)
+    yield routing.RouterConfig(8, 2, 'softmax', random_second=True)
+    yield routing.RouterConfig(
+      8, 2, 'sigmoid', weigh='softmax', num_groups=4, top_groups=2, group_best=1
+    )
     if not self.quick:
       yield routing.RouterConfig(4, 1, 'sigmoid', noisy=True)
-      yield routing.RouterConfig(
-        8, 2, 'sigmoid', weigh='softmax', num_groups=4, top_groups=2, group_best=1
-      )
-      yield routing.RouterConfig(8, 2, 'softmax', random_second=True)
       yield routing.RouterConfig(8, 2, 'softmax', expert_dropout=0.25)
 
 

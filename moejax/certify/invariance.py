@@ -244,6 +244,11 @@ def invariance_line(plan: Plan) -> Iterator[Check]:
     for router in router_variants():
       name = f'{router.name}, all at once'
       same.see(plan, router.base, Variant(name, router.changed, SPREAD))
+  # What f counts, across micro-batches and within them, where the bias overrides choices.
+  balance = dataclasses.replace(base.balance, assignment='dispatched')
+  dispatched = tiny_config.change(base, balance=balance)
+  cut = tiny_config.change(dispatched, micro_batches=8)
+  same.see(plan, dispatched, Variant('f of what was dispatched, micro_batches=8', cut))
   changed = tiny_config.change(random_config(), micro_batches=4, remat='full')
   # What a counting pass sees, of which f is made, is what the other passes see.
   number = tiny_config.step_alone('balance/global_batch', noisy=True)
@@ -255,9 +260,12 @@ def invariance_line(plan: Plan) -> Iterator[Check]:
 
 
 def check_packing(plan: Plan, base: ExperimentConfig) -> Iterator[Check]:
-  """Checks that two documents give the same step in one row and in rows of their own."""
+  """Checks that two documents give the same step in one row and in rows of their own.
+
+  With multi-token prediction, whose blocks look at the tokens ahead: of their own document alone.
+  """
   balance = dataclasses.replace(base.balance, ep_groups=1)
-  cfg, results = tiny_config.change(base, batch_size=2, balance=balance), []
+  cfg, results = tiny_config.change(base, batch_size=2, balance=balance, mtp_depth=2), []
   for rows in (documents_batch((5, 7), ()), documents_batch((5,), (7,))):
     results.append(tiny.take_step(plan, cfg, tiny.start_state(plan, cfg), rows))
   packed = SameChecks()

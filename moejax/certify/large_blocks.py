@@ -17,7 +17,7 @@ from moejax.certify.checks import Check, Worst
 from moejax.moe.experts.grouped_ffn import IMPLEMENTATIONS
 from moejax.moe.experts.residuals import Residuals
 from moejax.moe.experts.sorted_copies import Copies
-from moejax.moe.experts.weights import Weights
+from moejax.moe.experts.weights import Biases, Weights
 
 D, F = 2, 3
 ROWS = 1100  # copies of the grouped FFN: its largest blocks, of 256 rows, are used
@@ -44,18 +44,27 @@ class Copied(NamedTuple):
   gate: np.ndarray  # [E, N, D, F]
   up: np.ndarray  # [E, N, D, F]
   down: np.ndarray  # [E, N, F, D]
+  gate_bias: np.ndarray  # [E, N, F]
+  up_bias: np.ndarray  # [E, N, F]
+  down_bias: np.ndarray  # [E, N, D]
+
+
+# What is summed over the copies of an expert.
+OF_EXPERTS = ('gate', 'up', 'down', 'gate_bias', 'up_bias', 'down_bias')
 
 
 def of_copies(x: np.ndarray, dy: np.ndarray, scale: np.ndarray, w: Weights) -> Copied:
   """Outputs and gradients of each copy, by the chain rule. x, dy: [N, D]; scale: [N]."""
-  gate, up = (np.einsum('nd,edf->enf', x, one) for one in (w.gate, w.up))
+  biases = Biases(*(0 if one is None else one[:, None] for one in w.biases))
+  gate = np.einsum('nd,edf->enf', x, w.gate) + biases.gate
+  up = np.einsum('nd,edf->enf', x, w.up) + biases.up
   hidden = silu(gate) * up
   d_out = scale[None, :, None] * dy
   d_hidden = np.einsum('end,efd->enf', d_out, w.down)
   sigmoid = 1 / (1 + np.exp(-gate))
   d_gate = d_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))
   d_up = d_hidden * silu(gate)
-  out = np.einsum('enf,efd->end', hidden, w.down)
+  out = np.einsum('enf,efd->end', hidden, w.down) + biases.down
   dx = np.einsum('enf,edf->end', d_gate, w.gate) + np.einsum('enf,edf->end', d_up, w.up)
   return Copied(
     y=scale[None, :, None] * out,
@@ -64,13 +73,16 @@ def of_copies(x: np.ndarray, dy: np.ndarray, scale: np.ndarray, w: Weights) -> C
     gate=x[None, :, :, None] * d_gate[:, :, None],
     up=x[None, :, :, None] * d_up[:, :, None],
     down=hidden[..., None] * d_out[:, :, None],
+    gate_bias=d_gate,
+    up_bias=d_up,
+    down_bias=np.broadcast_to(d_out, out.shape),
   )
 
 
 def wanted_of(all_copies: Copied, tokens: np.ndarray, load: np.ndarray) -> dict[str, np.ndarray]:
   """What the grouped FFN must give where the sorted copies are cut into these loads [E]."""
   found = {name: np.zeros(one.shape[1:]) for name, one in all_copies._asdict().items()}
-  for name in ('gate', 'up', 'down'):
+  for name in OF_EXPERTS:
     one = getattr(all_copies, name)
     found[name] = np.zeros((len(load), *one.shape[2:]))
   start = 0
@@ -80,7 +92,7 @@ def wanted_of(all_copies: Copied, tokens: np.ndarray, load: np.ndarray) -> dict[
     found['y'][tokens[rows]] = all_copies.y[e, rows]
     found['x'][tokens[rows]] = all_copies.x[e, rows]
     found['scale'][rows] = all_copies.scale[e, rows]
-    for name in ('gate', 'up', 'down'):
+    for name in OF_EXPERTS:
       found[name][e] = getattr(all_copies, name)[e, rows].sum(0)
     start += count
   return found
@@ -92,8 +104,9 @@ def grouped(x: Array, copies: Copies, weights: Weights, dy: Array, name: str) ->
   y, kept = implementation.forward(x, copies, weights, gated_silu)
   found = implementation.backward(Residuals(x, copies, weights, kept), gated_silu, dy)
   w = found.weights
-  gradients = {'x': found.x, 'scale': found.copy_weights}
-  return {'y': y, 'gate': w.gate, 'up': w.up, 'down': w.down} | gradients
+  of_biases = {f'{field}_bias': gradient for field, gradient in w.biases._asdict().items()}
+  of_weights = {'gate': w.gate, 'up': w.up, 'down': w.down} | of_biases
+  return {'y': y, 'x': found.x, 'scale': found.copy_weights} | of_weights
 
 
 def check_blocks(plan: Plan) -> Iterator[Check]:
@@ -102,8 +115,9 @@ def check_blocks(plan: Plan) -> Iterator[Check]:
   x, dy = rng.normal(size=(2, ROWS, D)).astype(np.float32)
   scale, tokens = rng.uniform(0.5, 1.5, ROWS).astype(np.float32), rng.permutation(ROWS)
   shapes = (3, D, F), (3, D, F), (3, F, D)
-  weights = Weights(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
-  wide = Weights(*(np.asarray(w, np.float64) for w in weights[:3]))
+  biases = Biases(*(rng.normal(size=(3, width)).astype(np.float32) for width in (F, F, D)))
+  weights = Weights(*(rng.normal(size=one).astype(np.float32) for one in shapes), biases)
+  wide = jax.tree.map(lambda a: a.astype(np.float64), weights)
   sorted_x, sorted_dy = (np.asarray(a, np.float64)[tokens] for a in (x, dy))
   all_copies = of_copies(sorted_x, sorted_dy, np.asarray(scale, np.float64), wide)
   for name in sorted(IMPLEMENTATIONS):

@@ -26,6 +26,7 @@ from moejax.moe.experts.sorted_copies import sort_copies
 from moejax.moe.experts.weights import Weights
 from moejax.moe.statistics import layer_statistics
 from moejax.moe.token_sets import expert_load
+from moejax.sharding.mesh import MeshConfig, make_mesh
 
 LARGE = 2**25  # a count of float32 is off by up to 2 from here on
 
@@ -130,9 +131,14 @@ def check_capacity(plan: Plan) -> Iterator[Check]:
 
 
 def dispatch(
-  x: Array, routed: routing.Routing, weights: Weights, cfg: DispatchConfig
+  x: Array,
+  routed: routing.Routing,
+  weights: Weights,
+  cfg: DispatchConfig,
+  mesh: MeshConfig,
 ) -> tuple[Array, Array]:
-  """A row of DISPATCHERS."""
+  """A row of DISPATCHERS. The mesh is an argument so that each mesh has a program of its own."""
+  del mesh
   return DISPATCHERS[cfg.dispatcher](x, routed, weights, gated_silu, cfg)
 
 
@@ -177,12 +183,17 @@ def check_room(plan: Plan) -> Iterator[Check]:
     wanted = np.zeros((*x.shape[:2], D)).reshape(-1, D)
     for copy in np.flatnonzero(has_room):
       wanted[copy // top_k] += of_all[flat_ids[copy], copy]
-    y, dropped = plan.program(dispatch, cfg)(x, routed, w)
-    where = f'{cfg.dispatcher}, capacity {cfg.capacity_factor} by {cfg.drop_by}'
-    error = np.abs(np.asarray(y).reshape(-1, D) - wanted).max() / np.abs(wanted).max()
-    outputs.see(where, float(error))
     assigned = (flat_ids < experts).sum()
-    fraction.see(where, float(dropped) - (assigned - has_room.sum()) / assigned)
+    # Devices along `tensor` have all tokens, and a part of each expert.
+    for mesh in (MeshConfig(1), MeshConfig(1, tensor=F)):
+      with jax.set_mesh(make_mesh(mesh)):
+        program = plan.program(dispatch, cfg, mesh)
+        y, dropped = jax.block_until_ready(program(x, routed, w))
+      where = f'{cfg.dispatcher}, capacity {cfg.capacity_factor} by {cfg.drop_by}'
+      where += f', tensor {mesh.tensor}'
+      error = np.abs(np.asarray(y).reshape(-1, D) - wanted).max() / np.abs(wanted).max()
+      outputs.see(where, float(error))
+      fraction.see(where, float(dropped) - (assigned - has_room.sum()) / assigned)
   yield outputs.check()
   yield fraction.check()
 

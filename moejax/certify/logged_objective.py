@@ -152,23 +152,16 @@ def logged_slopes(plan: Plan, cfg: ExperimentConfig, before: state.TrainState) -
 
 def logged_line(plan: Plan) -> Iterator[Check]:
   """Checks line 4."""
-  checks = LoggedChecks()
-  for noisy in (False,) if plan.quick else (False, True):
-    cfg = tiny_config.rich_config(noisy)
-    start = tiny.start_state(plan, cfg)
-    for number, label in alone_steps(cfg).items():
-      before = start._replace(step=jnp.int32(number))
-      # Anew for each step: what is random depends on it, and how z_loss weighs the depths.
-      slopes = logged_slopes(plan, cfg, before)
-      where = f'step {number}: {label}' + ', noisy router' * noisy
-      checks.see(plan, where, cfg, before, slopes)
-      if number:
-        # The last step of the piece before: coefficients hold until then.
-        last = start._replace(step=jnp.int32(number - 1))
-        result = tiny.take_step64(plan, cfg, last, slopes.rows)
-        checks.see_objective(f'step {number - 1}', result, coefficients_at(cfg, number - 1))
-    if not noisy:
-      yield from check_interference(plan, slopes.rows)
+  checks, rich, other = LoggedChecks(), tiny_config.rich_config(), tiny_config.other_config()
+  slopes = checks.see_steps(plan, rich, alone_steps(rich))
+  yield from check_interference(plan, slopes.rows)
+  # Which term is alone when is the same in all configs: here all of them, and the model's alone.
+  ends = alone_steps(other).items()
+  some = {number: label for number, label in ends if label in ('all terms', 'lm_loss')}
+  checks.see_steps(plan, other, some, ', other model')
+  if not plan.quick:
+    noisy = tiny_config.rich_config(noisy=True)
+    checks.see_steps(plan, noisy, alone_steps(noisy), ', noisy router')
   yield from checks.checks()
 
 
@@ -182,6 +175,23 @@ class LoggedChecks:
     self.norms = Worst('logged norm of the gradient', TOTAL, 'relative; float64')
     why = "of each leaf's own norm; float32"
     self.narrow = Worst('gradient in float32 against float64', NARROW, why)
+
+  def see_steps(
+    self, plan: Plan, cfg: ExperimentConfig, steps: dict[int, str], model: str = ''
+  ) -> Slopes:
+    """Takes in these steps of a config, by number; returns the slopes of the last one."""
+    start = tiny.start_state(plan, cfg)
+    for number, label in steps.items():
+      before = start._replace(step=jnp.int32(number))
+      # Anew for each step: what is random depends on it, and how z_loss weighs the depths.
+      slopes = logged_slopes(plan, cfg, before)
+      self.see(plan, f'step {number}: {label}{model}', cfg, before, slopes)
+      if number:
+        # The last step of the piece before: coefficients hold until then.
+        last = start._replace(step=jnp.int32(number - 1))
+        result = tiny.take_step64(plan, cfg, last, slopes.rows)
+        self.see_objective(f'step {number - 1}{model}', result, coefficients_at(cfg, number - 1))
+    return slopes
 
   def see(
     self,

@@ -113,6 +113,44 @@ def rich_config(noisy: bool = False) -> ExperimentConfig:
   )
 
 
+def other_config() -> ExperimentConfig:
+  """A model with what `rich_config` leaves at its default, wherever the two can differ.
+
+  Tied embeddings, biases of experts, of the router and of projections, sinks, windows, groups of
+  experts, buffers that overflow, two depths of prediction, losses of groups of experts that see
+  what was dispatched, and a last chunk of the loss that is not full.
+  """
+  base = base_config()
+  router = RouterConfig(8, 2, 'sigmoid', num_groups=4, top_groups=2, group_best=1, logit_bias=True)
+  attention = AttentionConfig(
+    num_heads=2,
+    num_kv_heads=1,
+    d_head=8,
+    windows=(0, 4),
+    qk_norm='head',
+    qkv_bias=True,
+    out_bias=True,
+    sinks=True,
+  )
+  balance = dataclasses.replace(
+    base.balance, partition=4, assignment='dispatched', probability='softmax'
+  )
+  return change(
+    base,
+    router=dataclasses.replace(router, weigh='softmax'),
+    dispatch=DispatchConfig('dense_matmul', 1.0, 'position'),
+    activation='clamped_swiglu',
+    expert_bias=True,
+    attention=attention,
+    tie_embeddings=True,
+    sandwich_norm=True,
+    mtp_depth=2,
+    remat='full',
+    balance=balance,
+    loss=dataclasses.replace(base.loss, chunks=5),
+  )
+
+
 def change(cfg: ExperimentConfig, **changes: object) -> ExperimentConfig:
   """A config with other fields: of the root, of the model, of its MoE layers, by their names."""
 

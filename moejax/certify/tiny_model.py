@@ -234,12 +234,14 @@ def layer_routings(model: Transformer, bias: Array, rows: Batch) -> Routing:
 def state_routing(plan: Plan, current: state.TrainState, rows: Batch) -> Routing:
   """Who every token is given to in a state, [L, B, S, ...] in NumPy.
 
-  One program for all states, whatever program made them: what differs is then the state.
+  One program for all states, whatever program made them: what differs is then the state. Blocks of
+  multi-token prediction are left out.
   """
   cfg = base_config(current.model.cfg.moe.router.noisy)
-  structure = jax.tree.structure(tiny_state_shapes(plan, cfg).model)
+  base, leaves = tiny_state_shapes(plan, cfg), named_leaves(current.model)
   model = jax.tree.unflatten(
-    structure, [np.asarray(leaf) for leaf in jax.tree.leaves(current.model)]
+    jax.tree.structure(base.model), [np.asarray(leaves[name]) for name in named_leaves(base.model)]
   )
+  bias = np.asarray(current.router.bias)[: len(base.router.bias)]
   program = plan.program(layer_routings)
-  return jax.tree.map(np.asarray, program(model, np.asarray(current.router.bias), rows))
+  return jax.tree.map(np.asarray, program(model, bias, rows))

@@ -19,6 +19,7 @@ from moejax.certify import tiny_model as tiny
 from moejax.certify.cases import Plan
 from moejax.certify.checks import Check, Worst
 from moejax.certify.oracle import optimizer as oracle
+from moejax.certify.step_metrics import metrics_config
 from moejax.config.schedule import piecewise
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.optimizer import SCHEDULES, OptimConfig, learning_rate
@@ -150,9 +151,11 @@ def differing(one: object, other: object) -> int:
 def check_still(plan: Plan) -> Iterator[Check]:
   """Checks what must not move: in a skipped step, by evaluation, at a rate of 0."""
   skipped = Worst('moved in a skipped step', 0, 'the same bits, but for the number of the step')
-  cfg, rows = tiny_config.base_config(), tiny.batch_of(plan)
-  before = tiny.start_state(plan, cfg)
+  # Of micro-batches with f of the step before: its counts must stay, too.
+  cfg, rows = metrics_config(), tiny.batch_of(plan)
   poisoned = tiny.start_state(plan, cfg)
+  counts = jax.tree.map(lambda a: jnp.arange(a.size).reshape(a.shape), poisoned.lagged)
+  poisoned = poisoned._replace(lagged=counts)
   scale = poisoned.model.norm.scale
   scale[...] = scale[...].at[0].set(jnp.inf)
   taken = tiny.take_step(plan, cfg, poisoned, rows)
@@ -160,8 +163,10 @@ def check_still(plan: Plan) -> Iterator[Check]:
     moved = differing(getattr(taken.after, part), getattr(poisoned, part))
     # A step that was taken after all has not shown what a skipped one does.
     skipped.see(part, moved if taken.metrics['skipped'] else float('nan'))
-  skipped.see('number of the step, less 1', int(taken.after.step) - int(before.step) - 1)
+  skipped.see('number of the step, less 1', int(taken.after.step) - int(poisoned.step) - 1)
   yield skipped.check()
+  cfg = tiny_config.base_config()
+  before = tiny.start_state(plan, cfg)
   evaluated = Worst('moved by evaluation', 0, 'the same bits after an evaluation and without')
   one = tiny.take_step(plan, cfg, before, rows)
   jax.block_until_ready(plan.program(step.eval_step, cfg)(before.model, before.router, rows))

@@ -109,7 +109,7 @@ def covering_cases() -> tuple[Case, ...]:
   """The cases that every test run takes, in the order of `cases`: together they have every feature
   of all.
 
-  Greedy after those of ALWAYS: each time the case with the most features that no case before it had.
+  Greedy after those of ALWAYS: each time the case with the most features that none before it had.
   """
   chosen = [case for case in cases() if case[:2] in ALWAYS]
   left = [case for case in cases() if case not in chosen]
