@@ -50,7 +50,6 @@ class Drawn(NamedTuple):
 def route_alike(layer: MoE, key: Array, numbers: Array) -> Drawn:
   """The routing of rows with these numbers in the batch, all of whose places hold the same."""
   ones = jnp.ones((len(numbers), PLACES), jnp.int32)
-  # For the second expert a weight that leaves the draw open.
   x = jnp.broadcast_to(jnp.linspace(0.1, 1, D), (*ones.shape, D))
   tokens = Tokens(ones, ones > 0, ones, numbers, key)
   routed = layer.route(x, jnp.zeros(layer.cfg.router.num_experts), tokens)
@@ -66,6 +65,8 @@ def check_draws(plan: Plan) -> Check:
       lambda router=router: MoE(jax.random.key(0), D, MoEConfig(router, d_expert=4))
     )
     layer = tiny.draw_parameters(plan, shapes)
+    # Logits of 2, 1, 0 and 0: for the second expert a weight of 1/4, which leaves the draw open.
+    layer.router[...] = jnp.zeros((D, 4)).at[-1, :2].set(jnp.array([2.0, 1.0]))
 
     def draw(key: Array, numbers: np.ndarray, layer: MoE = layer) -> np.ndarray:
       drawn = plan.program(route_alike)(layer, key, numbers)

@@ -190,7 +190,7 @@ ADVERSARY: dict[str, Mutant] = {
   'unbiased across micro-batches': Mutant(unbiased_across_micro_batches, 'invariance'),
   'buffer never emptied': Mutant(buffer_never_emptied, 'metrics'),
   'output bias not weighed': Mutant(bias_not_weighed, 'large'),
-  'dropped by each tensor shard': Mutant(dropped_by_each_shard, 'invariance'),
+  'dropped by each tensor shard': Mutant(dropped_by_each_shard, 'large'),
   'room by combine weight': Mutant(room_by_weight, 'large'),
   'first expert weighs one': Mutant(first_weighs_one, 'oracle'),
   'momentum at no rate': Mutant(momentum_at_no_rate, 'oracle'),
