@@ -10,6 +10,7 @@ from moejax.config.checks import (
   not_one_of,
   problem_if,
   unknown,
+  url_problem,
 )
 from moejax.config.config_dict import from_config_dict, to_config_dict
 
@@ -25,4 +26,5 @@ __all__ = [
   'problem_if',
   'to_config_dict',
   'unknown',
+  'url_problem',
 ]

@@ -5,6 +5,7 @@ Import these from moejax.config.
 
 import difflib
 import numbers
+import re
 from collections.abc import Collection, Mapping
 from typing import NoReturn
 
@@ -94,6 +95,20 @@ def finite_problem(path: str, value: float) -> str:
 def not_one_of(name: str, value: str, known: Collection[str]) -> str:
   """Returns the problem of a name that is not in a table, with all that are; '' where it is."""
   return problem_if(value not in known, f'{name}={value!r} is not one of {sorted(known)}')
+
+
+def url_problem(name: str, path: str) -> str:
+  """Returns the problem of a path in an object store, as gs://bucket/run; '' for a local one.
+
+  Without it, `s3://bucket` would be a folder named `s3:` beside the program.
+  """
+  scheme = re.match(r'\w[\w+.-]*://', path)
+  if not scheme:
+    return ''
+  return (
+    f'{name}={path}: {scheme[0]} is not read or written here: mount it, as with gcsfuse or '
+    's3fs, and give the path of the mount'
+  )
 
 
 def unknown(path: str, known: Collection[str]) -> str:

@@ -53,6 +53,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
   'certify': (
     'config',
     'runtime.files',
+    'runtime.terminal',
     'sharding',
     'data.batch',
     'moe',
