@@ -32,6 +32,7 @@ class SampleConfig:
 
   It ends after max_tokens, or before a `stop`, or where the model ends the document.
 
+  max_tokens: how many are sampled at most.
   temperature: 0 takes the likeliest token.
   top_k: only so many of the likeliest; 0: all.
   top_p: of these the fewest that have that probability.
