@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 from moejax.runtime.command import CommandParser, run_quietly, usage_error
 
-
 DEVICES = 8
 DESCRIPTION = 'tries to break every promise about routing and balance, and says how near it came.'
 

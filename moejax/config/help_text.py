@@ -28,7 +28,7 @@ def help_lines(cls: type, config: ConfigDict, prefix: str = 'config') -> Iterato
     prefix: path of the section.
   """
   headline = inspect.getdoc(cls).partition('\n\n')[0].replace('\n', ' ')
-  yield from ('', *textwrap.wrap(f'{prefix}: {headline}', WIDTH, subsequent_indent='  '))
+  yield from ('', *_wrapped(f'{prefix}: {headline}', '', '  '))
   meanings, hints = field_meanings(cls), get_type_hints(cls)
   sections = []
   for name, value in config.items():
@@ -42,11 +42,18 @@ def help_lines(cls: type, config: ConfigDict, prefix: str = 'config') -> Iterato
       yield f'  --{path}={value!r}'
     said = meanings[name].rstrip('.') if name in meanings else ''
     meaning = '; '.join(filter(None, [said, choices(cls, name)]))
-    yield from textwrap.wrap(meaning, WIDTH, initial_indent=' ' * 6, subsequent_indent=' ' * 6)
+    yield from _wrapped(meaning, ' ' * 6, ' ' * 6)
     if isinstance(value, ConfigDict):
       yield from (f'  --{path}.{entry}={item!r}' for entry, item in value.items())
   for section_cls, section, path in sections:
     yield from help_lines(section_cls, section, path)
+
+
+def _wrapped(text: str, first: str, later: str) -> list[str]:
+  """Returns the text in lines, each after its indent."""
+  return textwrap.wrap(
+    text, WIDTH, initial_indent=first, subsequent_indent=later, break_on_hyphens=False
+  )
 
 
 def field_meanings(cls: type) -> dict[str, str]:

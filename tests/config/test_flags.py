@@ -58,7 +58,9 @@ def test_a_config_of_ours_is_named_without_folder_and_suffix(default: str) -> No
   assert (tiny.workdir, tiny.model.moe.router.num_experts) == ('runs/tiny', 8)
   variant = flags.parse_flags(['--config=deepseek_v3:tiny'], ExperimentConfig, default)
   assert variant.workdir == 'runs/deepseek_v3_tiny'
-  told = 'ConfigError: No such file; did you mean --config=tiny? give the path of one, or deepseek_v3'
+  told = (
+    'ConfigError: No such file; did you mean --config=tiny? give the path of one, or deepseek_v3'
+  )
   assert told in problems_of(['--config=tinny'], default)[0]
 
 

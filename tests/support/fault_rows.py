@@ -42,7 +42,7 @@ ROWS = (
     ),
   ),
   Row(
-    'stdout closed (`| head -1`) or on a full disk',
+    'stdout closed (piped into head) or on a full disk',
     'one warning on stderr, and training goes on',
     (
       'system/faults::a_closed_stdout_ends_no_run',

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from moejax import generate
-from moejax.config.flags import parse_flags
-from moejax.__main__ import COMMANDS as NAMES
 from moejax.__main__ import train_or_plan
+from moejax.config.flags import parse_flags
 from moejax.plan.topology import parse_topology
 from moejax.runtime.launch import read_launch_flags
 from moejax.train.__main__ import DEFAULT_CONFIG

@@ -44,6 +44,8 @@ class ExperimentConfig:
   seed: of initialisation and of the order of the data.
   batch_size: rows in a step, of seq_len tokens each, over all devices, in `micro_batches` equal
     parts.
+  seq_len: tokens in a row.
+  micro_batches: parts of a batch whose gradients are added up before a step, for memory.
   log_every: steps between two rows of the log; a validation has its own, see EvalConfig.
   stop_after: end here, with a checkpoint, what is planned for `steps`; 0: do not.
   stop_after_skips: steps in a row with a non-finite loss, gradient or update, each skipped, after
