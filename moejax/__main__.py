@@ -28,10 +28,10 @@ def main() -> int:
     from moejax.train.__main__ import start_again_with_huge_pages
 
     start_again_with_huge_pages()
-  return run_quietly(run, sys.argv[1:])
+  return run_quietly(run_moejax, sys.argv[1:])
 
 
-def run(argv: Sequence[str]) -> int:
+def run_moejax(argv: Sequence[str]) -> int:
   """Runs the command that the first argument names; the others are its own."""
   name, *rest = argv or ['--help']
   if name in ('-h', '--help'):

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from moejax.__main__ import COMMANDS, run
+from moejax.__main__ import COMMANDS, run_moejax
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_without_a_command_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
   for argv in ([], ['-h'], ['--help']):
-    assert run(argv) == 0
+    assert run_moejax(argv) == 0
     out = capsys.readouterr().out
     assert all(f'moejax {name} ' in out for name in COMMANDS)
 
@@ -34,7 +34,7 @@ def test_a_command_gets_the_other_arguments_and_gives_the_status(
 ) -> None:
   given: list[list[str]] = []
   monkeypatch.setattr(f'{module}.main', lambda argv: given.append([*argv]) or 7)
-  assert run([name, '--a=b', 'c']) == 7 and given == [['--a=b', 'c']]
+  assert run_moejax([name, '--a=b', 'c']) == 7 and given == [['--a=b', 'c']]
 
 
 @pytest.mark.parametrize('flag', ['--plan', '--plan=fit', '--topology=cpu:8'])
@@ -43,11 +43,11 @@ def test_a_training_that_is_to_be_planned_is_a_plan(
 ) -> None:
   monkeypatch.setattr('moejax.plan.__main__.main', lambda argv: 7)
   monkeypatch.setattr('moejax.train.__main__.main', pytest.fail)
-  assert run(['train', flag]) == 7
+  assert run_moejax(['train', flag]) == 7
 
 
 def test_an_unknown_command_is_guessed(capsys: pytest.CaptureFixture[str]) -> None:
-  assert run(['tran']) == 2
+  assert run_moejax(['tran']) == 2
   assert capsys.readouterr().err == (
     'moejax: tran: no such command; did you mean train? '
     'use one of train, plan, generate, hf, certify\n'
@@ -63,7 +63,7 @@ def test_usage_errors_of_all_commands_read_alike(capsys: pytest.CaptureFixture[s
   }
   for name, argv in wrong.items():
     try:
-      assert run([name, *argv]) == 2
+      assert run_moejax([name, *argv]) == 2
     except SystemExit as stop:
       assert stop.code == 2
     out, err = capsys.readouterr()
@@ -71,7 +71,7 @@ def test_usage_errors_of_all_commands_read_alike(capsys: pytest.CaptureFixture[s
 
 
 def test_the_help_of_a_plan_is_help(capsys: pytest.CaptureFixture[str]) -> None:
-  assert run(['plan', '--help']) == 0
+  assert run_moejax(['plan', '--help']) == 0
   assert 'moejax plan --topology=v5p:8x8x8' in capsys.readouterr().out
 
 

@@ -17,8 +17,6 @@ from moejax.config import ConfigError
 from moejax.plan.topology import read_plan_flags
 from moejax.runtime.command import run_quietly, usage_error
 
-DEFAULT_CONFIG = 'tiny'
-
 
 def main(argv: Sequence[str]) -> int:
   """Parses and plans; returns the exit status."""
@@ -31,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     # First of all: it sets what JAX reads when it is imported.
     mode, topology, rest = read_plan_flags(['--plan'] * ('--plan' not in flags) + [*argv])
     from moejax.config.flags import parse_flags
-    from moejax.train.experiment.config import ExperimentConfig
+    from moejax.train.experiment.config import DEFAULT_CONFIG, ExperimentConfig
 
     cfg = parse_flags(rest, ExperimentConfig, DEFAULT_CONFIG)
   except ConfigError as error:

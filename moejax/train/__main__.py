@@ -23,8 +23,6 @@ from collections.abc import Sequence
 from moejax.runtime.command import run_quietly, usage_error
 from moejax.runtime.signals import stop_signals
 
-DEFAULT_CONFIG = 'tiny'
-
 
 def main(argv: Sequence[str]) -> int:
   """Parses, then trains; returns the exit status. Plans are another command's, see plan."""
@@ -38,7 +36,7 @@ def parse_and_train(argv: list[str]) -> int:
   from moejax.config import ConfigError
   from moejax.config.flags import describe, parse_flags
   from moejax.runtime.launch import connect, read_launch_flags
-  from moejax.train.experiment.config import ExperimentConfig
+  from moejax.train.experiment.config import DEFAULT_CONFIG, ExperimentConfig
 
   if {'-h', '--help'} & set(argv):
     print(__doc__)

@@ -15,8 +15,7 @@ from moejax.__main__ import train_or_plan
 from moejax.config.flags import parse_flags
 from moejax.plan.topology import parse_topology
 from moejax.runtime.launch import read_launch_flags
-from moejax.train.__main__ import DEFAULT_CONFIG
-from moejax.train.experiment.config import ExperimentConfig
+from moejax.train.experiment.config import DEFAULT_CONFIG, ExperimentConfig
 from tests.support import documents
 from tests.support.documents import PAGES, ROOT, Command
 from tests.support.unoptimised import unoptimised

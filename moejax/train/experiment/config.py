@@ -15,6 +15,7 @@ from moejax.sharding.mesh import MeshConfig
 from moejax.train.optimizer import OptimConfig
 
 INT32 = 2**31 - 1  # the largest count
+DEFAULT_CONFIG = 'tiny'  # the file of configs/ where a command line names none
 
 
 @dataclasses.dataclass(frozen=True)
