@@ -27,18 +27,20 @@ class SteadyStream:
 
   def write(self, text: str) -> int:
     """Writes text; letters that the stream's encoding lacks become question marks."""
+    if not text:  # it would pass for a write that found room
+      return 0
     with self._told():
       try:
         self._stream.write(text)
       except UnicodeEncodeError:
         encoding = self._stream.encoding
         self._stream.write(text.encode(encoding, 'replace').decode(encoding))
+      # Only now is it written: a buffer has room where the disk has none.
+      self._stream.flush()
     return len(text)
 
   def flush(self) -> None:
-    """Sends what is buffered, if it can be sent."""
-    with self._told():
-      self._stream.flush()
+    """Does nothing: `write` has sent all that can be sent."""
 
   def end(self) -> None:
     """Sends what is buffered, or drops it: left there, it would be an error of Python's exit."""
