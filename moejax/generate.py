@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 from moejax.checkpoint.checkpoints import NoLoadableCheckpoint
-from moejax.config import ConfigError, check, problem_if
+from moejax.config import ConfigError, check, problem_if, utf8_problem
 from moejax.config.help_text import field_meanings
 from moejax.inference.sampling import (
   SampleConfig,
@@ -35,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
   args = vars(flag_parser().parse_args(argv))
   workdir, prompt, ids = (args.pop(name) for name in ('workdir', 'prompt', 'prompt_ids'))
   try:
+    texts = [('--prompt', prompt), *(('--stop', stop) for stop in args['stop'])]
+    check(*(utf8_problem(flag, text) for flag, text in texts))
     cfg = SampleConfig(**args | {'stop': tuple(args['stop'])})
     _, tokenizer, step, model, router = open_run(workdir)
     drafts_per_step(model.cfg, cfg)  # raises before anything is printed

@@ -12,6 +12,8 @@ from typing import NoReturn
 # Of float32, in which nearly all numbers of a config end: beyond the largest is inf, and below the
 # smallest normal one, which TPUs make 0 of.
 SMALLEST, LARGEST = 1.1754944e-38, 3.4028234e38
+INT32 = 2**31 - 1  # the largest count
+LARGEST_SEED = 2**32 - 1  # of a larger one JAX would take the last 32 bits
 
 
 class ConfigError(ValueError):
@@ -54,6 +56,24 @@ def at_least(least: float, config: object, *fields: str, meaning: str = '') -> l
   values = {name: getattr(config, name) for name in fields}
   # `not value >= least` and not `value < least`: every comparison with NaN is false.
   return [f'{name}={value}: {remedy}' for name, value in values.items() if not value >= least]
+
+
+def at_most(most: int, config: object, *fields: str) -> list[str]:
+  """Returns a problem for each of the fields of a config that is more than `most`."""
+  values = {name: getattr(config, name) for name in fields}
+  return [f'{name}={value}: use {most} at most' for name, value in values.items() if value > most]
+
+
+def utf8_problem(name: str, text: str) -> str:
+  """Returns the problem of text with bytes that are not UTF-8, as a shell may give; '' if none.
+
+  Python keeps such a byte as half of a pair of surrogates, which no tokenizer takes.
+  """
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return f'{name}={text!r} is not UTF-8: give text in UTF-8'
+  return ''
 
 
 def above_zero(config: object, *fields: str) -> list[str]:

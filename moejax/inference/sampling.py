@@ -12,7 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moejax.config import at_least, check, not_finite, problem_if
+from moejax.config import (
+  INT32,
+  LARGEST_SEED,
+  at_least,
+  at_most,
+  check,
+  not_finite,
+  problem_if,
+)
 from moejax.data.tokenizer import Tokenizer
 from moejax.inference.decode import MAX_DRAFTS, prefill, step
 from moejax.inference.draw import SamplingParams
@@ -54,6 +62,8 @@ class SampleConfig:
     check(*not_finite(self))
     check(
       *at_least(1, self, 'max_tokens'),
+      *at_most(INT32, self, 'max_tokens', 'top_k'),
+      *at_most(LARGEST_SEED, self, 'seed'),
       *at_least(0, self, 'temperature', meaning='the likeliest token'),
       *at_least(0, self, 'top_k', meaning='all tokens'),
       problem_if(not 0 < self.top_p <= 1, f'top_p={self.top_p}: use a number above 0, at most 1'),

@@ -4,7 +4,17 @@ import dataclasses
 import os
 
 from moejax.checkpoint.checkpoints import CheckpointConfig
-from moejax.config import at_least, check, not_finite, problem_if, url_problem
+from moejax.config import (
+  INT32,
+  LARGEST_SEED,
+  at_least,
+  at_most,
+  check,
+  not_finite,
+  problem_if,
+  url_problem,
+  utf8_problem,
+)
 from moejax.data.sources import DataConfig
 from moejax.model.config import ModelConfig
 from moejax.model.cross_entropy import LossConfig
@@ -14,7 +24,6 @@ from moejax.moe.balance.fit import untrainable
 from moejax.sharding.mesh import MeshConfig
 from moejax.train.optimizer import OptimConfig
 
-INT32 = 2**31 - 1  # the largest count
 DEFAULT_CONFIG = 'tiny'  # the file of configs/ where a command line names none
 
 
@@ -99,6 +108,8 @@ class ExperimentConfig:
       *at_least(1, self, 'batch_size', 'seq_len'),
       *at_least(1, self, 'micro_batches', 'log_every', 'stop_after_skips'),
       *at_least(0, self, 'seed', 'stop_after', 'hang_after'),
+      *at_most(LARGEST_SEED, self, 'seed'),
+      utf8_problem('sample_prompt', self.sample_prompt),
       problem_if(not self.workdir, "workdir='': name a directory for the run"),
       *self._urls(),
       self._uneven_micro_batches(),
