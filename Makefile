@@ -1,6 +1,6 @@
 # Every target sets itself up: a virtual environment in .venv, made again only when pyproject.toml
 # changes.
-#   make train [ARGS="--config.steps=100"]      make test [ARGS="-k balance"]
+#   make train [ARGS="--workdir=runs/short --config.steps=100"]      make test [ARGS="-k balance"]
 #   make fast PYTHON=python3.12 VENV=.venv-312
 PYTHON ?= python3
 VENV ?= .venv

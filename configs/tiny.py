@@ -1,7 +1,7 @@
 """A small language model with experts, on the Python standard library's own sources: anybody's
 first run.
 
-  python train.py                                   (or `make train`, which installs first)
+  moejax train                                      (or `make train`, which installs first)
 
 Hardware: two CPU cores, 2 GB. 10 M parameters, of which 5 M are active; 2 M tokens, a quarter of an
 epoch.

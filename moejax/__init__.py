@@ -17,6 +17,9 @@ A package imports only from those listed before it. What each is for:
   generate     text from a run: `python -m moejax.generate`
   certify      the proof that routing and balance are right: `python -m moejax.certify`; its
                `check` certifies functions of other codebases
+  __main__     all commands under one name: `moejax train`, `python -m moejax train`
+
+configs/ is a link to the configs of the repository, so that an installed moejax has them, too.
 
 To read the code, begin with moe/layer.py, then model/transformer.py, then train/step/train_step.py.
 """

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 from moejax.checkpoint.checkpoints import NoLoadableCheckpoint
-from moejax.config import ConfigError, check, problem_if
+from moejax.config import ConfigError, check, problem_if, utf8_problem
+from moejax.config.help_text import field_meanings
 from moejax.inference.sampling import (
   SampleConfig,
   TimedSteps,
@@ -21,6 +22,7 @@ from moejax.inference.sampling import (
   encode_prompt,
 )
 from moejax.model.config import ModelConfig
+from moejax.runtime.command import CommandParser, run_quietly, usage_error
 from moejax.train.experiment.run_dir import TOKENIZER_FILE, open_run
 
 
@@ -33,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
   args = vars(flag_parser().parse_args(argv))
   workdir, prompt, ids = (args.pop(name) for name in ('workdir', 'prompt', 'prompt_ids'))
   try:
+    texts = [('--prompt', prompt), *(('--stop', stop) for stop in args['stop'])]
+    check(*(utf8_problem(flag, text) for flag, text in texts))
     cfg = SampleConfig(**args | {'stop': tuple(args['stop'])})
     _, tokenizer, step, model, router = open_run(workdir)
     drafts_per_step(model.cfg, cfg)  # raises before anything is printed
@@ -50,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
       prompts, ends = encode_prompt(tokenizer, prompt, cfg.stop)
   # Errors of what was asked for are one message; any other is a bug, and keeps its traceback.
   except (ConfigError, NoLoadableCheckpoint) as error:
-    print(f'moejax.generate: {error}', file=sys.stderr)
+    print(usage_error('moejax.generate', error), file=sys.stderr)
     return 2 if isinstance(error, ConfigError) else 3
   # All but the text goes to stderr, so that stdout is the text alone.
   print(f'step {step} of {workdir}', file=sys.stderr)
@@ -69,9 +73,8 @@ def main(argv: Sequence[str]) -> int:
 
 def flag_parser() -> argparse.ArgumentParser:
   """Makes the parser of the command's flags: those of SampleConfig, and what to go on with."""
-  parser = argparse.ArgumentParser(
-    prog='python -m moejax.generate', description='Samples text from a run.'
-  )
+  parser = CommandParser(prog='python -m moejax.generate', description='Samples text from a run.')
+  meanings = field_meanings(SampleConfig)
   parser.add_argument('--workdir', required=True, help='directory of the run')
   prompt = parser.add_mutually_exclusive_group()
   prompt.add_argument('--prompt', default='', help='text to continue')
@@ -91,7 +94,12 @@ def flag_parser() -> argparse.ArgumentParser:
         help='guess by multi-token prediction: same text, fewer steps',
       )
     else:
-      parser.add_argument(f'--{field.name}', type=type(field.default), default=field.default)
+      parser.add_argument(
+        f'--{field.name}',
+        type=type(field.default),
+        default=field.default,
+        help=f'{meanings[field.name]} (default {field.default})'.replace('%', '%%'),
+      )
   return parser
 
 
@@ -117,4 +125,4 @@ def parse_token_ids(text: str, flag: str, cfg: ModelConfig) -> list[int]:
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+  sys.exit(run_quietly(main, sys.argv[1:]))

@@ -205,6 +205,10 @@ def test_a_model_that_cannot_guess_is_told_so(
     ('--top_k=-1', 'top_k=-1: use 0'),
     ('--stop=', "stop='': use"),
     ('--seed=-1', 'seed=-1: use 0 or more'),
+    ('--seed=4294967296', 'seed=4294967296: use 4294967295 at most'),
+    ('--top_k=4294967296', 'top_k=4294967296: use 2147483647 at most'),
+    ('--prompt=ab\udcff', "--prompt='ab\\udcff' is not UTF-8: give text in UTF-8"),
+    ('--stop=\udcff', "--stop='\\udcff' is not UTF-8"),
   ],
 )
 def test_a_bad_value_is_status_2_and_one_line(

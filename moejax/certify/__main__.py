@@ -11,6 +11,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from moejax.runtime.command import CommandParser, run_quietly, usage_error
+
 DEVICES = 8
 DESCRIPTION = 'tries to break every promise about routing and balance, and says how near it came.'
 
@@ -39,7 +41,7 @@ def prepare_environment() -> None:
 
 def make_parser() -> argparse.ArgumentParser:
   """The parser of the command line."""
-  parser = argparse.ArgumentParser(prog='python -m moejax.certify', description=DESCRIPTION)
+  parser = CommandParser(prog='python -m moejax.certify', description=DESCRIPTION)
   parser.add_argument('--quick', action='store_true', help='the same lines, on fewer rows')
   parser.add_argument(
     '--only', action='append', default=[], metavar='NAME', help='this line of the contract alone'
@@ -78,11 +80,12 @@ def main(argv: Sequence[str]) -> int:
 
   if unknown := sorted(set(args.only) - set(LINES)):
     known = ', '.join(LINES)
-    message = f'moejax.certify: --only {unknown[0]} is no line: use one of {known}'
-    print(message, file=sys.stderr)
+    problem = f'--only {unknown[0]} is no line: use one of {known}'
+    print(usage_error('moejax.certify', problem), file=sys.stderr)
     return 2
   if args.seeds < 1 or args.seed < 0:
-    print('moejax.certify: use --seeds of 1 or more, --seed of 0 or more', file=sys.stderr)
+    problem = 'use --seeds of 1 or more, --seed of 0 or more'
+    print(usage_error('moejax.certify', problem), file=sys.stderr)
     return 2
   out, seeds = pathlib.Path(args.out), range(args.seed, args.seed + args.seeds)
   names = args.only or list(LINES)
@@ -102,10 +105,10 @@ def main(argv: Sequence[str]) -> int:
     try:
       rewrite_readme(certificate, pathlib.Path(args.readme))
     except (OSError, ValueError) as error:
-      print(f'moejax.certify: {error}', file=sys.stderr)
+      print(usage_error('moejax.certify', error), file=sys.stderr)
       return 2
   return 0 if certificate.passed else 1
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+  sys.exit(run_quietly(main, sys.argv[1:]))

@@ -5,12 +5,12 @@ import pathlib
 from types import TracebackType
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from moejax.certify.checks import Certificate, Check, Result, allowed, number
 from moejax.certify.report import headline
+from moejax.runtime.terminal import plain_console
 
 BAR = 10  # cells at most: one for each power of ten between the deviation and the tolerance
 # Heading and alignment of each column of the table.
@@ -40,8 +40,7 @@ class Terminal:
   """A listener of a certificate that prints; a context, in which a status line says what runs."""
 
   def __init__(self) -> None:
-    # Rich would fold long lines at the width of the terminal, and find colours in numbers.
-    self.console = Console(highlight=False, soft_wrap=True, force_jupyter=False)
+    self.console = plain_console()
     self.status = self.console.status('')
 
   def __enter__(self) -> 'Terminal':

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 import jax
@@ -140,6 +141,29 @@ class Checkpoints:
     self.check(wait=True)
     self._writer.close()
 
+  def expect_same_run(self, target: object, fingerprint: Mapping[str, str]) -> int:
+    """Returns the newest step, good or bad, and -1 where there is none.
+
+    All processes call it, before they compile: it reads no array, and tells in a second what
+    `restore` would tell in the end. Damage is left for `restore` to find.
+
+    Args:
+      target: arrays or ShapeDtypeStructs, as for `restore`.
+      fingerprint: of this run.
+
+    Raises:
+      ConfigError: the step is of another config.
+    """
+    step = broadcast_from_first(max(self.steps.all(), default=-1))
+    if step >= 0:
+      path = self.steps.path(step)
+      try:
+        meta = meta_everywhere(path)
+      except Exception:  # damage may raise anything
+        return step
+      self._compare(path, meta, flatten(target), fingerprint)
+    return step
+
   def restore(
     self, target: T, fingerprint: Mapping[str, str], only: tuple[str, ...] = ('',)
   ) -> Restored[T] | None:
@@ -193,18 +217,29 @@ class Checkpoints:
     path = self.steps.path(step)
     meta = meta_everywhere(path)
     saved = {leaf: kind for leaf, kind in meta.kinds.items() if leaf.startswith(only)}
-    as_saved = with_float_counts(wanted, saved)
-    accepted = expect_same(
-      str(path),
-      Compared(saved, kinds(as_saved)),  # Orbax would silently cast to another dtype
-      Compared(meta.fingerprint, fingerprint or meta.fingerprint),
-      self._cfg.accept,
-    )
+    as_saved, accepted = self._compare(path, meta._replace(kinds=saved), wanted, fingerprint)
     leaves = read_leaves(path / 'state', as_saved, meta.digests)
     leaves = [as_count(leaf, like.dtype) for leaf, like in zip(leaves, wanted.values())]
     for line in accepted:  # only now: a step that is damaged is not gone on from
       log.warning('accepted: %s', line)
     return leaves, meta
+
+  def _compare(
+    self,
+    path: Path,
+    meta: Meta,
+    wanted: Mapping[str, jax.Array],
+    fingerprint: Mapping[str, str],
+  ) -> tuple[dict[str, jax.ShapeDtypeStruct], list[str]]:
+    """Returns what to read, and what was accepted; raises ConfigError for all else that differs."""
+    as_saved = with_float_counts(wanted, meta.kinds)
+    accepted = expect_same(
+      str(path),
+      Compared(meta.kinds, kinds(as_saved)),  # Orbax would silently cast to another dtype
+      Compared(meta.fingerprint, fingerprint or meta.fingerprint),
+      self._cfg.accept,
+    )
+    return as_saved, accepted
 
   def _metric(self, step: int) -> float:
     """Returns the metric of a step on the disk, inf where it cannot be read."""

@@ -1,6 +1,7 @@
 """The lock on a run directory: one process writes to it at a time."""
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ def hold_run_directory(workdir: str | os.PathLike) -> Iterator[None]:
     Path(workdir).mkdir(parents=True, exist_ok=True)
     descriptor = os.open(Path(workdir) / 'lock', os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
   except OSError as error:  # ELOOP: it is a link, and what it leads to would be written over
+    if error.errno == errno.ENOSPC:
+      raise  # another name would not help
     raise ConfigError(
       f'workdir={workdir}: {error}; name a directory that can be written to'
     ) from error

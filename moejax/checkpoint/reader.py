@@ -4,10 +4,11 @@ Orbax keeps leaves in an OCDBT database: a manifest, nodes of a tree, files of c
 name the database, or the leaf, or nothing; a person wants to know which file to fetch again.
 """
 
+import functools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.checkpoint.manifest import Meta, digests, unseal
+from moejax.checkpoint.orbax_path import plain_path
 from moejax.runtime.multiprocess import fail_together
 
 # Files of Orbax: which leaves there are, and where the tree begins.
@@ -50,7 +52,7 @@ def read_leaves(
   }
   handler = orbax.checkpoint.PyTreeCheckpointHandler()
 
-  def load(path: str) -> jax.Array | Damaged:
+  def load(directory: Path, path: str) -> jax.Array | Damaged:
     target = targets[path]
     if not target.size:  # Orbax refuses to save empty arrays
       return jnp.zeros(target.shape, target.dtype, device=target.sharding)
@@ -67,8 +69,8 @@ def read_leaves(
   with fail_together(Damaged):
     _expect_tables(directory)
     # One leaf a call: of a call for all, Orbax would print an error for each when one fails.
-    with ThreadPoolExecutor() as pool:
-      loaded = dict(zip(targets, pool.map(load, targets)))
+    with plain_path(directory) as plain, ThreadPoolExecutor() as pool:
+      loaded = dict(zip(targets, pool.map(functools.partial(load, plain), targets)))
     bad = [leaf for leaf in loaded.values() if isinstance(leaf, Damaged)]
     if bad:
       more = f' (and {len(bad) - 1} more)' if len(bad) > 1 else ''
@@ -162,33 +164,75 @@ def _files_to_blame(directory: Path, leaves: Sequence[str], text: str) -> list[s
     return re.findall(rf'local file "{re.escape(str(directory))}/([^"]*[^"/])"', str(error))[-1:]
 
 
-def files_of(directory: Path, leaves: Sequence[str]) -> set[str]:
+def files_of(directory: Path, leaves: Collection[str]) -> set[str]:
   """Returns the files with chunks of the leaves; if some are missing or too short, only these.
 
   The names are relative to the directory, which is Orbax's.
   """
+  chunks = chunk_ends(directory)
+  needed: dict[str, int] = {}  # file -> bytes that it must have
+  for leaf in chunks.keys() & set(leaves):
+    for file, end in chunks[leaf].items():
+      needed[file] = max(needed[file], end) if file in needed else end
+  return _too_short(directory, needed) or set(needed)
+
+
+def chunk_ends(directory: Path) -> dict[str, dict[str, int]]:
+  """Returns leaf -> file with chunks of it -> byte at which the last of them ends.
+
+  Small values lie in the index itself, and have no file. Only the index is read. The names of files
+  are relative to the directory, which is Orbax's.
+  """
   import tensorstore
 
-  base = tensorstore.KvStore.open(f'file://{directory}/').result()
-  needed: dict[str, int] = {}  # file -> bytes that it must have
-  newest = tensorstore.ocdbt.dump(base).result()['versions'][-1]
-  nodes = [(newest['root']['location'], b'')]
-  while nodes:
-    location, prefix = nodes.pop()
-    for entry in tensorstore.ocdbt.dump(base, location).result()['entries']:
-      # The keys of a node lack what all keys below it share. A key is LEAF/CHUNK.
-      leaf = (prefix + entry['key']).decode().rpartition('/')[0]
-      if 'location' in entry:
-        nodes.append((entry['location'], prefix + entry['subtree_common_prefix']))
-      elif 'indirect_value' in entry and leaf in leaves:  # value:FOLDER:NAME:START:BYTES
-        _, folder, name, start, size = entry['indirect_value'].split(':')
-        file, end = folder + name, int(start) + int(size)
-        needed[file] = max(needed[file], end) if file in needed else end
+  ends: dict[str, dict[str, int]] = {}
+  with plain_path(directory) as plain:
+    base = tensorstore.KvStore.open(f'file://{plain}/').result()
+    newest = tensorstore.ocdbt.dump(base).result()['versions'][-1]
+    nodes = [(newest['root']['location'], b'')]
+    while nodes:
+      location, prefix = nodes.pop()
+      for entry in tensorstore.ocdbt.dump(base, location).result()['entries']:
+        if 'location' in entry:
+          nodes.append((entry['location'], prefix + entry['subtree_common_prefix']))
+          continue
+        # The keys of a node lack what all keys below it share. A key is LEAF/CHUNK.
+        leaf = (prefix + entry['key']).decode().rpartition('/')[0]
+        files = ends.setdefault(leaf, {})
+        if 'indirect_value' in entry:  # value:FOLDER:NAME:START:BYTES
+          _, folder, name, start, size = entry['indirect_value'].split(':')
+          file, end = folder + name, int(start) + int(size)
+          files[file] = max(files[file], end) if file in files else end
+  return ends
+
+
+def _too_short(directory: Path, needed: Mapping[str, int]) -> set[str]:
+  """Returns which of the files are missing, or have fewer bytes than they must have."""
   sizes = {
     path.relative_to(directory).as_posix(): path.stat().st_size for path in directory.rglob('*')
   }
-  damaged = {name for name in needed if name not in sizes or sizes[name] < needed[name]}
-  return damaged or set(needed)
+  return {name for name in needed if name not in sizes or sizes[name] < needed[name]}
+
+
+def expect_readable(path: Path, leaves: Collection[str]) -> None:
+  """Raises Damaged where a reader would not find the leaves of a step that was just written.
+
+  It reads the tables and the index and looks at the lengths of the files: no array is read.
+
+  Args:
+    path: directory of the step.
+    leaves: paths of all leaves that Orbax was given.
+  """
+  meta_in(path)
+  directory = path / 'state'
+  _expect_tables(directory)
+  chunks = chunk_ends(directory)
+  for leaf in leaves:
+    if leaf not in chunks:
+      raise Damaged(f'leaf {leaf} is not in the index that was written')
+    short = _too_short(directory, chunks[leaf])
+    if short:
+      raise Damaged(f'leaf {leaf}, file state/{min(short)} is missing or too short')
 
 
 def _first_few(names: Sequence[str]) -> str:

@@ -51,6 +51,10 @@ class Steps:
     """Returns the directory of a step."""
     return self.directory / f'{step}'
 
+  def unnamed(self, step: int) -> list[Path]:
+    """Returns the directories of a save in flight, which has no name of a step yet."""
+    return [*self.directory.glob(f'{step}.orbax-checkpoint-tmp*')]
+
   def all(self) -> list[int]:
     """Returns the steps on the disk, oldest first, good or bad; never the one being saved.
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 import jax
 
 from moejax.checkpoint.manifest import Meta, seal
+from moejax.checkpoint.orbax_path import plain_path
+from moejax.checkpoint.reader import expect_readable
 from moejax.checkpoint.save_barrier import Barrier
 from moejax.checkpoint.steps import Steps
 from moejax.runtime.faults import fault_point
@@ -46,12 +48,15 @@ class Writer:
     self._orbax = ocp
     self._steps = steps
     self._step = 0  # the last that was begun
+    self._leaves: tuple[str, ...] = ()  # paths of those that it was given
+    self._held = contextlib.ExitStack()
+    self._directory = self._held.enter_context(plain_path(steps.directory))
     self._alone = jax.process_count() == 1
     self._barrier = Barrier()
     self._failures: list[Exception] = []  # that `check` has seen and not yet raised
     logging.getLogger('absl').addFilter(_is_news)
     options = ocp.AsyncOptions(
-      post_finalization_callback=lambda: fault_point('commit'), barrier_sync_fn=self._barrier.meet
+      post_finalization_callback=self._before_the_rename, barrier_sync_fn=self._barrier.meet
     )
     self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
     steps.clean()
@@ -70,16 +75,16 @@ class Writer:
       SaveFailed: it could not be started.
     """
     self._steps.clean()  # what a failed save still wrote after it was reported
-    self._step = step
     args = self._orbax.args
     full = {path: leaf for path, leaf in leaves.items() if leaf.size}  # Orbax refuses empty arrays
+    self._step, self._leaves = step, tuple(full)
     # 64 MiB: without a size Orbax encodes large leaves whole.
     save_args = dict.fromkeys(full, self._orbax.SaveArgs(chunk_byte_size=1 << 26))
     state = args.PyTreeSave(full, save_args, ocdbt_target_data_file_size=1 << 27)
     content = args.Composite(state=state, meta=args.JsonSave(seal(meta)))
     self._barrier.begin()
     with self._save_errors():
-      self._saver.save(self._steps.path(step), args=content)
+      self._saver.save(self._directory / f'{step}', args=content)
       fault_point('save')
 
   def check(self, wait: bool) -> None:
@@ -109,6 +114,16 @@ class Writer:
   def close(self) -> None:
     """Ends Orbax's threads; nothing is left to be written."""
     self._saver.close()
+    self._held.close()
+
+  def _before_the_rename(self) -> None:
+    """Reads back what was written; Orbax calls it in its thread, in the first process alone.
+
+    What a reader would not find never gets the name of a step.
+    """
+    for written in self._steps.unnamed(self._step):
+      expect_readable(written, self._leaves)
+    fault_point('commit')
 
   @contextlib.contextmanager
   def _save_errors(self) -> Iterator[None]:

@@ -5,12 +5,15 @@ Import these from moejax.config.
 
 import difflib
 import numbers
+import re
 from collections.abc import Collection, Mapping
 from typing import NoReturn
 
 # Of float32, in which nearly all numbers of a config end: beyond the largest is inf, and below the
 # smallest normal one, which TPUs make 0 of.
 SMALLEST, LARGEST = 1.1754944e-38, 3.4028234e38
+INT32 = 2**31 - 1  # the largest count
+LARGEST_SEED = 2**32 - 1  # of a larger one JAX would take the last 32 bits
 
 
 class ConfigError(ValueError):
@@ -55,6 +58,24 @@ def at_least(least: float, config: object, *fields: str, meaning: str = '') -> l
   return [f'{name}={value}: {remedy}' for name, value in values.items() if not value >= least]
 
 
+def at_most(most: int, config: object, *fields: str) -> list[str]:
+  """Returns a problem for each of the fields of a config that is more than `most`."""
+  values = {name: getattr(config, name) for name in fields}
+  return [f'{name}={value}: use {most} at most' for name, value in values.items() if value > most]
+
+
+def utf8_problem(name: str, text: str) -> str:
+  """Returns the problem of text with bytes that are not UTF-8, as a shell may give; '' if none.
+
+  Python keeps such a byte as half of a pair of surrogates, which no tokenizer takes.
+  """
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return f'{name}={text!r} is not UTF-8: give text in UTF-8'
+  return ''
+
+
 def above_zero(config: object, *fields: str) -> list[str]:
   """Returns a problem for each of the fields of a config that is 0 or less in float32, or NaN."""
   values = {name: getattr(config, name) for name in fields}
@@ -94,6 +115,20 @@ def finite_problem(path: str, value: float) -> str:
 def not_one_of(name: str, value: str, known: Collection[str]) -> str:
   """Returns the problem of a name that is not in a table, with all that are; '' where it is."""
   return problem_if(value not in known, f'{name}={value!r} is not one of {sorted(known)}')
+
+
+def url_problem(name: str, path: str) -> str:
+  """Returns the problem of a path in an object store, as gs://bucket/run; '' for a local one.
+
+  Without it, `s3://bucket` would be a folder named `s3:` beside the program.
+  """
+  scheme = re.match(r'\w[\w+.-]*://', path)
+  if not scheme:
+    return ''
+  return (
+    f'{name}={path}: {scheme[0]} is not read or written here: mount it, as with gcsfuse or '
+    's3fs, and give the path of the mount'
+  )
 
 
 def unknown(path: str, known: Collection[str]) -> str:

@@ -4,6 +4,7 @@ All problems of a tree are reported in one error, each by its full path.
 """
 
 import dataclasses
+import importlib
 from collections.abc import Mapping
 from typing import TypeVar, get_args, get_origin, get_type_hints
 
@@ -40,14 +41,35 @@ def to_config_dict(cfg: object) -> ConfigDict:
 def from_config_dict(cls: type[T], d: Mapping | ConfigDict) -> T:
   """Returns the checked dataclass; a field that `d` leaves out has its default.
 
+  The modules in its field `plugins`, if it has one, are imported first: the checks know the names
+  that they register.
+
   Raises:
-    ConfigError: all problems of the tree: unknown names, wrong types, and what the checks of each
-      section say.
+    ConfigError: all problems of the tree: plugins that cannot be imported, unknown names, wrong
+      types, and what the checks of each section say.
   """
-  problems: list[str] = []
+  problems = import_plugins(d['plugins']) if 'plugins' in d else []
   config = _build(cls, d, 'config', problems)
   check(*problems)
   return config
+
+
+def import_plugins(names: object) -> list[str]:
+  """Imports modules by name, and returns a problem for each that cannot be imported.
+
+  names: a tuple or list of text; another value is for the check of types to refuse.
+  """
+  is_list = isinstance(names, (tuple, list))
+  problems = []
+  for name in names if is_list else ():
+    try:
+      importlib.import_module(name)
+    except Exception as error:  # the module is the user's: it may raise anything
+      problems.append(
+        f'config.plugins: {name!r}: {type(error).__name__}: {error}; name a module, as '
+        "('my.losses',), whose folder is on PYTHONPATH"
+      )
+  return problems
 
 
 def _build(cls: type[T], d: Mapping | ConfigDict, path: str, problems: list[str]) -> T:

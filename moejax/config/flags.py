@@ -10,6 +10,7 @@ import inspect
 import runpy
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple, TypeVar, get_args
 
 from absl import flags
@@ -17,8 +18,11 @@ from ml_collections import ConfigDict, config_flags
 
 from moejax.config import ConfigError, check, from_config_dict, to_config_dict
 from moejax.config.fields import walk_fields
+from moejax.config.help_text import help_lines
 
 T = TypeVar('T')
+# Config files that can be named without their folder and their suffix.
+NAMED_CONFIGS = Path(__file__).parents[1] / 'configs'
 
 
 def parse_flags(argv: list[str], cls: type[T], default: str) -> T:
@@ -36,7 +40,7 @@ def parse_flags(argv: list[str], cls: type[T], default: str) -> T:
   split = _split_flags(argv, default, problems)
   config = _load_config_file(split.config_file, cls, problems)
   names = [field.path for field in walk_fields(config)]
-  for arg in split.rest:
+  for arg in _with_values(split.rest, config):
     if arg.startswith(('--config.', '--noconfig.')):
       problems += _override(config, arg, names)
     else:
@@ -54,11 +58,11 @@ def parse_flags(argv: list[str], cls: type[T], default: str) -> T:
 def describe(argv: list[str], cls: type, default: str) -> str:
   """Returns a line for each field of the config file that `argv` names.
 
-  A line is the flag that would set the field to the value that it has. Problems of the command line
-  are passed over.
+  A line is the flag that would set the field to the value that it has; its meaning is below.
+  Problems of the command line are passed over.
   """
   config = _load_config_file(_split_flags(argv, default, []).config_file, cls, [])
-  return '\n'.join(f'  --config.{name}={value!r}' for name, value in walk_fields(config))
+  return '\n'.join(help_lines(cls, config))
 
 
 class SplitFlags(NamedTuple):
@@ -91,6 +95,7 @@ def _load_config_file(file: str, cls: type, problems: list[str]) -> ConfigDict:
   """
   path, _, variant = file.partition(':')
   try:
+    path = _config_path(path)
     get_config = runpy.run_path(path)['get_config']
     _check_variant(get_config, path, variant)
     config = get_config(variant) if variant else get_config()
@@ -104,6 +109,41 @@ def _load_config_file(file: str, cls: type, problems: list[str]) -> ConfigDict:
     where = f'{path}, line {lines[-1]}' if lines else path
     problems.append(f'--config={where}: {type(error).__name__}: {error}')
   return to_config_dict(cls())
+
+
+def _config_path(name: str) -> str:
+  """Returns the path of a config file, which may be named without folder and suffix, as 'tiny'.
+
+  Raises:
+    ConfigError: there is no such file.
+  """
+  known = {path.stem: path for path in sorted(NAMED_CONFIGS.glob('*.py'))}
+  if Path(name).is_file():
+    return name
+  if name in known:
+    return str(known[name])
+  near = difflib.get_close_matches(Path(name).stem, known, n=1)
+  guess = f'did you mean --config={near[0]}? ' if near else ''
+  raise ConfigError(f'No such file; {guess}give the path of one, or {" or ".join(known)}')
+
+
+def _with_values(args: list[str], config: ConfigDict) -> list[str]:
+  """Returns the arguments, `--name value` made `--name=value`.
+
+  Not where the name is a field that is true or false, which needs no value.
+  """
+  switches = {f'--config.{path}' for path, value in walk_fields(config) if type(value) is bool}
+  joined: list[str] = []
+  takes_value = False
+  for arg in args:
+    is_flag = arg.startswith('--')
+    if takes_value and not is_flag:
+      joined[-1] += f'={arg}'
+    else:
+      joined.append(arg)
+    is_switch = arg in switches or arg.startswith('--noconfig.')
+    takes_value = is_flag and '=' not in arg and not is_switch
+  return joined
 
 
 def _check_variant(get_config: Callable[..., object], path: str, variant: str) -> None:
@@ -136,7 +176,7 @@ def _override(config: ConfigDict, arg: str, names: list[str]) -> list[str]:
   # What lies below a field that holds a value is no section, and has no fields.
   is_field = is_section and field in section
   if not (is_table or is_field):
-    return [f'--config.{name}: no such field; {_nearest(name, names)}']
+    return [f'--config.{name}: no such field; {_nearest(name, names, arg.partition("=")[2])}']
   old = section[field] if is_field else 0.0
   if is_table and is_field:
     # The flag would insist on the old entry's type, and a schedule may replace a number.
@@ -163,6 +203,12 @@ def _unknown_flag(arg: str, names: list[str]) -> str:
   return f'{arg}: no such flag; {_nearest(name, names, value)}'
 
 
+def _initials(name: str) -> str:
+  """Returns the first letters of the words of a name: 'learning_rate' -> 'lr'."""
+  words = name.split('_')
+  return ''.join(word[:1] for word in words) if len(words) > 1 else ''
+
+
 def _nearest(name: str, names: list[str], value: str = '') -> str:
   """Returns the remedy for a name that does not exist.
 
@@ -170,7 +216,10 @@ def _nearest(name: str, names: list[str], value: str = '') -> str:
   leaves the sections out is still understood.
   """
   last_parts = {path: path.rpartition('.')[2] for path in names}
-  near_parts = difflib.get_close_matches(name.rpartition('.')[2], last_parts.values(), n=1)
+  last_part = name.rpartition('.')[2].replace('-', '_')
+  # Initials, such as lr; difflib would not find them.
+  near_parts = [part for part in last_parts.values() if _initials(part) == last_part]
+  near_parts = near_parts or difflib.get_close_matches(last_part, last_parts.values(), n=1)
   candidates = [path for path in names if last_parts[path] in near_parts]
   near = difflib.get_close_matches(name, candidates, n=1, cutoff=0)
   return f'did you mean --config.{near[0]}={value}?' if near else '--help lists all'

@@ -12,7 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moejax.config import at_least, check, not_finite, problem_if
+from moejax.config import (
+  INT32,
+  LARGEST_SEED,
+  at_least,
+  at_most,
+  check,
+  not_finite,
+  problem_if,
+)
 from moejax.data.tokenizer import Tokenizer
 from moejax.inference.decode import MAX_DRAFTS, prefill, step
 from moejax.inference.draw import SamplingParams
@@ -32,6 +40,7 @@ class SampleConfig:
 
   It ends after max_tokens, or before a `stop`, or where the model ends the document.
 
+  max_tokens: how many are sampled at most.
   temperature: 0 takes the likeliest token.
   top_k: only so many of the likeliest; 0: all.
   top_p: of these the fewest that have that probability.
@@ -53,6 +62,8 @@ class SampleConfig:
     check(*not_finite(self))
     check(
       *at_least(1, self, 'max_tokens'),
+      *at_most(INT32, self, 'max_tokens', 'top_k'),
+      *at_most(LARGEST_SEED, self, 'seed'),
       *at_least(0, self, 'temperature', meaning='the likeliest token'),
       *at_least(0, self, 'top_k', meaning='all tokens'),
       problem_if(not 0 < self.top_p <= 1, f'top_p={self.top_p}: use a number above 0, at most 1'),

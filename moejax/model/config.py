@@ -106,6 +106,9 @@ class LatentConfig:
 class AttentionConfig:
   """Grouped-query attention, or latent attention where `latent.kv_rank` is set.
 
+  num_heads: of queries.
+  d_head: width of a head.
+  qkv_bias, out_bias: whether the projections before and after attention have a bias.
   num_kv_heads: each serves num_heads / num_kv_heads query heads.
   implementation: a row of ATTENTIONS, or 'auto' for the best of the platform.
   windows: layer l of the model sees itself and the `windows[l % len] - 1` tokens before it; 0:
@@ -205,6 +208,12 @@ class ModelConfig:
   """A decoder: first `num_dense_layers` with a SwiGLU of width `d_ff`, then layers with experts.
 
   vocab_size: 0 takes the tokenizer's.
+  d_model: width of the residual stream.
+  num_layers: dense ones and those with experts.
+  num_dense_layers: of them, the first, that have no experts.
+  d_ff: hidden width of the FFN of a dense layer.
+  norm_eps: what RMSNorm adds to the mean square.
+  tie_embeddings: whether the head is the embedding, transposed.
   dtype: of computation, a value of COMPUTE_DTYPES; parameters are float32.
   sandwich_norm: a norm on the output of attention and FFN, too, before it is added (Pangu Ultra,
     2504.07866).

@@ -52,9 +52,13 @@ class Routing(NamedTuple):
 class RouterConfig:
   """How experts are scored, chosen and weighed.
 
+  num_experts: routed experts of a layer.
+  top_k: how many of them a token goes to.
   score_fn: a row of SCORE_FNS.
   num_groups: above 1 limits the choice to the experts of the `top_groups` best groups (DeepSeek-V3,
     section 2.1.2), a group being worth the sum of its `group_best` best entries.
+  top_groups: groups that a token may choose from, of num_groups.
+  group_best: entries of a group that are summed to say what it is worth.
   weigh: a row of WEIGHTS.
   renormalise: divides the chosen scores by their sum.
   scale: multiplies the weights last.

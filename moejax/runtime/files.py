@@ -6,6 +6,7 @@ name that others read.
 """
 
 import contextlib
+import errno
 import fcntl
 import glob
 import io
@@ -22,6 +23,7 @@ from moejax.config import ConfigError
 
 DAMAGED = 'the file is damaged or cut short: fetch or export it again'
 STALE_SECONDS = 3600  # the age of a temporary file at which its writer counts as dead
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 FETCH_AGAIN = 'fetch or export the directory again'
 
 
@@ -68,6 +70,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
   """Writes a file of this content, text as UTF-8, or leaves what was there; see `whole_path`."""
   with whole_file(path) as file:
     file.write(content.encode() if isinstance(content, str) else content)
+
+
+def is_disk_error(error: Exception) -> bool:
+  """Tells whether an error is of the disk: full, over its quota, read-only, or failing."""
+  return isinstance(error, OSError) and error.errno in DISK_ERRORS
 
 
 def expect_room(target: Path) -> None:

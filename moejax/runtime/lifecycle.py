@@ -1,14 +1,12 @@
-"""What a process sets up around a run: the cache of compiled programs, the log, the signals."""
+"""What a process sets up around a run: the cache of compiled programs, and the log."""
 
 import contextlib
 import logging
 import os
 import pathlib
-import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from types import FrameType
 
 import jax
 
@@ -55,28 +53,6 @@ def configure_logging() -> Iterator[None]:
     sys.unraisablehook = hook
     logger.removeHandler(handler)
     logger.level, logger.propagate = before
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-  """Yields a list to which SIGTERM and SIGINT are added, for the loop to save and then leave.
-
-  A second signal ends the process at once.
-  """
-  received: list[int] = []
-
-  def handle(number: int, frame: FrameType | None) -> None:
-    del frame
-    if received:
-      os._exit(128 + number)  # the status that a shell gives to a process that a signal ended
-    received.append(number)
-
-  before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-  try:
-    yield received
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
 
 
 def end_at_once() -> None:

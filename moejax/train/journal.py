@@ -15,13 +15,13 @@ from types import TracebackType
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from moejax.data.pipeline import Data
 from moejax.runtime.append_log import warn_once
 from moejax.runtime.files import write_whole
 from moejax.runtime.multiprocess import is_first_process
+from moejax.runtime.terminal import plain_console
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.cost import devices_at_work, mfu
 from moejax.train.step.train_step import Metrics
@@ -61,11 +61,15 @@ class Journal:
     self.loads = MetricsLog(self.workdir / 'load.jsonl', step)
     self.board = TensorBoard(self.workdir / 'tensorboard', step)
     self.probes = Probes(self.workdir / 'probes', step)
-    # Plain lines in a notebook, too.
-    self.console = Console(highlight=False, soft_wrap=True, force_jupyter=False)
-    is_pipe = not self.console.is_terminal
-    self.bar = Progress(TextColumn('{task.description}'), console=self.console, disable=is_pipe)
-    self.task = self.bar.add_task('compiling', total=cfg.steps, completed=step)
+    self.console = plain_console()
+    # The live line, below all others; it goes when the run ends.
+    self.bar = Progress(
+      TextColumn('{task.description}'),
+      console=self.console,
+      disable=not self.console.is_terminal,
+      transient=True,
+    )
+    self.task = self.bar.add_task('first step', total=cfg.steps, completed=step)
     self.alarms = Alarms(cfg.model.moe.router.top_k)
     # Of the newest validation, for the report.
     self.usage, self.text = '', ''
@@ -88,7 +92,7 @@ class Journal:
       log.close()
 
   def say(self, *lines: str) -> None:
-    """Prints lines for the person at the terminal, above the progress bar where there is one."""
+    """Prints lines for the person at the terminal, above the live line where there is one."""
     self.console.print(*lines, sep='\n', markup=False)
 
   def save_failed(self, step: int, why: str) -> None:
@@ -123,6 +127,7 @@ class Journal:
         f'step {step} skipped: loss {metrics["loss"]:.4g}, '
         f'gradient norm {metrics["grad_norm"]:.4g} ({self.skips_in_a_row} in a row)'
       )
+    self.bar.update(self.task, completed=step, description=f'step {step}/{self.cfg.steps}')
     self.tokens += self.cfg.batch_size * self.cfg.seq_len
     if step > 1 and step % self.cfg.log_every and step != self.cfg.steps:
       return
@@ -140,14 +145,11 @@ class Journal:
     self.show_progress(step, row)
 
   def show_progress(self, step: int, row: Mapping[str, float]) -> None:
-    """The line of a step: in the progress bar, or printed where there is none."""
+    """Prints the line of a step, cut to the width of the terminal where there is one."""
     tokens_left = (self.cfg.steps - step) * self.cfg.batch_size * self.cfg.seq_len
     seconds_left = tokens_left / row['tokens_per_second']
     columns = self.console.width if self.console.is_terminal else 0
-    line = progress_text(step, self.cfg.steps, row, seconds_left, columns)
-    self.bar.update(self.task, completed=step, description=line)
-    if not self.console.is_terminal:
-      self.say(line)
+    self.say(progress_text(step, self.cfg.steps, row, seconds_left, columns))
 
   def validation(
     self, step: int, sums: ValidationSums, probe: np.ndarray, interference: Metrics, text: str

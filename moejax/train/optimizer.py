@@ -24,6 +24,12 @@ class OptimConfig:
     linearly to it over the last `decay_fraction` of the steps; 'constant' stays; 'phases' is
     `phases` times the rate, where percentages are of the whole run, warm-up included
     ('1, cosine 0.1@60%, 0.03@90%', see moejax/config/schedule.py).
+  warmup_steps: steps in which the learning rate rises from 0.
+  final_fraction: part of the learning rate that is left at the end, see `schedule`.
+  decay_fraction: part of the steps in which 'wsd' falls.
+  phases: the factor of the learning rate over the run, see `schedule`.
+  beta1, beta2: decay of the moving means of the gradient and of its square.
+  eps: what is added to the root of the second.
   weight_decay: of matrices, not of norms' scales.
   clip_norm: largest global norm of the gradient; 0: off.
   skip_spikes: leave out a step whose loss or gradient norm is so many standard deviations above its

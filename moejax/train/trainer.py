@@ -21,14 +21,11 @@ from moejax.checkpoint.writer import SaveFailed
 from moejax.config import ConfigError, check, problem_if
 from moejax.data.pipeline import Data, open_data
 from moejax.runtime.faults import fault_point, parse_environment
-from moejax.runtime.files import write_whole
-from moejax.runtime.lifecycle import (
-  configure_logging,
-  end_at_once,
-  keep_compiled_programs,
-  stop_signals,
-)
+from moejax.runtime.files import is_disk_error, write_whole
+from moejax.runtime.lifecycle import configure_logging, end_at_once, keep_compiled_programs
 from moejax.runtime.multiprocess import Vote, check_alike, fail_together, is_first_process
+from moejax.runtime.signals import StopSignals, stop_signals
+from moejax.runtime.steady_output import steady_output
 from moejax.runtime.watchdog import beat, watch
 from moejax.train.compile import compile_programs
 from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
@@ -37,7 +34,7 @@ from moejax.train.experiment.summary import summarise, summary_lines
 from moejax.train.initial_state import initial_train_state, model_fingerprint
 from moejax.train.journal import open_journal
 from moejax.train.run_parts import Run
-from moejax.train.shapes import make_run_mesh
+from moejax.train.shapes import make_run_mesh, sharded_state_shapes
 from moejax.train.step.train_state import TrainState
 from moejax.train.step.train_step import Metrics
 from moejax.train.validation import validate
@@ -53,28 +50,37 @@ EXIT_STATUS = {ConfigError: 2, NoLoadableCheckpoint: 3, Diverged: 4, RunInUse: 5
 def train(cfg: ExperimentConfig) -> int:
   """Trains, or goes on training, the run in cfg.workdir. Returns the exit status, see train.py."""
   keep_compiled_programs()
+  with steady_output():
+    return train_or_tell(cfg)
+
+
+def train_or_tell(cfg: ExperimentConfig) -> int:
+  """Does what `train` promises; foreseen errors are a line on stderr."""
   try:
     # A fault that cannot be is an error now, and not at the step that it was meant for.
     parse_environment()
     check(problem_if(not cfg.steps, 'steps=0 is of a model that is only read: use 1 or more'))
-    with configure_logging(), contextlib.ExitStack() as held, stop_signals() as received:
+    with configure_logging(), contextlib.ExitStack() as held, stop_signals() as stop:
       # One process locks for all; where it cannot, no process goes on.
       with fail_together(RunInUse, ConfigError):
         if is_first_process():
           held.enter_context(hold_run_directory(cfg.workdir))
-      return start(cfg, received)
+      return start(cfg, stop)
   except tuple(EXIT_STATUS) as error:
     print(f'{type(error).__name__}: {error}', file=sys.stderr)
     return EXIT_STATUS[type(error)]
-  except Exception:
+  except Exception as error:
     end_at_once()
-    raise
+    if not is_disk_error(error):
+      raise
+    print(f'{error}: make room or mend the disk, and give the same command again', file=sys.stderr)
+    return 1
 
 
-def start(cfg: ExperimentConfig, received: list[int]) -> int:
+def start(cfg: ExperimentConfig, stop: StopSignals) -> int:
   """Makes all parts of the run and trains it. The run directory is held.
 
-  received: the signals that came, filled as they do. Returns the exit status.
+  stop: the signals that come. Returns the exit status.
   """
   workdir = pathlib.Path(cfg.workdir)
   # 1. The text, tokenised and cached; its tokenizer says how large the vocabulary is.
@@ -90,14 +96,17 @@ def start(cfg: ExperimentConfig, received: list[int]) -> int:
   # 3. The devices, as a mesh that divides the batch and every parameter.
   mesh = make_run_mesh(full)
   with jax.set_mesh(mesh):
-    # 4. The programs, before there is any array: what does not fit is known now.
-    programs = compile_programs(full, mesh)
-    # 5. The state: the newest checkpoint that verifies, or the state before the first step.
+    # 4. What the directory holds is of this run: told before anything is compiled.
     checkpoints = Checkpoints(workdir / CHECKPOINTS, full.checkpoint)
+    newest = checkpoints.expect_same_run(sharded_state_shapes(full, mesh), data.fingerprint)
+    check(steps_behind(cfg, newest))
+    # 5. The programs, before there is any array: what does not fit is known now.
+    programs = compile_programs(full, mesh)
+    # 6. The state: the newest checkpoint that verifies, or the state before the first step.
     state = restore_state(programs.target, checkpoints, data)
     if state is None:
       state = initial_train_state(full, programs.target, mesh)
-    # 6. What others read of the run. What has changed in the config is told once the journal is
+    # 7. What others read of the run. What has changed in the config is told once the journal is
     # open, and found before the old config is written over.
     target, temporaries = programs.target, programs.temporaries
     summary = summarise(
@@ -108,7 +117,7 @@ def start(cfg: ExperimentConfig, received: list[int]) -> int:
       write_config(cfg)
       write_whole(workdir / TOKENIZER_FILE, data.tokenizer.json_text)
       write_whole(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
-    # 7. The steps, under a watch that ends a process that hangs.
+    # 8. The steps, under a watch that ends a process that hangs.
     step = int(state.step)
     stacks = workdir / f'hang.{jax.process_index()}.txt'
     with (
@@ -119,7 +128,19 @@ def start(cfg: ExperimentConfig, received: list[int]) -> int:
       if step:
         journal.say(f'resuming after step {step} of {workdir}', *changed)
       run = Run(full, data, programs, checkpoints, journal)
-      return train_steps(run, state, Vote(received, mesh))
+      vote = Vote(stop.received, mesh)
+      # From here on a signal waits for the end of a step, and for a save.
+      stop.has_unsaved = True
+      return train_steps(run, state, vote)
+
+
+def steps_behind(cfg: ExperimentConfig, newest: int) -> str:
+  """The problem of a run that is to end before the newest step in its directory; '' if none."""
+  return problem_if(
+    newest > cfg.steps,
+    f'steps={cfg.steps} is below step {newest}, which {cfg.workdir} has reached: use {newest} or '
+    'more, or a new workdir',
+  )
 
 
 def restore_state(target: TrainState, checkpoints: Checkpoints, data: Data) -> TrainState | None:

@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint._src.serialization import ocdbt_utils
 
 from moejax.checkpoint import manifest
 from moejax.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from moejax.checkpoint.reader import Damaged, read_leaves
 from moejax.checkpoint.writer import SaveFailed
-from tests.checkpoint.saved_steps import DATA, read, state
+from moejax.sharding.tree import flatten
+from tests.checkpoint.saved_steps import DATA, flip, largest, read, state, write
 
 
 def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path: Path) -> None:
@@ -46,6 +49,51 @@ def test_a_failed_save_is_told_and_the_next_goes_well(
   monkeypatch.undo()
   assert sorted(p.name for p in root.iterdir()) == ['1', '2', '3']
   checkpoints.check()  # told once
+  checkpoints.save(5, state(5), DATA)
+  checkpoints.close()
+  assert read(root)[0] == 5
+
+
+@pytest.mark.parametrize(
+  'name', ['run[x]', '*?', 'a b', '%41', 'a#b?c=d&e', '~user', 'gs:', 'é', 'two\nlines', '"\'\\']
+)
+def test_any_legal_name_of_a_directory_is_saved_to_and_read_from(tmp_path: Path, name: str) -> None:
+  checkpoints = Checkpoints(tmp_path / name / 'c', CheckpointConfig())
+  checkpoints.save(1, state(1), DATA)
+  checkpoints.close()
+  assert (tmp_path / name / 'c' / '1' / 'state' / 'manifest.ocdbt').exists()
+  assert read(tmp_path / name / 'c')[0] == 1
+  assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_damage_below_a_name_with_wildcards_names_leaf_and_file(tmp_path: Path) -> None:
+  root = tmp_path / 'run[x]'
+  write(root, {1: 0.0}, CheckpointConfig())
+  flipped = largest(root / '1' / 'state')
+  flip(flipped)
+  with pytest.raises(Damaged, match=rf'leaf .*, file state/\S*{flipped.name}: '):
+    leaves = flatten(state())
+    read_leaves(root / '1' / 'state', leaves, manifest.digests(state(1)))
+
+
+@pytest.mark.parametrize('lost', ['index', 'leaf'])
+def test_a_save_that_a_reader_would_not_find_has_failed(
+  root: Path, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  checkpoints = Checkpoints(root, CheckpointConfig(keep_latest=5))
+  if lost == 'index':  # as where Orbax finds nothing to merge
+
+    async def merge_nothing(*args: object, **kwargs: object) -> None:
+      del args, kwargs
+
+    monkeypatch.setattr(ocdbt_utils, 'merge_ocdbt_per_process_files', merge_nothing)
+  else:
+    monkeypatch.setattr('moejax.checkpoint.reader.chunk_ends', lambda directory: {'step': {}})
+  checkpoints.save(4, state(4), DATA)
+  with pytest.raises(SaveFailed, match={'index': 'missing', 'leaf': 'is not in the index'}[lost]):
+    checkpoints.check(wait=True)
+  monkeypatch.undo()
+  assert checkpoints.steps.all() == [1, 2, 3]
   checkpoints.save(5, state(5), DATA)
   checkpoints.close()
   assert read(root)[0] == 5

@@ -242,6 +242,14 @@ IMPOSSIBLE = {
     {'balance': {'losses': {'std_of_share': '0.1'}}},
     'config.balance: losses.std_of_share is not a balance loss: use one of ',
   ),
+  'a seed of more than 32 bits': (
+    {'seed': 2**63},
+    'config: seed=9223372036854775808: use 4294967295 at most',
+  ),
+  'a prompt that is not UTF-8': (
+    {'sample_prompt': 'ab\udcff'},
+    "config: sample_prompt='ab\\udcff' is not UTF-8: give text in UTF-8",
+  ),
   'a weight for no task': (
     {'loss': {'task_weights': {'code': 2.0}}},
     'config: loss.task_weights.code is not a task of data: use one of ',

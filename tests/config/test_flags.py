@@ -41,6 +41,29 @@ def test_every_type_of_field_can_be_set(default: str) -> None:
   assert not flags.parse_flags(['--noconfig.model.tied'], Root, default).model.tied
 
 
+def test_a_value_may_follow_its_flag_and_a_wish_is_guessed(default: str) -> None:
+  argv = ['--config.steps', '7', '--config.model.tied', '--workdir', 'w', '--config.losses.z', '-1']
+  config = flags.parse_flags(argv, Root, default)
+  assert (config.steps, config.model.tied, config.workdir) == (7, True, 'w')
+  assert config.losses == frozendict(sequence=0.01, z=-1.0)
+  assert problems_of(['--steps', '100', '--config.model.router.tk=3', '--top-k=4'], default) == (
+    '--steps=100: no such flag; did you mean --config.steps=100?',
+    '--config.model.router.tk: no such field; did you mean --config.model.router.top_k=3?',
+    '--top-k=4: no such flag; did you mean --config.model.router.top_k=4?',
+  )
+
+
+def test_a_config_of_ours_is_named_without_folder_and_suffix(default: str) -> None:
+  tiny = flags.parse_flags(['--config=tiny'], ExperimentConfig, default)
+  assert (tiny.workdir, tiny.model.moe.router.num_experts) == ('runs/tiny', 8)
+  variant = flags.parse_flags(['--config=deepseek_v3:tiny'], ExperimentConfig, default)
+  assert variant.workdir == 'runs/deepseek_v3_tiny'
+  told = (
+    'ConfigError: No such file; did you mean --config=tiny? give the path of one, or deepseek_v3'
+  )
+  assert told in problems_of(['--config=tinny'], default)[0]
+
+
 def test_order_decides_and_another_file_can_be_named(default: str, tmp_path: Path) -> None:
   other = tmp_path / 'other.py'
   other.write_text(FILE.replace('5', '6'))
@@ -73,9 +96,9 @@ def test_all_problems_of_a_command_line_come_at_once(default: str) -> None:
     'steps=9: no such flag; did you mean --config.steps=9?',
     'config.steps=8: no such flag; did you mean --config.steps=8?',
     '--stesp=9: no such flag; did you mean --config.steps=9?',
-    '--config.stesp: no such field; did you mean --config.steps=?',
-    '--config.modle.d_model: no such field; did you mean --config.model.d_model=?',
-    '--config.topk: no such field; did you mean --config.model.router.top_k=?',
+    '--config.stesp: no such field; did you mean --config.steps=9?',
+    '--config.modle.d_model: no such field; did you mean --config.model.d_model=3?',
+    '--config.topk: no such field; did you mean --config.model.router.top_k=1?',
     '--config.steps=many: give int, such as --config.steps=5',
     '--config.model.tied=maybe: give bool, such as --config.model.tied=False',
     '--config.qqqqqq: no such field; --help lists all',

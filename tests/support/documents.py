@@ -40,13 +40,25 @@ def blocks(language: str) -> Iterator[Snippet]:
 
 
 def commands() -> list[Command]:
-  """Every line of a block that begins with `python` or `make`, continued lines joined."""
+  """Every line of a block that begins with `python`, `make` or `moejax`, continued lines joined."""
   found = []
   for page, body in blocks(''):
     for line in body.replace('\\\n', ' ').splitlines():
-      if line.startswith(('python ', 'make ')):
-        found.append(Command(page, tuple(shlex.split(line, comments=True))))
+      if line.startswith(('python ', 'make ', 'moejax ')):
+        found.append(Command(page, in_python(*shlex.split(line, comments=True))))
   return found
+
+
+def in_python(*words: str) -> tuple[str, ...]:
+  """The words of a command, `moejax COMMAND` as the same command of Python; others as they are."""
+  match words:
+    case ('moejax', 'train', *rest):
+      return ('python', 'train.py', *rest)
+    case ('moejax', 'plan', *rest):
+      return ('python', 'train.py', '--plan', *rest)
+    case ('moejax', name, *rest):
+      return ('python', '-m', f'moejax.{name}', *rest)
+  return words
 
 
 def links(page: Path) -> list[str]:

@@ -29,9 +29,31 @@ ROWS = (
     ('system/faults::a_soak_ends_as_if_nothing_had_happened',),
   ),
   Row(
-    'SIGTERM or SIGINT to the trainer',
-    'saves within a step; exit 143 or 130',
+    'SIGTERM, SIGINT, or SIGHUP (a closed ssh; under nohup it is ignored) to the trainer',
+    'saves within a step; exit 143, 130 or 129',
     ('system/faults::a_signal_saves_within_a_step',),
+  ),
+  Row(
+    'the same while it imports, tokenises or compiles',
+    'ends at once, there being nothing to save',
+    (
+      'runtime/signals::a_signal_is_heard_while_the_main_thread_is_outside_of_python',
+      'runtime/signals::a_signal_ends_at_once_where_there_is_nothing_to_save',
+    ),
+  ),
+  Row(
+    'stdout closed (piped into head) or on a full disk',
+    'one warning on stderr, and training goes on',
+    (
+      'system/faults::a_closed_stdout_ends_no_run',
+      'runtime/steady_output::a_full_disk_is_told_once_and_so_is_room',
+      'runtime/steady_output::a_process_ends_well_whatever_became_of_its_output',
+    ),
+  ),
+  Row(
+    'disk full before the first step',
+    'one line; exit 1',
+    ('system/trainer::a_disk_that_is_full_before_the_first_step_is_one_line',),
   ),
   Row(
     'SIGTERM twice',
@@ -67,6 +89,14 @@ ROWS = (
     (
       'system/faults::logs_on_a_full_disk_cost_lines_and_nothing_else',
       'train/telemetry/metrics_log::what_does_not_fit_is_lost_whole_and_told_once',
+    ),
+  ),
+  Row(
+    'a save that no reader would find, as where the index was not written',
+    'read back before it gets its name: a failed save, as above',
+    (
+      'checkpoint/writer::a_save_that_a_reader_would_not_find_has_failed',
+      'checkpoint/writer::any_legal_name_of_a_directory_is_saved_to_and_read_from',
     ),
   ),
   Row(

@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
   'plan': (
     'config',
     'runtime.chips',
+    'runtime.command',
     'runtime.units',
     'sharding',
     'data.tokenizer',
@@ -49,10 +50,19 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     'families',
     'train.experiment',
   ),
-  'generate': ('config', 'checkpoint', 'model', 'inference', 'train.experiment'),
+  'generate': (
+    'config',
+    'runtime.command',
+    'checkpoint',
+    'model',
+    'inference',
+    'train.experiment',
+  ),
   'certify': (
     'config',
+    'runtime.command',
     'runtime.files',
+    'runtime.terminal',
     'sharding',
     'data.batch',
     'moe',
@@ -62,6 +72,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     'train.experiment',
     'train.step',
     'train.optimizer',
+  ),
+  '__main__': (
+    'runtime.command',
+    'train.__main__',
+    'plan.__main__',
+    'hf.__main__',
+    'generate',
+    'certify.__main__',
   ),
 }
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-import train
 from moejax import generate
+from moejax.__main__ import train_or_plan
 from moejax.config.flags import parse_flags
 from moejax.plan.topology import parse_topology
 from moejax.runtime.launch import read_launch_flags
-from moejax.train.experiment.config import ExperimentConfig
+from moejax.train.experiment.config import DEFAULT_CONFIG, ExperimentConfig
 from tests.support import documents
 from tests.support.documents import PAGES, ROOT, Command
 from tests.support.unoptimised import unoptimised
@@ -92,7 +92,7 @@ def test_a_command_is_accepted_by_what_it_calls(
     rest = [arg for arg in argv[1:] if arg.partition('=')[0] not in (*plan, '--help')]
     # 'dry' of what starts processes: nothing is connected to.
     _, rest = read_launch_flags(rest)
-    assert parse_flags(rest, ExperimentConfig, train.DEFAULT_CONFIG)
+    assert parse_flags(rest, ExperimentConfig, DEFAULT_CONFIG)
   else:
     assert argv[0] == '-m', command
     name, *args = argv[1:]
@@ -142,7 +142,7 @@ def test_the_trainings_of_all_pages_run_and_what_they_leave_is_sampled_and_drawn
     is_mixture = any('mixture' in word for word in argv)
     small = [flag for flag in SMALL if not (is_mixture and 'data.source' in flag)]
     with unoptimised():
-      assert train.main([*argv, *small]) == 0, command
+      assert train_or_plan([*argv, *small]) == 0, command
   assert (tmp_path / 'runs' / 'a' / 'report.json').exists()
   assert generate.main(['--workdir=runs/a', '--prompt=def ', '--max_tokens=4']) == 0
   picture = importlib.import_module('benchmarks.load_picture')

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-import train
 from moejax.checkpoint.manifest import unseal
 from moejax.config import ConfigError
 from moejax.runtime.faults import ACTIONS, NUMBERS, POINTS, SPOILS, parse_faults
 from moejax.runtime.watchdog import HANG
+from moejax.train import __main__ as command
 from moejax.train.trainer import EXIT_STATUS
 from tests.support.fault_rows import ROWS
 from tests.support.tiny_run import ROOT, final_digest, rows
@@ -90,8 +90,8 @@ def test_the_table_names_tests_that_there_are() -> None:
 
 def test_exit_statuses_are_told() -> None:
   for status in {*range(7), *EXIT_STATUS.values(), HANG}:
-    assert re.search(rf'\b{status} \w', train.__doc__), status
-  assert '128+signal' in train.__doc__ and (*EXIT_STATUS.values(), HANG) == (2, 3, 4, 5, 6)
+    assert re.search(rf'\b{status} \w', command.__doc__), status
+  assert '128+signal' in command.__doc__ and (*EXIT_STATUS.values(), HANG) == (2, 3, 4, 5, 6)
 
 
 @pytest.mark.slow
@@ -206,7 +206,7 @@ def test_logs_on_a_full_disk_cost_lines_and_nothing_else(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_within_a_step(tmp_path: Path, number: signal.Signals) -> None:
   workdir = tmp_path / 'run'
   process = run(workdir, steps=100_000, checkpoint__every=100_000)
@@ -220,6 +220,18 @@ def test_a_signal_saves_within_a_step(tmp_path: Path, number: signal.Signals) ->
   )
   told = [row['step'] for row in rows(workdir)]
   assert told == [*range(1, stopped + 1)]
+
+
+@pytest.mark.slow
+def test_a_closed_stdout_ends_no_run(tmp_path: Path) -> None:
+  workdir = tmp_path / 'run'
+  process = run(workdir)
+  wait_for(process, workdir, 1)
+  process.stdout.close()  # stderr's, too: there is nowhere to say so
+  assert process.wait(timeout=PATIENCE) == 0
+  steps = FEW['steps']
+  assert [row['step'] for row in rows(workdir) if 'loss' in row] == [*range(1, steps + 1)]
+  assert max(saved(workdir)) == steps and final_digest(workdir)
 
 
 @pytest.mark.slow

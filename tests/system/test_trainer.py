@@ -3,6 +3,7 @@ how it ended."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -111,6 +112,51 @@ def test_other_data_on_resume_is_refused_naming_both(
 ) -> None:
   assert train(config(straight, seed=1)) == 2
   assert 'seed: 0 in the checkpoint, 1 in the config' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  'changes,told',
+  [
+    ({'steps': 5}, 'steps=5 is below step 12, which {} has reached: use 12 or more, or a new'),
+    ({'model__d_model': 64}, 'model.d_model: 32 in the checkpoint, 64 in the config'),
+  ],
+)
+def test_what_cannot_go_on_is_refused_before_anything_is_compiled(
+  straight: Path,
+  changes: dict[str, object],
+  told: str,
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture,
+) -> None:
+  monkeypatch.setattr('moejax.train.trainer.compile_programs', pytest.fail)
+  before = (straight / 'config.json').read_text()
+  assert train(config(straight, **changes)) == 2
+  assert told.format(straight) in capsys.readouterr().err
+  assert (straight / 'config.json').read_text() == before
+
+
+def test_damage_is_left_for_the_restore_to_find(straight: Path, tmp_path: Path) -> None:
+  shutil.copytree(straight, tmp_path / 'run')
+  (tmp_path / 'run' / 'checkpoints' / '12' / 'meta' / 'metadata').write_text('{')
+  assert train(config(tmp_path / 'run')) == 0
+  assert final_digest(tmp_path / 'run') == final_digest(straight)
+
+
+def test_a_disk_that_is_full_before_the_first_step_is_one_line(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+  def full(*args: object, **kwargs: object) -> None:
+    raise OSError(28, 'No space left on device', str(tmp_path / 'tokens'))
+
+  monkeypatch.setattr('moejax.train.trainer.open_data', full)
+  assert train(config(tmp_path / 'run')) == 1
+  assert capsys.readouterr().err == (
+    f"[Errno 28] No space left on device: '{tmp_path / 'tokens'}': make room or mend the disk, and "
+    'give the same command again\n'
+  )
+  monkeypatch.setattr('moejax.train.trainer.open_data', lambda *args, **kwargs: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    train(config(tmp_path / 'run'))
 
 
 def test_a_vocabulary_too_small_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

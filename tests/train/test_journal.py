@@ -1,10 +1,12 @@
 """The journal: every name reaches metrics.jsonl and TensorBoard, a resumed run's story is the
 straight one's."""
 
+import io
 import json
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -209,3 +211,33 @@ def test_a_person_sees_the_noise_beside_max_vio(
   assert len(steps) == STEPS
   assert re.search(r'% of experts used, MaxVio \d\.\d\d \(noise', out)
   assert re.search(r'^monitors perplexity \d', out, re.MULTILINE)
+
+
+class Terminal(io.StringIO):
+  """A stdout that says that it is a terminal."""
+
+  def isatty(self) -> bool:
+    return True
+
+
+def test_what_is_no_terminal_gets_plain_lines_whatever_the_environment_says(
+  tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setenv('FORCE_COLOR', '1')
+  run(tmp_path / 'run', 0, STEPS)
+  out = capsys.readouterr().out
+  assert '\x1b' not in out and '\r' not in out
+  assert len(re.findall(r'^step \d/6  loss', out, re.MULTILINE)) == STEPS
+
+
+def test_on_a_terminal_the_line_of_a_step_stays_above_the_live_one(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  terminal = Terminal()
+  monkeypatch.setattr(sys, 'stdout', terminal)
+  monkeypatch.setenv('TERM', 'xterm')
+  monkeypatch.setenv('COLUMNS', '200')
+  run(tmp_path / 'run', 0, STEPS)
+  lines = re.findall(r'step (\d)/6  loss [^\r\n]*left\s*\n', terminal.getvalue())
+  assert lines == [str(step) for step in range(1, STEPS + 1)]
+  assert '\x1b[2K' in terminal.getvalue()  # the live line was there, and is wiped

@@ -47,6 +47,7 @@ AUTO = 'auto'
 class DispatchConfig:
   """How tokens reach their experts.
 
+  dispatcher: a row of DISPATCHERS.
   capacity_factor: in training, how much larger than an even load the experts' buffers are. 0: no
     buffers, and nothing is dropped, as it never is where nothing is trained: in validation,
     decoding and export. On a mesh, buffers are those of each device's own tokens: the more devices,

@@ -1,9 +1,20 @@
 """One experiment: the root of the config tree, and the checks that span its parts."""
 
 import dataclasses
+import os
 
 from moejax.checkpoint.checkpoints import CheckpointConfig
-from moejax.config import at_least, check, not_finite, problem_if
+from moejax.config import (
+  INT32,
+  LARGEST_SEED,
+  at_least,
+  at_most,
+  check,
+  not_finite,
+  problem_if,
+  url_problem,
+  utf8_problem,
+)
 from moejax.data.sources import DataConfig
 from moejax.model.config import ModelConfig
 from moejax.model.cross_entropy import LossConfig
@@ -13,7 +24,7 @@ from moejax.moe.balance.fit import untrainable
 from moejax.sharding.mesh import MeshConfig
 from moejax.train.optimizer import OptimConfig
 
-INT32 = 2**31 - 1  # the largest count
+DEFAULT_CONFIG = 'tiny'  # the file of configs/ where a command line names none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +54,8 @@ class ExperimentConfig:
   seed: of initialisation and of the order of the data.
   batch_size: rows in a step, of seq_len tokens each, over all devices, in `micro_batches` equal
     parts.
+  seq_len: tokens in a row.
+  micro_batches: parts of a batch whose gradients are added up before a step, for memory.
   log_every: steps between two rows of the log; a validation has its own, see EvalConfig.
   stop_after: end here, with a checkpoint, what is planned for `steps`; 0: do not.
   stop_after_skips: steps in a row with a non-finite loss, gradient or update, each skipped, after
@@ -52,9 +65,12 @@ class ExperimentConfig:
   sample_prompt: what the model goes on from in the sample of each validation.
   init_from: directory of a run whose model and router bias this one starts from, with a fresh
     optimiser; '' for random numbers.
-  workdir: where everything is written; the same one resumes.
+  workdir: where everything is written; the same one resumes. In this and init_from, ~ is the home
+    directory.
   upcycle: how experts are made where init_from is a dense model, of one expert, and this one has
     others.
+  plugins: modules that are imported before the config is checked, such as one that registers losses
+    of your own; whoever reads the run imports them again.
   """
 
   steps: int = 500
@@ -78,9 +94,13 @@ class ExperimentConfig:
   checkpoint: CheckpointConfig = CheckpointConfig()
   eval: EvalConfig = EvalConfig()
   upcycle: UpcycleConfig = UpcycleConfig()
+  plugins: tuple[str, ...] = ()
 
   def __post_init__(self) -> None:
     check(*not_finite(self))
+    # A shell leaves the ~ of --workdir=~/run as it is.
+    for field in ('workdir', 'init_from'):
+      object.__setattr__(self, field, os.path.expanduser(getattr(self, field)))
     # Each part has checked itself when it was made; here is what stands alone or spans two of them.
     # Whether a mesh divides the batch is found where it is made: devices are not known here.
     check(
@@ -88,7 +108,10 @@ class ExperimentConfig:
       *at_least(1, self, 'batch_size', 'seq_len'),
       *at_least(1, self, 'micro_batches', 'log_every', 'stop_after_skips'),
       *at_least(0, self, 'seed', 'stop_after', 'hang_after'),
+      *at_most(LARGEST_SEED, self, 'seed'),
+      utf8_problem('sample_prompt', self.sample_prompt),
       problem_if(not self.workdir, "workdir='': name a directory for the run"),
+      *self._urls(),
       self._uneven_micro_batches(),
       self._too_many_copies(),
       self.balance.groups_problem(self.batch_size, self.micro_batches),
@@ -100,6 +123,11 @@ class ExperimentConfig:
       *router_problems(self.balance, self.model.moe.router, self.micro_batches),
       problem_if(self.steps, untrainable(self.model.moe.router)),
     )
+
+  def _urls(self) -> list[str]:
+    paths = {'workdir': self.workdir, 'init_from': self.init_from}
+    paths |= {f'data.{name}': getattr(self.data, name) for name in ('path', 'cache_dir')}
+    return [url_problem(name, path) for name, path in paths.items()]
 
   def _uneven_micro_batches(self) -> str:
     # Micro-batches below 1 are a problem of their own, and nothing can be divided by them.

@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import SingleDeviceSharding
 
 from moejax.checkpoint.checkpoints import Checkpoints, NoLoadableCheckpoint
-from moejax.config import check, from_config_dict, problem_if
+from moejax.config import ConfigError, check, from_config_dict, problem_if, url_problem
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.model.transformer import Transformer
 from moejax.moe.bias import BiasState
@@ -53,6 +53,16 @@ class OpenedRun(NamedTuple):
   router_bias: Array  # [L, E] f32
 
 
+def local_path(workdir: str) -> Path:
+  """The directory of a run, with ~ for the home directory.
+
+  Raises:
+    ConfigError: it is in an object store.
+  """
+  check(url_problem('workdir', workdir))
+  return Path(workdir).expanduser()
+
+
 def write_config(cfg: ExperimentConfig) -> None:
   """Writes the config into its run directory, for whoever reads the run later.
 
@@ -69,7 +79,7 @@ def read_config(workdir: str) -> ExperimentConfig:
   Raises:
     ConfigError: there is none, or it does not fit this version.
   """
-  fields = read_json(Path(workdir), CONFIG_FILE)
+  fields = read_json(local_path(workdir), CONFIG_FILE)
   # A config.json of Hugging Face names its architecture so; ours has no such field.
   is_published = 'model_type' in fields
   import_command = f'python -m moejax.hf import {workdir} --out=DIR'
@@ -84,7 +94,18 @@ def read_config(workdir: str) -> ExperimentConfig:
     ),
   )
   # A run may have been moved since it wrote its config: it lies where it is read.
-  return from_config_dict(ExperimentConfig, fields | {'workdir': workdir})
+  try:
+    return from_config_dict(ExperimentConfig, fields | {'workdir': workdir})
+  except ConfigError as error:
+    is_name_unknown = any('is not' in problem for problem in error.problems)
+    has_plugins = 'plugins' in fields and fields['plugins']
+    if has_plugins or not is_name_unknown:
+      raise
+    hint = (
+      f'{Path(workdir) / CONFIG_FILE} names no plugins: a loss or dispatcher of your own belongs '
+      'into a module that `plugins` of the config names, as ("my_losses",)'
+    )
+    raise ConfigError(*error.problems, hint) from error
 
 
 def read_tokenizer(directory: str | os.PathLike, vocab_size: int = 0) -> Tokenizer | None:
@@ -112,9 +133,9 @@ def read_setup(workdir: str) -> RunSetup:
   Raises:
     ConfigError: there is no config, or neither it nor a tokenizer tells the size of the vocabulary.
   """
-  cfg, tokenizer = read_config(workdir), read_tokenizer(workdir)
+  cfg, tokenizer = read_config(workdir), read_tokenizer(local_path(workdir))
   cfg = with_vocabulary(cfg, tokenizer.vocab_size if tokenizer else 0)
-  path = Path(workdir) / TOKENIZER_FILE
+  path = local_path(workdir) / TOKENIZER_FILE
   missing = f'{path} is missing, and the config has model.vocab_size=0: put it back'
   check(problem_if(not cfg.model.vocab_size, missing))
   return RunSetup(cfg, tokenizer)
@@ -127,7 +148,7 @@ def read_model(workdir: str, cfg: ExperimentConfig, target: ModelAndRouter) -> S
     ConfigError: that run's model has other shapes than `target`.
     NoLoadableCheckpoint: there is none, or none that verifies.
   """
-  checkpoints = Checkpoints(Path(workdir) / CHECKPOINTS, cfg.checkpoint, readonly=True)
+  checkpoints = Checkpoints(local_path(workdir) / CHECKPOINTS, cfg.checkpoint, readonly=True)
   # Of the arrays of a TrainState only the model and the router are read.
   restored = checkpoints.restore(target._asdict(), {}, only=target._fields)
   if restored is None:

@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 
 from moejax.checkpoint.checkpoints import NoLoadableCheckpoint
-from moejax.config import ConfigError
+from moejax.config import ConfigError, from_config_dict, to_config_dict
 from moejax.data.tokenizer import load_tokenizer
+from moejax.moe.balance import losses
+from moejax.moe.balance.losses import BALANCE_LOSSES
+from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.run_dir import (
   CONFIG_FILE,
   TOKENIZER_FILE,
@@ -17,7 +20,7 @@ from moejax.train.experiment.run_dir import (
   read_tokenizer,
   write_config,
 )
-from tests.support.tiny_run import config
+from tests.support.tiny_run import CONFIG, config
 
 
 def test_a_config_is_read_as_it_was_written_wherever_the_run_lies_now(tmp_path: Path) -> None:
@@ -26,6 +29,67 @@ def test_a_config_is_read_as_it_was_written_wherever_the_run_lies_now(tmp_path: 
   assert read_config(cfg.workdir) == cfg
   (tmp_path / 'run').rename(tmp_path / 'moved')
   assert read_config(str(tmp_path / 'moved')).workdir == str(tmp_path / 'moved')
+
+
+OWN_LOSS = """
+from moejax.moe.balance.losses import BALANCE_LOSSES
+BALANCE_LOSSES['own_loss'] = BALANCE_LOSSES['sequence']
+"""
+
+
+def test_a_run_with_a_loss_of_ones_own_is_read_by_a_process_that_never_saw_it(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  (tmp_path / 'own_losses.py').write_text(OWN_LOSS)
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.setattr('moejax.moe.balance.losses.BALANCE_LOSSES', dict(BALANCE_LOSSES))
+  for module in ('moejax.moe.balance.config', 'moejax.moe.balance.fit'):
+    monkeypatch.setattr(f'{module}.BALANCE_LOSSES', losses.BALANCE_LOSSES)
+  fields = {'balance': {'losses': {'own_loss': 0.1}}, 'plugins': ['own_losses']}
+  (tmp_path / CONFIG_FILE).write_text(json.dumps(fields | {'plugins': []}))
+  with pytest.raises(ConfigError, match='own_loss is not a balance loss') as error:
+    read_config(str(tmp_path))
+  assert f'{tmp_path}/config.json names no plugins: a loss' in str(error.value)
+  (tmp_path / CONFIG_FILE).write_text(json.dumps(fields))
+  cfg = read_config(str(tmp_path))
+  assert cfg.plugins == ('own_losses',) and cfg.balance.active() == ('own_loss',)
+  write_config(cfg)
+  assert json.loads((tmp_path / CONFIG_FILE).read_text())['plugins'] == ['own_losses']
+
+
+def test_a_plugin_that_is_not_there_is_named(tmp_path: Path) -> None:
+  with pytest.raises(ConfigError) as error:
+    config(tmp_path / 'run', plugins=('no_such_module',))
+  assert (
+    "config.plugins: 'no_such_module': ModuleNotFoundError: No module named 'no_such_module'; name "
+    "a module, as ('my.losses',), whose folder is on PYTHONPATH"
+  ) in str(error.value)
+
+
+def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setenv('HOME', str(tmp_path))
+  cfg = ExperimentConfig(workdir='~/run', init_from='~/other')
+  assert (cfg.workdir, cfg.init_from) == (f'{tmp_path}/run', f'{tmp_path}/other')
+  write_config(cfg)
+  assert read_config('~/run') == cfg
+
+
+@pytest.mark.parametrize('url', ['gs://bucket/run', 's3://bucket/run', 'file:///run'])
+def test_a_path_in_an_object_store_is_refused_with_a_remedy(
+  url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.chdir(tmp_path)
+  for field in ('workdir', 'init_from', 'data.path', 'data.cache_dir'):
+    changed = to_config_dict(CONFIG)
+    changed.update_from_flattened_dict({field: url})
+    with pytest.raises(ConfigError) as error:
+      from_config_dict(ExperimentConfig, changed)
+    told = f'{field}={url}: {url.partition("//")[0]}// is not read or written'
+    assert told in str(error.value) and 'mount it' in str(error.value)
+  for read in (read_config, read_setup, open_run):
+    with pytest.raises(ConfigError, match='mount it'):
+      read(url)
+  assert not [*tmp_path.iterdir()]
 
 
 def test_a_directory_that_is_no_run_is_one_error(tmp_path: Path) -> None:

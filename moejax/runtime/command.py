@@ -1,0 +1,41 @@
+"""How the commands speak: one wording of what is wrong with their arguments, and a quiet end."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+CLOSED = 141  # the status that a shell gives to a program that SIGPIPE ended
+
+
+def usage_error(command: str, error: object) -> str:
+  """Returns what a command prints on stderr before it exits with 2: all problems, a line each.
+
+  command: as Python calls it, `moejax.train`.
+  """
+  return '\n'.join(f'{command}: {line}' for line in f'{error}'.splitlines())
+
+
+class CommandParser(argparse.ArgumentParser):
+  """An argparse parser whose errors read as those of all commands."""
+
+  def error(self, message: str) -> NoReturn:
+    """Prints what is wrong, and exits with 2."""
+    command = self.prog.removeprefix('python -m ')
+    print(usage_error(command, f'{message}; --help lists all flags'), file=sys.stderr)
+    sys.exit(2)
+
+
+def run_quietly(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+  """Runs a command, and returns its exit status; Ctrl-C and a closed stdout are no tracebacks."""
+  try:
+    status = main(argv)
+    sys.stdout.flush()
+  except KeyboardInterrupt:
+    return 130
+  except BrokenPipeError:
+    # What is still buffered would fail again at Python's exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return CLOSED
+  return status

@@ -1,0 +1,94 @@
+"""`moejax COMMAND`: which commands there are, what each is given, and one wording of bad usage."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moejax.__main__ import COMMANDS, run_moejax
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_without_a_command_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+  for argv in ([], ['-h'], ['--help']):
+    assert run_moejax(argv) == 0
+    out = capsys.readouterr().out
+    assert all(f'moejax {name} ' in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+  'name,module',
+  [
+    ('train', 'moejax.train.__main__'),
+    ('plan', 'moejax.plan.__main__'),
+    ('generate', 'moejax.generate'),
+    ('hf', 'moejax.hf.__main__'),
+    ('certify', 'moejax.certify.__main__'),
+  ],
+)
+def test_a_command_gets_the_other_arguments_and_gives_the_status(
+  name: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  given: list[list[str]] = []
+  monkeypatch.setattr(f'{module}.main', lambda argv: given.append([*argv]) or 7)
+  assert run_moejax([name, '--a=b', 'c']) == 7 and given == [['--a=b', 'c']]
+
+
+@pytest.mark.parametrize('flag', ['--plan', '--plan=fit', '--topology=cpu:8'])
+def test_a_training_that_is_to_be_planned_is_a_plan(
+  flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr('moejax.plan.__main__.main', lambda argv: 7)
+  monkeypatch.setattr('moejax.train.__main__.main', pytest.fail)
+  assert run_moejax(['train', flag]) == 7
+
+
+def test_an_unknown_command_is_guessed(capsys: pytest.CaptureFixture[str]) -> None:
+  assert run_moejax(['tran']) == 2
+  assert capsys.readouterr().err == (
+    'moejax: tran: no such command; did you mean train? '
+    'use one of train, plan, generate, hf, certify\n'
+  )
+
+
+def test_usage_errors_of_all_commands_read_alike(capsys: pytest.CaptureFixture[str]) -> None:
+  wrong = {
+    'train': ['stray'],
+    'plan': [],
+    'generate': ['--workdir=runs/a', '--stray'],
+    'certify': ['--only=nothing'],
+  }
+  for name, argv in wrong.items():
+    try:
+      assert run_moejax([name, *argv]) == 2
+    except SystemExit as stop:
+      assert stop.code == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f'moejax.{name}: ') and err.count('\n') == 1 and not out
+
+
+def test_the_help_of_a_plan_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+  assert run_moejax(['plan', '--help']) == 0
+  assert 'moejax plan --topology=v5p:8x8x8' in capsys.readouterr().out
+
+
+def test_a_config_file_and_its_plugins_import_from_the_current_folder(tmp_path: Path) -> None:
+  """As the installed script runs it: the folder of the script, and not this one, is on the path."""
+  (tmp_path / 'own.py').write_text('STEPS = 0\n')
+  (tmp_path / 'mine.py').write_text(
+    'import own\nfrom configs.tiny import get_config as tiny\n'
+    'def get_config():\n  config = tiny()\n  config.steps = own.STEPS - 3\n  return config\n'
+  )
+  script = 'import sys; from moejax.__main__ import main; sys.path.remove(""); sys.exit(main())'
+  environment = os.environ | {'PYTHONPATH': str(ROOT), 'GLIBC_TUNABLES': ''}
+  done = subprocess.run(
+    [sys.executable, '-c', script, 'train', '--config=mine.py'],
+    cwd=tmp_path,
+    env=environment,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2 and 'config: steps=-3: use 0' in done.stderr, done.stderr
