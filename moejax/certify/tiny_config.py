@@ -121,7 +121,7 @@ def other_config() -> ExperimentConfig:
   what was dispatched, and a last chunk of the loss that is not full.
   """
   base = base_config()
-  router = RouterConfig(8, 2, 'sigmoid', num_groups=4, top_groups=2, group_best=1, logit_bias=True)
+  router = RouterConfig(8, 3, 'sigmoid', num_groups=4, top_groups=2, group_best=1, logit_bias=True)
   attention = AttentionConfig(
     num_heads=2,
     num_kv_heads=1,
@@ -140,12 +140,14 @@ def other_config() -> ExperimentConfig:
     router=dataclasses.replace(router, weigh='softmax'),
     dispatch=DispatchConfig('dense_matmul', 1.0, 'position'),
     activation='clamped_swiglu',
+    activation_limit=5.0,
     expert_bias=True,
     attention=attention,
     tie_embeddings=True,
     sandwich_norm=True,
     mtp_depth=2,
     remat='full',
+    unroll=2,
     balance=balance,
     loss=dataclasses.replace(base.loss, chunks=5),
   )
