@@ -30,6 +30,7 @@ from moejax.data.sources import DataConfig
 from moejax.data.token_cache import cache_directory
 from moejax.data.token_stream import (
   Text,
+  digest_of_split,
   digest_of_texts,
   name_task_in_errors,
   open_stream,
@@ -193,6 +194,7 @@ def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> D
   fingerprint = {
     'source': cfg.source,
     'source_digest': digest_of_texts(texts),
+    'held_out': digest_of_split(texts),
     'tokenizer': Path(cfg.tokenizer).name,
     'seed': str(seed),
     'tokenizer_digest': tokenizer.digest,
@@ -264,18 +266,9 @@ def _size(text: Text, streams: Streams) -> Size:
 
 def _total(sizes: Sequence[Size], weights: Sequence[float]) -> Size:
   """Returns the size of all tasks together; bytes per token are those of the rows as mixed."""
-  weighted = [weight * size.bytes_per_token for weight, size in zip(weights, sizes)]
-  return Size(
-    train_tokens=_sum_of('train_tokens', sizes),
-    train_bytes=_sum_of('train_bytes', sizes),
-    validation_tokens=_sum_of('validation_tokens', sizes),
-    validation_bytes=_sum_of('validation_bytes', sizes),
-    bytes_per_token=sum(weighted),
-  )
-
-
-def _sum_of(count: str, sizes: Sequence[Size]) -> int:
-  return sum(getattr(size, count) for size in sizes)
+  *counts, bytes_per_token = zip(*sizes)
+  weighted = [weight * of_task for weight, of_task in zip(weights, bytes_per_token)]
+  return Size(*map(sum, counts), bytes_per_token=sum(weighted))
 
 
 def _shuffled(rows: Rows, task: int, seed: int) -> grain.MapDataset:
