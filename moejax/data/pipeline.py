@@ -8,7 +8,7 @@ a document's first token is predicted from eod alone, its last one predicts eod,
 the text is predicted once. Rows are cut from the stream without padding. A mixture has a pair of
 streams for each task, all cut by one tokenizer; a row is of one task, a batch of several.
 
-Letters: B batch, S sequence, T tasks, N rows of all held-out streams.
+Letters: B batch, S sequence.
 """
 
 import functools
@@ -24,8 +24,9 @@ import numpy as np
 from moejax.config import check, problem_if
 from moejax.config.decimals import decimal_of
 from moejax.data.batch import Batch
+from moejax.data.held_out_rows import HeldOutDocuments, HeldOutRows, held_out_documents
 from moejax.data.holdout import digest_of, documents_of_split
-from moejax.data.rows import PAST_END, Rows, batch_from_rows, spaced_batches
+from moejax.data.rows import Rows, batch_from_rows
 from moejax.data.sources import DataConfig
 from moejax.data.token_cache import cache_directory
 from moejax.data.token_stream import (
@@ -68,7 +69,8 @@ class Data:
   fingerprint: dict[str, str]  # of all that shapes the batches; see checkpoint/fingerprint.py
   batch_size: int
   train_rows: grain.MapDataset  # [i] -> ([S + 1] ids, task), shuffled, mixed, without end
-  validation_rows: tuple[Rows, ...]  # of each task
+  held_out: HeldOutRows
+  documents: HeldOutDocuments  # that are held out
   read_split: Callable[[bool], bytes]  # whether held out -> the text of that side, read anew
 
   @property
@@ -127,26 +129,14 @@ class Data:
         tasks.
       rows: which rows of each batch; (): all.
     """
-    B, S = self.batch_size, self.validation_rows[0].seq_len
-    # Unlike Rows, the validation has the tail of a stream too.
-    counts = np.array([math.ceil(size.validation_tokens / S) for size in self.sizes])  # [T] rows
-    tasks_N = np.repeat(np.arange(len(counts)), counts)
-    places_N = np.concatenate([np.arange(count) for count in counts])  # in the row's own stream
-    # By the part of its stream that lies before a row; the streams' first rows are in front.
-    order_N = np.lexsort((tasks_N, places_N / counts[tasks_N]))
-    num_batches = math.ceil(len(order_N) / B)
-    last_opening = (len(counts) - 1) // B  # the batch in which the last stream starts
-    for index in spaced_batches(num_batches, max_batches, last_opening):
-      numbers = [index * B + row for row in rows or range(B)]
-      in_range = [number for number in numbers if number < len(order_N)]
-      ids = np.full((len(numbers), S + 1), PAST_END, np.int32)
-      task_ids = np.zeros(len(numbers), np.int32)
-      for row, chosen in enumerate(order_N[in_range]):
-        task = tasks_N[chosen]
-        row_ids = self.validation_rows[task][places_N[chosen]]
-        ids[row, : len(row_ids)] = row_ids
-        task_ids[row] = task
-      yield batch_from_rows(ids, task_ids, self.tokenizer.eod_id)
+    return self.held_out.batches(max_batches, rows)
+
+  def validation_documents(self, max_batches: int = 0) -> Iterator[np.ndarray]:
+    """Yields the document of each target of `validation`'s batches, all rows: [B, S].
+
+    A number in `documents`, or NO_DOCUMENT where nothing is to be predicted.
+    """
+    return self.held_out.documents(max_batches)
 
   def train_text(self) -> bytes:
     """Returns the training text, read anew, as for a compressor's dictionary.
@@ -209,6 +199,9 @@ def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> D
     shares = [f'{text.component.task}={text.component.weight}' for text in texts]
     fingerprint['mixture'] = ' '.join(shares)
 
+  held_out = HeldOutRows(
+    tuple(of_text.validation for of_text in streams), batch_size, tokenizer.eod_id
+  )
   sizes = tuple(_size(text, of_text) for text, of_text in zip(texts, streams))
   return Data(
     tokenizer=tokenizer,
@@ -218,7 +211,8 @@ def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> D
     fingerprint=fingerprint,
     batch_size=batch_size,
     train_rows=mixed,
-    validation_rows=tuple(of_text.validation for of_text in streams),
+    held_out=held_out,
+    documents=held_out_documents([text.survey for text in texts]),
     read_split=functools.partial(_read_split, texts),
   )
 
