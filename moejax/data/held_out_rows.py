@@ -28,11 +28,12 @@ class HeldOutDocuments(NamedTuple):
 
 def held_out_documents(surveys: Sequence[Survey]) -> HeldOutDocuments:
   """Returns the documents that the surveys of all tasks hold out."""
-  counts = [len(survey.validation_sizes) for survey in surveys]
+  sizes = [survey.validation_sizes for survey in surveys]
+  groups = [survey.validation_groups for survey in surveys]
   return HeldOutDocuments(
-    num_bytes=np.concatenate([survey.validation_sizes for survey in surveys]),
-    groups=np.concatenate([survey.validation_groups for survey in surveys]),
-    tasks=np.repeat(np.arange(len(surveys)), counts),
+    num_bytes=np.concatenate(sizes),
+    groups=np.concatenate(groups),
+    tasks=np.repeat(np.arange(len(surveys)), list(map(len, sizes))),
   )
 
 

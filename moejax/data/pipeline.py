@@ -174,12 +174,11 @@ def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> D
       of_text = _open_streams(text, tokenizer, cache, seq_len)
       _check_lengths(of_text, batch_size, text.component.weight)
     streams.append(of_text)
+  train, validation = zip(*streams)
   weights = [text.component.weight for text in texts]
-  datasets = [_shuffled(of_text.train, task, seed) for task, of_text in enumerate(streams)]
+  datasets = [_shuffled(rows, task, seed) for task, rows in enumerate(train)]
   mixed = grain.MapDataset.mix(datasets, weights)  # rounds weights to 1% of the least
 
-  train_ids = sum(len(of_text.train.stream) for of_text in streams)
-  validation_ids = sum(len(of_text.validation.stream) for of_text in streams)
   first_rows = [mixed[i][0] for i in range(batch_size)]
   fingerprint = {
     'source': cfg.source,
@@ -188,8 +187,8 @@ def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> D
     'tokenizer': Path(cfg.tokenizer).name,
     'seed': str(seed),
     'tokenizer_digest': tokenizer.digest,
-    'train_tokens': str(train_ids),
-    'validation_tokens': str(validation_ids),
+    'train_tokens': str(_length(train)),
+    'validation_tokens': str(_length(validation)),
     'batch_size': str(batch_size),
     'seq_len': str(seq_len),
     # Tells of another order of rows, should Grain's ever change.
@@ -199,9 +198,6 @@ def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> D
     shares = [f'{text.component.task}={text.component.weight}' for text in texts]
     fingerprint['mixture'] = ' '.join(shares)
 
-  held_out = HeldOutRows(
-    tuple(of_text.validation for of_text in streams), batch_size, tokenizer.eod_id
-  )
   sizes = tuple(_size(text, of_text) for text, of_text in zip(texts, streams))
   return Data(
     tokenizer=tokenizer,
@@ -211,10 +207,15 @@ def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> D
     fingerprint=fingerprint,
     batch_size=batch_size,
     train_rows=mixed,
-    held_out=held_out,
+    held_out=HeldOutRows(validation, batch_size, tokenizer.eod_id),
     documents=held_out_documents([text.survey for text in texts]),
     read_split=functools.partial(_read_split, texts),
   )
+
+
+def _length(sides: Sequence[Rows]) -> int:
+  """Returns the token ids of one side of all tasks."""
+  return sum(len(rows.stream) for rows in sides)
 
 
 def _open_streams(text: Text, tokenizer: Tokenizer, cache: Path, seq_len: int) -> Streams:
