@@ -14,7 +14,7 @@ from moejax.config.fields import walk_fields
 # no row follows from the others, as the first batch does from the seed.
 ACCEPT = {
   'batch': ('batch_size', 'seq_len'),
-  'data': ('source', 'source_digest', 'mixture'),
+  'data': ('source', 'source_digest', 'mixture', 'held_out'),
   'model': (),  # the fields that begin with model.
   'seed': ('seed',),
   'tokenizer': ('tokenizer', 'tokenizer_digest'),

@@ -1,35 +1,56 @@
-"""Which documents of a text are held out.   Source -> documents -> survey -> split
+"""The documents of a source: read once to be split, then one side at a time.
 
-Of a mixture, each source is surveyed by itself and then again with what the others hold out, so
-that a document that lies in two of them is on one side in both.
+Source -> documents -> Reading -> Survey (see split.py) -> documents of one side
 """
 
 import hashlib
 import itertools
-from collections.abc import Collection, Iterator
+import logging
+import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from moejax.config import ConfigError
+from moejax.data.near_copies import BINS, sketch_of
 from moejax.data.sources import Source
 
+logger = logging.getLogger('moejax')
+
 HELD_OUT = 0.05  # of a source's bytes
+PROGRESS_EVERY = 10.0  # seconds
+
+
+class Reading(NamedTuple):
+  """A source, read once. n documents, of which m differ."""
+
+  digest: str  # of all documents in order
+  lone: str  # digest of the only document, before it was cut in two; '' if there are more
+  order: np.ndarray  # [n] i64, the documents as numbers of the different ones
+  digests: list[str]  # [m]
+  sizes: np.ndarray  # [m] i64, bytes
+  sketches: np.ndarray  # [m, BINS] u16
 
 
 class Survey(NamedTuple):
-  """What is learnt of a source by reading it once. It is stored in the cache by these names."""
+  """What is learnt of a source by reading it. It is stored in the cache by these names."""
 
   digest: str  # of all documents in order
-  held: list[str]  # digests of the documents held out
-  shared: list[str]  # those of `held` that were not this source's choice
-  lone: str  # digest of the only document, before it was cut in two; '' if there are more
+  held: list[str]  # sorted digests of the documents held out
+  lone: str  # see Reading
+  lone_copies: list[str]  # the `lone` of other sources that have near-copies here
+  has_near_copies: bool  # whether what trains has near-copies of what is held out
   train_bytes: int
   validation_bytes: int
+  validation_sizes: list[int]  # bytes of each document held out, in order, copies too
+  validation_groups: list[int]  # of each of them the number of its group of near-copies
 
 
 class SplitDocuments(NamedTuple):
   """The documents of a source, of which each is on one side."""
 
-  lone: str  # see Survey
+  lone: str  # see Reading
   documents: Iterator[str]  # those that are not empty, in order
 
 
@@ -38,7 +59,7 @@ def digest_of(*parts: object) -> str:
   return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def _documents_to_split(source: Source) -> SplitDocuments:
+def documents_to_split(source: Source) -> SplitDocuments:
   """Returns the documents; a lone one comes as two, its last 5% apart, cut at a line end."""
   documents = filter(None, source.documents())
   first_two = list(itertools.islice(documents, 2))
@@ -49,46 +70,41 @@ def _documents_to_split(source: Source) -> SplitDocuments:
   earliest = int((1 - 2 * HELD_OUT) * len(text))
   # After the last line end in between, and in the middle of a line where there is none.
   cut = text.rfind('\n', earliest, latest) + 1 or latest
-  return SplitDocuments(_digest_of_text(text), iter([text[:cut], text[cut:]]))
+  return SplitDocuments(digest_of_text(text), iter([text[:cut], text[cut:]]))
 
 
-def _digest_of_text(text: str) -> str:
+def digest_of_text(text: str) -> str:
+  """Returns 32 hex digits."""
   return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def survey_of(source: Source, elsewhere: Collection[str] = ()) -> Survey:
-  """Reads the source once and chooses which documents are held out, about 5% of the bytes.
-
-  They are taken in the order of their digests: as good as chance, the same wherever the files lie,
-  and two copies of a document fall on one side. A document above 5% of the bytes is not taken;
-  where all are, the smallest is.
-
-  Args:
-    source: the text.
-    elsewhere: digests of what other sources of the mixture hold out, and this one then does too.
-  """
-  lone, documents = _documents_to_split(source)
-  sizes = [(_digest_of_text(text), len(text.encode())) for text in documents]
-  total = sum(size for _, size in sizes)
-  fitting = sorted({(digest, size) for digest, size in sizes if size <= HELD_OUT * total})
-  smallest = sorted(sizes, key=lambda entry: entry[1])[:1]
-  held: set[str] = set()
-  held_bytes = 0
-  for digest, size in fitting or smallest:
-    if held_bytes < HELD_OUT * total:
-      held.add(digest)
-      held_bytes += size
-  shared = {digest for digest, _ in sizes if digest in elsewhere} - held
-  held |= shared
-  # Counted anew, and not held_bytes: every copy of a document counts.
-  validation_bytes = sum(size for digest, size in sizes if digest in held)
-  return Survey(
-    digest=digest_of([digest for digest, _ in sizes]),
-    held=sorted(held),
-    shared=sorted(shared),
+def read_source(source: Source) -> Reading:
+  """Reads the source once; says how far it is where that takes long."""
+  lone, documents = documents_to_split(source)
+  numbers: dict[str, int] = {}  # digest -> its place among the different ones
+  order, sizes, sketches = [], [], []
+  all_digests = hashlib.blake2b(digest_size=16)
+  num_bytes, start, told = 0, time.monotonic(), time.monotonic()
+  for text in documents:
+    digest = digest_of_text(text)
+    all_digests.update(digest.encode())
+    if digest not in numbers:
+      numbers[digest] = len(numbers)
+      sizes.append(len(text.encode()))
+      sketches.append(sketch_of(text))
+    order.append(numbers[digest])
+    num_bytes += sizes[numbers[digest]]
+    if time.monotonic() - told > PROGRESS_EVERY:
+      told = time.monotonic()
+      speed = num_bytes / 1e6 / (told - start)
+      logger.info('reading the text: %.0f MB so far, %.0f MB/s', num_bytes / 1e6, speed)
+  return Reading(
+    digest=all_digests.hexdigest(),
     lone=lone,
-    train_bytes=total - validation_bytes,
-    validation_bytes=validation_bytes,
+    order=np.array(order, np.int64),
+    digests=list(numbers),
+    sizes=np.array(sizes, np.int64),
+    sketches=np.array(sketches, np.uint16).reshape(-1, BINS),
   )
 
 
@@ -104,11 +120,11 @@ def documents_of_split(source: Source, survey: Survey, held_out: bool) -> Iterat
     ConfigError: at the end, where the text is not the one that was surveyed.
   """
   held = set(survey.held)
-  digests = []
-  for text in _documents_to_split(source).documents:
-    digest = _digest_of_text(text)
-    digests.append(digest)
+  all_digests = hashlib.blake2b(digest_size=16)
+  for text in documents_to_split(source).documents:
+    digest = digest_of_text(text)
+    all_digests.update(digest.encode())
     if (digest in held) == held_out:
       yield text
-  if digest_of(digests) != survey.digest:
+  if all_digests.hexdigest() != survey.digest:
     raise ConfigError('the text has changed since it was first read: start again')

@@ -8,7 +8,7 @@ a document's first token is predicted from eod alone, its last one predicts eod,
 the text is predicted once. Rows are cut from the stream without padding. A mixture has a pair of
 streams for each task, all cut by one tokenizer; a row is of one task, a batch of several.
 
-Letters: B batch, S sequence, T tasks, N rows of all held-out streams.
+Letters: B batch, S sequence.
 """
 
 import functools
@@ -24,12 +24,14 @@ import numpy as np
 from moejax.config import check, problem_if
 from moejax.config.decimals import decimal_of
 from moejax.data.batch import Batch
+from moejax.data.held_out_rows import HeldOutDocuments, HeldOutRows, held_out_documents
 from moejax.data.holdout import digest_of, documents_of_split
-from moejax.data.rows import PAST_END, Rows, batch_from_rows, spaced_batches
+from moejax.data.rows import Rows, batch_from_rows
 from moejax.data.sources import DataConfig
 from moejax.data.token_cache import cache_directory
 from moejax.data.token_stream import (
   Text,
+  digest_of_split,
   digest_of_texts,
   name_task_in_errors,
   open_stream,
@@ -67,7 +69,8 @@ class Data:
   fingerprint: dict[str, str]  # of all that shapes the batches; see checkpoint/fingerprint.py
   batch_size: int
   train_rows: grain.MapDataset  # [i] -> ([S + 1] ids, task), shuffled, mixed, without end
-  validation_rows: tuple[Rows, ...]  # of each task
+  held_out: HeldOutRows
+  documents: HeldOutDocuments  # that are held out
   read_split: Callable[[bool], bytes]  # whether held out -> the text of that side, read anew
 
   @property
@@ -126,26 +129,14 @@ class Data:
         tasks.
       rows: which rows of each batch; (): all.
     """
-    B, S = self.batch_size, self.validation_rows[0].seq_len
-    # Unlike Rows, the validation has the tail of a stream too.
-    counts = np.array([math.ceil(size.validation_tokens / S) for size in self.sizes])  # [T] rows
-    tasks_N = np.repeat(np.arange(len(counts)), counts)
-    places_N = np.concatenate([np.arange(count) for count in counts])  # in the row's own stream
-    # By the part of its stream that lies before a row; the streams' first rows are in front.
-    order_N = np.lexsort((tasks_N, places_N / counts[tasks_N]))
-    num_batches = math.ceil(len(order_N) / B)
-    last_opening = (len(counts) - 1) // B  # the batch in which the last stream starts
-    for index in spaced_batches(num_batches, max_batches, last_opening):
-      numbers = [index * B + row for row in rows or range(B)]
-      in_range = [number for number in numbers if number < len(order_N)]
-      ids = np.full((len(numbers), S + 1), PAST_END, np.int32)
-      task_ids = np.zeros(len(numbers), np.int32)
-      for row, chosen in enumerate(order_N[in_range]):
-        task = tasks_N[chosen]
-        row_ids = self.validation_rows[task][places_N[chosen]]
-        ids[row, : len(row_ids)] = row_ids
-        task_ids[row] = task
-      yield batch_from_rows(ids, task_ids, self.tokenizer.eod_id)
+    return self.held_out.batches(max_batches, rows)
+
+  def validation_documents(self, max_batches: int = 0) -> Iterator[np.ndarray]:
+    """Yields the document of each target of `validation`'s batches, all rows: [B, S].
+
+    A number in `documents`, or NO_DOCUMENT where nothing is to be predicted.
+    """
+    return self.held_out.documents(max_batches)
 
   def train_text(self) -> bytes:
     """Returns the training text, read anew, as for a compressor's dictionary.
@@ -183,21 +174,21 @@ def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> D
       of_text = _open_streams(text, tokenizer, cache, seq_len)
       _check_lengths(of_text, batch_size, text.component.weight)
     streams.append(of_text)
+  train, validation = zip(*streams)
   weights = [text.component.weight for text in texts]
-  datasets = [_shuffled(of_text.train, task, seed) for task, of_text in enumerate(streams)]
+  datasets = [_shuffled(rows, task, seed) for task, rows in enumerate(train)]
   mixed = grain.MapDataset.mix(datasets, weights)  # rounds weights to 1% of the least
 
-  train_ids = sum(len(of_text.train.stream) for of_text in streams)
-  validation_ids = sum(len(of_text.validation.stream) for of_text in streams)
   first_rows = [mixed[i][0] for i in range(batch_size)]
   fingerprint = {
     'source': cfg.source,
     'source_digest': digest_of_texts(texts),
+    'held_out': digest_of_split(texts),
     'tokenizer': Path(cfg.tokenizer).name,
     'seed': str(seed),
     'tokenizer_digest': tokenizer.digest,
-    'train_tokens': str(train_ids),
-    'validation_tokens': str(validation_ids),
+    'train_tokens': str(_length(train)),
+    'validation_tokens': str(_length(validation)),
     'batch_size': str(batch_size),
     'seq_len': str(seq_len),
     # Tells of another order of rows, should Grain's ever change.
@@ -216,9 +207,15 @@ def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> D
     fingerprint=fingerprint,
     batch_size=batch_size,
     train_rows=mixed,
-    validation_rows=tuple(of_text.validation for of_text in streams),
+    held_out=HeldOutRows(validation, batch_size, tokenizer.eod_id),
+    documents=held_out_documents([text.survey for text in texts]),
     read_split=functools.partial(_read_split, texts),
   )
+
+
+def _length(sides: Sequence[Rows]) -> int:
+  """Returns the token ids of one side of all tasks."""
+  return sum(len(rows.stream) for rows in sides)
 
 
 def _open_streams(text: Text, tokenizer: Tokenizer, cache: Path, seq_len: int) -> Streams:
@@ -264,18 +261,9 @@ def _size(text: Text, streams: Streams) -> Size:
 
 def _total(sizes: Sequence[Size], weights: Sequence[float]) -> Size:
   """Returns the size of all tasks together; bytes per token are those of the rows as mixed."""
-  weighted = [weight * size.bytes_per_token for weight, size in zip(weights, sizes)]
-  return Size(
-    train_tokens=_sum_of('train_tokens', sizes),
-    train_bytes=_sum_of('train_bytes', sizes),
-    validation_tokens=_sum_of('validation_tokens', sizes),
-    validation_bytes=_sum_of('validation_bytes', sizes),
-    bytes_per_token=sum(weighted),
-  )
-
-
-def _sum_of(count: str, sizes: Sequence[Size]) -> int:
-  return sum(getattr(size, count) for size in sizes)
+  *counts, bytes_per_token = zip(*sizes)
+  weighted = [weight * of_task for weight, of_task in zip(weights, bytes_per_token)]
+  return Size(*map(sum, counts), bytes_per_token=sum(weighted))
 
 
 def _shuffled(rows: Rows, task: int, seed: int) -> grain.MapDataset:

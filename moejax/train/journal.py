@@ -34,9 +34,11 @@ from moejax.train.telemetry.final_report import (
   report_lines,
   row_of_step,
 )
+from moejax.train.telemetry.held_out_report import compare_sides, comparison_lines, tail_start
 from moejax.train.telemetry.load_plots import load_bars, load_image
 from moejax.train.telemetry.metric_rows import (
   ValidationSums,
+  loss_row,
   progress_text,
   training_row,
   validation_row,
@@ -130,6 +132,9 @@ class Journal:
     self.bar.update(self.task, completed=step, description=f'step {step}/{self.cfg.steps}')
     self.tokens += self.cfg.batch_size * self.cfg.seq_len
     if step > 1 and step % self.cfg.log_every and step != self.cfg.steps:
+      # Every step of the last tenth counts in the report, and so has a row of its losses.
+      if step > tail_start(self.cfg.steps):
+        self.metrics.write({'step': step} | loss_row(metrics))
       return
     metrics = jax.device_get(metrics)
     load, dropped = metrics['load'], metrics['layers']['dropped']
@@ -203,8 +208,10 @@ class Journal:
     rows = self.metrics.rows()
     last = row_of_step(rows, self.cfg.steps)
     watched = monitors(last)
+    sides = compare_sides(rows, last, self.cfg.steps, self.data)
     report = {
       'bits_per_byte': bpb,
+      'sides': {task: of._asdict() for task, of in sides.items()},
       'best_bits_per_byte': best_bits_per_byte(rows, bpb),
       'not_finite': non_finite_validations(rows),
       'digest': digest,
@@ -218,6 +225,7 @@ class Journal:
       report,
       watched,
       self.compressed,
+      compared=comparison_lines(sides),
       usage=self.usage,
       text=self.text,
       workdir=self.workdir,

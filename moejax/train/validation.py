@@ -8,7 +8,7 @@ from moejax.runtime.watchdog import beat
 from moejax.train.run_parts import Run
 from moejax.train.step.train_state import TrainState
 from moejax.train.step.train_step import Metrics
-from moejax.train.telemetry.metric_rows import add_sums
+from moejax.train.telemetry.metric_rows import add_sums, sum_by_document
 
 SAMPLE_TOKENS = 96
 
@@ -22,12 +22,16 @@ def validate(run: Run, state: TrainState, batches: int) -> float:
   sums = probe = None
   # A named beat: what is called first now is compiled first, and may take its time.
   beat('validation')
-  for batch in run.data.validation(batches, programs.rows):
+  held_out = run.data.validation(batches, programs.rows)
+  # Of all rows, as the losses of a batch come back from the devices, whichever process read them.
+  for batch, documents in zip(held_out, run.data.validation_documents(batches), strict=True):
     result = jax.device_get(programs.evaluate(state.model, state.router, programs.put(batch)))
     batch_probe = result.pop('probe')
     # Of the first batch, which is the same in every validation.
     if sums is None:
       probe = batch_probe
+    nll = result.pop('nll')
+    result['document_nll'] = sum_by_document(nll, documents, len(run.data.documents.num_bytes))
     sums = add_sums(sums, result)
     beat()
   sums['task_nll'] = inject('validation', sums['task_nll'], step)

@@ -77,6 +77,17 @@ def test_what_may_differ_is_named_and_told(root: Path, caplog: pytest.LogCapture
   ]
 
 
+def test_another_split_is_refused_or_accepted_as_other_data(root: Path) -> None:
+  """Steps of a version that had no such field, too: they may have trained on what is held out."""
+  mine = DATA | {'held_out': 'abc'}
+  with pytest.raises(ConfigError) as error:
+    Checkpoints(root, CheckpointConfig()).restore(state(), mine)
+  remedy, *lines = error.value.problems
+  assert lines == ['data held_out: absent in the checkpoint, abc in the config']
+  assert '--config.checkpoint.accept=data ' in remedy
+  assert Checkpoints(root, CheckpointConfig(accept='data')).restore(state(), mine)
+
+
 def test_nothing_makes_up_for_another_leaf(root: Path) -> None:
   every = CheckpointConfig(accept='batch,data,model,seed,tokenizer')
   with pytest.raises(ConfigError) as error:

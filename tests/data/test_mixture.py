@@ -172,7 +172,7 @@ def test_errors_of_texts_name_the_task(mixed_folder: Path) -> None:
   assert f"mixture.notes: path='{mixed_folder}/none*' matches no file" in problems(
     mixture=frozendict(notes=path, code=f'1 text {mixed_folder}/code/*')
   )
-  assert 'mixture.maths: the held-out text has 164 tokens' in problems(seq_len=200, batch_size=1)
+  assert 'mixture.maths: the held-out text has 197 tokens' in problems(seq_len=200, batch_size=1)
   (mixed_folder / 'short').mkdir()
   (mixed_folder / 'short' / 'a.txt').write_text('hello\n' * 9)
   few, many = (problems(weights={'code': code, 'short': 1}) for code in (1, 0.2))

@@ -47,7 +47,7 @@ def test_a_plain_source_is_the_pipeline_without_a_mixture(mixed_folder: Path) ->
       and not data.batch(step).task_ids.any()
     )
   assert (
-    data.fingerprint['first_batch'] == digest_of(rows[0].tobytes()) and len(data.fingerprint) == 10
+    data.fingerprint['first_batch'] == digest_of(rows[0].tobytes()) and len(data.fingerprint) == 11
   )
   assert data.tasks == config.tasks == ('text',) and 'mixture' not in data.fingerprint
 

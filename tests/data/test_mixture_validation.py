@@ -10,7 +10,7 @@ import pytest
 from moejax.data.batch import Batch
 from moejax.data.pipeline import Data, open_data
 from moejax.data.sources import DataConfig
-from tests.data.mixed_texts import EOD, B, S, equal, open_mixture, open_task_alone
+from tests.data.mixed_texts import EOD, LETTERS, B, S, equal, open_mixture, open_task_alone
 
 
 def targets_by_task(batches: Iterable[Batch]) -> dict[int, list[int]]:
@@ -36,6 +36,31 @@ def test_validation_predicts_every_held_out_token_of_every_task_once(mixed_folde
   )
   for batch in batches:  # -1 and the ids of other rows do not leak into padding
     assert (batch.segment_ids[~batch.mask] == 0).all() and (batch.tokens[~batch.mask] == EOD).all()
+
+
+@pytest.mark.parametrize('max_batches', [0, 5])
+def test_every_target_is_of_its_document(mixed_folder: Path, max_batches: int) -> None:
+  """Documents span rows, rows span documents; batches hold rows of several tasks."""
+  data = open_mixture(mixed_folder)
+  texts = data.validation_text().decode().splitlines(True)
+  assert [len(text.encode()) for text in texts] == data.documents.num_bytes.tolist()
+  letters = [next(i for i, task in enumerate(data.tasks) if t[0] in LETTERS[task]) for t in texts]
+  assert letters == data.documents.tasks.tolist()
+  found = [bytearray() for _ in texts]
+  pairs = zip(data.validation(max_batches), data.validation_documents(max_batches), strict=True)
+  for batch, documents in pairs:
+    assert np.array_equal(documents >= 0, batch.mask)
+    for targets, of_row, task in zip(batch.targets, documents, batch.task_ids):
+      for target, document in zip(targets[of_row >= 0], of_row[of_row >= 0]):
+        assert data.documents.tasks[document] == task
+        if target != EOD:
+          found[document].append(target)
+  if not max_batches:
+    assert [part.decode() for part in found] == texts
+  for part, text in zip(found, texts):
+    rest = iter(text.encode())
+    assert all(byte in rest for byte in part)  # in the text's order, perhaps with gaps
+  assert 0 < sum(map(len, found)) <= data.validation_bytes
 
 
 @pytest.mark.parametrize('batch_size', [1, 2, 3])

@@ -70,7 +70,7 @@ def test_validation_predicts_every_token_once(folder: Path) -> None:
 
 
 def test_some_of_the_validation_is_spread_over_it(folder: Path) -> None:
-  data = open_text(folder, batch_size=1, seq_len=8)
+  data = open_text(folder, batch_size=1, seq_len=16)
   every = list(data.validation())
   some = list(data.validation(5))
   found = [next(i for i, b in enumerate(every) if equal(a, b)) for a in some]

@@ -89,6 +89,7 @@ def test_stdlib_leaves_tests_and_other_packages_out(tmp_path: Path) -> None:
   assert (
     b'import numpy' not in text and b'class BaseTaskTests' not in text
   )  # site-packages; test_asyncio
+  assert b'gencodec.py' not in text  # tables of codecs, each like its siblings
   assert 0.05 <= data.validation_bytes / len(text) < 0.06 and len(text) > 5e6
 
 

@@ -18,6 +18,7 @@ CHANGES = {
   'checkpoint__every': 2,
   'checkpoint__keep_every': 4,
   'eval__every': 0,  # one validation, at the end
+  'data__synthetic_tokens': 80_000,  # enough documents held out for an interval
   'model__num_layers': 1,
   'model__num_dense_layers': 0,
   **MESH,

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from moejax.data.held_out_rows import HeldOutDocuments
 from moejax.data.pipeline import Size
 from moejax.model.config import ModelConfig
 from moejax.moe.layer import MoEConfig
@@ -35,6 +36,7 @@ DATA = SimpleNamespace(
   validation_tokens=300,
   validation_bytes=900,
   sizes=(Size(0, 0, 100, 300, 3.0), Size(0, 0, 200, 600, 3.0)),
+  documents=HeldOutDocuments(np.full(9, 100), np.arange(9), np.repeat([0, 1], [3, 6])),
   train_text=lambda: b'some text to train on',
   validation_text=lambda: b'some held-out text',
 )
@@ -77,21 +79,24 @@ def of_step(step: int) -> dict[str, object]:
 
 
 def of_validation(step: int) -> tuple[dict[str, object], np.ndarray]:
+  """What a validation of a part of the text adds up to, and the one of all of it at the end."""
   rng = np.random.default_rng(1000 + step)
+  document_nll = rng.random(9) * 100
   sums = {
-    'task_nll': rng.random(2) * 100,
-    'task_tokens': np.array([30.0, 70.0]),
+    'task_nll': np.array([document_nll[:3].sum(), document_nll[3:].sum()]),
+    'task_tokens': np.array([100.0, 200.0]) if step == STEPS else np.array([30.0, 70.0]),
+    'document_nll': document_nll,
     'stats': stats(rng),
     'load': rng.integers(0, 90, (L, E)).astype(float),
   }
   return sums, rng.integers(0, E, (L, 50, K)).astype(np.uint16)
 
 
-def run(workdir: Path, begin: int, end: int) -> None:
-  """Steps begin + 1 to end, with a validation after each even one."""
+def run(workdir: Path, begin: int, end: int, steps: int = STEPS, log_every: int = 1) -> None:
+  """Steps begin + 1 to end, with a validation after each even one of the first ones."""
   model = ModelConfig(moe=MoEConfig(router=RouterConfig(E, K)))
   workdir.mkdir(exist_ok=True)
-  cfg = ExperimentConfig(steps=STEPS, log_every=1, workdir=str(workdir), model=model)
+  cfg = ExperimentConfig(steps=steps, log_every=log_every, workdir=str(workdir), model=model)
   with Journal(cfg, DATA, 10**9, begin) as journal:
     for step in range(begin + 1, end + 1):
       journal.step(step, of_step(step))
@@ -183,6 +188,29 @@ def test_the_report_has_the_monitors(straight: Path) -> None:
   assert report['saturation'] == pytest.approx(
     {step: np.mean(share) for step, share in shares.items()}
   )
+
+
+def test_the_report_has_both_sides(straight: Path) -> None:
+  sides = json.loads((straight / 'report.json').read_text())['sides']
+  sums, _ = of_validation(STEPS)
+  for task, nll, size in zip(('prose', 'code'), sums['task_nll'], (300, 600)):
+    assert sides[task]['held_out'] == pytest.approx(nll / size / math.log(2))
+  assert sides['prose']['low'] is None  # of three documents
+  assert sides['code']['low'] < sides['code']['held_out'] < sides['code']['high']
+  assert sides['prose']['training'] is None
+  assert sides['code']['training'] == pytest.approx(2 / 3 / math.log(2))
+  last = [row for row in rows(straight) if 'eval/bits_per_byte' in row][-1]
+  assert last['eval/bits_per_byte_low'] < last['eval/bits_per_byte']
+  parts = [row for row in rows(straight) if row['step'] < STEPS]
+  assert not any('eval/bits_per_byte_low' in row for row in parts)  # of a part of the text
+
+
+def test_every_step_of_the_last_tenth_has_its_losses(tmp_path: Path) -> None:
+  run(tmp_path / 'run', 0, 40, steps=40, log_every=10)
+  found = [row for row in rows(tmp_path / 'run') if 'nll' in row]
+  assert [row['step'] for row in found] == [1, 10, 20, 30, 37, 38, 39, 40]
+  assert set(found[4]) == {'step', 'nll', 'lm_loss/prose', 'lm_loss/code'}
+  assert found[4]['nll'] == float(of_step(37)['nll'])
 
 
 def test_a_resumed_journal_tells_the_same_story(straight: Path, tmp_path: Path) -> None:

@@ -184,8 +184,9 @@ def eval_step(
   """Sums over one batch of held-out text. It changes no state, and nothing is random.
 
   Returns:
-    Of each task [R]: `task_nll` in nats, `task_tokens` predicted. Of each MoE layer: `load` [L, E],
-    `stats` [L, ...], and the `expert_ids` [L, rows, S, K] of the first rows, which a probe takes.
+    Of each task [R]: `task_nll` in nats, `task_tokens` predicted. Of each token: `nll` [B, S], 0
+    where nothing is to be predicted. Of each MoE layer: `load` [L, E], `stats` [L, ...], and the
+    `expert_ids` [L, rows, S, K] of the first rows, which a probe takes.
   """
   out = model(batch, router.bias, rows_with_ids=probe_rows(batch.tokens.shape[1]))
   # Every token counts once: what training weighs tasks by is no part of a measurement.
@@ -195,6 +196,7 @@ def eval_step(
   return {
     'task_nll': sum_by_task(parts.nll, batch, cfg),
     'task_tokens': task_tokens(batch, cfg),
+    'nll': jnp.where(batch.mask, parts.nll, 0.0),
     'load': out.aux.load,
     'stats': out.aux.stats,
     'expert_ids': out.aux.expert_ids,

@@ -46,6 +46,7 @@ def report_lines(
   watched: Mapping[str, float],
   compressed: Mapping[str, float],
   *,
+  compared: Sequence[str],
   usage: str,
   text: str,
   workdir: pathlib.Path,
@@ -57,6 +58,7 @@ def report_lines(
     report: what report.json holds.
     watched: the `monitors` of the last step.
     compressed: compressor -> bits per byte of the held-out text.
+    compared: lines that set held-out text beside training text, see held_out_report.py.
     usage: how experts were used in the last validation, in words.
     text: the sample of the last validation, which begins with the prompt.
   """
@@ -76,7 +78,8 @@ def report_lines(
     '',
     *sample,
     '',
-    f'done. {best:.4f} bits per byte at best, {last:.4f} at the end{others}',
+    f'done. {last:.4f} bits per byte of held-out text{others}; {best:.4f} at best, of a validation',
+    *compared,
     *non_finite,
     f'experts  {usage}, on held-out text',
     f'monitors {", ".join(values)}',

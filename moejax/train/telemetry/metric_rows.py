@@ -4,7 +4,8 @@ them.
   metrics of a step, or sums over batches -> scalars (means over layers, worst layers)
   and layers: name -> [L]
 
-Letters: B batch, S sequence, E experts, K experts per token, L MoE layers, R tasks.
+Letters: B batch, S sequence, E experts, K experts per token, L MoE layers, R tasks, D held-out
+documents.
 """
 
 import math
@@ -14,9 +15,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from moejax.data.held_out_rows import NO_DOCUMENT
 from moejax.data.pipeline import Data
 from moejax.moe.routing import RouterConfig
 from moejax.moe.statistics import add, layer_statistics, over_layers, token_statistics
+from moejax.train.telemetry.document_interval import bits_per_byte_interval
 
 BITS_PER_NAT = 1 / math.log(2)
 ValidationSums = Mapping[str, object]
@@ -62,6 +65,12 @@ def training_row(metrics: Mapping[str, object], bytes_per_token: float) -> Row:
   return Row(scalars | means, layers)
 
 
+def loss_row(metrics: Mapping[str, object]) -> dict[str, float]:
+  """Only the losses of a step, by the names that they have in `training_row`, too."""
+  names = [name for name in metrics if name == 'nll' or name.startswith('lm_loss/')]
+  return {name: float(metrics[name]) for name in names}
+
+
 def add_sums(sums: ValidationSums | None, batch: ValidationSums) -> ValidationSums:
   """A batch of a validation added to the ones before it; None: it is the first.
 
@@ -73,6 +82,18 @@ def add_sums(sums: ValidationSums | None, batch: ValidationSums) -> ValidationSu
     return batch
   total = {name: sums[name] + batch[name] for name in batch if name != 'stats'}
   return total | {'stats': add(sums['stats'], batch['stats'])}
+
+
+def sum_by_document(nll: np.ndarray, documents: np.ndarray, count: int) -> np.ndarray:
+  """Sums over each document's tokens, [D] f64; a document may lie in several rows and batches.
+
+  Args:
+    nll: [B, S] nats.
+    documents: [B, S], each token's, see `Data.validation_documents`.
+    count: D.
+  """
+  is_real = documents != NO_DOCUMENT
+  return np.bincount(documents[is_real], nll[is_real].astype(np.float64), minlength=count)
 
 
 def loss_scalars(
@@ -95,6 +116,23 @@ def loss_scalars(
   }
 
 
+def interval_scalars(document_nll: np.ndarray, data: Data) -> dict[str, float]:
+  """The interval of bits per byte, of all tasks and of each if there are several.
+
+  document_nll: [D] nats.
+  """
+  num_bytes, groups, tasks = data.documents
+  pieces = {'': np.full(len(tasks), True)}
+  if len(data.tasks) > 1:
+    pieces |= {f'/{task}': tasks == i for i, task in enumerate(data.tasks)}
+  scalars = {}
+  for suffix, piece in pieces.items():
+    interval = bits_per_byte_interval(document_nll[piece], num_bytes[piece], groups[piece])
+    scalars[f'eval/bits_per_byte_low{suffix}'] = interval.low
+    scalars[f'eval/bits_per_byte_high{suffix}'] = interval.high
+  return scalars
+
+
 def validation_row(
   sums: ValidationSums, router: RouterConfig, data: Data, more: Mapping[str, np.ndarray]
 ) -> Row:
@@ -104,7 +142,7 @@ def validation_row(
   leaves no expert to compare with, there is no row of margins, see `RouterConfig.has_margin`.
 
   Args:
-    sums: over its batches, see `add_sums`.
+    sums: over its batches, see `add_sums` and, for `document_nll`, `sum_by_document`.
     more: further name -> [L].
   """
   nll, seen = sums['task_nll'], sums['task_tokens']
@@ -114,6 +152,9 @@ def validation_row(
     for task, task_nll, task_seen, size in zip(data.tasks, nll, seen, data.sizes, strict=True):
       text = size.validation_tokens, size.validation_bytes
       scalars |= loss_scalars(f'/{task}', task_nll, task_seen, *text)
+  # Of a part of the text, documents would have lost some of their tokens.
+  if seen.sum() == data.validation_tokens:
+    scalars |= interval_scalars(sums['document_nll'], data)
   statistics = (
     layer_statistics(sums['load'], router.top_k)
     | token_statistics(sums['stats'], router.has_margin)

@@ -241,6 +241,8 @@ def test_evaluation_moves_nothing_and_counts_what_training_would() -> None:
   np.testing.assert_allclose(
     out['task_nll'].sum() / out['task_tokens'].sum(), sums.terms['lm_loss'], rtol=1e-6
   )
+  np.testing.assert_allclose(out['nll'].sum(), out['task_nll'].sum(), rtol=1e-6)
+  np.testing.assert_array_equal(out['nll'] > 0, make_batch().mask)
   np.testing.assert_array_equal(out['load'], sums.load)
   counted = (make_batch().segment_ids > 0).sum() * 2
   np.testing.assert_array_equal(out['load'].sum(-1), counted)

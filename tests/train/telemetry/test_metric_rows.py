@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from moejax.data.held_out_rows import HeldOutDocuments
 from moejax.data.pipeline import Size
 from moejax.moe.routing import RouterConfig
 from moejax.moe.statistics import STATISTICS, Stats, layer_statistics, token_statistics
@@ -15,6 +16,7 @@ from moejax.train.telemetry.metric_rows import (
   clock,
   perplexity,
   progress_text,
+  sum_by_document,
   training_row,
   validation_row,
 )
@@ -40,10 +42,14 @@ def stats(seed: int, tokens: float = 10) -> Stats:
 
 
 def batch(seed: int, nll: list[float], tokens: list[float]) -> dict[str, object]:
+  """The sums of a batch; each task's text is seven documents, of which it has some of one."""
+  documents = np.zeros((len(nll), 7))
+  documents[:, seed] = nll
   load = np.random.default_rng(seed).integers(1, 50, (L, E)).astype(np.float32)
   return {
     'task_nll': np.array(nll, np.float32),
     'task_tokens': np.array(tokens, np.float32),
+    'document_nll': documents.ravel(),
     'load': load,
     'stats': stats(seed, sum(tokens) + 1),
   }
@@ -56,6 +62,9 @@ def corpus(*tasks: str) -> SimpleNamespace:
     sizes=sizes,
     validation_tokens=sum(s.validation_tokens for s in sizes),
     validation_bytes=sum(s.validation_bytes for s in sizes),
+    documents=HeldOutDocuments(
+      np.full(7 * len(tasks), 300 / 7), np.arange(7 * len(tasks)), np.repeat(range(len(tasks)), 7)
+    ),
   )
 
 
@@ -113,6 +122,30 @@ def test_a_validation_is_the_ratio_of_sums_and_not_the_mean_of_ratios() -> None:
   assert all(name.startswith('eval/') for name in row) and not any(
     name.endswith('/') for name in row
   )
+
+
+def test_a_document_adds_up_over_rows_and_batches_and_padding_is_of_none() -> None:
+  documents = np.array([[0, 0, 2], [2, 2, -1]])
+  nll = np.array([[1, 2, 4], [8, 16, 32]], np.float32)
+  assert sum_by_document(nll, documents, 4).tolist() == [3, 0, 28, 0]
+
+
+def test_all_of_the_text_has_an_interval_and_a_part_has_none() -> None:
+  whole, part = (
+    add_sums(None, batch(3, [30.0, 50.0], tokens)) for tokens in ([100, 200], [100, 199])
+  )
+  row, _ = validation_row(whole, ROUTER, corpus('a', 'b'), {})
+  for suffix in ('', '/a', '/b'):
+    low, middle, high = (row[f'eval/bits_per_byte{p}{suffix}'] for p in ('_low', '', '_high'))
+    assert low < middle < high
+  low, middle, high = (row[f'eval/bits_per_byte{p}/a'] for p in ('_low', '', '_high'))
+  # Of seven documents six have nothing: leaving one out gives 0 or 7/6 of the ratio.
+  without = np.array([0] + [7 / 6] * 6) * middle
+  spread = math.sqrt(6 / 7 * np.square(without - without.mean()).sum())
+  assert (high - low) / 2 == pytest.approx(2.4469 * spread, rel=1e-3)
+  assert (low + high) / 2 == pytest.approx(middle)
+  row, _ = validation_row(part, ROUTER, corpus('a', 'b'), {})
+  assert not any('_low' in name or '_high' in name for name in row)
 
 
 def test_each_task_has_its_losses() -> None:
