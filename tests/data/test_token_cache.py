@@ -78,7 +78,7 @@ def test_a_warm_start_neither_reads_nor_trains(
 ) -> None:
   monkeypatch.setattr(token_stream, 'RACY', 0)
   before = open_text(folder, tokenizer='bpe:300')
-  monkeypatch.setattr(sources, '_read_file', None)
+  monkeypatch.setattr(sources, 'read_documents', None)
   monkeypatch.setattr(token_stream, 'load_tokenizer', None)
   after = open_text(folder, tokenizer='bpe:300')
   assert after.fingerprint == before.fingerprint and after.tokenizer.decode(
