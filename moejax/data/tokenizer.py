@@ -28,8 +28,15 @@ EOD_NAMES = (
   '<｜end▁of▁sentence｜>',
 )
 PIECE = 1 << 18  # characters that a piece of a text has at least
+LONGEST_PIECE = 1 << 22  # what tokens of a piece take in memory is a hundred times as much
 # After a lone line break, where the pre-tokenizer of our BPE cuts anyway.
 SEAM = re.compile(r'(?<=[\w!-~]\n)(?=[\w!-~])')
+# Characters of the longest run of letters, digits, signs or blanks that our BPE takes as one word.
+# Learning from a word takes the square of its length: a megabyte of DNA would take hours.
+LONGEST_WORD = 256
+# How GPT-2 cuts a text into words, and so do we, but that a run has an end.
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+WORDS = GPT2_WORDS.replace('+', f'{{1,{LONGEST_WORD}}}')
 SMALLEST_BPE = 257  # every byte, so that any text can be written, and the end of document
 
 
@@ -81,13 +88,19 @@ class Tokenizer:
   def pieces(self, text: str) -> Iterator[str]:
     """Yields pieces of a text which encode to the ids of the whole.
 
-    In pieces, cores share a long text and memory is bounded.
+    In pieces, cores share a long text and memory is bounded. Where no line ends for LONGEST_PIECE
+    characters, as in data that is no text, a word is cut there.
     """
     start = 0
     if self.name.startswith('bpe:'):  # others' rules may look across lines
-      while seam := SEAM.search(text, start + PIECE):
-        yield text[start : seam.start()]
-        start = seam.start()
+      while len(text) - start > PIECE:
+        latest = start + LONGEST_PIECE
+        seam = SEAM.search(text, start + PIECE, latest)
+        if not seam and latest >= len(text):
+          break
+        end = seam.start() if seam else latest
+        yield text[start:end]
+        start = end
     yield text[start:]
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -166,7 +179,10 @@ def load_tokenizer(spec: str, train_documents: Iterable[str] = ()) -> Tokenizer:
 def _train_bpe(size: int, documents: Iterable[str]) -> str:
   """Returns the tokenizer.json of a byte-level BPE of so many tokens, or fewer for little text."""
   backend = tokenizers.Tokenizer(models.BPE())
-  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  # Part of the tokenizer, and not only of what it learns from: the ids must agree.
+  words = pre_tokenizers.Split(tokenizers.Regex(WORDS), 'isolated')
+  to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  backend.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
   backend.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
     vocab_size=size,

@@ -15,6 +15,10 @@ from tests.data.mixed_texts import equal
 from tests.data.plain_texts import open_text
 
 
+def fail(*args: object, **kwargs: object) -> None:
+  raise TypeError('called')
+
+
 def cut(content: bytes) -> bytes:
   return content[: len(content) // 2]
 
@@ -78,7 +82,7 @@ def test_a_warm_start_neither_reads_nor_trains(
 ) -> None:
   monkeypatch.setattr(token_stream, 'RACY', 0)
   before = open_text(folder, tokenizer='bpe:300')
-  monkeypatch.setattr(sources, 'read_documents', None)
+  monkeypatch.setattr(sources, 'read_documents', fail)
   monkeypatch.setattr(token_stream, 'load_tokenizer', None)
   after = open_text(folder, tokenizer='bpe:300')
   assert after.fingerprint == before.fingerprint and after.tokenizer.decode(

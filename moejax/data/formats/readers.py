@@ -8,7 +8,7 @@ from typing import NamedTuple
 from moejax.config import ConfigError
 from moejax.data.formats.arrow_tables import read_arrow, read_parquet
 from moejax.data.formats.byte_stream import PACKED
-from moejax.data.formats.json_records import read_json_records, read_json_lines
+from moejax.data.formats.json_records import read_json_lines, read_json_records
 from moejax.data.formats.text_file import read_text
 
 TABLES = ('.parquet', '.arrow')  # which pack their columns themselves
