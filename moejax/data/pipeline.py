@@ -1,4 +1,4 @@
-"""Text to batches, each a pure function of (seed, step).
+"""Text to batches, each a pure function of (seed, rows seen).
 
 source -> documents -> split -> tokenizer -> token cache -> rows -> Grain shuffle, repeat, mix
   -> Batch
@@ -25,6 +25,7 @@ from moejax.config import check, problem_if
 from moejax.config.decimals import decimal_of
 from moejax.data.batch import Batch
 from moejax.data.holdout import digest_of, documents_of_split
+from moejax.data.position import Stretch, rows_seen
 from moejax.data.rows import PAST_END, Rows, batch_from_rows, spaced_batches
 from moejax.data.sources import DataConfig
 from moejax.data.token_cache import cache_directory
@@ -66,6 +67,7 @@ class Data:
   totals: Size  # of all tasks together; bytes_per_token of the training text as it is mixed
   fingerprint: dict[str, str]  # of all that shapes the batches; see checkpoint/fingerprint.py
   batch_size: int
+  stretches: tuple[Stretch, ...]  # of the run, so that step -> rows seen
   train_rows: grain.MapDataset  # [i] -> ([S + 1] ids, task), shuffled, mixed, without end
   validation_rows: tuple[Rows, ...]  # of each task
   read_split: Callable[[bool], bytes]  # whether held out -> the text of that side, read anew
@@ -104,14 +106,14 @@ class Data:
     """Returns training batch number `step`, the same whatever was asked for before.
 
     Epochs follow each other without a seam: a batch may hold the end of one and the start of the
-    next.
+    next. So do batches of other sizes, where `stretches` has some.
 
     Args:
       step: from 0, without end.
       rows: which rows of the batch; (): all.
     """
-    B = self.batch_size
-    picked = [self.train_rows[step * B + row] for row in rows or range(B)]
+    first = rows_seen(self.stretches, step)
+    picked = [self.train_rows[first + row] for row in rows or range(self.batch_size)]
     ids, tasks = zip(*picked)
     return batch_from_rows(np.stack(ids), np.stack(tasks), self.tokenizer.eod_id)
 
@@ -215,6 +217,7 @@ def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> D
     totals=_total(sizes, weights),
     fingerprint=fingerprint,
     batch_size=batch_size,
+    stretches=(Stretch(0, batch_size, seq_len),),
     train_rows=mixed,
     validation_rows=tuple(of_text.validation for of_text in streams),
     read_split=functools.partial(_read_split, texts),
@@ -223,10 +226,8 @@ def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> D
 
 def _open_streams(text: Text, tokenizer: Tokenizer, cache: Path, seq_len: int) -> Streams:
   """Returns both sides of a text, tokenised where the cache does not have them."""
-  return Streams(
-    train=Rows(open_stream(text, tokenizer, cache, held_out=False), seq_len),
-    validation=Rows(open_stream(text, tokenizer, cache, held_out=True), seq_len),
-  )
+  train, validation = (open_stream(text, tokenizer, cache, side) for side in (False, True))
+  return Streams(Rows(train, seq_len), Rows(validation, seq_len))
 
 
 def _check_lengths(streams: Streams, batch_size: int, weight: float) -> None:

@@ -13,13 +13,14 @@ import sys
 
 import jax
 
-from moejax.checkpoint.checkpoints import Checkpoints, NoLoadableCheckpoint
+from moejax.checkpoint.checkpoints import Checkpoints, NoLoadableCheckpoint, Restored
 from moejax.checkpoint.fingerprint import changes
 from moejax.checkpoint.lock import RunInUse, hold_run_directory
 from moejax.checkpoint.manifest import digest
 from moejax.checkpoint.writer import SaveFailed
 from moejax.config import ConfigError, check, problem_if
 from moejax.data.pipeline import Data, open_data
+from moejax.data.position import Stretch
 from moejax.runtime.faults import fault_point, parse_environment
 from moejax.runtime.files import write_whole
 from moejax.runtime.lifecycle import (
@@ -40,6 +41,12 @@ from moejax.train.run_parts import Run
 from moejax.train.shapes import make_run_mesh
 from moejax.train.step.train_state import TrainState
 from moejax.train.step.train_step import Metrics
+from moejax.train.text_position import (
+  position_lines,
+  read_stretches,
+  stretches_after,
+  write_stretches,
+)
 from moejax.train.validation import validate
 
 
@@ -94,8 +101,13 @@ def start(cfg: ExperimentConfig, received: list[int]) -> int:
     programs = compile_programs(full, mesh)
     # 5. The state: the newest checkpoint that verifies, or the state before the first step.
     checkpoints = Checkpoints(workdir / CHECKPOINTS, full.checkpoint)
-    state = restore_state(programs.target, checkpoints, data)
-    if state is None:
+    with fail_together(ConfigError):
+      stretches = read_stretches(workdir)
+    restored = checkpoints.restore(programs.target, data.fingerprint)
+    if restored:
+      state = restored.tree
+      data = data_from_there(data, full, stretches, restored)
+    else:
       state = initial_train_state(full, programs.target, mesh)
     # 6. What others read of the run. What has changed in the config is told once the journal is
     # open, and found before the old config is written over.
@@ -106,6 +118,7 @@ def start(cfg: ExperimentConfig, received: list[int]) -> int:
     changed = changes_of_config(cfg)
     if is_first_process():
       write_config(cfg)
+      write_stretches(workdir, data.stretches)
       write_whole(workdir / TOKENIZER_FILE, data.tokenizer.json_text)
       write_whole(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
     # 7. The steps, under a watch that ends a process that hangs.
@@ -117,15 +130,22 @@ def start(cfg: ExperimentConfig, received: list[int]) -> int:
     ):
       journal.say(*summary_lines(summary, full))
       if step:
+        changed += position_lines(data.stretches, step)
         journal.say(f'resuming after step {step} of {workdir}', *changed)
       run = Run(full, data, programs, checkpoints, journal)
       return train_steps(run, state, Vote(received, mesh))
 
 
-def restore_state(target: TrainState, checkpoints: Checkpoints, data: Data) -> TrainState | None:
-  """The newest verified state of the run directory; None where it holds none."""
-  restored = checkpoints.restore(target, data.fingerprint)
-  return restored[1] if restored else None
+def data_from_there(
+  data: Data, cfg: ExperimentConfig, before: list[Stretch], restored: Restored[TrainState]
+) -> Data:
+  """The data, to go on after the rows that the run had seen at its checkpoint.
+
+  before: what the run directory tells of its batches.
+  """
+  current = Stretch(restored.step, cfg.batch_size, cfg.seq_len)
+  stretches = stretches_after(before, restored.meta.fingerprint, current)
+  return dataclasses.replace(data, stretches=stretches)
 
 
 def changes_of_config(cfg: ExperimentConfig) -> list[str]:
