@@ -24,7 +24,7 @@ import numpy as np
 from moejax.config import check, problem_if
 from moejax.config.decimals import decimal_of
 from moejax.data.batch import Batch
-from moejax.data.holdout import digest_of, documents_of_split
+from moejax.data.holdout import digest_of
 from moejax.data.position import Stretch, rows_seen
 from moejax.data.rows import PAST_END, Rows, batch_from_rows, spaced_batches
 from moejax.data.sources import DataConfig
@@ -35,6 +35,7 @@ from moejax.data.token_stream import (
   name_task_in_errors,
   open_stream,
   open_tokenizer,
+  read_side,
   survey_texts,
 )
 from moejax.data.tokenizer import Tokenizer
@@ -150,7 +151,7 @@ class Data:
       yield batch_from_rows(ids, task_ids, self.tokenizer.eod_id)
 
   def train_text(self) -> bytes:
-    """Returns the training text, read anew, as for a compressor's dictionary.
+    """Returns the training text, read anew, as for a compressor's dictionary; of much, the end.
 
     Raises:
       ConfigError: the text has changed since it was opened.
@@ -220,7 +221,7 @@ def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> D
     stretches=(Stretch(0, batch_size, seq_len),),
     train_rows=mixed,
     validation_rows=tuple(of_text.validation for of_text in streams),
-    read_split=functools.partial(_read_split, texts),
+    read_split=functools.partial(read_side, texts),
   )
 
 
@@ -290,11 +291,3 @@ def _shuffled(rows: Rows, task: int, seed: int) -> grain.MapDataset:
 
 def _pair_with(task: int) -> Callable[[np.ndarray], tuple[np.ndarray, np.int32]]:
   return lambda row: (row, np.int32(task))
-
-
-def _read_split(texts: Sequence[Text], held_out: bool) -> bytes:
-  """Returns one side of all texts, one after another."""
-  documents: list[bytes] = []
-  for _, source, survey in texts:
-    documents += [text.encode() for text in documents_of_split(source, survey, held_out)]
-  return b''.join(documents)

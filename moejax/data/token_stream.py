@@ -1,5 +1,6 @@
 """From a source's text to its streams of token ids, cached on disk: survey, tokenizer, tokens."""
 
+import collections
 import contextlib
 import json
 import logging
@@ -24,6 +25,7 @@ logger = logging.getLogger('moejax')
 # Bytes that a BPE is trained on: more would cost start-up time and move few merges.
 TOKENIZER_SAMPLE = 4 << 20
 GROUP_CHARACTERS = 4 << 20  # characters tokenised at once: bounds memory
+TEXT_IN_MEMORY = 1 << 28  # bytes of a side that `read_side` returns, from the end
 RACY = 2.0  # seconds within which two writes of a file may bear the same time
 FORMAT = 3  # raise it when what the cache holds for the same text changes
 
@@ -203,3 +205,16 @@ def _groups(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[Doc
         yield group
         group, size = [], 0
   yield group
+
+
+def read_side(texts: Sequence[Text], held_out: bool) -> bytes:
+  """Returns one side of all texts, one after another; of more than TEXT_IN_MEMORY the last part."""
+  kept: collections.deque[bytes] = collections.deque()
+  size = 0
+  for _, source, survey in texts:
+    for document in documents_of_split(source, survey, held_out):
+      kept.append(document.encode())
+      size += len(kept[-1])
+      while size - len(kept[0]) >= TEXT_IN_MEMORY:
+        size -= len(kept.popleft())
+  return b''.join(kept)

@@ -46,6 +46,16 @@ def test_pieces_and_groups_change_nothing(folder: Path, monkeypatch: pytest.Monk
   assert all(equal(a, b) for a, b in zip(after.validation(), before.validation(), strict=True))
 
 
+def test_a_text_larger_than_memory_is_read_from_its_end(
+  folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  data = open_text(folder)
+  whole = data.train_text()
+  monkeypatch.setattr(token_stream, 'TEXT_IN_MEMORY', 3000)
+  end = data.train_text()
+  assert whole.endswith(end) and 3000 <= len(end) < 3600 < len(whole)
+
+
 def test_ids_that_jax_would_clamp_are_refused(
   folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
