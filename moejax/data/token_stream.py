@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,8 @@ import numpy as np
 
 from moejax.config import ConfigError, check
 from moejax.data.document_marks import tell_marks
+from moejax.data.encoding import id_dtype, piece_groups, telling_progress
+from moejax.data.encoding_workers import encode_groups, num_workers
 from moejax.data.holdout import Survey, digest_of, documents_of_split, survey_of
 from moejax.data.sources import SOURCES, Component, DataConfig, Source
 from moejax.data.token_cache import open_cached
@@ -24,7 +26,6 @@ logger = logging.getLogger('moejax')
 
 # Bytes that a BPE is trained on: more would cost start-up time and move few merges.
 TOKENIZER_SAMPLE = 4 << 20
-GROUP_CHARACTERS = 4 << 20  # characters tokenised at once: bounds memory
 TEXT_IN_MEMORY = 1 << 28  # bytes of a side that `read_side` returns, from the end
 RACY = 2.0  # seconds within which two writes of a file may bear the same time
 FORMAT = 3  # raise it when what the cache holds for the same text changes
@@ -36,13 +37,6 @@ class Text(NamedTuple):
   component: Component
   source: Source
   survey: Survey
-
-
-class DocumentPiece(NamedTuple):
-  """A part of a document, which is tokenised by itself."""
-
-  opens_document: bool
-  text: str
 
 
 def survey_texts(cfg: DataConfig, cache: Path) -> list[Text]:
@@ -169,42 +163,19 @@ def open_stream(text: Text, tokenizer: Tokenizer, cache: Path, held_out: bool) -
     [n] uint16, or uint32 where the vocabulary needs it.
 
   Raises:
-    ConfigError: the tokenizer turns text into its end-of-document id, or into ids that it says it
-      does not have: JAX would clamp those without an error.
+    ConfigError: the tokenizer makes ids of the text that it must not, see `encode_group`.
   """
   _, source, survey = text
-  dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-  eod = dtype.type(tokenizer.eod_id).tobytes()
+  dtype = id_dtype(tokenizer)
   side_bytes = survey.validation_bytes if held_out else survey.train_bytes
 
   def build() -> Iterator[bytes]:
-    logger.info('tokenising %.1f MB', side_bytes / 1e6)
-    for group in _groups(documents_of_split(source, survey, held_out), tokenizer):
-      ids_of_pieces = tokenizer.encode_batch([piece.text for piece in group])
-      for piece, ids in zip(group, ids_of_pieces):
-        if ids.size and (ids.max() >= tokenizer.vocab_size or (ids == tokenizer.eod_id).any()):
-          raise ConfigError(
-            f'tokenizer={tokenizer.name!r} turns text into its end of document (id '
-            f'{tokenizer.eod_id}) or ids above its {tokenizer.vocab_size}; take another'
-          )
-        yield (eod if piece.opens_document else b'') + ids.astype(dtype).tobytes()
+    groups = piece_groups(documents_of_split(source, survey, held_out), tokenizer)
+    groups = telling_progress(groups, side_bytes)
+    return encode_groups(groups, tokenizer, num_workers(side_bytes))
 
   name = digest_of(FORMAT, survey.digest, tokenizer.digest, held_out, *survey.shared)
   return open_cached(cache / f'tokens-{name}.{dtype.name}', build).view(dtype)
-
-
-def _groups(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[DocumentPiece]]:
-  """Yields the pieces of all documents in order, about GROUP_CHARACTERS at a time."""
-  group: list[DocumentPiece] = []
-  size = 0
-  for document in documents:
-    for i, text in enumerate(tokenizer.pieces(document)):
-      group.append(DocumentPiece(i == 0, text))
-      size += len(text)
-      if size >= GROUP_CHARACTERS:
-        yield group
-        group, size = [], 0
-  yield group
 
 
 def read_side(texts: Sequence[Text], held_out: bool) -> bytes:

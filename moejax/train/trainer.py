@@ -10,6 +10,7 @@ import json
 import math
 import pathlib
 import sys
+from signal import SIGTERM
 
 import jax
 
@@ -36,6 +37,7 @@ from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
 from moejax.train.experiment.run_dir import CHECKPOINTS, TOKENIZER_FILE, read_config, write_config
 from moejax.train.experiment.summary import summarise, summary_lines
 from moejax.train.initial_state import initial_train_state, model_fingerprint
+from moejax.train.interruption import Stopped, heeding_signals
 from moejax.train.journal import open_journal
 from moejax.train.run_parts import Run
 from moejax.train.shapes import make_run_mesh
@@ -70,6 +72,10 @@ def train(cfg: ExperimentConfig) -> int:
         if is_first_process():
           held.enter_context(hold_run_directory(cfg.workdir))
       return start(cfg, received)
+  except Stopped as error:
+    print(f'stopped: {error}', file=sys.stderr)
+    # Another process may be the one that the signal came to.
+    return 128 + (received[0] if received else SIGTERM)
   except tuple(EXIT_STATUS) as error:
     print(f'{type(error).__name__}: {error}', file=sys.stderr)
     return EXIT_STATUS[type(error)]
@@ -85,7 +91,7 @@ def start(cfg: ExperimentConfig, received: list[int]) -> int:
   """
   workdir = pathlib.Path(cfg.workdir)
   # 1. The text, tokenised and cached; its tokenizer says how large the vocabulary is.
-  with fail_together(ConfigError):
+  with fail_together(ConfigError, Stopped), heeding_signals(received):
     data = open_data(cfg.data, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=cfg.seed)
     full = with_vocabulary(cfg, data.vocab_size)
   # Checkpoints carry it: they are only restored for the same data and the same model.
