@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moejax.data.batch import IGNORE, Batch, make_batch
+from moejax.data.token_files import Ids
 
 PAST_END = -1  # in place of an id, where a row is longer than what its stream has left
 
@@ -20,7 +21,7 @@ class Rows:
   A row's last target is the next row's first input. A tail that is shorter than a row is left out.
   """
 
-  stream: np.ndarray  # [n] ids
+  stream: Ids  # [n]
   seq_len: int  # S
 
   def __len__(self) -> int:

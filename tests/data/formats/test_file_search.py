@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 from moejax.config import ConfigError
-from moejax.data.formats import files_of_path
+from moejax.data import formats
+
+
+def files_of_path(path: str) -> list[str]:
+  return formats.files_of_path(path, formats.suffix_of, formats.READABLE)
 
 
 def write(folder: Path, *names: str) -> None:
