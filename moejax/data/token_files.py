@@ -54,7 +54,7 @@ class Joined:
     return np.concatenate(pieces[1:] or pieces)
 
 
-class Part:
+class IdRange:
   """The ids of a sequence from one place to another."""
 
   def __init__(self, ids: Ids, start: int, stop: int) -> None:

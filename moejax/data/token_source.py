@@ -17,7 +17,7 @@ from moejax.config import ConfigError, check, problem_if
 from moejax.data.formats import files_of_path
 from moejax.data.holdout import HELD_OUT, Survey, digest_of
 from moejax.data.token_cache import open_cached
-from moejax.data.token_files import TOKEN_FORMATS, Ids, Joined, Part
+from moejax.data.token_files import TOKEN_FORMATS, IdRange, Ids, Joined
 from moejax.data.tokenizer import Tokenizer
 
 logger = logging.getLogger('moejax')
@@ -84,7 +84,7 @@ def open_tokens(path: str, dtype: str, tokenizer: Tokenizer, cache: Path) -> Tok
     validation_bytes = sum(scans[name].text_bytes for name in validation_names)
   else:
     cut = _document_start(train, len(train) - _num_held_out(len(train)), tokenizer.eod_id)
-    train, validation = Part(train, 0, cut), Part(train, cut, len(train))
+    train, validation = IdRange(train, 0, cut), IdRange(train, cut, len(train))
     validation_bytes = _scan(validation, tokenizer, path).text_bytes
   check(problem_if(len(train) < 2, f'path={path!r} holds no ids to train on; give more files'))
   survey = Survey(

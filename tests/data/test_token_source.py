@@ -13,7 +13,7 @@ from moejax.config import ConfigError, frozendict
 from moejax.data import token_source
 from moejax.data.pipeline import Data, open_data
 from moejax.data.sources import DataConfig
-from moejax.data.token_files import TOKEN_FORMATS, Joined, Part
+from moejax.data.token_files import TOKEN_FORMATS, IdRange, Joined
 from moejax.data.tokenizer import load_tokenizer
 
 EOD = 256
@@ -74,7 +74,7 @@ def test_a_format_gives_the_ids_that_were_written(tmp_path: Path, name: str) -> 
 
 def test_joined_and_part_read_as_one() -> None:
   joined = Joined([IDS[:7], IDS[7:7], IDS[7:50], IDS[50:]])
-  part = Part(joined, 5, 60)
+  part = IdRange(joined, 5, 60)
   assert len(joined) == len(IDS) and len(part) == 55 and len(Joined([])) == 0
   for start, stop in ((0, 7), (6, 8), (7, 50), (3, 55), (50, 50), (40, 99)):
     assert np.array_equal(joined[start:stop], IDS[start:stop])
