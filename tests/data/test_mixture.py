@@ -73,7 +73,7 @@ def test_flags_files_and_hashes_know_mixtures(tmp_path: Path) -> None:
     ({}, "source='mixture' needs some, as mixture.code='0.7 stdlib'"),
     (
       {'a': '1 stdlb'},
-      "mixture.a='1 stdlb': 'stdlb' is not one of ['kjv', 'stdlib', 'synthetic', 'text', 'tokens']; ",
+      "mixture.a='1 stdlb': 'stdlb' is not one of ['kjv', 'stdlib', 'synthetic', 'text', 'tokens']",
     ),
     ({'a': 1.0}, "mixture.a=1.0: 'a' is not one of ["),
     ({'a': '1 mixture'}, "'mixture' is not one of"),
