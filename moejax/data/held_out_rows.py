@@ -13,7 +13,13 @@ import numpy as np
 
 from moejax.data.batch import Batch
 from moejax.data.holdout import Survey
-from moejax.data.rows import PAST_END, Rows, batch_from_rows, spaced_batches
+from moejax.data.rows import (
+  PAST_END,
+  Rows,
+  batch_from_rows,
+  document_openings,
+  spaced_batches,
+)
 
 NO_DOCUMENT = -1  # in place of a document's number, where nothing is to be predicted
 
@@ -62,7 +68,8 @@ class HeldOutRows:
   @cached_property
   def openings(self) -> tuple[np.ndarray, ...]:
     """Where in its stream each document opens, of each task."""
-    return tuple(np.flatnonzero(rows.stream == self.eod_id) for rows in self.streams)
+    streams = [rows.stream[0 : len(rows.stream)] for rows in self.streams]
+    return tuple(document_openings(stream, self.eod_id) for stream in streams)
 
   def batches(self, max_batches: int, picked: Sequence[int]) -> Iterator[Batch]:
     """Yields batches; see `Data.validation`.

@@ -3,9 +3,9 @@
   --config.data.source=mixture --config.data.mixture.code='0.7 stdlib'
   --config.data.mixture.notes='0.3 text ~/notes/**/*.md, ~/journal.txt'
 
-Source `text` takes globs as its argument and `synthetic` a seed. A weight alone is of the source
-with the task's name: --config.data.mixture.kjv=0.3. Weights are parts of the rows; what they add up
-to does not matter.
+Sources `text` and `tokens` take globs as their argument and `synthetic` a seed. A weight alone is
+of the source with the task's name: --config.data.mixture.kjv=0.3. Weights are parts of the rows;
+what they add up to does not matter.
 """
 
 import math
@@ -13,6 +13,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
+PATH_SOURCES = ('text', 'tokens')  # which take globs
 SOURCE = 'mixture'  # the name of a source that turns the table on
 EXAMPLE = "as '0.7 stdlib', '0.2 text notes/**/*.md' or '0.1 synthetic 7'"
 
@@ -88,10 +89,10 @@ def _problem(task: str, entry: Entry, sources: Collection[str]) -> str:
     return f'{weight} is to be a number above 0; leave the task out to have none of it'
   if entry.source not in sources:
     return f"{entry.source!r} is not one of {sorted(sources)}; give 'WEIGHT SOURCE', {EXAMPLE}"
-  if entry.source == 'text' and not entry.argument:
-    return "source 'text' needs globs, as '1 text ~/notes/**/*.md'"
+  if entry.source in PATH_SOURCES and not entry.argument:
+    return f"source {entry.source!r} needs globs, as '1 text ~/notes/**/*.md'"
   if entry.source == 'synthetic' and not re.fullmatch('[0-9]*', entry.argument):
     return f"{entry.argument!r} is no seed; give a whole number, as '1 synthetic 7'"
-  if entry.source not in ('text', 'synthetic') and entry.argument:
+  if entry.source not in (*PATH_SOURCES, 'synthetic') and entry.argument:
     return f'source {entry.source!r} takes nothing after its name; drop {entry.argument!r}'
   return ''

@@ -1,4 +1,4 @@
-"""Text to batches, each a pure function of (seed, step).
+"""Text to batches, each a pure function of (seed, rows seen).
 
 source -> documents -> split -> tokenizer -> token cache -> rows -> Grain shuffle, repeat, mix
   -> Batch
@@ -25,7 +25,8 @@ from moejax.config import check, problem_if
 from moejax.config.decimals import decimal_of
 from moejax.data.batch import Batch
 from moejax.data.held_out_rows import HeldOutDocuments, HeldOutRows, held_out_documents
-from moejax.data.holdout import digest_of, documents_of_split
+from moejax.data.holdout import digest_of
+from moejax.data.position import Stretch, rows_seen
 from moejax.data.rows import Rows, batch_from_rows
 from moejax.data.sources import DataConfig
 from moejax.data.token_cache import cache_directory
@@ -36,6 +37,7 @@ from moejax.data.token_stream import (
   name_task_in_errors,
   open_stream,
   open_tokenizer,
+  read_side,
   survey_texts,
 )
 from moejax.data.tokenizer import Tokenizer
@@ -68,6 +70,7 @@ class Data:
   totals: Size  # of all tasks together; bytes_per_token of the training text as it is mixed
   fingerprint: dict[str, str]  # of all that shapes the batches; see checkpoint/fingerprint.py
   batch_size: int
+  stretches: tuple[Stretch, ...]  # of the run, so that step -> rows seen
   train_rows: grain.MapDataset  # [i] -> ([S + 1] ids, task), shuffled, mixed, without end
   held_out: HeldOutRows
   documents: HeldOutDocuments  # that are held out
@@ -107,14 +110,14 @@ class Data:
     """Returns training batch number `step`, the same whatever was asked for before.
 
     Epochs follow each other without a seam: a batch may hold the end of one and the start of the
-    next.
+    next. So do batches of other sizes, where `stretches` has some.
 
     Args:
       step: from 0, without end.
       rows: which rows of the batch; (): all.
     """
-    B = self.batch_size
-    picked = [self.train_rows[step * B + row] for row in rows or range(B)]
+    first = rows_seen(self.stretches, step)
+    picked = [self.train_rows[first + row] for row in rows or range(self.batch_size)]
     ids, tasks = zip(*picked)
     return batch_from_rows(np.stack(ids), np.stack(tasks), self.tokenizer.eod_id)
 
@@ -139,7 +142,7 @@ class Data:
     return self.held_out.documents(max_batches)
 
   def train_text(self) -> bytes:
-    """Returns the training text, read anew, as for a compressor's dictionary.
+    """Returns the training text, read anew, as for a compressor's dictionary; of much, the end.
 
     Raises:
       ConfigError: the text has changed since it was opened.
@@ -206,10 +209,11 @@ def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> D
     totals=_total(sizes, weights),
     fingerprint=fingerprint,
     batch_size=batch_size,
+    stretches=(Stretch(0, batch_size, seq_len),),
     train_rows=mixed,
     held_out=HeldOutRows(validation, batch_size, tokenizer.eod_id),
     documents=held_out_documents([text.survey for text in texts]),
-    read_split=functools.partial(_read_split, texts),
+    read_split=functools.partial(read_side, texts),
   )
 
 
@@ -220,10 +224,8 @@ def _length(sides: Sequence[Rows]) -> int:
 
 def _open_streams(text: Text, tokenizer: Tokenizer, cache: Path, seq_len: int) -> Streams:
   """Returns both sides of a text, tokenised where the cache does not have them."""
-  return Streams(
-    train=Rows(open_stream(text, tokenizer, cache, held_out=False), seq_len),
-    validation=Rows(open_stream(text, tokenizer, cache, held_out=True), seq_len),
-  )
+  train, validation = (open_stream(text, tokenizer, cache, side) for side in (False, True))
+  return Streams(Rows(train, seq_len), Rows(validation, seq_len))
 
 
 def _check_lengths(streams: Streams, batch_size: int, weight: float) -> None:
@@ -277,11 +279,3 @@ def _shuffled(rows: Rows, task: int, seed: int) -> grain.MapDataset:
 
 def _pair_with(task: int) -> Callable[[np.ndarray], tuple[np.ndarray, np.int32]]:
   return lambda row: (row, np.int32(task))
-
-
-def _read_split(texts: Sequence[Text], held_out: bool) -> bytes:
-  """Returns one side of all texts, one after another."""
-  documents: list[bytes] = []
-  for _, source, survey in texts:
-    documents += [text.encode() for text in documents_of_split(source, survey, held_out)]
-  return b''.join(documents)

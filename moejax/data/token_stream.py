@@ -1,30 +1,33 @@
 """From a source's text to its streams of token ids, cached on disk: survey, tokenizer, tokens."""
 
+import collections
 import contextlib
-import functools
 import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from moejax.config import ConfigError, check
+from moejax.data.document_marks import tell_marks
+from moejax.data.encoding import id_dtype, piece_groups, telling_progress
+from moejax.data.encoding_workers import encode_groups, num_workers
 from moejax.data.holdout import Survey, digest_of, documents_of_split, read_source
-from moejax.data.sources import SOURCES, Component, DataConfig, Source
+from moejax.data.sources import SOURCES, TOKENS, Component, DataConfig, Source
 from moejax.data.split import surveys_of
 from moejax.data.token_cache import open_cached
+from moejax.data.token_files import Ids
+from moejax.data.token_source import TokenText, open_tokens
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger('moejax')
 
 # Bytes that a BPE is trained on: more would cost start-up time and move few merges.
 TOKENIZER_SAMPLE = 4 << 20
-GROUP_CHARACTERS = 4 << 20  # characters tokenised at once: bounds memory
+TEXT_IN_MEMORY = 1 << 28  # bytes of a side that `read_side` returns, from the end
 RACY = 2.0  # seconds within which two writes of a file may bear the same time
 FORMAT = 3  # raise it when what the cache holds for the same text changes
 
@@ -33,15 +36,8 @@ class Text(NamedTuple):
   """The text of a task, read once."""
 
   component: Component
-  source: Source
+  source: Source | TokenText
   survey: Survey
-
-
-class DocumentPiece(NamedTuple):
-  """A part of a document, which is tokenised by itself."""
-
-  opens_document: bool
-  text: str
 
 
 def survey_texts(cfg: DataConfig, cache: Path) -> list[Text]:
@@ -56,19 +52,13 @@ def survey_texts(cfg: DataConfig, cache: Path) -> list[Text]:
   sources = []
   for component in cfg.components:
     with name_task_in_errors(cfg, component):
-      sources.append(SOURCES[component.config.source](component.config))
-  stamps = [
-    (component.config.source, source.stamp) for component, source in zip(cfg.components, sources)
-  ]
-  build = functools.partial(_survey_sources, cfg, sources)
-  changed = max(source.changed for source in sources)
-  if time.time() - changed < RACY:  # as git does: the next write might leave the same stamp
-    json_text = build()
-  else:
-    path = cache / f'survey-{digest_of(FORMAT, stamps)}.json'
-    json_text = bytes(open_cached(path, lambda: [build()]))
-  surveys = [Survey(**fields) for fields in json.loads(json_text)]
-  texts = [Text(*parts) for parts in zip(cfg.components, sources, surveys)]
+      sources.append(_open_source(component.config, cache))
+  surveys = iter(_survey_together(cfg, sources, cache))
+  texts = []
+  for component, source in zip(cfg.components, sources):
+    # Documents of ids are not compared with those of others.
+    survey = source.survey if isinstance(source, TokenText) else next(surveys)
+    texts.append(Text(component, source, survey))
   lone_tasks = {text.survey.lone: text.component.task for text in texts}
   check(*(problem for text in texts for problem in _lone_document_problems(text, lone_tasks)))
   for text in texts:
@@ -81,13 +71,45 @@ def survey_texts(cfg: DataConfig, cache: Path) -> list[Text]:
   return texts
 
 
-def _survey_sources(cfg: DataConfig, sources: Sequence[Source]) -> bytes:
-  """Returns the surveys of all tasks' sources, as JSON."""
-  readings = []
-  for component, source in zip(cfg.components, sources):
-    with name_task_in_errors(cfg, component):
-      readings.append(read_source(source))
-  return json.dumps([survey._asdict() for survey in surveys_of(readings)]).encode()
+def _open_source(cfg: DataConfig, cache: Path) -> Source | TokenText:
+  if cfg.source == TOKENS:
+    return open_tokens(cfg.path, cfg.token_dtype, load_tokenizer(cfg.tokenizer), cache)
+  return SOURCES[cfg.source](cfg)
+
+
+def _survey_together(
+  cfg: DataConfig, sources: Sequence[Source | TokenText], cache: Path
+) -> list[Survey]:
+  """Returns the surveys of those sources that are read as text, in order."""
+  read = [
+    (component, source)
+    for component, source in zip(cfg.components, sources)
+    if not isinstance(source, TokenText)
+  ]
+  if not read:
+    return []
+
+  def build() -> bytes:
+    readings = []
+    for component, source in read:
+      with name_task_in_errors(cfg, component):
+        readings.append(read_source(_telling_marks(source)))
+    return json.dumps([survey._asdict() for survey in surveys_of(readings)]).encode()
+
+  changed = max(source.changed for _, source in read)
+  if time.time() - changed < RACY:  # as git does: the next write might leave the same stamp
+    json_text = build()
+  else:
+    stamps = [(component.config.source, source.stamp) for component, source in read]
+    path = cache / f'survey-{digest_of(FORMAT, stamps)}.json'
+    json_text = bytes(open_cached(path, lambda: [build()]))
+  return [Survey(**fields) for fields in json.loads(json_text)]
+
+
+def _telling_marks(source: Source) -> Source:
+  """Returns the source, which logs separators of documents that it meets."""
+  documents = source.documents
+  return source._replace(documents=lambda: tell_marks(documents()))
 
 
 def _lone_document_problems(text: Text, lone_tasks: dict[str, str]) -> list[str]:
@@ -163,48 +185,44 @@ def _sample(texts: Sequence[Text]) -> Iterator[str]:
           bytes_left -= len(document.encode())
 
 
-def open_stream(text: Text, tokenizer: Tokenizer, cache: Path, held_out: bool) -> np.ndarray:
+def open_stream(text: Text, tokenizer: Tokenizer, cache: Path, held_out: bool) -> Ids:
   """Returns one side of a text as eod document eod document ..., memory-mapped.
 
   It is tokenised where the cache does not have it.
 
   Returns:
-    [n] uint16, or uint32 where the vocabulary needs it.
+    [n] uint16, or uint32 where the vocabulary needs it; of a text that comes as ids, as they are.
 
   Raises:
-    ConfigError: the tokenizer turns text into its end-of-document id, or into ids that it says it
-      does not have: JAX would clamp those without an error.
+    ConfigError: the tokenizer makes ids of the text that it must not, see `encode_group`.
   """
   _, source, survey = text
-  dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-  eod = dtype.type(tokenizer.eod_id).tobytes()
+  if isinstance(source, TokenText):
+    return source.validation if held_out else source.train
+  dtype = id_dtype(tokenizer)
   side_bytes = survey.validation_bytes if held_out else survey.train_bytes
 
   def build() -> Iterator[bytes]:
-    logger.info('tokenising %.1f MB', side_bytes / 1e6)
-    for group in _groups(documents_of_split(source, survey, held_out), tokenizer):
-      ids_of_pieces = tokenizer.encode_batch([piece.text for piece in group])
-      for piece, ids in zip(group, ids_of_pieces):
-        if ids.size and (ids.max() >= tokenizer.vocab_size or (ids == tokenizer.eod_id).any()):
-          raise ConfigError(
-            f'tokenizer={tokenizer.name!r} turns text into its end of document (id '
-            f'{tokenizer.eod_id}) or ids above its {tokenizer.vocab_size}; take another'
-          )
-        yield (eod if piece.opens_document else b'') + ids.astype(dtype).tobytes()
+    groups = piece_groups(documents_of_split(source, survey, held_out), tokenizer)
+    groups = telling_progress(groups, side_bytes)
+    return encode_groups(groups, tokenizer, num_workers(side_bytes))
 
   name = digest_of(FORMAT, survey.digest, tokenizer.digest, held_out, survey.held)
   return open_cached(cache / f'tokens-{name}.{dtype.name}', build).view(dtype)
 
 
-def _groups(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[DocumentPiece]]:
-  """Yields the pieces of all documents in order, about GROUP_CHARACTERS at a time."""
-  group: list[DocumentPiece] = []
+def read_side(texts: Sequence[Text], held_out: bool) -> bytes:
+  """Returns one side of all texts, one after another; of more than TEXT_IN_MEMORY the last part."""
+  kept: collections.deque[bytes] = collections.deque()
   size = 0
-  for document in documents:
-    for i, text in enumerate(tokenizer.pieces(document)):
-      group.append(DocumentPiece(i == 0, text))
-      size += len(text)
-      if size >= GROUP_CHARACTERS:
-        yield group
-        group, size = [], 0
-  yield group
+  for _, source, survey in texts:
+    if isinstance(source, TokenText):
+      documents = source.text_of_side(held_out)
+    else:
+      documents = documents_of_split(source, survey, held_out)
+    for document in documents:
+      kept.append(document.encode())
+      size += len(kept[-1])
+      while size - len(kept[0]) >= TEXT_IN_MEMORY:
+        size -= len(kept.popleft())
+  return b''.join(kept)

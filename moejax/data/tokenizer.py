@@ -1,6 +1,7 @@
 """Text to token ids and back: bytes, a byte-level BPE trained here, or anybody's tokenizer.json."""
 
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,8 +29,15 @@ EOD_NAMES = (
   '<｜end▁of▁sentence｜>',
 )
 PIECE = 1 << 18  # characters that a piece of a text has at least
+LONGEST_PIECE = 1 << 22  # what tokens of a piece take in memory is a hundred times as much
 # After a lone line break, where the pre-tokenizer of our BPE cuts anyway.
 SEAM = re.compile(r'(?<=[\w!-~]\n)(?=[\w!-~])')
+# Characters of the longest run of letters, digits, signs or blanks that our BPE takes as one word.
+# Learning from a word takes the square of its length: a megabyte of DNA would take hours.
+LONGEST_WORD = 256
+# How GPT-2 cuts a text into words, and so do we, but that a run has an end.
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+WORDS = GPT2_WORDS.replace('+', f'{{1,{LONGEST_WORD}}}')
 SMALLEST_BPE = 257  # every byte, so that any text can be written, and the end of document
 
 
@@ -81,13 +89,19 @@ class Tokenizer:
   def pieces(self, text: str) -> Iterator[str]:
     """Yields pieces of a text which encode to the ids of the whole.
 
-    In pieces, cores share a long text and memory is bounded.
+    In pieces, cores share a long text and memory is bounded. Where no line ends for LONGEST_PIECE
+    characters, as in data that is no text, a word is cut there.
     """
     start = 0
     if self.name.startswith('bpe:'):  # others' rules may look across lines
-      while seam := SEAM.search(text, start + PIECE):
-        yield text[start : seam.start()]
-        start = seam.start()
+      while len(text) - start > PIECE:
+        latest = start + LONGEST_PIECE
+        seam = SEAM.search(text, start + PIECE, latest)
+        if not seam and latest >= len(text):
+          break
+        end = seam.start() if seam else latest
+        yield text[start:end]
+        start = end
     yield text[start:]
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -108,6 +122,22 @@ class Tokenizer:
     A character that the ids cut in half comes out as U+FFFD.
     """
     return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+  def bytes_of_ids(self) -> np.ndarray:
+    """Returns how many UTF-8 bytes of text each id stands for, [V] i64; 0 for special tokens."""
+    lengths = np.zeros(self.vocab_size, np.int64)
+    of_bytes = '"ByteLevel"' in json.dumps(json.loads(self.json_text)['decoder'])
+    for token, i in self._backend.get_vocab(with_added_tokens=True).items():
+      if token in self.specials:
+        continue
+      if of_bytes:
+        lengths[i] = len(token)  # in GPT-2's spelling, a letter for each byte
+      elif re.fullmatch('<0x[0-9A-F]{2}>', token):
+        lengths[i] = 1
+      else:
+        # What it adds to itself: the first token of a text may lose its blank.
+        lengths[i] = len(self.decode([i, i]).encode()) - len(self.decode([i]).encode())
+    return lengths
 
   def save(self, path: str | Path) -> None:
     """Writes a tokenizer.json, of which `load_tokenizer(path)` makes the same tokenizer."""
@@ -166,7 +196,10 @@ def load_tokenizer(spec: str, train_documents: Iterable[str] = ()) -> Tokenizer:
 def _train_bpe(size: int, documents: Iterable[str]) -> str:
   """Returns the tokenizer.json of a byte-level BPE of so many tokens, or fewer for little text."""
   backend = tokenizers.Tokenizer(models.BPE())
-  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  # Part of the tokenizer, and not only of what it learns from: the ids must agree.
+  words = pre_tokenizers.Split(tokenizers.Regex(WORDS), 'isolated')
+  to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  backend.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
   backend.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
     vocab_size=size,

@@ -13,13 +13,14 @@ import sys
 
 import jax
 
-from moejax.checkpoint.checkpoints import Checkpoints, NoLoadableCheckpoint
+from moejax.checkpoint.checkpoints import Checkpoints, NoLoadableCheckpoint, Restored
 from moejax.checkpoint.fingerprint import changes
 from moejax.checkpoint.lock import RunInUse, hold_run_directory
 from moejax.checkpoint.manifest import digest
 from moejax.checkpoint.writer import SaveFailed
 from moejax.config import ConfigError, check, problem_if
 from moejax.data.pipeline import Data, open_data
+from moejax.data.position import Stretch
 from moejax.runtime.faults import fault_point, parse_environment
 from moejax.runtime.files import is_disk_error, write_whole
 from moejax.runtime.lifecycle import configure_logging, end_at_once, keep_compiled_programs
@@ -37,6 +38,12 @@ from moejax.train.run_parts import Run
 from moejax.train.shapes import make_run_mesh, sharded_state_shapes
 from moejax.train.step.train_state import TrainState
 from moejax.train.step.train_step import Metrics
+from moejax.train.text_position import (
+  position_lines,
+  read_stretches,
+  stretches_after,
+  write_stretches,
+)
 from moejax.train.validation import validate
 
 
@@ -103,8 +110,13 @@ def start(cfg: ExperimentConfig, stop: StopSignals) -> int:
     # 5. The programs, before there is any array: what does not fit is known now.
     programs = compile_programs(full, mesh)
     # 6. The state: the newest checkpoint that verifies, or the state before the first step.
-    state = restore_state(programs.target, checkpoints, data)
-    if state is None:
+    with fail_together(ConfigError):
+      stretches = read_stretches(workdir)
+    restored = checkpoints.restore(programs.target, data.fingerprint)
+    if restored:
+      state = restored.tree
+      data = data_from_there(data, full, stretches, restored)
+    else:
       state = initial_train_state(full, programs.target, mesh)
     # 7. What others read of the run. What has changed in the config is told once the journal is
     # open, and found before the old config is written over.
@@ -115,6 +127,7 @@ def start(cfg: ExperimentConfig, stop: StopSignals) -> int:
     changed = changes_of_config(cfg)
     if is_first_process():
       write_config(cfg)
+      write_stretches(workdir, data.stretches)
       write_whole(workdir / TOKENIZER_FILE, data.tokenizer.json_text)
       write_whole(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
     # 8. The steps, under a watch that ends a process that hangs.
@@ -126,6 +139,7 @@ def start(cfg: ExperimentConfig, stop: StopSignals) -> int:
     ):
       journal.say(*summary_lines(summary, full))
       if step:
+        changed += position_lines(data.stretches, step)
         journal.say(f'resuming after step {step} of {workdir}', *changed)
       run = Run(full, data, programs, checkpoints, journal)
       vote = Vote(stop.received, mesh)
@@ -143,10 +157,16 @@ def steps_behind(cfg: ExperimentConfig, newest: int) -> str:
   )
 
 
-def restore_state(target: TrainState, checkpoints: Checkpoints, data: Data) -> TrainState | None:
-  """The newest verified state of the run directory; None where it holds none."""
-  restored = checkpoints.restore(target, data.fingerprint)
-  return restored[1] if restored else None
+def data_from_there(
+  data: Data, cfg: ExperimentConfig, before: list[Stretch], restored: Restored[TrainState]
+) -> Data:
+  """The data, to go on after the rows that the run had seen at its checkpoint.
+
+  before: what the run directory tells of its batches.
+  """
+  current = Stretch(restored.step, cfg.batch_size, cfg.seq_len)
+  stretches = stretches_after(before, restored.meta.fingerprint, current)
+  return dataclasses.replace(data, stretches=stretches)
 
 
 def changes_of_config(cfg: ExperimentConfig) -> list[str]:

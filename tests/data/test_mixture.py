@@ -73,7 +73,7 @@ def test_flags_files_and_hashes_know_mixtures(tmp_path: Path) -> None:
     ({}, "source='mixture' needs some, as mixture.code='0.7 stdlib'"),
     (
       {'a': '1 stdlb'},
-      "mixture.a='1 stdlb': 'stdlb' is not one of ['kjv', 'stdlib', 'synthetic', 'text']; give",
+      "mixture.a='1 stdlb': 'stdlb' is not one of ['kjv', 'stdlib', 'synthetic', 'text', 'tokens']",
     ),
     ({'a': 1.0}, "mixture.a=1.0: 'a' is not one of ["),
     ({'a': '1 mixture'}, "'mixture' is not one of"),
@@ -151,12 +151,16 @@ def test_fingerprint_tells_tasks_weights_and_texts(mixed_folder: Path) -> None:
   assert all(type(key) is type(value) is str for key, value in base.items())
 
 
+def fail(*args: object, **kwargs: object) -> None:
+  raise TypeError('called')
+
+
 def test_a_warm_start_neither_reads_nor_trains(
   mixed_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   monkeypatch.setattr(token_stream, 'RACY', 0)
   before = open_mixture(mixed_folder, tokenizer='bpe:300')
-  monkeypatch.setattr(sources, '_read_file', None)
+  monkeypatch.setattr(sources, 'read_documents', fail)
   monkeypatch.setattr(token_stream, 'load_tokenizer', None)
   after = open_mixture(mixed_folder, tokenizer='bpe:300')
   assert after.fingerprint == before.fingerprint and equal(after.batch(3), before.batch(3))

@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 
 from moejax.config import ConfigError
-from moejax.data import sources, token_stream
+from moejax.data import sources, token_cache, token_stream
 from moejax.data.sources import SOURCES, DataConfig
+from moejax.data.token_cache import open_cached
 from tests.data.mixed_texts import equal
 from tests.data.plain_texts import open_text
+
+
+def fail(*args: object, **kwargs: object) -> None:
+  raise TypeError('called')
 
 
 def cut(content: bytes) -> bytes:
@@ -59,6 +64,27 @@ def test_a_cache_file_under_another_name_is_not_believed(folder: Path) -> None:
   assert equal(open_text(folder).batch(0), before.batch(0))
 
 
+def test_a_whole_file_is_digested_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  path = tmp_path / 'tokens'
+  assert bytes(open_cached(path, lambda: [b'ab', b'c'])) == b'abc'
+  digested = []
+  seal_of = token_cache._seal_of
+  monkeypatch.setattr(
+    token_cache, '_seal_of', lambda path, content: digested.append(path) or seal_of(path, content)
+  )
+  assert bytes(open_cached(path, fail)) == b'abc' and not digested
+  (tmp_path / 'other').write_bytes(path.read_bytes())
+  (tmp_path / 'other').replace(path)  # the same bytes in another file
+  assert bytes(open_cached(path, fail)) == b'abc' and digested == [path]
+  assert bytes(open_cached(path, fail)) == b'abc' and digested == [path]
+  times = path.stat()
+  with open(path, 'r+b') as file:
+    file.write(b'x')
+  os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+  assert bytes(open_cached(path, lambda: [b'abc'])) == b'abc' and len(digested) > 1
+  assert path.read_bytes()[:3] == b'abc'
+
+
 def test_one_cache_for_many(folder: Path) -> None:
   cases = [
     {'tokenizer': tokenizer, 'path': f'{folder}/text/{names}'}
@@ -78,7 +104,7 @@ def test_a_warm_start_neither_reads_nor_trains(
 ) -> None:
   monkeypatch.setattr(token_stream, 'RACY', 0)
   before = open_text(folder, tokenizer='bpe:300')
-  monkeypatch.setattr(sources, '_read_file', None)
+  monkeypatch.setattr(sources, 'read_documents', fail)
   monkeypatch.setattr(token_stream, 'load_tokenizer', None)
   after = open_text(folder, tokenizer='bpe:300')
   assert after.fingerprint == before.fingerprint and after.tokenizer.decode(

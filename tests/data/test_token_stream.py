@@ -9,8 +9,8 @@ import pytest
 import tokenizers
 
 from moejax.config import ConfigError
+from moejax.data import encoding, token_stream
 from moejax.data import pipeline as data_module
-from moejax.data import token_stream
 from moejax.data import tokenizer as tokenizer_module
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from tests.data.mixed_texts import LETTERS, equal, open_mixture
@@ -40,10 +40,20 @@ def test_pieces_and_groups_change_nothing(folder: Path, monkeypatch: pytest.Monk
   (folder / 'text' / 'long.py').write_text('x = 1\ny = f(x)\n' * 200)
   before = open_text(folder, tokenizer='bpe:300')
   monkeypatch.setattr(tokenizer_module, 'PIECE', 50)
-  monkeypatch.setattr(token_stream, 'GROUP_CHARACTERS', 200)
+  monkeypatch.setattr(encoding, 'GROUP_CHARACTERS', 200)
   after = open_text(folder, tokenizer='bpe:300', cache_dir=f'{folder}/cache2')
   assert after.fingerprint == before.fingerprint
   assert all(equal(a, b) for a, b in zip(after.validation(), before.validation(), strict=True))
+
+
+def test_a_text_larger_than_memory_is_read_from_its_end(
+  folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  data = open_text(folder)
+  whole = data.train_text()
+  monkeypatch.setattr(token_stream, 'TEXT_IN_MEMORY', 3000)
+  end = data.train_text()
+  assert whole.endswith(end) and 3000 <= len(end) < 3600 < len(whole)
 
 
 def test_ids_that_jax_would_clamp_are_refused(

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,39 @@ def test_pieces_encode_to_the_ids_of_the_whole(monkeypatch: pytest.MonkeyPatch) 
   pieces = list(tokenizer.pieces(text))
   assert len(pieces) > 100 and ''.join(pieces) == text
   assert np.concatenate(tokenizer.encode_batch(pieces)).tolist() == tokenizer.encode(text)
+
+
+def test_words_are_those_of_gpt2_up_to_a_length() -> None:
+  rng = np.random.default_rng(1)
+  parts = ['ab', ' ', '  ', '\n', "'s", "'", '火', '.', '7', '\t', '\x1c', '\xa0', '\r', '²', 'é']
+  text = ''.join(rng.choice(parts, 20_000))
+  plain = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  ours = json.loads(load_tokenizer('bpe:300', [text]).json_text)
+  words = tokenizers.Tokenizer.from_str(json.dumps(ours)).pre_tokenizer
+  assert words.pre_tokenize_str(text) == plain.pre_tokenize_str(text)
+
+
+@pytest.mark.parametrize('letters', ['a', 'ACGT', '火山', '0', ' ', '\n\t', '=-'])
+def test_a_run_without_end_is_learnt_from_and_comes_back(letters: str) -> None:
+  rng = np.random.default_rng(2)
+  text = ''.join(rng.choice(list(letters), 200_000))
+  start = time.perf_counter()
+  tokenizer = load_tokenizer('bpe:600', [text])
+  # Without the cut it is a quarter of a minute; the bound leaves room for a slow machine.
+  assert time.perf_counter() - start < 5
+  longest = max(len(tokenizer.decode([i])) for i in range(tokenizer.vocab_size))
+  assert (
+    longest <= tokenizer_module.LONGEST_WORD and tokenizer.decode(tokenizer.encode(text)) == text
+  )
+
+
+def test_a_line_without_end_comes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(tokenizer_module, 'PIECE', 40)
+  monkeypatch.setattr(tokenizer_module, 'LONGEST_PIECE', 100)
+  text = 'ab\n' * 20 + 'x' * 950 + '\ncd\n'
+  pieces = list(load_tokenizer('bpe:300', [text]).pieces(text))
+  assert ''.join(pieces) == text and all(pieces)
+  assert max(map(len, pieces)) == 100 and len(pieces) == 12
 
 
 def _word_level(vocabulary: dict[str, int], **settings: object) -> str:

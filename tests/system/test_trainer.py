@@ -159,6 +159,25 @@ def test_a_disk_that_is_full_before_the_first_step_is_one_line(
     train(config(tmp_path / 'run'))
 
 
+@pytest.mark.slow
+def test_another_batch_size_goes_on_after_the_rows_seen(
+  tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+  workdir = tmp_path / 'run'
+  assert train(config(workdir, stop_after=2)) == 0
+  assert train(config(workdir, stop_after=4, batch_size=4, checkpoint__accept='batch')) == 0
+  assert 'the text goes on after the 16 rows that were seen' in capsys.readouterr().out
+  again = config(workdir, stop_after=6, batch_size=2, checkpoint__accept='batch')
+  assert train(again) == 0
+  assert 'the text goes on after the 24 rows that were seen' in capsys.readouterr().out
+  assert json.loads((workdir / 'batches.json').read_text())['stretches'] == [
+    {'first_step': step, 'batch_size': size, 'seq_len': 32}
+    for step, size in ((0, 8), (2, 4), (4, 2))
+  ]
+  assert train(again) == 0
+  assert 'the text goes on' not in capsys.readouterr().out
+
+
 def test_a_vocabulary_too_small_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
   assert train(config(tmp_path / 'run', model__vocab_size=100)) == 2
   assert 'vocab_size=100 is less than the 257 tokens' in capsys.readouterr().err

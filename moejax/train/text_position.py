@@ -1,0 +1,66 @@
+"""Where a run goes on in its text: after the rows that it has seen, whatever its batches were.
+
+The stretches of a run lie in its directory, beside its config: the newest checkpoint alone does not
+tell what batches the steps before it had.
+"""
+
+import json
+from pathlib import Path
+
+from moejax.data.position import Stretch, continued, rows_seen
+from moejax.runtime.files import bad_file, read_json, write_whole
+
+BATCHES_FILE = 'batches.json'
+
+
+def read_stretches(workdir: Path) -> list[Stretch]:
+  """Returns the stretches of the run in a directory, [] where it tells of none.
+
+  Raises:
+    ConfigError: the file is not one of ours.
+  """
+  content = read_json(workdir, BATCHES_FILE)
+  if not content:
+    return []
+  try:
+    return [Stretch(**stretch) for stretch in content['stretches']]
+  except (KeyError, TypeError) as error:
+    remedy = f'move it away, and the run counts all its steps as of one batch_size ({error!r})'
+    raise bad_file(workdir / BATCHES_FILE, 'stretches', 'something else', remedy) from error
+
+
+def write_stretches(workdir: Path, stretches: tuple[Stretch, ...]) -> None:
+  """Writes the stretches into the directory of their run."""
+  content = {'stretches': [stretch._asdict() for stretch in stretches]}
+  write_whole(workdir / BATCHES_FILE, json.dumps(content, indent=2) + '\n')
+
+
+def stretches_after(
+  before: list[Stretch], saved: dict[str, str], current: Stretch
+) -> tuple[Stretch, ...]:
+  """Returns the stretches of a run that goes on from a checkpoint.
+
+  Args:
+    before: those that its directory tells of.
+    saved: the fingerprint of the checkpoint, which has the batch_size and seq_len of its step.
+    current: of the steps from here on.
+  """
+  last = Stretch(0, int(saved['batch_size']), int(saved['seq_len']))
+  earlier = [stretch for stretch in before if stretch.first_step < current.first_step]
+  # A directory that tells nothing, or of another run: then all steps count as the last one did.
+  is_told = bool(earlier) and earlier[-1][1:] == last[1:]
+  return continued(earlier if is_told else [last], current)
+
+
+def position_lines(stretches: tuple[Stretch, ...], step: int) -> list[str]:
+  """Returns what to tell of the place in the text, where batches changed at this step; else []."""
+  if len(stretches) < 2 or stretches[-1].first_step != step:
+    return []
+  previous, current = stretches[-2:]
+  lines = [f'the text goes on after the {rows_seen(stretches, step)} rows that were seen']
+  if previous.seq_len != current.seq_len:
+    lines.append(
+      f'rows of {current.seq_len} tokens have another order than those of {previous.seq_len}: in '
+      'this epoch some text comes twice, and some does not'
+    )
+  return lines
