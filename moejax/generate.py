@@ -21,7 +21,7 @@ from moejax.inference.sampling import (
   encode_prompt,
 )
 from moejax.model.config import ModelConfig
-from moejax.train.experiment.run_dir import TOKENIZER_FILE, open_run
+from moejax.train.experiment.run_dir import TOKENIZER_FILE, open_run, text_ends
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
     cfg = SampleConfig(**args | {'stop': tuple(args['stop'])})
     _, tokenizer, step, model, router = open_run(workdir)
     drafts_per_step(model.cfg, cfg)  # raises before anything is printed
+    ends = text_ends(workdir, tokenizer)
     # Without a tokenizer there is no text, only ids.
     check(
       problem_if(
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     )
     if ids:
       prompts = [parse_token_ids(ids, '--prompt_ids', model.cfg)]
-      ends = parse_token_ids(','.join(cfg.stop), '--stop', model.cfg)
+      ends = [*ends, *parse_token_ids(','.join(cfg.stop), '--stop', model.cfg)]
     else:
       prompts, ends = encode_prompt(tokenizer, prompt, cfg.stop)
   # Errors of what was asked for are one message; any other is a bug, and keeps its traceback.
@@ -58,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
   if note:
     print(note, file=sys.stderr)
   steps = TimedSteps(decode(model, router, prompts, cfg, ends))
-  pieces = format_ids(steps, ends) if ids else detokenize(steps, tokenizer, cfg.stop)
+  pieces = format_ids(steps, ends) if ids else detokenize(steps, tokenizer, prompts[0], cfg.stop)
   print(ids or prompt, end='', flush=True)
   for piece in pieces:
     print(piece, end='', flush=True)

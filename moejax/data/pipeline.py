@@ -24,9 +24,10 @@ import numpy as np
 from moejax.config import check, problem_if
 from moejax.config.decimals import decimal_of
 from moejax.data.batch import Batch
-from moejax.data.holdout import digest_of, documents_of_split
+from moejax.data.holdout import digest_of
 from moejax.data.rows import PAST_END, Rows, batch_from_rows, spaced_batches
 from moejax.data.sources import DataConfig
+from moejax.data.special_tokens import OWN, SpecialTokens
 from moejax.data.token_cache import cache_directory
 from moejax.data.token_stream import (
   Text,
@@ -34,6 +35,7 @@ from moejax.data.token_stream import (
   name_task_in_errors,
   open_stream,
   open_tokenizer,
+  read_split,
   survey_texts,
 )
 from moejax.data.tokenizer import Tokenizer
@@ -113,7 +115,7 @@ class Data:
     B = self.batch_size
     picked = [self.train_rows[step * B + row] for row in rows or range(B)]
     ids, tasks = zip(*picked)
-    return batch_from_rows(np.stack(ids), np.stack(tasks), self.tokenizer.eod_id)
+    return self._batch_from(np.stack(ids), np.stack(tasks))
 
   def validation(self, max_batches: int = 0, rows: Sequence[int] = ()) -> Iterator[Batch]:
     """Yields the held-out streams, each in order, the last row of each and the last batch padded.
@@ -145,7 +147,12 @@ class Data:
         row_ids = self.validation_rows[task][places_N[chosen]]
         ids[row, : len(row_ids)] = row_ids
         task_ids[row] = task
-      yield batch_from_rows(ids, task_ids, self.tokenizer.eod_id)
+      yield self._batch_from(ids, task_ids)
+
+  def _batch_from(self, rows: np.ndarray, task_ids: np.ndarray) -> Batch:
+    """Returns the batch of rows [B, S + 1] of streams; task_ids: [B]."""
+    closes = bool(self.tokenizer.closing)
+    return batch_from_rows(rows, task_ids, self.tokenizer.eod_id, closes)
 
   def train_text(self) -> bytes:
     """Returns the training text, read anew, as for a compressor's dictionary.
@@ -160,7 +167,9 @@ class Data:
     return self.read_split(True)
 
 
-def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> Data:
+def open_data(
+  cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int, special: SpecialTokens = OWN
+) -> Data:
   """Prepares what the cache lacks, seconds the first time, and opens the streams.
 
   Several processes may call it at once.
@@ -170,13 +179,14 @@ def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> D
     batch_size: rows of a batch, B.
     seq_len: tokens of a row, S.
     seed: of the order of rows.
+    special: of the published model that goes on here.
 
   Raises:
     ConfigError: text is absent, unreadable or too short.
   """
   cache = cache_directory(cfg.cache_dir)
   texts = survey_texts(cfg, cache)
-  tokenizer = open_tokenizer(cfg.tokenizer, texts, cache)
+  tokenizer = open_tokenizer(cfg.tokenizer, texts, cache, special)
   streams = []
   for text in texts:
     with name_task_in_errors(cfg, text.component):
@@ -217,7 +227,7 @@ def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> D
     batch_size=batch_size,
     train_rows=mixed,
     validation_rows=tuple(of_text.validation for of_text in streams),
-    read_split=functools.partial(_read_split, texts),
+    read_split=functools.partial(read_split, texts),
   )
 
 
@@ -289,11 +299,3 @@ def _shuffled(rows: Rows, task: int, seed: int) -> grain.MapDataset:
 
 def _pair_with(task: int) -> Callable[[np.ndarray], tuple[np.ndarray, np.int32]]:
   return lambda row: (row, np.int32(task))
-
-
-def _read_split(texts: Sequence[Text], held_out: bool) -> bytes:
-  """Returns one side of all texts, one after another."""
-  documents: list[bytes] = []
-  for _, source, survey in texts:
-    documents += [text.encode() for text in documents_of_split(source, survey, held_out)]
-  return b''.join(documents)

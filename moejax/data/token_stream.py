@@ -15,6 +15,7 @@ import numpy as np
 from moejax.config import ConfigError, check
 from moejax.data.holdout import Survey, digest_of, documents_of_split, survey_of
 from moejax.data.sources import SOURCES, Component, DataConfig, Source
+from moejax.data.special_tokens import SpecialTokens
 from moejax.data.token_cache import open_cached
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -115,13 +116,18 @@ def _cached_survey(cfg: DataConfig, source: Source, cache: Path, elsewhere: list
   return Survey(**json.loads(bytes(survey)))
 
 
-def open_tokenizer(spec: str, texts: Sequence[Text], cache: Path) -> Tokenizer:
-  """Returns the tokenizer that `spec` names; a BPE that is not in the cache is trained first."""
+def open_tokenizer(
+  spec: str, texts: Sequence[Text], cache: Path, special: SpecialTokens
+) -> Tokenizer:
+  """Returns the tokenizer that `spec` names; a BPE that is not in the cache is trained first.
+
+  special: of the model that the text is for.
+  """
   if not spec.startswith('bpe:'):
-    return load_tokenizer(spec)
+    return load_tokenizer(spec, special=special)
   path = cache / f'tokenizer-{digest_of(FORMAT, spec, digest_of_texts(texts))}.json'
   json_text = open_cached(path, lambda: [load_tokenizer(spec, _sample(texts)).json_text.encode()])
-  return Tokenizer(bytes(json_text).decode(), spec)
+  return Tokenizer(bytes(json_text).decode(), spec, special)
 
 
 def _sample(texts: Sequence[Text]) -> Iterator[str]:
@@ -157,6 +163,7 @@ def _sample(texts: Sequence[Text]) -> Iterator[str]:
 def open_stream(text: Text, tokenizer: Tokenizer, cache: Path, held_out: bool) -> np.ndarray:
   """Returns one side of a text as eod document eod document ..., memory-mapped.
 
+  For a published model it is opening document closing opening document closing ..., see Tokenizer.
   It is tokenised where the cache does not have it.
 
   Returns:
@@ -168,11 +175,13 @@ def open_stream(text: Text, tokenizer: Tokenizer, cache: Path, held_out: bool) -
   """
   _, source, survey = text
   dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-  eod = dtype.type(tokenizer.eod_id).tobytes()
+  opening = np.array(tokenizer.opening, dtype).tobytes()
+  closing = np.array(tokenizer.closing, dtype).tobytes()
   side_bytes = survey.validation_bytes if held_out else survey.train_bytes
 
   def build() -> Iterator[bytes]:
     logger.info('tokenising %.1f MB', side_bytes / 1e6)
+    before = b''  # what stands before the next document's opening
     for group in _groups(documents_of_split(source, survey, held_out), tokenizer):
       ids_of_pieces = tokenizer.encode_batch([piece.text for piece in group])
       for piece, ids in zip(group, ids_of_pieces):
@@ -181,9 +190,14 @@ def open_stream(text: Text, tokenizer: Tokenizer, cache: Path, held_out: bool) -
             f'tokenizer={tokenizer.name!r} turns text into its end of document (id '
             f'{tokenizer.eod_id}) or ids above its {tokenizer.vocab_size}; take another'
           )
-        yield (eod if piece.opens_document else b'') + ids.astype(dtype).tobytes()
+        if piece.opens_document:
+          yield before + opening
+          before = closing
+        yield ids.astype(dtype).tobytes()
+    yield before
 
-  name = digest_of(FORMAT, survey.digest, tokenizer.digest, held_out, *survey.shared)
+  marks = [tokenizer.opening, tokenizer.closing] if tokenizer.special.is_published else []
+  name = digest_of(FORMAT, survey.digest, tokenizer.digest, held_out, *survey.shared, *marks)
   return open_cached(cache / f'tokens-{name}.{dtype.name}', build).view(dtype)
 
 
@@ -199,3 +213,11 @@ def _groups(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[Doc
         yield group
         group, size = [], 0
   yield group
+
+
+def read_split(texts: Sequence[Text], held_out: bool) -> bytes:
+  """Returns one side of all texts, one after another."""
+  documents: list[bytes] = []
+  for _, source, survey in texts:
+    documents += [text.encode() for text in documents_of_split(source, survey, held_out)]
+  return b''.join(documents)

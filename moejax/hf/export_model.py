@@ -9,7 +9,14 @@ import jax
 import numpy as np
 
 from moejax.config import check
-from moejax.hf.export_plan import GENERATION_FILE, Origin, plan_export
+from moejax.data.special_tokens import (
+  GENERATION_FILE,
+  ORIGIN_FILE,
+  SIDE_FILES,
+  TOKENIZER_CONFIG,
+  read_special_tokens,
+)
+from moejax.hf.export_plan import Origin, plan_export, special_keys
 from moejax.hf.export_tensors import lost_leaves, tensor_specs
 from moejax.hf.progress import print_note, progress_bar, say
 from moejax.hf.safetensors.directory import write_tensors
@@ -18,8 +25,6 @@ from moejax.moe.dispatch.dropless import dropless_note
 from moejax.runtime.files import expect_room, read_json
 from moejax.sharding.tree import flatten
 from moejax.train.experiment.run_dir import CONFIG_FILE, TOKENIZER_FILE, read_model_on, read_setup
-
-ORIGIN_FILE = 'huggingface.json'  # an Origin, beside the files of a run
 
 
 def export_model(workdir: str, out: str, wanted: str = '', dtype: str = '') -> None:
@@ -41,8 +46,9 @@ def export_model(workdir: str, out: str, wanted: str = '', dtype: str = '') -> N
   origin = Origin(**kept) if kept else None  # a run that was not imported has none
   # Published models have no capacity.
   print_note(dropless_note(cfg.model.moe.dispatch))
-  eod_id = tokenizer.eod_id if tokenizer else -1
-  plan = plan_export(cfg, origin, eod_id, wanted, dtype)
+  special = tokenizer.special if tokenizer else read_special_tokens(workdir)
+  said = special_keys(special, tokenizer.eod_id if tokenizer else -1)
+  plan = plan_export(cfg, origin, said, wanted, dtype)
   step, model, router = read_model_on(jax.local_devices(backend='cpu')[0], workdir, cfg)
   # On the CPU these are views, not copies.
   arrays = map(np.asarray, [*flatten(model).values(), router.bias])
@@ -51,8 +57,10 @@ def export_model(workdir: str, out: str, wanted: str = '', dtype: str = '') -> N
   # Everything has been checked: from here on only the disk can fail.
   files = {CONFIG_FILE: plan.config, GENERATION_FILE: plan.generation_config}
   texts = {name: json.dumps(content, indent=2) + '\n' for name, content in files.items()}
+  texts |= {name: special.files[name] for name in SIDE_FILES if name in special.files}
   if tokenizer:
     texts[TOKENIZER_FILE] = tokenizer.json_text
+    texts[TOKENIZER_CONFIG] = tokenizer.config_json(special.context_length or cfg.seq_len)
   specs = tensor_specs(plan.made_of, leaves, plan.copies, plan.dtypes)
   with progress_bar('writing', sum(spec.nbytes for spec in specs)) as advance:
     write_tensors(out, [with_progress(spec, advance) for spec in specs], texts)

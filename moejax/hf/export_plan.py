@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from moejax.config import ConfigError, check, problem_if
 from moejax.config.decimals import decimal_of
+from moejax.data.special_tokens import GENERATION_FILE, SpecialTokens
 from moejax.families import FAMILIES, config_json, family_of
 from moejax.families.schema.family import KEPT, Family, config_from_json
 from moejax.families.schema.tensor_names import leaves, tensors
@@ -19,7 +20,6 @@ from moejax.model.config import ModelConfig
 from moejax.runtime.files import read_json
 from moejax.train.experiment.config import ExperimentConfig
 
-GENERATION_FILE = 'generation_config.json'
 # What --dtype may be -> a row of safetensors.file.DTYPES.
 EXPORT_DTYPES = {'float32': 'F32', 'bfloat16': 'BF16'}
 TOKEN_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
@@ -79,18 +79,19 @@ def origin_of(source: Published) -> Origin:
 
 
 def plan_export(
-  cfg: ExperimentConfig, origin: Origin | None, eod_id: int, wanted: str, dtype: str
+  cfg: ExperimentConfig, origin: Origin | None, said: Json, wanted: str, dtype: str
 ) -> ExportPlan:
   """Returns how the model of a run is published.
 
   Args:
     cfg: of the run, its vocabulary resolved.
-    origin: of an imported model.
-    eod_id: the token between the run's documents, which begins a text as well; -1: not known.
+    origin: of a model that was imported, or trained on from an import.
+    said: from `special_keys`, for a config.json that is not the origin's.
     wanted: model_type of the family; '': the origin's, or the only one whose files can hold the
       model.
     dtype: a row of EXPORT_DTYPES for all but the router bias, which small steps move; '': the
-      origin's, or float32, since anything else would round what was trained.
+      origin's for what was imported, and float32 for what was trained, since anything else would
+      round it.
 
   Raises:
     ConfigError: no such family or dtype, or files of the family cannot hold the model; or several
@@ -105,26 +106,66 @@ def plan_export(
       f'--dtype={dtype!r} is not one of {sorted(EXPORT_DTYPES)}',
     ),
   )
-  if origin and wanted and FAMILIES[wanted] is not family_of(origin.config):
-    origin = None  # in another family nothing of the old files means the same
-  spelling = _spell(cfg, origin, eod_id, wanted)
+  origin = _usable(origin, cfg, wanted)
+  spelling = _spell(cfg, origin, said, wanted)
   config, made_of = spelling.config, spelling.made_of
   copies = repeated(cfg.model, made_of)
   if origin:
     copies = {copy: name for copy, name in copies.items() if copy in origin.copies}
   generation = origin.generation_config if origin else {}
-  if not origin or dtype or origin.dequantised:
+  stored = None if cfg.steps else origin  # the tensors are still those of the origin's files
+  if not stored or dtype or stored.dequantised:
     # transformers 5 reads both spellings, 4 the older one.
     key = 'dtype' if 'dtype' in config else 'torch_dtype'
-    config[key] = dtype or ('bfloat16' if origin else 'float32')
+    config[key] = dtype or ('bfloat16' if stored else 'float32')
+  if cfg.steps and 'max_position_embeddings' in config:  # it may have read longer rows since
+    config['max_position_embeddings'] = max(config['max_position_embeddings'], cfg.seq_len)
   return ExportPlan(
     known=spelling.known,
     config=config,
     generation_config=generation or {key: config[key] for key in TOKEN_IDS if key in config},
     made_of=made_of,
     copies=copies,
-    dtypes=_tensor_dtypes(made_of, copies, origin, dtype),
+    dtypes=_tensor_dtypes(made_of, copies, stored, dtype),
   )
+
+
+def special_keys(special: SpecialTokens, eod_id: int) -> Json:
+  """Returns what config.json says of special tokens and of the context length.
+
+  Args:
+    special: of the model.
+    eod_id: of the run's tokenizer, which opens a text as well if the run is our own; -1: not known.
+  """
+  if not special.is_published:
+    return {'bos_token_id': eod_id, 'eos_token_id': eod_id} if eod_id >= 0 else {}
+  keys: Json = {}
+  if special.bos_id >= 0:
+    keys['bos_token_id'] = special.bos_id
+  if special.eos_ids:
+    first, *others = special.eos_ids
+    keys['eos_token_id'] = [first, *others] if others else first
+  if special.pad_id >= 0:
+    keys['pad_token_id'] = special.pad_id
+  if special.context_length:
+    keys['max_position_embeddings'] = special.context_length
+  return keys
+
+
+def _usable(origin: Origin | None, cfg: ExperimentConfig, wanted: str) -> Origin | None:
+  """The origin, if the model is still of its family: in another one its keys mean other things."""
+  if origin is None:
+    return None
+  known = family_of(origin.config)
+  if wanted and FAMILIES[wanted] is not known:
+    return None
+  # What was trained on may have become another model, as by upcycling.
+  if cfg.steps and not wanted:
+    try:
+      _spell_in(known, cfg.model, _kept_keys(known, origin.config))
+    except ConfigError:
+      return None
+  return origin
 
 
 def _tensor_dtypes(
@@ -145,11 +186,11 @@ def _tensor_dtypes(
   return dtypes
 
 
-def _spell(cfg: ExperimentConfig, origin: Origin | None, eod_id: int, wanted: str) -> Spelling:
+def _spell(cfg: ExperimentConfig, origin: Origin | None, said: Json, wanted: str) -> Spelling:
   """The model in the words of its origin, of the family wanted, or of the only one that can."""
   if not origin:
     candidates = [FAMILIES[wanted]] if wanted else [*FAMILIES.values()]
-    return _only_able(candidates, cfg.model, _unsaid_keys(cfg, eod_id))
+    return _only_able(candidates, cfg.model, _unsaid_keys(cfg, said))
   known = family_of(origin.config)
   spelling = _spell_in(known, cfg.model, _kept_keys(known, origin.config))
   # To the byte what was imported, if that is what the model still is.
@@ -157,14 +198,13 @@ def _spell(cfg: ExperimentConfig, origin: Origin | None, eod_id: int, wanted: st
   return spelling._replace(config=unchanged or spelling.config)
 
 
-def _unsaid_keys(cfg: ExperimentConfig, eod_id: int) -> Json:
-  """Keys that no field of the model says, of a run that was not imported."""
+def _unsaid_keys(cfg: ExperimentConfig, said: Json) -> Json:
+  """Keys that no field of the model says, in a family that it was not imported from."""
   yarn = cfg.model.attention.rope.yarn
   longest = (
     round(yarn.original_length * decimal_of(yarn.factor)) if yarn.factor > 1 else cfg.seq_len
   )
-  ids = {name: eod_id for name in TOKEN_IDS[:2]} if eod_id >= 0 else {}
-  return {'max_position_embeddings': longest} | ids
+  return {'max_position_embeddings': longest} | said
 
 
 def _kept_keys(known: Family, config: Json) -> Json:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from moejax.checkpoint.checkpoints import Checkpoints
 from moejax.config import frozendict
 from moejax.data.sources import DataConfig
-from moejax.hf.export_model import ORIGIN_FILE
+from moejax.data.special_tokens import ORIGIN_FILE, read_special_tokens
 from moejax.hf.export_plan import origin_of
 from moejax.hf.logits import ONE_DEVICE, read_published_model
 from moejax.hf.progress import say
@@ -39,6 +39,7 @@ def import_model(directory: str, out: str, mesh: MeshConfig = ONE_DEVICE) -> Non
   """
   start = time.monotonic()
   source, target = open_published(directory), Path(out).resolve()
+  special = read_special_tokens(directory)
   tokenizer = read_tokenizer(directory, source.cfg.vocab_size)
   cfg = run_config(source.cfg, out, str(target / TOKENIZER_FILE) if tokenizer else '')
   with staged(target) as partial:
@@ -49,6 +50,7 @@ def import_model(directory: str, out: str, mesh: MeshConfig = ONE_DEVICE) -> Non
     checkpoints.close()
     if tokenizer:
       tokenizer.save(partial / TOKENIZER_FILE)
+    special.save(partial)
     files = {CONFIG_FILE: dataclasses.asdict(cfg), ORIGIN_FILE: origin_of(source)._asdict()}
     for name, content in files.items():
       write_whole(partial / name, json.dumps(content, indent=2) + '\n')

@@ -162,7 +162,8 @@ def sample(
 ) -> Iterator[str]:
   """Yields the continuation of a prompt, piece by piece as it is decoded."""
   prompts, ends = encode_prompt(tokenizer, prompt, cfg.stop)
-  return detokenize(decode(model, router, prompts, cfg, ends), tokenizer, cfg.stop)
+  steps = decode(model, router, prompts, cfg, ends)
+  return detokenize(steps, tokenizer, prompts[0], cfg.stop)
 
 
 def encode_prompt(
@@ -171,23 +172,31 @@ def encode_prompt(
   """Encodes a prompt as the beginning of a document.
 
   Returns:
-    The one prompt, and the ids that end its text: the document's end, special tokens of `stop`.
+    The one prompt, and the ids that end its text: what ends a document, special tokens of `stop`.
   """
   special_stops = [tokenizer.specials[name] for name in stop if name in tokenizer.specials]
-  # The end of one document is what the next begins after.
-  return [[tokenizer.eod_id, *tokenizer.encode(prompt)]], [tokenizer.eod_id, *special_stops]
+  return [tokenizer.encode_prompt(prompt)], [*tokenizer.ends, *special_stops]
 
 
 def detokenize(
-  steps: Iterable[list[list[int]]], tokenizer: Tokenizer, stop: Sequence[str]
+  steps: Iterable[list[list[int]]],
+  tokenizer: Tokenizer,
+  prompt: Sequence[int],
+  stop: Sequence[str],
 ) -> Iterator[str]:
-  """Yields the text of one row's tokens, in whole characters, up to the first `stop` text."""
-  ids: list[int] = []
+  """Yields the text that one row's tokens add to its prompt's, up to the first `stop` text.
+
+  It comes in whole characters.
+  """
+  ids = list(prompt)
+  # Tokens are spelt by what is before them: the first word of a text may have no space, and the
+  # same token in its middle has one.
+  prompt_length = len(tokenizer.decode(ids))
   text, shown = '', 0
   for (new_ids,) in steps:
     ids += new_ids
     # All tokens again: the new ones may end a character that others began.
-    text = tokenizer.decode(ids)
+    text = tokenizer.decode(ids)[prompt_length:]
     stops = [text.index(s) for s in stop if s in text]
     if stops:
       text = text[: min(stops)]

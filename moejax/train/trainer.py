@@ -32,9 +32,20 @@ from moejax.runtime.multiprocess import Vote, check_alike, fail_together, is_fir
 from moejax.runtime.watchdog import beat, watch
 from moejax.train.compile import compile_programs
 from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
-from moejax.train.experiment.run_dir import CHECKPOINTS, TOKENIZER_FILE, read_config, write_config
+from moejax.train.experiment.run_dir import (
+  CHECKPOINTS,
+  TOKENIZER_FILE,
+  has_begun,
+  read_config,
+  starting_special_tokens,
+  write_config,
+)
 from moejax.train.experiment.summary import summarise, summary_lines
-from moejax.train.initial_state import initial_train_state, model_fingerprint
+from moejax.train.initial_state import (
+  expect_same_tokenizer,
+  initial_train_state,
+  model_fingerprint,
+)
 from moejax.train.journal import open_journal
 from moejax.train.run_parts import Run
 from moejax.train.shapes import make_run_mesh
@@ -79,7 +90,11 @@ def start(cfg: ExperimentConfig, received: list[int]) -> int:
   workdir = pathlib.Path(cfg.workdir)
   # 1. The text, tokenised and cached; its tokenizer says how large the vocabulary is.
   with fail_together(ConfigError):
-    data = open_data(cfg.data, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=cfg.seed)
+    special = starting_special_tokens(cfg)
+    sizes = {'batch_size': cfg.batch_size, 'seq_len': cfg.seq_len}
+    data = open_data(cfg.data, **sizes, seed=cfg.seed, special=special)
+    if cfg.init_from and not has_begun(cfg):
+      expect_same_tokenizer(cfg, data.tokenizer)
     full = with_vocabulary(cfg, data.vocab_size)
   # Checkpoints carry it: they are only restored for the same data and the same model.
   data = dataclasses.replace(data, fingerprint=data.fingerprint | model_fingerprint(full.model))
@@ -107,6 +122,7 @@ def start(cfg: ExperimentConfig, received: list[int]) -> int:
     if is_first_process():
       write_config(cfg)
       write_whole(workdir / TOKENIZER_FILE, data.tokenizer.json_text)
+      data.tokenizer.special.save(workdir)
       write_whole(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
     # 7. The steps, under a watch that ends a process that hangs.
     step = int(state.step)

@@ -51,7 +51,7 @@ def test_the_other_spelling_is_the_same_model_and_is_given_back(name: str, tmp_p
     for file in ('config.json', 'config_hub.json')
   )
   assert one.cfg == other.cfg and one.made_of == other.made_of and one.config != other.config
-  back = plan_export(run_config(other.cfg, 'run'), origin_of(other), -1, '', '')
+  back = plan_export(run_config(other.cfg, 'run'), origin_of(other), {}, '', '')
   assert back.config == other.config
 
 

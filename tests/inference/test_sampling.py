@@ -138,7 +138,7 @@ def test_guesses_are_refused_where_there_are_none_or_they_would_matter(
 
 def spell(pieces: Sequence[Sequence[int]], *stop: str) -> list[str]:
   """What is shown of one row that says these tokens, step by step."""
-  return list(detokenize(([list(new)] for new in pieces), TOKENIZER, stop))
+  return list(detokenize(([list(new)] for new in pieces), TOKENIZER, [EOD], stop))
 
 
 def test_text_comes_in_whole_characters_and_whole_to_the_end() -> None:

@@ -10,7 +10,7 @@ import pytest
 from moejax.config import ConfigError
 from moejax.sharding.mesh import MeshConfig, make_mesh
 from moejax.train.experiment.run_dir import write_config
-from moejax.train.initial_state import differences, read_source_config, replicate_unit_axes
+from moejax.train.initial_state import differences, read_source, replicate_unit_axes
 from moejax.train.shapes import sharded_state_shapes
 from moejax.train.trainer import train
 from tests.support.tiny_run import CONFIG, config, rows
@@ -107,12 +107,12 @@ def test_what_differs_is_what_decides_the_result() -> None:
 
 def test_a_directory_that_is_no_run_is_told_as_init_from(tmp_path: Path) -> None:
   with pytest.raises(ConfigError, match='init_from: .*holds no config.json'):
-    read_source_config(str(tmp_path))
+    read_source(str(tmp_path))
   write_config(config(tmp_path))
   with pytest.raises(ConfigError, match='init_from: .*tokenizer.json'):
-    read_source_config(str(tmp_path))
+    read_source(str(tmp_path))
   write_config(config(tmp_path, model__vocab_size=300))
-  assert read_source_config(str(tmp_path)).model.vocab_size == 300
+  assert read_source(str(tmp_path)).cfg.model.vocab_size == 300
 
 
 def test_units_are_dropped_of_a_dense_model_only(tmp_path: Path) -> None:

@@ -15,6 +15,12 @@ from jax.sharding import SingleDeviceSharding
 
 from moejax.checkpoint.checkpoints import Checkpoints, NoLoadableCheckpoint
 from moejax.config import check, from_config_dict, problem_if
+from moejax.data.special_tokens import (
+  OWN,
+  TOKENIZER_FILE,
+  SpecialTokens,
+  read_special_tokens,
+)
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.model.transformer import Transformer
 from moejax.moe.bias import BiasState
@@ -24,7 +30,6 @@ from moejax.train.experiment.initial_model import ModelAndRouter, model_and_rout
 
 # What lies in a run directory.
 CONFIG_FILE = 'config.json'
-TOKENIZER_FILE = 'tokenizer.json'
 CHECKPOINTS = 'checkpoints'
 
 
@@ -96,7 +101,7 @@ def read_tokenizer(directory: str | os.PathLike, vocab_size: int = 0) -> Tokeniz
   path = inside(Path(directory), TOKENIZER_FILE)
   if not path.exists():
     return None
-  tokenizer = load_tokenizer(str(path))
+  tokenizer = load_tokenizer(str(path), special=read_special_tokens(directory))
   largest = tokenizer.vocab_size - 1
   problem = (
     f'{path}: expected ids below vocab_size={vocab_size} of config.json, found {largest}: '
@@ -104,6 +109,22 @@ def read_tokenizer(directory: str | os.PathLike, vocab_size: int = 0) -> Tokeniz
   )
   check(problem_if(0 < vocab_size <= largest, problem))
   return tokenizer
+
+
+def text_ends(workdir: str, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+  """The ids that end a text of the model in `workdir`, as its tokenizer or else its files say."""
+  return tokenizer.ends if tokenizer else read_special_tokens(workdir).eos_ids
+
+
+def has_begun(cfg: ExperimentConfig) -> bool:
+  """Whether the run directory holds a checkpoint, good or bad, and init_from is not looked at."""
+  return any((Path(cfg.workdir) / CHECKPOINTS).glob('[0-9]*'))
+
+
+def starting_special_tokens(cfg: ExperimentConfig) -> SpecialTokens:
+  """What is known of the model that a run goes on from: its own, or that of init_from."""
+  directory = cfg.workdir if has_begun(cfg) else cfg.init_from
+  return read_special_tokens(directory) if directory else OWN
 
 
 def read_setup(workdir: str) -> RunSetup:
