@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from moejax.checkpoint.checkpoints import NoLoadableCheckpoint
 from moejax.config import ConfigError, check, problem_if
 from moejax.inference.sampling import (
+  NonFiniteLogits,
   SampleConfig,
   TimedSteps,
   decode,
@@ -28,7 +29,8 @@ def main(argv: Sequence[str]) -> int:
   """Parses the flags, loads a run and prints its text.
 
   Returns:
-    The exit status: 0, 2 for bad arguments, 3 without a loadable checkpoint.
+    The exit status: 0, 2 for bad arguments, 3 without a loadable checkpoint, 4 where the model's
+    logits are not finite.
   """
   args = vars(flag_parser().parse_args(argv))
   workdir, prompt, ids = (args.pop(name) for name in ('workdir', 'prompt', 'prompt_ids'))
@@ -61,8 +63,13 @@ def main(argv: Sequence[str]) -> int:
   steps = TimedSteps(decode(model, router, prompts, cfg, ends))
   pieces = format_ids(steps, ends) if ids else detokenize(steps, tokenizer, prompts[0], cfg.stop)
   print(ids or prompt, end='', flush=True)
-  for piece in pieces:
-    print(piece, end='', flush=True)
+  try:
+    for piece in pieces:
+      print(piece, end='', flush=True)
+  except NonFiniteLogits as error:
+    print()
+    print(f'moejax.generate: {error}', file=sys.stderr)
+    return 4
   print()
   print(steps.report(cfg.draft), file=sys.stderr)
   return 0

@@ -190,13 +190,11 @@ def open_data(
   streams = []
   for text in texts:
     with name_task_in_errors(cfg, text.component):
-      of_text = _open_streams(text, tokenizer, cache, seq_len)
-      _check_lengths(of_text, batch_size, text.component.weight)
-    streams.append(of_text)
+      streams.append(_open_streams(text, tokenizer, cache, seq_len))
+      _check_lengths(streams[-1], batch_size, text.component.weight)
   weights = [text.component.weight for text in texts]
   datasets = [_shuffled(of_text.train, task, seed) for task, of_text in enumerate(streams)]
   mixed = grain.MapDataset.mix(datasets, weights)  # rounds weights to 1% of the least
-
   train_ids = sum(len(of_text.train.stream) for of_text in streams)
   validation_ids = sum(len(of_text.validation.stream) for of_text in streams)
   first_rows = [mixed[i][0] for i in range(batch_size)]

@@ -99,7 +99,7 @@ def read_special_tokens(directory: str | Path) -> SpecialTokens:
     eos_ids=tuple(dict.fromkeys(eos_ids)),
     pad_id=([*token_ids_in(config, 'pad_token_id'), -1])[0],
     context_length=length if type(length) is int else 0,
-    tokenizer_digest=text_digest(tokenizer_text) if tokenizer_text else '',
+    tokenizer_digest=tokenizer_text and text_digest(tokenizer_text),
     files={name: text for name, text in files.items() if text},
   )
   special.tokenizer_config()  # raises here where it cannot be read

@@ -196,8 +196,10 @@ def open_stream(text: Text, tokenizer: Tokenizer, cache: Path, held_out: bool) -
         yield ids.astype(dtype).tobytes()
     yield before
 
-  marks = [tokenizer.opening, tokenizer.closing] if tokenizer.special.is_published else []
-  name = digest_of(FORMAT, survey.digest, tokenizer.digest, held_out, *survey.shared, *marks)
+  parts = [tokenizer.digest, held_out, *survey.shared]
+  if tokenizer.special.is_published:
+    parts += [tokenizer.opening, tokenizer.closing]
+  name = digest_of(FORMAT, survey.digest, *parts)
   return open_cached(cache / f'tokens-{name}.{dtype.name}', build).view(dtype)
 
 

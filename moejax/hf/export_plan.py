@@ -14,7 +14,7 @@ from moejax.config.decimals import decimal_of
 from moejax.data.special_tokens import GENERATION_FILE, SpecialTokens
 from moejax.families import FAMILIES, config_json, family_of
 from moejax.families.schema.family import KEPT, Family, config_from_json
-from moejax.families.schema.tensor_names import leaves, tensors
+from moejax.families.schema.tensor_names import TIED_HEAD, leaves, tensors
 from moejax.hf.weights import MadeOf, Published, repeated
 from moejax.model.config import ModelConfig
 from moejax.runtime.files import read_json
@@ -109,9 +109,11 @@ def plan_export(
   origin = _usable(origin, cfg, wanted)
   spelling = _spell(cfg, origin, said, wanted)
   config, made_of = spelling.config, spelling.made_of
-  copies = repeated(cfg.model, made_of)
-  if origin:
-    copies = {copy: name for copy, name in copies.items() if copy in origin.copies}
+  repeats = repeated(cfg.model, made_of)
+  # A head that repeats the embedding is written where it was found, and otherwise left out, as
+  # transformers does.
+  found = origin.copies if origin else [copy for copy in repeats if copy != TIED_HEAD]
+  copies = {copy: name for copy, name in repeats.items() if copy in found}
   generation = origin.generation_config if origin else {}
   stored = None if cfg.steps else origin  # the tensors are still those of the origin's files
   if not stored or dtype or stored.dequantised:

@@ -15,7 +15,7 @@ from jax import Array
 from moejax.config import at_least, check, not_finite, problem_if
 from moejax.data.tokenizer import Tokenizer
 from moejax.inference.decode import MAX_DRAFTS, prefill, step
-from moejax.inference.draw import SamplingParams
+from moejax.inference.draw import NOT_FINITE, SamplingParams
 from moejax.model.config import ModelConfig
 from moejax.model.transformer import Transformer, empty_caches
 from moejax.moe.dispatch.dropless import dropless, dropless_note
@@ -24,6 +24,10 @@ from moejax.sharding.logical_axes import row_shards
 
 # Prompts and caches are rounded up to this many tokens: nearby lengths share a compiled program.
 ROUND = 64
+
+
+class NonFiniteLogits(ArithmeticError):
+  """A model gave NaN or infinite logits, from which no token can be drawn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +110,9 @@ def decode(
   Args:
     router: the bias of each MoE layer, as of `Transformer.__call__`.
     prompts: token ids of each row, one or more.
+
+  Raises:
+    NonFiniteLogits: where a token would be drawn from them.
   """
   rows, drafts = len(prompts), drafts_per_step(model.cfg, cfg)
   # A mesh wants rows for all of its devices: the first prompt fills them, and is not yielded again.
@@ -133,6 +140,11 @@ def decode(
       # A step may give more tokens than are left, or go on after an end.
       count = min(counts[row], left[row])
       ids = up_to_end(following[row, :count].tolist(), ends)
+      if NOT_FINITE in ids:
+        raise NonFiniteLogits(
+          f'logits are not finite after {cfg.max_tokens - left[row]} tokens: the parameters hold '
+          'NaN or inf, or numbers that overflow in the dtype that the model computes in'
+        )
       new_ids.append(ids)
       ended = ids and ids[-1] in ends
       left[row] = 0 if ended else left[row] - len(ids)
