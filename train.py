@@ -4,6 +4,10 @@
 cores
   python train.py --config=FILE[:VARIANT] --workdir=DIR --config.steps=100 \
     another experiment, its run in DIR
+  python train.py --config=RUN_DIR                      goes on with that run; with the model of \
+an import, --workdir=DIR
+  python train.py --config.init_from=RUN_DIR --workdir=DIR \
+    a new run from the model of that one, with its config
   python train.py --plan --topology=v5p:8x8x8           what that would take there; --plan=fit \
 looks for a mesh
   python train.py --coordinator=HOST:PORT --num_processes=N --process_id=I \
@@ -30,14 +34,15 @@ def main(argv: list[str]) -> int:
     from moejax.config.flags import describe, parse_flags
     from moejax.runtime.launch import connect, read_launch_flags
     from moejax.train.experiment.config import ExperimentConfig
+    from moejax.train.experiment.run_dir import config_from_run
 
     if {'-h', '--help'} & set(argv):
       print(__doc__)
       print('Every field of the config, as it stands in the file:')
-      print(describe(argv, ExperimentConfig, DEFAULT_CONFIG))
+      print(describe(argv, ExperimentConfig, DEFAULT_CONFIG, config_from_run))
       return 0
     launch, argv = read_launch_flags(argv)
-    cfg = parse_flags(argv, ExperimentConfig, DEFAULT_CONFIG)
+    cfg = parse_flags(argv, ExperimentConfig, DEFAULT_CONFIG, config_from_run)
     if not topology:
       connect(launch)
   except ConfigError as error:
@@ -47,9 +52,10 @@ def main(argv: list[str]) -> int:
     from moejax.plan.planner import print_plan
 
     return print_plan(cfg, mode, topology)
+  from moejax.hf.spelling import export_outlook
   from moejax.train.trainer import train
 
-  return train(cfg)
+  return train(cfg, export_outlook(cfg))
 
 
 if __name__ == '__main__':

@@ -10,11 +10,11 @@ from collections import Counter
 from typing import NamedTuple
 
 from moejax.config import ConfigError, check, problem_if
-from moejax.config.decimals import decimal_of
 from moejax.data.special_tokens import GENERATION_FILE, SpecialTokens
 from moejax.families import FAMILIES, config_json, family_of
-from moejax.families.schema.family import KEPT, Family, config_from_json
-from moejax.families.schema.tensor_names import TIED_HEAD, leaves, tensors
+from moejax.families.schema.family import Family, config_from_json
+from moejax.families.schema.tensor_names import TIED_HEAD
+from moejax.hf.spelling import Json, Spelling, kept_keys, only_able, spell_in, unsaid_keys
 from moejax.hf.weights import MadeOf, Published, repeated
 from moejax.model.config import ModelConfig
 from moejax.runtime.files import read_json
@@ -23,7 +23,6 @@ from moejax.train.experiment.config import ExperimentConfig
 # What --dtype may be -> a row of safetensors.file.DTYPES.
 EXPORT_DTYPES = {'float32': 'F32', 'bfloat16': 'BF16'}
 TOKEN_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
-Json = dict[str, object]
 
 
 class Origin(NamedTuple):
@@ -46,14 +45,6 @@ class ExportPlan(NamedTuple):
   made_of: MadeOf  # path of each leaf -> the tensors that it is made of
   copies: dict[str, str]  # from weights.repeated
   dtypes: dict[str, str]  # name -> row of safetensors.file.DTYPES
-
-
-class Spelling(NamedTuple):
-  """A model in the words of one family."""
-
-  known: Family
-  config: Json  # config.json
-  made_of: MadeOf
 
 
 def origin_of(source: Published) -> Origin:
@@ -164,7 +155,7 @@ def _usable(origin: Origin | None, cfg: ExperimentConfig, wanted: str) -> Origin
   # What was trained on may have become another model, as by upcycling.
   if cfg.steps and not wanted:
     try:
-      _spell_in(known, cfg.model, _kept_keys(known, origin.config))
+      spell_in(known, cfg.model, kept_keys(known, origin.config))
     except ConfigError:
       return None
   return origin
@@ -192,33 +183,12 @@ def _spell(cfg: ExperimentConfig, origin: Origin | None, said: Json, wanted: str
   """The model in the words of its origin, of the family wanted, or of the only one that can."""
   if not origin:
     candidates = [FAMILIES[wanted]] if wanted else [*FAMILIES.values()]
-    return _only_able(candidates, cfg.model, _unsaid_keys(cfg, said))
+    return only_able(candidates, cfg.model, unsaid_keys(cfg, said))
   known = family_of(origin.config)
-  spelling = _spell_in(known, cfg.model, _kept_keys(known, origin.config))
+  spelling = spell_in(known, cfg.model, kept_keys(known, origin.config))
   # To the byte what was imported, if that is what the model still is.
   unchanged = _unchanged_config(known, cfg.model, origin, spelling.config)
   return spelling._replace(config=unchanged or spelling.config)
-
-
-def _unsaid_keys(cfg: ExperimentConfig, said: Json) -> Json:
-  """Keys that no field of the model says, in a family that it was not imported from."""
-  yarn = cfg.model.attention.rope.yarn
-  longest = (
-    round(yarn.original_length * decimal_of(yarn.factor)) if yarn.factor > 1 else cfg.seq_len
-  )
-  return {'max_position_embeddings': longest} | said
-
-
-def _kept_keys(known: Family, config: Json) -> Json:
-  """Keys that no field of the model says, and those that say what files hold."""
-  names = KEPT | {row.key for row in known.names.values()}
-  return {name: config[name] for name in names if name in config}
-
-
-def _spell_in(known: Family, cfg: ModelConfig, kept: Json) -> Spelling:
-  """Raises ConfigError where the family's files cannot hold the model."""
-  config = config_json(known, cfg, kept)
-  return Spelling(known, config, tensors(known.names, cfg, config, leaves(cfg)))
 
 
 def _unchanged_config(known: Family, cfg: ModelConfig, origin: Origin, written: Json) -> Json:
@@ -226,31 +196,6 @@ def _unchanged_config(known: Family, cfg: ModelConfig, origin: Origin, written: 
   # Files may lack the layers of multi-token prediction that their config.json speaks of; then the
   # import has none.
   before = dataclasses.replace(config_from_json(known, origin.config), mtp_depth=cfg.mtp_depth)
-  if config_json(known, before, _kept_keys(known, origin.config)) != written:
+  if config_json(known, before, kept_keys(known, origin.config)) != written:
     return {}
   return {name: value for name, value in origin.config.items() if name != 'quantization_config'}
-
-
-def _only_able(candidates: list[Family], cfg: ModelConfig, kept: Json) -> Spelling:
-  """The model in the words of the only candidate whose files can hold it.
-
-  Raises:
-    ConfigError: none can, with the reasons of each; or several can.
-  """
-  able: dict[str, Spelling] = {}
-  problems: list[str] = []
-  for known in candidates:
-    try:
-      able[known.model_type] = _spell_in(known, cfg, kept)
-    except ConfigError as error:
-      problems += [f'  {known.model_type}: {problem}' for problem in error.problems]
-  if not able:
-    several = 'no family here has files that can hold this model:'
-    one = 'files of this family cannot hold this model:'
-    raise ConfigError(several if len(candidates) > 1 else one, *problems)
-  names = ' or '.join(sorted(able))
-  check(
-    problem_if(len(able) > 1, f'this model can be published as {names}: choose one with --family=')
-  )
-  [spelling] = able.values()
-  return spelling

@@ -10,6 +10,7 @@ import json
 import math
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import jax
 
@@ -61,8 +62,11 @@ class Diverged(RuntimeError):
 EXIT_STATUS = {ConfigError: 2, NoLoadableCheckpoint: 3, Diverged: 4, RunInUse: 5}
 
 
-def train(cfg: ExperimentConfig) -> int:
-  """Trains, or goes on training, the run in cfg.workdir. Returns the exit status, see train.py."""
+def train(cfg: ExperimentConfig, *notes: str) -> int:
+  """Trains, or goes on training, the run in cfg.workdir. Returns the exit status, see train.py.
+
+  notes: lines that are told after the summary, before the first step.
+  """
   keep_compiled_programs()
   try:
     # A fault that cannot be is an error now, and not at the step that it was meant for.
@@ -73,7 +77,7 @@ def train(cfg: ExperimentConfig) -> int:
       with fail_together(RunInUse, ConfigError):
         if is_first_process():
           held.enter_context(hold_run_directory(cfg.workdir))
-      return start(cfg, received)
+      return start(cfg, received, notes)
   except tuple(EXIT_STATUS) as error:
     print(f'{type(error).__name__}: {error}', file=sys.stderr)
     return EXIT_STATUS[type(error)]
@@ -82,10 +86,10 @@ def train(cfg: ExperimentConfig) -> int:
     raise
 
 
-def start(cfg: ExperimentConfig, received: list[int]) -> int:
+def start(cfg: ExperimentConfig, received: list[int], notes: Sequence[str]) -> int:
   """Makes all parts of the run and trains it. The run directory is held.
 
-  received: the signals that came, filled as they do. Returns the exit status.
+  received: the signals that came, filled as they do. notes: as of `train`. Returns the exit status.
   """
   workdir = pathlib.Path(cfg.workdir)
   # 1. The text, tokenised and cached; its tokenizer says how large the vocabulary is.
@@ -131,7 +135,7 @@ def start(cfg: ExperimentConfig, received: list[int]) -> int:
       open_journal(full, data, summary['flops_per_token'], step) as journal,
       watch(full.hang_after, stacks),
     ):
-      journal.say(*summary_lines(summary, full))
+      journal.say(*summary_lines(summary, full), *notes)
       if step:
         journal.say(f'resuming after step {step} of {workdir}', *changed)
       run = Run(full, data, programs, checkpoints, journal)

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import jax
 from jax import Array
 from jax.sharding import SingleDeviceSharding
+from ml_collections import ConfigDict
 
 from moejax.checkpoint.checkpoints import Checkpoints, NoLoadableCheckpoint
-from moejax.config import check, from_config_dict, problem_if
+from moejax.config import check, from_config_dict, problem_if, to_config_dict
 from moejax.data.special_tokens import (
   OWN,
   TOKENIZER_FILE,
@@ -90,6 +91,26 @@ def read_config(workdir: str) -> ExperimentConfig:
   )
   # A run may have been moved since it wrote its config: it lies where it is read.
   return from_config_dict(ExperimentConfig, fields | {'workdir': workdir})
+
+
+def config_from_run(directory: str, is_source: bool) -> ConfigDict:
+  """The config that flags change, where the directory of a run stands in the place of a file.
+
+  A run that was trained is named again: the same command resumes it. An import, and with
+  `is_source` any run, is what a new run starts from, which has to name a workdir of its own.
+
+  Raises:
+    ConfigError: it is no run.
+  """
+  cfg = read_config(directory)
+  config = to_config_dict(cfg)
+  if is_source or not cfg.steps:
+    config.init_from, config.workdir = directory, ''
+    config.steps = cfg.steps or ExperimentConfig.steps
+    tokenizer = Path(directory) / TOKENIZER_FILE
+    if tokenizer.exists():  # the ids of the model, whatever text comes now
+      config.data.tokenizer = str(tokenizer)
+  return config
 
 
 def read_tokenizer(directory: str | os.PathLike, vocab_size: int = 0) -> Tokenizer | None:
