@@ -1,6 +1,5 @@
 """Text to token ids and back: bytes, a byte-level BPE trained here, or anybody's tokenizer.json."""
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,6 +48,7 @@ class Tokenizer:
     closing: the ids that end each document; () where the opening of the next one does.
     ends: the ids that end a text that a model writes.
     special: what the publisher says; OWN where it is of another tokenizer.
+    vocabulary: text -> id of all tokens.
     vocab_size: one more than the largest id.
     specials: name -> id of the special tokens, eod included.
     digest: 32 hex digits of `json_text`.
@@ -77,9 +77,9 @@ class Tokenizer:
     # Ids mean nothing in another tokenizer.
     self.special = special if special.tokenizer_digest in ('', self.digest) else OWN
     self.name = name
-    self._vocabulary = self._backend.get_vocab(with_added_tokens=True)
+    self.vocabulary = self._backend.get_vocab(with_added_tokens=True)
     self.vocab_size = (
-      max(self._vocabulary.values(), default=-1) + 1
+      max(self.vocabulary.values(), default=-1) + 1
     )  # not the count: ids may have holes
     added_tokens = self._backend.get_added_tokens_decoder()
     self.specials = {token.content: i for i, token in added_tokens.items() if token.special}
@@ -93,9 +93,9 @@ class Tokenizer:
 
   def _end_of_document(self) -> int:
     """The id between documents: of those that the publisher names, the one with a usual name."""
-    known = {*self._vocabulary.values()}
+    known = {*self.vocabulary.values()}
     said = [i for i in self.special.eos_ids if i in known]
-    usual = [self._vocabulary[eod] for eod in EOD_NAMES if eod in self._vocabulary]
+    usual = [self.vocabulary[eod] for eod in EOD_NAMES if eod in self.vocabulary]
     candidates = [i for i in usual if i in said] or said or usual
     if not candidates:
       eods = ', '.join(EOD_NAMES)
@@ -103,7 +103,7 @@ class Tokenizer:
     return candidates[0]
 
   def _published_opening(self) -> tuple[int, ...]:
-    """The ids that transformers puts before a text.
+    """The ids that transformers 4 puts before a text.
 
     tokenizer_config.json decides where it has add_bos_token, and the post-processor of
     tokenizer.json where it has not. A bos_token_id in config.json alone opens nothing: Qwen's files
@@ -120,7 +120,7 @@ class Tokenizer:
     bos_id = self.special.bos_id if bos_id < 0 else bos_id
     check(
       problem_if(
-        bos_id not in self._vocabulary.values(),
+        bos_id not in self.vocabulary.values(),
         f'tokenizer={self.name!r}: {TOKENIZER_CONFIG} has add_bos_token=true, and neither its '
         'bos_token nor bos_token_id of config.json is a token: mend one of them',
       )
@@ -131,32 +131,7 @@ class Tokenizer:
     """The id of a token that tokenizer_config.json gives as a text or an object; -1: none."""
     if isinstance(token, dict) and 'content' in token:
       token = token['content']
-    return self._vocabulary[token] if isinstance(token, str) and token in self._vocabulary else -1
-
-  def config_json(self, context_length: int) -> str:
-    """Returns a tokenizer_config.json with which transformers gives the ids that this one gives.
-
-    Without one, it takes the tokenizer class of the model_type, and some of those put rules of
-    their own over those of tokenizer.json: other ids, without a word.
-
-    context_length: tokens that the model reads.
-    """
-    if TOKENIZER_CONFIG in self.special.files:
-      return self.special.files[TOKENIZER_CONFIG]
-    names = {i: token for token, i in self._vocabulary.items()}
-    ids = {
-      'eos_token': self.eod_id,
-      'bos_token': self.special.bos_id,
-      'pad_token': self.special.pad_id,
-    }
-    config: dict[str, object] = {'tokenizer_class': 'PreTrainedTokenizerFast'}
-    if not self.special.is_published:
-      # What opens our documents; of a published model the post-processor of tokenizer.json says it.
-      ids['bos_token'] = self.eod_id
-      config['add_bos_token'] = True
-    config |= {key: names[i] for key, i in ids.items() if i in names}
-    config |= {'clean_up_tokenization_spaces': False, 'model_max_length': context_length}
-    return json.dumps(config, indent=2, ensure_ascii=False) + '\n'
+    return self.vocabulary[token] if isinstance(token, str) and token in self.vocabulary else -1
 
   def pieces(self, text: str) -> Iterator[str]:
     """Yields pieces of a text which encode to the ids of the whole.

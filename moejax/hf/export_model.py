@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from moejax.config import check
+from moejax.data.published_tokenizer import published_json, tokenizer_config_json
 from moejax.data.special_tokens import (
   GENERATION_FILE,
   ORIGIN_FILE,
@@ -25,6 +26,9 @@ from moejax.moe.dispatch.dropless import dropless_note
 from moejax.runtime.files import expect_room, read_json
 from moejax.sharding.tree import flatten
 from moejax.train.experiment.run_dir import CONFIG_FILE, TOKENIZER_FILE, read_model_on, read_setup
+
+# Families whose tokenizer class transformers 5 takes where tokenizer_config.json names another, too.
+OWN_RULES = ('qwen2',)
 
 
 def export_model(workdir: str, out: str, wanted: str = '', dtype: str = '') -> None:
@@ -59,13 +63,20 @@ def export_model(workdir: str, out: str, wanted: str = '', dtype: str = '') -> N
   texts = {name: json.dumps(content, indent=2) + '\n' for name, content in files.items()}
   texts |= {name: special.files[name] for name in SIDE_FILES if name in special.files}
   if tokenizer:
-    texts[TOKENIZER_FILE] = tokenizer.json_text
-    texts[TOKENIZER_CONFIG] = tokenizer.config_json(special.context_length or cfg.seq_len)
+    texts[TOKENIZER_FILE] = published_json(tokenizer)
+    texts[TOKENIZER_CONFIG] = tokenizer_config_json(
+      tokenizer, special.context_length or cfg.seq_len
+    )
   specs = tensor_specs(plan.made_of, leaves, plan.copies, plan.dtypes)
   with progress_bar('writing', sum(spec.nbytes for spec in specs)) as advance:
     write_tensors(out, [with_progress(spec, advance) for spec in specs], texts)
   seconds = time.monotonic() - start
   kind = plan.config['model_type']
+  if tokenizer and kind in OWN_RULES and TOKENIZER_CONFIG not in special.files:
+    print_note(
+      f'transformers 5 puts rules of its own over the tokenizer of model_type={kind!r}, whatever '
+      f'its files say: load it with PreTrainedTokenizerFast.from_pretrained({out!r})'
+    )
   say(f'exported step {step} of {workdir} to {out} as {kind} in {seconds:.1f} s')
 
 

@@ -9,6 +9,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
 from moejax.config import ConfigError
+from moejax.data.published_tokenizer import published_json, tokenizer_config_json
 from moejax.data.rows import batch_from_rows
 from moejax.data.special_tokens import (
   ORIGIN_FILE,
@@ -146,15 +147,22 @@ def test_what_was_read_is_saved_and_read_again(tmp_path: Path) -> None:
 
 
 def test_transformers_is_told_what_opens_a_text(tmp_path: Path) -> None:
-  own = json.loads(tokenizer(OWN).config_json(64))
+  own = json.loads(tokenizer_config_json(tokenizer(OWN), 64))
   assert own['tokenizer_class'] == 'PreTrainedTokenizerFast' and own['add_bos_token'] is True
   assert own['bos_token'] == own['eos_token'] == '</s>' and own['model_max_length'] == 64
   special = published(tmp_path, '<s> $A', bos_token_id=1, eos_token_id=3, pad_token_id=0)
-  said = json.loads(tokenizer(special, '<s> $A').config_json(64))
+  said = json.loads(tokenizer_config_json(tokenizer(special, '<s> $A'), 64))
   assert 'add_bos_token' not in said, 'its tokenizer.json says it'
   assert (said['bos_token'], said['eos_token'], said['pad_token']) == ('<s>', '<end>', '<unk>')
   kept = published(tmp_path, '<s> $A', '{"add_bos_token": true}', eos_token_id=3, bos_token_id=1)
-  assert tokenizer(kept, '<s> $A').config_json(64) == '{"add_bos_token": true}'
+  assert tokenizer_config_json(tokenizer(kept, '<s> $A'), 64) == '{"add_bos_token": true}'
+
+
+def test_the_tokenizer_of_our_own_export_opens_a_text_as_we_do(tmp_path: Path) -> None:
+  own, special = tokenizer(OWN, '<s> $A'), published(tmp_path, '<s> $A', eos_token_id=2)
+  written = tokenizers.Tokenizer.from_str(published_json(own))
+  assert written.encode('a b').ids == own.encode_prompt('a b') == [2, 4, 5]
+  assert published_json(tokenizer(special, '<s> $A')) == json_text('<s> $A')
 
 
 def test_documents_are_opened_and_closed_as_the_publisher_does(

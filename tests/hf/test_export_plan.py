@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 from moejax.config import ConfigError
+from moejax.data.special_tokens import SpecialTokens
 from moejax.families import FAMILIES
-from moejax.hf.export_plan import origin_of, plan_export
+from moejax.hf.export_plan import origin_of, plan_export, special_keys
 from moejax.hf.import_model import run_config
+from moejax.hf.spelling import export_outlook
 from moejax.hf.weights import open_published
 from moejax.model.config import ModelConfig
+from moejax.moe.balance.config import BalanceConfig
 from moejax.train.experiment.config import ExperimentConfig
 from tests.hf.round_trip import given_back, loaded
 from tests.support.published_models import GOLDEN, arrays_in, copied, written
@@ -87,3 +90,37 @@ def test_errors_say_what_cannot_be_held_and_by_whom() -> None:
     ConfigError, match=r"--family='gpt' is not one of (.|\n)*--dtype='int8' is not one of"
   ):
     plan_export(odd, None, {}, 'gpt', 'int8')
+
+
+def test_what_no_family_can_hold_is_told_before_a_run() -> None:
+  def outlook(kind: str, rule: str, **changes: object) -> str:
+    model = dataclasses.replace(FAMILIES[kind].presets['tiny'], vocab_size=0, **changes)
+    return export_outlook(ExperimentConfig(model=model, balance=BalanceConfig(bias_rule=rule)))
+
+  assert 'as deepseek_v3, by python -m moejax.hf export' in outlook('deepseek_v3', 'sign')
+  assert 'as mixtral, by' in outlook('mixtral', '')
+  assert "mixtral could hold this model, but for the bias that balance.bias_rule='sign'" in outlook(
+    'mixtral', 'sign'
+  )
+  told = outlook('mixtral', '', num_dense_layers=1, d_ff=8)
+  assert 'no published family can hold this model; the nearest is ' in told
+
+
+def test_a_model_that_was_trained_on_keeps_what_its_publisher_says(tmp_path: Path) -> None:
+  """In float32, and with the length of the rows that it has read since, where that is more."""
+  source = open_published(copied('mixtral', tmp_path / 'm'))
+  origin = origin_of(source)._replace(dtype='BF16')
+  trained = dataclasses.replace(run_config(source.cfg, 'run'), steps=3, seq_len=8)
+  how = plan_export(trained, origin, {}, '', '')
+  assert how.config == source.config | {
+    key: 'float32' for key in ('dtype', 'torch_dtype') if key in source.config
+  }
+  assert {*how.dtypes.values()} == {'F32'}
+  longer = dataclasses.replace(trained, seq_len=1 << 20)
+  longest = plan_export(longer, origin, {}, '', '').config['max_position_embeddings']
+  assert longest == 1 << 20 > source.config['max_position_embeddings']
+  upcycled = dataclasses.replace(trained, model=FAMILIES['qwen3_moe'].presets['tiny'])
+  said = special_keys(SpecialTokens(True, 1, (3, 2), -1, 4096), 2)
+  config = plan_export(upcycled, origin, said, '', '').config
+  assert config['model_type'] == 'qwen3_moe' and config['bos_token_id'] == 1
+  assert config['eos_token_id'] == [3, 2] and config['max_position_embeddings'] == 4096
