@@ -27,7 +27,7 @@ from moejax.runtime.files import expect_room, read_json
 from moejax.sharding.tree import flatten
 from moejax.train.experiment.run_dir import CONFIG_FILE, TOKENIZER_FILE, read_model_on, read_setup
 
-# Families whose tokenizer class transformers 5 takes where tokenizer_config.json names another, too.
+# Families whose tokenizer class transformers 5 takes, whatever tokenizer_config.json names.
 OWN_RULES = ('qwen2',)
 
 
