@@ -66,7 +66,14 @@ def train_or_plan(argv: Sequence[str]) -> int:
     return plan(argv)
   from moejax.train.__main__ import main as train
 
-  return train(argv)
+  return train(argv, note_on_export)
+
+
+def note_on_export(cfg: object) -> str:
+  """Whether a published family can hold the model, told before anybody pays for its training."""
+  from moejax.hf.spelling import export_outlook
+
+  return export_outlook(cfg)
 
 
 if __name__ == '__main__':

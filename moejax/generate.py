@@ -13,6 +13,7 @@ from moejax.checkpoint.checkpoints import NoLoadableCheckpoint
 from moejax.config import ConfigError, check, problem_if, utf8_problem
 from moejax.config.help_text import field_meanings
 from moejax.inference.sampling import (
+  NonFiniteLogits,
   SampleConfig,
   TimedSteps,
   decode,
@@ -23,14 +24,15 @@ from moejax.inference.sampling import (
 )
 from moejax.model.config import ModelConfig
 from moejax.runtime.command import CommandParser, run_quietly, usage_error
-from moejax.train.experiment.run_dir import TOKENIZER_FILE, open_run
+from moejax.train.experiment.run_dir import TOKENIZER_FILE, open_run, text_ends
 
 
 def main(argv: Sequence[str]) -> int:
   """Parses the flags, loads a run and prints its text.
 
   Returns:
-    The exit status: 0, 2 for bad arguments, 3 without a loadable checkpoint.
+    The exit status: 0, 2 for bad arguments, 3 without a loadable checkpoint, 4 where the model's
+    logits are not finite.
   """
   args = vars(flag_parser().parse_args(argv))
   workdir, prompt, ids = (args.pop(name) for name in ('workdir', 'prompt', 'prompt_ids'))
@@ -40,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     cfg = SampleConfig(**args | {'stop': tuple(args['stop'])})
     _, tokenizer, step, model, router = open_run(workdir)
     drafts_per_step(model.cfg, cfg)  # raises before anything is printed
+    ends = text_ends(workdir, tokenizer)
     # Without a tokenizer there is no text, only ids.
     check(
       problem_if(
@@ -49,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     )
     if ids:
       prompts = [parse_token_ids(ids, '--prompt_ids', model.cfg)]
-      ends = parse_token_ids(','.join(cfg.stop), '--stop', model.cfg)
+      ends = [*ends, *parse_token_ids(','.join(cfg.stop), '--stop', model.cfg)]
     else:
       prompts, ends = encode_prompt(tokenizer, prompt, cfg.stop)
   # Errors of what was asked for are one message; any other is a bug, and keeps its traceback.
@@ -62,10 +65,15 @@ def main(argv: Sequence[str]) -> int:
   if note:
     print(note, file=sys.stderr)
   steps = TimedSteps(decode(model, router, prompts, cfg, ends))
-  pieces = format_ids(steps, ends) if ids else detokenize(steps, tokenizer, cfg.stop)
+  pieces = format_ids(steps, ends) if ids else detokenize(steps, tokenizer, prompts[0], cfg.stop)
   print(ids or prompt, end='', flush=True)
-  for piece in pieces:
-    print(piece, end='', flush=True)
+  try:
+    for piece in pieces:
+      print(piece, end='', flush=True)
+  except NonFiniteLogits as error:
+    print()
+    print(f'moejax.generate: {error}', file=sys.stderr)
+    return 4
   print()
   print(steps.report(cfg.draft), file=sys.stderr)
   return 0

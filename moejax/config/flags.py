@@ -2,11 +2,13 @@
 
 argv -> get_config() of the file -> each override in turn -> from_config_dict
 
+In the place of a file may stand the directory of a run, whose config is taken.
 All problems of a command line are reported at once. Knows no model.
 """
 
 import difflib
 import inspect
+import os
 import runpy
 import traceback
 from collections.abc import Callable
@@ -23,22 +25,31 @@ from moejax.config.help_text import help_lines
 T = TypeVar('T')
 # Config files that can be named without their folder and their suffix.
 NAMED_CONFIGS = Path(__file__).parents[1] / 'configs'
+START_FLAG = '--config.init_from='
+# Directory of a run, and whether a new run starts from it -> the config that the flags change.
+ReadRun = Callable[[str, bool], ConfigDict]
 
 
-def parse_flags(argv: list[str], cls: type[T], default: str) -> T:
+def read_no_run(directory: str, is_source: bool) -> ConfigDict:
+  """Refuses the directory, where runs are not known."""
+  raise ConfigError(f'{directory} is a directory: name a config file')
+
+
+def parse_flags(argv: list[str], cls: type[T], default: str, read_run: ReadRun = read_no_run) -> T:
   """Returns the config that a command line asks for.
 
   Args:
     argv: the arguments, without the program's name.
     cls: the dataclass of the config, which has a field `workdir`.
-    default: the config file, where `argv` names none.
+    default: the config file, where `argv` names none, and no run to start from either.
+    read_run: reads a directory that stands in the place of a config file.
 
   Raises:
     ConfigError: all that is wrong; what is bad is left out, and the rest is checked without it.
   """
   problems: list[str] = []
   split = _split_flags(argv, default, problems)
-  config = _load_config_file(split.config_file, cls, problems)
+  config = _load_config(split, cls, read_run, problems)
   names = [field.path for field in walk_fields(config)]
   for arg in _with_values(split.rest, config):
     if arg.startswith(('--config.', '--noconfig.')):
@@ -55,20 +66,21 @@ def parse_flags(argv: list[str], cls: type[T], default: str) -> T:
   return built
 
 
-def describe(argv: list[str], cls: type, default: str) -> str:
+def describe(argv: list[str], cls: type, default: str, read_run: ReadRun = read_no_run) -> str:
   """Returns a line for each field of the config file that `argv` names.
 
   A line is the flag that would set the field to the value that it has; its meaning is below.
   Problems of the command line are passed over.
   """
-  config = _load_config_file(_split_flags(argv, default, []).config_file, cls, [])
+  config = _load_config(_split_flags(argv, default, []), cls, read_run, [])
   return '\n'.join(help_lines(cls, config))
 
 
 class SplitFlags(NamedTuple):
   """A command line, taken apart."""
 
-  config_file: str  # FILE or FILE:VARIANT of --config
+  config_file: str  # FILE or FILE:VARIANT of --config, or the directory of a run
+  source: str  # of --config.init_from, where --config is not given: a run to start from; or ''
   workdir: str  # of --workdir; '' where it is not given
   rest: list[str]  # all other arguments, in order
 
@@ -84,7 +96,30 @@ def _split_flags(argv: list[str], default: str, problems: list[str]) -> SplitFla
     # Both flags take a value, and only the last argument can lack one: try again without it.
     problems.append(f'{argv[-1]}: {error}')
     return _split_flags(argv[:-1], default, problems)
-  return SplitFlags(values['config'].value, values['workdir'].value, rest)
+  source = ''
+  if not values['config'].present:
+    for arg in rest:
+      if arg.startswith(START_FLAG):
+        source = arg.removeprefix(START_FLAG)
+  return SplitFlags(values['config'].value, source, values['workdir'].value, rest)
+
+
+def _load_config(
+  split: SplitFlags, cls: type, read_run: ReadRun, problems: list[str]
+) -> ConfigDict:
+  """Returns the config of the run or of the file that the command line names.
+
+  Where that fails, adds to `problems` and returns the default config.
+  """
+  directory = split.source or split.config_file
+  if not split.source and not os.path.isdir(directory):
+    return _load_config_file(split.config_file, cls, problems)
+  try:
+    return read_run(directory, bool(split.source))
+  except ConfigError as error:
+    flag = START_FLAG if split.source else '--config='
+    problems += [f'{flag}{directory}: {problem}' for problem in error.problems]
+    return to_config_dict(cls())
 
 
 def _load_config_file(file: str, cls: type, problems: list[str]) -> ConfigDict:

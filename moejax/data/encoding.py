@@ -23,6 +23,7 @@ class DocumentPiece(NamedTuple):
   """A part of a document, which is tokenised by itself."""
 
   opens_document: bool
+  closes_document: bool
   text: str
 
 
@@ -36,24 +37,35 @@ def piece_groups(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[lis
   group: list[DocumentPiece] = []
   size = 0
   for document in documents:
-    for i, text in enumerate(tokenizer.pieces(document)):
-      group.append(DocumentPiece(i == 0, text))
-      size += len(text)
+    for piece in _pieces_of(document, tokenizer):
+      group.append(piece)
+      size += len(piece.text)
       if size >= GROUP_CHARACTERS:
         yield group
         group, size = [], 0
   yield group
 
 
+def _pieces_of(document: str, tokenizer: Tokenizer) -> Iterator[DocumentPiece]:
+  """Yields the pieces of one document; which is the last is known when no other comes."""
+  texts = tokenizer.pieces(document)
+  text, opens = next(texts), True
+  for following in texts:
+    yield DocumentPiece(opens, False, text)
+    text, opens = following, False
+  yield DocumentPiece(opens, True, text)
+
+
 def encode_group(group: list[DocumentPiece], tokenizer: Tokenizer) -> bytes:
-  """Returns the ids of the pieces after each other, an eod before each that opens a document.
+  """Returns the ids of the pieces after each other, with what opens and closes each document.
 
   Raises:
     ConfigError: the tokenizer turns text into its end-of-document id, or into ids that it says it
       does not have: JAX would clamp those without an error.
   """
   dtype = id_dtype(tokenizer)
-  eod = dtype.type(tokenizer.eod_id).tobytes()
+  opening = np.array(tokenizer.opening, dtype).tobytes()
+  closing = np.array(tokenizer.closing, dtype).tobytes()
   parts: list[bytes] = []
   for piece, ids in zip(group, tokenizer.encode_batch([piece.text for piece in group])):
     if ids.size and (ids.max() >= tokenizer.vocab_size or (ids == tokenizer.eod_id).any()):
@@ -61,7 +73,8 @@ def encode_group(group: list[DocumentPiece], tokenizer: Tokenizer) -> bytes:
         f'tokenizer={tokenizer.name!r} turns text into its end of document (id '
         f'{tokenizer.eod_id}) or ids above its {tokenizer.vocab_size}; take another'
       )
-    parts += [eod if piece.opens_document else b'', ids.astype(dtype).tobytes()]
+    before, after = opening * piece.opens_document, closing * piece.closes_document
+    parts += [before, ids.astype(dtype).tobytes(), after]
   return b''.join(parts)
 
 

@@ -82,7 +82,7 @@ def _start_worker(held: contextlib.ExitStack, tokenizer: Tokenizer) -> Worker:
   held.callback(ours.close)
   worker = Worker(process, ours)
   with _expect_alive(worker):
-    ours.send((tokenizer.json_text, tokenizer.name))
+    ours.send((tokenizer.json_text, tokenizer.name, tokenizer.special))
   return worker
 
 

@@ -53,6 +53,7 @@ class HeldOutRows:
   streams: tuple[Rows, ...]  # of each task
   batch_size: int  # B
   eod_id: int
+  closes: bool = False  # see `batch_from_rows`
 
   @cached_property
   def order(self) -> np.ndarray:
@@ -69,7 +70,7 @@ class HeldOutRows:
   def openings(self) -> tuple[np.ndarray, ...]:
     """Where in its stream each document opens, of each task."""
     streams = [rows.stream[0 : len(rows.stream)] for rows in self.streams]
-    return tuple(document_openings(stream, self.eod_id) for stream in streams)
+    return tuple(document_openings(stream, self.eod_id, self.closes) for stream in streams)
 
   def batches(self, max_batches: int, picked: Sequence[int]) -> Iterator[Batch]:
     """Yields batches; see `Data.validation`.
@@ -86,7 +87,7 @@ class HeldOutRows:
         row_ids = self.streams[task][place]
         ids[row, : len(row_ids)] = row_ids
         task_ids[row] = task
-      yield batch_from_rows(ids, task_ids, self.eod_id)
+      yield batch_from_rows(ids, task_ids, self.eod_id, self.closes)
 
   def documents(self, max_batches: int) -> Iterator[np.ndarray]:
     """Yields for each batch of `batches` which document each target is of.

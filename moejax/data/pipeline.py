@@ -29,6 +29,7 @@ from moejax.data.holdout import digest_of
 from moejax.data.position import Stretch, rows_seen
 from moejax.data.rows import Rows, batch_from_rows
 from moejax.data.sources import DataConfig
+from moejax.data.special_tokens import OWN, SpecialTokens
 from moejax.data.token_cache import cache_directory
 from moejax.data.token_stream import (
   Text,
@@ -119,7 +120,8 @@ class Data:
     first = rows_seen(self.stretches, step)
     picked = [self.train_rows[first + row] for row in rows or range(self.batch_size)]
     ids, tasks = zip(*picked)
-    return batch_from_rows(np.stack(ids), np.stack(tasks), self.tokenizer.eod_id)
+    eod, closes = self.tokenizer.eod_id, bool(self.tokenizer.closing)
+    return batch_from_rows(np.stack(ids), np.stack(tasks), eod, closes)
 
   def validation(self, max_batches: int = 0, rows: Sequence[int] = ()) -> Iterator[Batch]:
     """Yields the held-out streams, each in order, the last row of each and the last batch padded.
@@ -154,7 +156,9 @@ class Data:
     return self.read_split(True)
 
 
-def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> Data:
+def open_data(
+  cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int, special: SpecialTokens = OWN
+) -> Data:
   """Prepares what the cache lacks, seconds the first time, and opens the streams.
 
   Several processes may call it at once.
@@ -164,13 +168,14 @@ def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> D
     batch_size: rows of a batch, B.
     seq_len: tokens of a row, S.
     seed: of the order of rows.
+    special: of the published model that goes on here.
 
   Raises:
     ConfigError: text is absent, unreadable or too short.
   """
   cache = cache_directory(cfg.cache_dir)
-  texts = survey_texts(cfg, cache)
-  tokenizer = open_tokenizer(cfg.tokenizer, texts, cache)
+  texts = survey_texts(cfg, cache, special)
+  tokenizer = open_tokenizer(cfg.tokenizer, texts, cache, special)
   streams = []
   for text in texts:
     with name_task_in_errors(cfg, text.component):
@@ -181,13 +186,7 @@ def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> D
   weights = [text.component.weight for text in texts]
   datasets = [_shuffled(rows, task, seed) for task, rows in enumerate(train)]
   mixed = grain.MapDataset.mix(datasets, weights)  # rounds weights to 1% of the least
-
-  first_rows = [mixed[i][0] for i in range(batch_size)]
-  fingerprint = {
-    'source': cfg.source,
-    'source_digest': digest_of_texts(texts),
-    'held_out': digest_of_split(texts),
-    'tokenizer': Path(cfg.tokenizer).name,
+  fingerprint = _fingerprint_of_text(cfg, texts) | {
     'seed': str(seed),
     'tokenizer_digest': tokenizer.digest,
     'train_tokens': str(_length(train)),
@@ -195,12 +194,8 @@ def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> D
     'batch_size': str(batch_size),
     'seq_len': str(seq_len),
     # Tells of another order of rows, should Grain's ever change.
-    'first_batch': digest_of(b''.join(first_rows)),
+    'first_batch': digest_of(b''.join(mixed[i][0] for i in range(batch_size))),
   }
-  if cfg.mixture:
-    shares = [f'{text.component.task}={text.component.weight}' for text in texts]
-    fingerprint['mixture'] = ' '.join(shares)
-
   sizes = tuple(_size(text, of_text) for text, of_text in zip(texts, streams))
   return Data(
     tokenizer=tokenizer,
@@ -211,10 +206,24 @@ def open_data(cfg: DataConfig, *, batch_size: int, seq_len: int, seed: int) -> D
     batch_size=batch_size,
     stretches=(Stretch(0, batch_size, seq_len),),
     train_rows=mixed,
-    held_out=HeldOutRows(validation, batch_size, tokenizer.eod_id),
+    held_out=HeldOutRows(validation, batch_size, tokenizer.eod_id, bool(tokenizer.closing)),
     documents=held_out_documents([text.survey for text in texts]),
     read_split=functools.partial(read_side, texts),
   )
+
+
+def _fingerprint_of_text(cfg: DataConfig, texts: Sequence[Text]) -> dict[str, str]:
+  """Returns the part of a fingerprint that tells which text is read, and how it is split."""
+  fingerprint = {
+    'source': cfg.source,
+    'source_digest': digest_of_texts(texts),
+    'held_out': digest_of_split(texts),
+    'tokenizer': Path(cfg.tokenizer).name,
+  }
+  if cfg.mixture:
+    shares = [f'{text.component.task}={text.component.weight}' for text in texts]
+    fingerprint['mixture'] = ' '.join(shares)
+  return fingerprint
 
 
 def _length(sides: Sequence[Rows]) -> int:

@@ -32,20 +32,26 @@ class Rows:
     return self.stream[i * self.seq_len : (i + 1) * self.seq_len + 1].astype(np.int32)
 
 
-def batch_from_rows(rows: np.ndarray, task_ids: np.ndarray, eod_id: int) -> Batch:
+def batch_from_rows(
+  rows: np.ndarray, task_ids: np.ndarray, eod_id: int, closes: bool = False
+) -> Batch:
   """Returns the batch of some rows of streams.
 
-  An end-of-document token opens a document; a row may start inside one.
+  An end-of-document token opens a document, or closes it; a row may start inside one.
 
   Args:
     rows: [B, S + 1] ids, PAST_END beyond the end of a stream.
     task_ids: [B].
     eod_id: the end-of-document token, which is also in the place of padding.
+    closes: whether that token is the last of its document, and not the first.
   """
   tokens, targets = rows[:, :-1], rows[:, 1:]
   # A token without a target is padding: it is the last of its stream, or beyond.
   is_real = targets != PAST_END
-  opens = (tokens == eod_id) & is_real
+  opens = tokens == eod_id
+  if closes:  # then the token after it opens the next document
+    opens = np.pad(opens[:, :-1], ((0, 0), (1, 0)))
+  opens &= is_real
   # The document that a row starts in is its first, whether it opens there or was open already.
   segments = np.cumsum(opens, axis=1, dtype=np.int32) + ~opens[:, :1]
   return make_batch(
@@ -56,12 +62,15 @@ def batch_from_rows(rows: np.ndarray, task_ids: np.ndarray, eod_id: int) -> Batc
   )
 
 
-def document_openings(ids: np.ndarray, eod_id: int) -> np.ndarray:
-  """Returns where in a stream [n] the documents open, in order: at an eod, and at its start.
+def document_openings(ids: np.ndarray, eod_id: int, closes: bool = False) -> np.ndarray:
+  """Returns where in a stream [n] the documents open, in order, its start among them.
 
-  An eod that ends the stream opens nothing.
+  The last token opens nothing: no token comes after it. For closes see `batch_from_rows`.
   """
-  openings = np.flatnonzero(ids[:-1] == eod_id)
+  opens = ids == eod_id
+  if closes:
+    opens = np.pad(opens[:-1], (1, 0))
+  openings = np.flatnonzero(opens[:-1])
   return openings if len(openings) and openings[0] == 0 else np.insert(openings, 0, 0)
 
 

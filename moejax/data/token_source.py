@@ -115,7 +115,7 @@ def _document_sizes(ids: np.ndarray, tokenizer: Tokenizer) -> list[int]:
   """Returns the UTF-8 bytes of each document of a stream [n]."""
   if not len(ids):
     return []
-  openings = document_openings(ids, tokenizer.eod_id)
+  openings = document_openings(ids, tokenizer.eod_id, bool(tokenizer.closing))
   return np.add.reduceat(tokenizer.bytes_of_ids()[ids], openings).tolist()
 
 

@@ -17,6 +17,7 @@ from moejax.data.encoding import id_dtype, piece_groups, telling_progress
 from moejax.data.encoding_workers import encode_groups, num_workers
 from moejax.data.holdout import Survey, digest_of, documents_of_split, read_source
 from moejax.data.sources import SOURCES, TOKENS, Component, DataConfig, Source
+from moejax.data.special_tokens import OWN, SpecialTokens
 from moejax.data.split import surveys_of
 from moejax.data.token_cache import open_cached
 from moejax.data.token_files import Ids
@@ -40,7 +41,7 @@ class Text(NamedTuple):
   survey: Survey
 
 
-def survey_texts(cfg: DataConfig, cache: Path) -> list[Text]:
+def survey_texts(cfg: DataConfig, cache: Path, special: SpecialTokens = OWN) -> list[Text]:
   """Surveys the source of every task, in the order of task ids; what one holds out, all hold out.
 
   The text is read only where something about the files has changed.
@@ -52,7 +53,7 @@ def survey_texts(cfg: DataConfig, cache: Path) -> list[Text]:
   sources = []
   for component in cfg.components:
     with name_task_in_errors(cfg, component):
-      sources.append(_open_source(component.config, cache))
+      sources.append(_open_source(component.config, cache, special))
   surveys = iter(_survey_together(cfg, sources, cache))
   texts = []
   for component, source in zip(cfg.components, sources):
@@ -71,9 +72,10 @@ def survey_texts(cfg: DataConfig, cache: Path) -> list[Text]:
   return texts
 
 
-def _open_source(cfg: DataConfig, cache: Path) -> Source | TokenText:
+def _open_source(cfg: DataConfig, cache: Path, special: SpecialTokens) -> Source | TokenText:
   if cfg.source == TOKENS:
-    return open_tokens(cfg.path, cfg.token_dtype, load_tokenizer(cfg.tokenizer), cache)
+    tokenizer = load_tokenizer(cfg.tokenizer, special=special)
+    return open_tokens(cfg.path, cfg.token_dtype, tokenizer, cache)
   return SOURCES[cfg.source](cfg)
 
 
@@ -146,13 +148,18 @@ def digest_of_split(texts: Sequence[Text]) -> str:
   return digest_of([text.survey.held for text in texts])
 
 
-def open_tokenizer(spec: str, texts: Sequence[Text], cache: Path) -> Tokenizer:
-  """Returns the tokenizer that `spec` names; a BPE that is not in the cache is trained first."""
+def open_tokenizer(
+  spec: str, texts: Sequence[Text], cache: Path, special: SpecialTokens
+) -> Tokenizer:
+  """Returns the tokenizer that `spec` names; a BPE that is not in the cache is trained first.
+
+  special: of the model that the text is for.
+  """
   if not spec.startswith('bpe:'):
-    return load_tokenizer(spec)
+    return load_tokenizer(spec, special=special)
   path = cache / f'tokenizer-{digest_of(FORMAT, spec, digest_of_texts(texts))}.json'
   json_text = open_cached(path, lambda: [load_tokenizer(spec, _sample(texts)).json_text.encode()])
-  return Tokenizer(bytes(json_text).decode(), spec)
+  return Tokenizer(bytes(json_text).decode(), spec, special)
 
 
 def _sample(texts: Sequence[Text]) -> Iterator[str]:
@@ -188,6 +195,7 @@ def _sample(texts: Sequence[Text]) -> Iterator[str]:
 def open_stream(text: Text, tokenizer: Tokenizer, cache: Path, held_out: bool) -> Ids:
   """Returns one side of a text as eod document eod document ..., memory-mapped.
 
+  For a published model it is opening document closing opening document closing ..., see Tokenizer.
   It is tokenised where the cache does not have it.
 
   Returns:
@@ -207,7 +215,10 @@ def open_stream(text: Text, tokenizer: Tokenizer, cache: Path, held_out: bool) -
     groups = telling_progress(groups, side_bytes)
     return encode_groups(groups, tokenizer, num_workers(side_bytes))
 
-  name = digest_of(FORMAT, survey.digest, tokenizer.digest, held_out, survey.held)
+  parts = [tokenizer.digest, held_out, survey.held]
+  if tokenizer.special.is_published:
+    parts += [tokenizer.opening, tokenizer.closing]
+  name = digest_of(FORMAT, survey.digest, *parts)
   return open_cached(cache / f'tokens-{name}.{dtype.name}', build).view(dtype)
 
 

@@ -1,6 +1,5 @@
 """Text to token ids and back: bytes, a byte-level BPE trained here, or anybody's tokenizer.json."""
 
-import hashlib
 import json
 import logging
 import re
@@ -11,7 +10,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from moejax.config import ConfigError, check
+from moejax.config import ConfigError, check, problem_if
+from moejax.data.special_tokens import OWN, TOKENIZER_CONFIG, SpecialTokens, text_digest
 from moejax.runtime.files import write_whole
 
 logger = logging.getLogger('moejax')
@@ -46,21 +46,30 @@ class Tokenizer:
 
   No text encodes to `eod_id`, the token between documents, not even that token's name.
 
+  In a run of our own, eod opens every document and every prompt. A published model is given what
+  its publisher says: documents are opened as prompts are, by bos or by nothing, and eod ends them.
+
   Attributes:
     name: what it was asked for by: bytes, bpe:N or a path.
     eod_id: the end-of-document token.
+    opening: the ids that open each document and prompt; () for some published models.
+    closing: the ids that end each document; () where the opening of the next one does.
+    ends: the ids that end a text that a model writes.
+    special: what the publisher says; OWN where it is of another tokenizer.
+    vocabulary: text -> id of all tokens.
     vocab_size: one more than the largest id.
     specials: name -> id of the special tokens, eod included.
     digest: 32 hex digits of `json_text`.
     json_text: the content of its tokenizer.json.
   """
 
-  def __init__(self, json_text: str, name: str) -> None:
+  def __init__(self, json_text: str, name: str, special: SpecialTokens = OWN) -> None:
     """Reads a tokenizer.json.
 
     Args:
       json_text: its content.
       name: for errors; whether it begins with 'bpe:' tells whether it was trained here.
+      special: of the model that it is for.
 
     Raises:
       ConfigError: it is not a tokenizer.json, or has no end-of-document token.
@@ -72,19 +81,64 @@ class Tokenizer:
     self._backend.encode_special_tokens = True  # special tokens spelt out in a text are text
     self._backend.no_truncation()  # which a file may ask for, and which would lose text
     self._backend.no_padding()
-    vocabulary = self._backend.get_vocab(with_added_tokens=True)
-    eod_ids = [vocabulary[eod] for eod in EOD_NAMES if eod in vocabulary]
-    if not eod_ids:
-      eods = ', '.join(EOD_NAMES)
-      raise ConfigError(f'tokenizer={name!r} has no end-of-document token, one of {eods}')
+    self.digest = text_digest(json_text)
+    # Ids mean nothing in another tokenizer.
+    self.special = special if special.tokenizer_digest in ('', self.digest) else OWN
     self.name = name
-    self.eod_id = eod_ids[0]
-    self.vocab_size = max(vocabulary.values()) + 1  # not the count: ids may have holes
+    self.vocabulary = self._backend.get_vocab(with_added_tokens=True)
+    # Not the count: ids may have holes.
+    self.vocab_size = max(self.vocabulary.values(), default=-1) + 1
     added_tokens = self._backend.get_added_tokens_decoder()
     self.specials = {token.content: i for i, token in added_tokens.items() if token.special}
-    self.digest = hashlib.blake2b(json_text.encode(), digest_size=16).hexdigest()
+    self.eod_id = self._end_of_document()
+    own_opening = (self.eod_id,)
+    self.opening = self._published_opening() if self.special.is_published else own_opening
+    self.closing = () if self.opening == own_opening else (self.eod_id,)
+    self.ends = tuple(dict.fromkeys([*self.special.eos_ids, self.eod_id]))
     self.json_text = json_text
     self._is_bytes = json_text == _bytes_json()
+
+  def _end_of_document(self) -> int:
+    """The id between documents: of those that the publisher names, the one with a usual name."""
+    known = {*self.vocabulary.values()}
+    said = [i for i in self.special.eos_ids if i in known]
+    usual = [self.vocabulary[eod] for eod in EOD_NAMES if eod in self.vocabulary]
+    candidates = [i for i in usual if i in said] or said or usual
+    if not candidates:
+      eods = ', '.join(EOD_NAMES)
+      raise ConfigError(f'tokenizer={self.name!r} has no end-of-document token, one of {eods}')
+    return candidates[0]
+
+  def _published_opening(self) -> tuple[int, ...]:
+    """The ids that transformers 4 puts before a text.
+
+    tokenizer_config.json decides where it has add_bos_token, and the post-processor of
+    tokenizer.json where it has not. A bos_token_id in config.json alone opens nothing: Qwen's files
+    have one that no text begins with.
+    """
+    said = self.special.tokenizer_config()
+    if 'add_bos_token' not in said or not isinstance(said['add_bos_token'], bool):
+      encoding = self._backend.encode('a', add_special_tokens=True)
+      mask = [*encoding.special_tokens_mask, 0]
+      return tuple(encoding.ids[: mask.index(0)])
+    if not said['add_bos_token']:
+      return ()
+    bos_id = self._id_of(said['bos_token'] if 'bos_token' in said else None)
+    bos_id = self.special.bos_id if bos_id < 0 else bos_id
+    check(
+      problem_if(
+        bos_id not in self.vocabulary.values(),
+        f'tokenizer={self.name!r}: {TOKENIZER_CONFIG} has add_bos_token=true, and neither its '
+        'bos_token nor bos_token_id of config.json is a token: mend one of them',
+      )
+    )
+    return (bos_id,)
+
+  def _id_of(self, token: object) -> int:
+    """The id of a token that tokenizer_config.json gives as a text or an object; -1: none."""
+    if isinstance(token, dict) and 'content' in token:
+      token = token['content']
+    return self.vocabulary[token] if isinstance(token, str) and token in self.vocabulary else -1
 
   def pieces(self, text: str) -> Iterator[str]:
     """Yields pieces of a text which encode to the ids of the whole.
@@ -115,6 +169,21 @@ class Tokenizer:
   def encode(self, text: str) -> list[int]:
     """Returns the ids of one text."""
     return self.encode_batch([text])[0].tolist()
+
+  def encode_prompt(self, text: str) -> list[int]:
+    """Returns the ids of a prompt with its opening: the names of special tokens are these tokens.
+
+    In a text that is read to be trained on they are text; who types a prompt means the token.
+    """
+    self._backend.encode_special_tokens = False
+    try:
+      ids = self._backend.encode(text, add_special_tokens=False).ids
+    finally:
+      self._backend.encode_special_tokens = True
+    # A prompt that spells its opening out, as chat templates do, has it once.
+    begins = self.opening == tuple(ids[: len(self.opening)])
+    # A model needs one token to go on from; the end of one document is what the next comes after.
+    return ids if begins and ids else [*self.opening, *ids] or [self.eod_id]
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of the ids without special tokens.
@@ -158,19 +227,22 @@ def spec_problem(spec: str) -> str:
   return f'tokenizer={spec!r} is none of bytes, bpe:N and the path of a tokenizer.json'
 
 
-def load_tokenizer(spec: str, train_documents: Iterable[str] = ()) -> Tokenizer:
+def load_tokenizer(
+  spec: str, train_documents: Iterable[str] = (), special: SpecialTokens = OWN
+) -> Tokenizer:
   """Returns the tokenizer that `spec` names.
 
   Args:
     spec: bytes, bpe:N, or the path of a tokenizer.json.
     train_documents: what bpe:N learns from, 1 s per 6 MB: keep its `json_text`. Others read none.
+    special: of the model that it is for.
 
   Raises:
     ConfigError: there is no such tokenizer, or its file cannot be used.
   """
   check(spec_problem(spec))
   if spec == 'bytes':
-    return Tokenizer(_bytes_json(), spec)
+    return Tokenizer(_bytes_json(), spec, special)
   if spec.startswith('bpe:'):
     size = int(spec.removeprefix('bpe:'))
     tokenizer = Tokenizer(_train_bpe(size, train_documents), spec)
@@ -180,10 +252,9 @@ def load_tokenizer(spec: str, train_documents: Iterable[str] = ()) -> Tokenizer:
   try:
     json_text = Path(spec).expanduser().read_bytes().decode()
   except (OSError, UnicodeDecodeError) as error:
-    raise ConfigError(
-      f'tokenizer={spec!r}: {error}; give bytes, bpe:N or a tokenizer.json'
-    ) from error
-  tokenizer = Tokenizer(json_text, spec)
+    problem = f'tokenizer={spec!r}: {error}; give bytes, bpe:N or a tokenizer.json'
+    raise ConfigError(problem) from error
+  tokenizer = Tokenizer(json_text, spec, special)
   # Upper case, accents, a tab, double blanks: what tokenizers of other makers may not give back.
   probe = 'def f(A):\n\treturn "é 火 \U0001f525"  # end\n'
   if tokenizer.decode(tokenizer.encode(probe)) != probe:

@@ -10,20 +10,19 @@ from collections import Counter
 from typing import NamedTuple
 
 from moejax.config import ConfigError, check, problem_if
-from moejax.config.decimals import decimal_of
+from moejax.data.special_tokens import GENERATION_FILE, SpecialTokens
 from moejax.families import FAMILIES, config_json, family_of
-from moejax.families.schema.family import KEPT, Family, config_from_json
-from moejax.families.schema.tensor_names import leaves, tensors
+from moejax.families.schema.family import Family, config_from_json
+from moejax.families.schema.tensor_names import TIED_HEAD
+from moejax.hf.spelling import Json, Spelling, kept_keys, only_able, spell_in, unsaid_keys
 from moejax.hf.weights import MadeOf, Published, repeated
 from moejax.model.config import ModelConfig
 from moejax.runtime.files import read_json
 from moejax.train.experiment.config import ExperimentConfig
 
-GENERATION_FILE = 'generation_config.json'
 # What --dtype may be -> a row of safetensors.file.DTYPES.
 EXPORT_DTYPES = {'float32': 'F32', 'bfloat16': 'BF16'}
 TOKEN_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
-Json = dict[str, object]
 
 
 class Origin(NamedTuple):
@@ -46,14 +45,6 @@ class ExportPlan(NamedTuple):
   made_of: MadeOf  # path of each leaf -> the tensors that it is made of
   copies: dict[str, str]  # from weights.repeated
   dtypes: dict[str, str]  # name -> row of safetensors.file.DTYPES
-
-
-class Spelling(NamedTuple):
-  """A model in the words of one family."""
-
-  known: Family
-  config: Json  # config.json
-  made_of: MadeOf
 
 
 def origin_of(source: Published) -> Origin:
@@ -79,18 +70,19 @@ def origin_of(source: Published) -> Origin:
 
 
 def plan_export(
-  cfg: ExperimentConfig, origin: Origin | None, eod_id: int, wanted: str, dtype: str
+  cfg: ExperimentConfig, origin: Origin | None, said: Json, wanted: str, dtype: str
 ) -> ExportPlan:
   """Returns how the model of a run is published.
 
   Args:
     cfg: of the run, its vocabulary resolved.
-    origin: of an imported model.
-    eod_id: the token between the run's documents, which begins a text as well; -1: not known.
+    origin: of a model that was imported, or trained on from an import.
+    said: from `special_keys`, for a config.json that is not the origin's.
     wanted: model_type of the family; '': the origin's, or the only one whose files can hold the
       model.
     dtype: a row of EXPORT_DTYPES for all but the router bias, which small steps move; '': the
-      origin's, or float32, since anything else would round what was trained.
+      origin's for what was imported, and float32 for what was trained, since anything else would
+      round it.
 
   Raises:
     ConfigError: no such family or dtype, or files of the family cannot hold the model; or several
@@ -105,26 +97,68 @@ def plan_export(
       f'--dtype={dtype!r} is not one of {sorted(EXPORT_DTYPES)}',
     ),
   )
-  if origin and wanted and FAMILIES[wanted] is not family_of(origin.config):
-    origin = None  # in another family nothing of the old files means the same
-  spelling = _spell(cfg, origin, eod_id, wanted)
+  origin = _usable(origin, cfg, wanted)
+  spelling = _spell(cfg, origin, said, wanted)
   config, made_of = spelling.config, spelling.made_of
-  copies = repeated(cfg.model, made_of)
-  if origin:
-    copies = {copy: name for copy, name in copies.items() if copy in origin.copies}
+  repeats = repeated(cfg.model, made_of)
+  # A head that repeats the embedding is written where it was found, and otherwise left out, as
+  # transformers does.
+  found = origin.copies if origin else [copy for copy in repeats if copy != TIED_HEAD]
+  copies = {copy: name for copy, name in repeats.items() if copy in found}
   generation = origin.generation_config if origin else {}
-  if not origin or dtype or origin.dequantised:
+  stored = None if cfg.steps else origin  # the tensors are still those of the origin's files
+  if not stored or dtype or stored.dequantised:
     # transformers 5 reads both spellings, 4 the older one.
     key = 'dtype' if 'dtype' in config else 'torch_dtype'
-    config[key] = dtype or ('bfloat16' if origin else 'float32')
+    config[key] = dtype or ('bfloat16' if stored else 'float32')
+  if cfg.steps and 'max_position_embeddings' in config:  # it may have read longer rows since
+    config['max_position_embeddings'] = max(config['max_position_embeddings'], cfg.seq_len)
   return ExportPlan(
     known=spelling.known,
     config=config,
     generation_config=generation or {key: config[key] for key in TOKEN_IDS if key in config},
     made_of=made_of,
     copies=copies,
-    dtypes=_tensor_dtypes(made_of, copies, origin, dtype),
+    dtypes=_tensor_dtypes(made_of, copies, stored, dtype),
   )
+
+
+def special_keys(special: SpecialTokens, eod_id: int) -> Json:
+  """Returns what config.json says of special tokens and of the context length.
+
+  Args:
+    special: of the model.
+    eod_id: of the run's tokenizer, which opens a text as well if the run is our own; -1: not known.
+  """
+  if not special.is_published:
+    return {'bos_token_id': eod_id, 'eos_token_id': eod_id} if eod_id >= 0 else {}
+  keys: Json = {}
+  if special.bos_id >= 0:
+    keys['bos_token_id'] = special.bos_id
+  if special.eos_ids:
+    first, *others = special.eos_ids
+    keys['eos_token_id'] = [first, *others] if others else first
+  if special.pad_id >= 0:
+    keys['pad_token_id'] = special.pad_id
+  if special.context_length:
+    keys['max_position_embeddings'] = special.context_length
+  return keys
+
+
+def _usable(origin: Origin | None, cfg: ExperimentConfig, wanted: str) -> Origin | None:
+  """The origin, if the model is still of its family: in another one its keys mean other things."""
+  if origin is None:
+    return None
+  known = family_of(origin.config)
+  if wanted and FAMILIES[wanted] is not known:
+    return None
+  # What was trained on may have become another model, as by upcycling.
+  if cfg.steps and not wanted:
+    try:
+      spell_in(known, cfg.model, kept_keys(known, origin.config))
+    except ConfigError:
+      return None
+  return origin
 
 
 def _tensor_dtypes(
@@ -145,38 +179,16 @@ def _tensor_dtypes(
   return dtypes
 
 
-def _spell(cfg: ExperimentConfig, origin: Origin | None, eod_id: int, wanted: str) -> Spelling:
+def _spell(cfg: ExperimentConfig, origin: Origin | None, said: Json, wanted: str) -> Spelling:
   """The model in the words of its origin, of the family wanted, or of the only one that can."""
   if not origin:
     candidates = [FAMILIES[wanted]] if wanted else [*FAMILIES.values()]
-    return _only_able(candidates, cfg.model, _unsaid_keys(cfg, eod_id))
+    return only_able(candidates, cfg.model, unsaid_keys(cfg, said))
   known = family_of(origin.config)
-  spelling = _spell_in(known, cfg.model, _kept_keys(known, origin.config))
+  spelling = spell_in(known, cfg.model, kept_keys(known, origin.config))
   # To the byte what was imported, if that is what the model still is.
   unchanged = _unchanged_config(known, cfg.model, origin, spelling.config)
   return spelling._replace(config=unchanged or spelling.config)
-
-
-def _unsaid_keys(cfg: ExperimentConfig, eod_id: int) -> Json:
-  """Keys that no field of the model says, of a run that was not imported."""
-  yarn = cfg.model.attention.rope.yarn
-  longest = (
-    round(yarn.original_length * decimal_of(yarn.factor)) if yarn.factor > 1 else cfg.seq_len
-  )
-  ids = {name: eod_id for name in TOKEN_IDS[:2]} if eod_id >= 0 else {}
-  return {'max_position_embeddings': longest} | ids
-
-
-def _kept_keys(known: Family, config: Json) -> Json:
-  """Keys that no field of the model says, and those that say what files hold."""
-  names = KEPT | {row.key for row in known.names.values()}
-  return {name: config[name] for name in names if name in config}
-
-
-def _spell_in(known: Family, cfg: ModelConfig, kept: Json) -> Spelling:
-  """Raises ConfigError where the family's files cannot hold the model."""
-  config = config_json(known, cfg, kept)
-  return Spelling(known, config, tensors(known.names, cfg, config, leaves(cfg)))
 
 
 def _unchanged_config(known: Family, cfg: ModelConfig, origin: Origin, written: Json) -> Json:
@@ -184,31 +196,6 @@ def _unchanged_config(known: Family, cfg: ModelConfig, origin: Origin, written: 
   # Files may lack the layers of multi-token prediction that their config.json speaks of; then the
   # import has none.
   before = dataclasses.replace(config_from_json(known, origin.config), mtp_depth=cfg.mtp_depth)
-  if config_json(known, before, _kept_keys(known, origin.config)) != written:
+  if config_json(known, before, kept_keys(known, origin.config)) != written:
     return {}
   return {name: value for name, value in origin.config.items() if name != 'quantization_config'}
-
-
-def _only_able(candidates: list[Family], cfg: ModelConfig, kept: Json) -> Spelling:
-  """The model in the words of the only candidate whose files can hold it.
-
-  Raises:
-    ConfigError: none can, with the reasons of each; or several can.
-  """
-  able: dict[str, Spelling] = {}
-  problems: list[str] = []
-  for known in candidates:
-    try:
-      able[known.model_type] = _spell_in(known, cfg, kept)
-    except ConfigError as error:
-      problems += [f'  {known.model_type}: {problem}' for problem in error.problems]
-  if not able:
-    several = 'no family here has files that can hold this model:'
-    one = 'files of this family cannot hold this model:'
-    raise ConfigError(several if len(candidates) > 1 else one, *problems)
-  names = ' or '.join(sorted(able))
-  check(
-    problem_if(len(able) > 1, f'this model can be published as {names}: choose one with --family=')
-  )
-  [spelling] = able.values()
-  return spelling

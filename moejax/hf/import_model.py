@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -10,13 +11,14 @@ import jax.numpy as jnp
 from moejax.checkpoint.checkpoints import Checkpoints
 from moejax.config import frozendict
 from moejax.data.sources import DataConfig
-from moejax.hf.export_model import ORIGIN_FILE
+from moejax.data.special_tokens import ORIGIN_FILE, read_special_tokens
 from moejax.hf.export_plan import origin_of
 from moejax.hf.logits import ONE_DEVICE, read_published_model
-from moejax.hf.progress import say
+from moejax.hf.progress import print_note, say
 from moejax.hf.weights import open_published
 from moejax.model.config import ModelConfig
 from moejax.moe.balance.config import BalanceConfig
+from moejax.moe.balance.fit import untrainable
 from moejax.moe.bias import BiasState
 from moejax.runtime.files import staged, write_whole
 from moejax.sharding.mesh import MeshConfig
@@ -39,6 +41,7 @@ def import_model(directory: str, out: str, mesh: MeshConfig = ONE_DEVICE) -> Non
   """
   start = time.monotonic()
   source, target = open_published(directory), Path(out).resolve()
+  special = read_special_tokens(directory)
   tokenizer = read_tokenizer(directory, source.cfg.vocab_size)
   cfg = run_config(source.cfg, out, str(target / TOKENIZER_FILE) if tokenizer else '')
   with staged(target) as partial:
@@ -49,10 +52,30 @@ def import_model(directory: str, out: str, mesh: MeshConfig = ONE_DEVICE) -> Non
     checkpoints.close()
     if tokenizer:
       tokenizer.save(partial / TOKENIZER_FILE)
+    special.save(partial)
     files = {CONFIG_FILE: dataclasses.asdict(cfg), ORIGIN_FILE: origin_of(source)._asdict()}
     for name, content in files.items():
       write_whole(partial / name, json.dumps(content, indent=2) + '\n')
   say(f'imported {directory} to {out} in {time.monotonic() - start:.1f} s')
+  print_note('\n'.join(next_commands(cfg, out)))
+
+
+def next_commands(cfg: ExperimentConfig, out: str) -> list[str]:
+  """Returns the commands that go on from an import, each whole, as a line for a person.
+
+  cfg: of the import in the directory `out`.
+  """
+  run, trained = shlex.quote(out), shlex.quote(f'{out.rstrip("/")}-trained')
+  has_tokenizer = cfg.data.tokenizer.endswith(TOKENIZER_FILE)
+  prompt = '--prompt="Once upon a time"' if has_tokenizer else '--prompt_ids=1,2,3'
+  train = f'python train.py --config={run} --workdir={trained} --config.steps=500'
+  if not has_tokenizer:
+    train += ' --config.data.tokenizer=PATH_OF_ITS_TOKENIZER_JSON'
+  unable = untrainable(cfg.model.moe.router)
+  return [
+    f'sample  python -m moejax.generate --workdir={run} {prompt}',
+    f'train   {unable or train}',
+  ]
 
 
 def run_config(model: ModelConfig, workdir: str, tokenizer: str = '') -> ExperimentConfig:

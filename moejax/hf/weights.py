@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -21,16 +22,19 @@ from moejax.families import model_config
 from moejax.families.schema.family import Family
 from moejax.families.schema.tensor_names import (
   HARMLESS,
+  TIED_HEAD,
   Tensor,
   copies,
   file_shapes,
   holds_mtp,
   leaves,
   tensors,
+  tied_head,
 )
 from moejax.hf.leaf_reader import LeafReader
-from moejax.hf.safetensors.directory import Tensors, expect, open_tensors
+from moejax.hf.safetensors.directory import Tensors, open_tensors
 from moejax.hf.safetensors.file import DTYPES
+from moejax.hf.unexpected_tensors import expect_tensors
 from moejax.model.config import ModelConfig
 from moejax.model.transformer import Transformer
 from moejax.runtime.files import read_json
@@ -88,7 +92,8 @@ def open_published(directory: str | os.PathLike) -> Published:
   # Copies may be left out; those in the files must have the shape of what they repeat.
   copied = {copy: name for copy, name in repeated(cfg, made_of).items() if copy in stored.names}
   harmless = {name: stored.shape(name) for name in stored.names if name.endswith(HARMLESS)}
-  expect(stored, wanted | {copy: wanted[name] for copy, name in copied.items()} | harmless)
+  of_copies = {copy: wanted[name] for copy, name in copied.items()}
+  expect_tensors(stored, cfg, wanted | of_copies, harmless)
   check(
     *(
       f'{stored.path(name)}: {name!r} is {stored.dtype(name)}: convert it to one of {list(FLOATS)}'
@@ -109,7 +114,8 @@ def open_published(directory: str | os.PathLike) -> Published:
 
 def repeated(cfg: ModelConfig, made_of: MadeOf) -> dict[str, str]:
   """Returns the name of each tensor that repeats another in published files -> that one's name."""
-  return {copy: made_of[path][0].name for copy, path in copies(cfg, made_of).items()}
+  paths = copies(cfg, made_of) | tied_head(made_of)
+  return {copy: made_of[path][0].name for copy, path in paths.items()}
 
 
 def read_weights(
@@ -165,9 +171,15 @@ def _expect_equal(stored: Tensors, copy: str, name: str) -> None:
   step = max(1, COMPARED // math.prod(row))
   for start in range(0, rows, step):
     piece = (slice(start, start + step),)
-    one, other = stored.read(copy, piece), stored.read(name, piece)
-    if one.dtype != other.dtype or one.tobytes() != other.tobytes():
+    # float32 holds every number of FLOATS: the same ones may be written in two dtypes.
+    one, other = (stored.read(tensor, piece).astype(np.float32) for tensor in (copy, name))
+    if one.tobytes() != other.tobytes():
+      remedy = (
+        'config.json has tie_word_embeddings=true: set it to false if the head of the file is meant'
+        if copy == TIED_HEAD
+        else 'a model with two of them is not built here'
+      )
       raise ConfigError(
         f'{stored.path(copy)}: expected {copy!r} to repeat {name!r}, found other numbers from row '
-        f'{start}; a model with two of them is not built here'
+        f'{start}; {remedy}'
       )

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+NOT_FINITE = -1  # in place of a token where logits are NaN or infinite: any token would be made up
+
 
 class SamplingParams(NamedTuple):
   """How a token is drawn from logits; arrays, so that other values are no other program."""
@@ -23,7 +25,10 @@ class SamplingParams(NamedTuple):
 
 
 def draw(logits_BCV: Array, places_BC: Array, params: SamplingParams) -> Array:
-  """Draws a token from each place's logits, [B, C] i32: the same for the same row and place."""
+  """Draws a token from each place's logits, [B, C] i32: the same for the same row and place.
+
+  It is NOT_FINITE where one of them is.
+  """
   rows_BC = jnp.broadcast_to(jnp.arange(places_BC.shape[0])[:, None], places_BC.shape)
 
   def key_of(row: Array, place: Array) -> Array:
@@ -38,6 +43,7 @@ def draw(logits_BCV: Array, places_BC: Array, params: SamplingParams) -> Array:
     lambda logits_NV: logits_NV.argmax(-1),
     logits_NV,
   )
+  drawn_N = jnp.where(jnp.isfinite(logits_NV).all(-1), drawn_N, NOT_FINITE)
   return drawn_N.reshape(places_BC.shape).astype(jnp.int32)
 
 

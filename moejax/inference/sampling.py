@@ -23,7 +23,7 @@ from moejax.config import (
 )
 from moejax.data.tokenizer import Tokenizer
 from moejax.inference.decode import MAX_DRAFTS, prefill, step
-from moejax.inference.draw import SamplingParams
+from moejax.inference.draw import NOT_FINITE, SamplingParams
 from moejax.model.config import ModelConfig
 from moejax.model.transformer import Transformer, empty_caches
 from moejax.moe.dispatch.dropless import dropless, dropless_note
@@ -32,6 +32,10 @@ from moejax.sharding.logical_axes import row_shards
 
 # Prompts and caches are rounded up to this many tokens: nearby lengths share a compiled program.
 ROUND = 64
+
+
+class NonFiniteLogits(ArithmeticError):
+  """A model gave NaN or infinite logits, from which no token can be drawn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +121,9 @@ def decode(
   Args:
     router: the bias of each MoE layer, as of `Transformer.__call__`.
     prompts: token ids of each row, one or more.
+
+  Raises:
+    NonFiniteLogits: where a token would be drawn from them.
   """
   rows, drafts = len(prompts), drafts_per_step(model.cfg, cfg)
   # A mesh wants rows for all of its devices: the first prompt fills them, and is not yielded again.
@@ -144,6 +151,11 @@ def decode(
       # A step may give more tokens than are left, or go on after an end.
       count = min(counts[row], left[row])
       ids = up_to_end(following[row, :count].tolist(), ends)
+      if NOT_FINITE in ids:
+        raise NonFiniteLogits(
+          f'logits are not finite after {cfg.max_tokens - left[row]} tokens: the parameters hold '
+          'NaN or inf, or numbers that overflow in the dtype that the model computes in'
+        )
       new_ids.append(ids)
       ended = ids and ids[-1] in ends
       left[row] = 0 if ended else left[row] - len(ids)
@@ -173,7 +185,8 @@ def sample(
 ) -> Iterator[str]:
   """Yields the continuation of a prompt, piece by piece as it is decoded."""
   prompts, ends = encode_prompt(tokenizer, prompt, cfg.stop)
-  return detokenize(decode(model, router, prompts, cfg, ends), tokenizer, cfg.stop)
+  steps = decode(model, router, prompts, cfg, ends)
+  return detokenize(steps, tokenizer, prompts[0], cfg.stop)
 
 
 def encode_prompt(
@@ -182,23 +195,31 @@ def encode_prompt(
   """Encodes a prompt as the beginning of a document.
 
   Returns:
-    The one prompt, and the ids that end its text: the document's end, special tokens of `stop`.
+    The one prompt, and the ids that end its text: what ends a document, special tokens of `stop`.
   """
   special_stops = [tokenizer.specials[name] for name in stop if name in tokenizer.specials]
-  # The end of one document is what the next begins after.
-  return [[tokenizer.eod_id, *tokenizer.encode(prompt)]], [tokenizer.eod_id, *special_stops]
+  return [tokenizer.encode_prompt(prompt)], [*tokenizer.ends, *special_stops]
 
 
 def detokenize(
-  steps: Iterable[list[list[int]]], tokenizer: Tokenizer, stop: Sequence[str]
+  steps: Iterable[list[list[int]]],
+  tokenizer: Tokenizer,
+  prompt: Sequence[int],
+  stop: Sequence[str],
 ) -> Iterator[str]:
-  """Yields the text of one row's tokens, in whole characters, up to the first `stop` text."""
-  ids: list[int] = []
+  """Yields the text that one row's tokens add to its prompt's, up to the first `stop` text.
+
+  It comes in whole characters.
+  """
+  ids = list(prompt)
+  # Tokens are spelt by what is before them: the first word of a text may have no space, and the
+  # same token in its middle has one.
+  prompt_length = len(tokenizer.decode(ids))
   text, shown = '', 0
   for (new_ids,) in steps:
     ids += new_ids
     # All tokens again: the new ones may end a character that others began.
-    text = tokenizer.decode(ids)
+    text = tokenizer.decode(ids)[prompt_length:]
     stops = [text.index(s) for s in stop if s in text]
     if stops:
       text = text[: min(stops)]

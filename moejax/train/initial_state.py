@@ -6,19 +6,22 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from moejax.checkpoint.fingerprint import accepted_names
 from moejax.config import ConfigError, check
+from moejax.data.tokenizer import Tokenizer
 from moejax.model.config import ModelConfig
 from moejax.model.field_roles import fields_with_role
 from moejax.model.upcycle import not_dense, outcome, upcycle, upcycle_problems
 from moejax.sharding.tree import kinds
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.initial_model import ModelAndRouter
-from moejax.train.experiment.run_dir import read_model, read_setup
+from moejax.train.experiment.run_dir import TOKENIZER_FILE, RunSetup, read_model, read_setup
 from moejax.train.shapes import sharded_state_shapes
 from moejax.train.step.train_state import TrainState, init_state
 
@@ -37,7 +40,7 @@ def initial_train_state(cfg: ExperimentConfig, target: TrainState, mesh: Mesh) -
   state = quick_jit(functools.partial(init_state, cfg), target)()
   if not cfg.init_from:
     return state
-  source = read_source_config(cfg.init_from)
+  source = read_starting_run(cfg.init_from).cfg
   source_shapes = sharded_state_shapes(source, mesh)
   changed = differences(cfg.model, source.model)
   # The same arrays: how the fields differ is told, and is no reason to refuse.
@@ -80,10 +83,37 @@ def quick_jit(
   )
 
 
-def read_source_config(directory: str) -> ExperimentConfig:
-  """The config of the run in `directory`; problems are prefixed with init_from."""
+def expect_same_tokenizer(cfg: ExperimentConfig, tokenizer: Tokenizer) -> None:
+  """Compares the tokenizer of a run with that of init_from: to another one, all ids are noise.
+
+  Raises:
+    ConfigError: they differ, and checkpoint.accept does not say that they may.
+  """
+  source = read_starting_run(cfg.init_from)
+  if source.tokenizer is None:
+    log.warning('init_from holds no tokenizer: its ids are taken for those of %s', tokenizer.name)
+    return
+  if source.tokenizer.digest == tokenizer.digest:
+    return
+  there = f'{source.cfg.data.tokenizer} ({source.tokenizer.digest})'
+  here = f'{tokenizer.name} ({tokenizer.digest})'
+  difference = f'data.tokenizer: {there} in init_from, {here} in the config'
+  if 'tokenizer' in accepted_names(cfg.checkpoint.accept):
+    log.warning('accepted: %s', difference)
+    return
+  theirs = Path(cfg.init_from) / TOKENIZER_FILE
+  raise ConfigError(
+    f'init_from: its model reads the ids of another tokenizer; take that one with '
+    f'--config.data.tokenizer={theirs}, or give --config.checkpoint.accept=tokenizer to go on all '
+    'the same',
+    difference,
+  )
+
+
+def read_starting_run(directory: str) -> RunSetup:
+  """Config and tokenizer of the run in `directory`; problems are prefixed with init_from."""
   try:
-    return read_setup(directory).cfg
+    return read_setup(directory)
   except ConfigError as error:
     raise ConfigError(*(f'init_from: {problem}' for problem in error.problems)) from error
 

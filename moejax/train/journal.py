@@ -1,5 +1,4 @@
-"""What a run tells: a line a person reads, metrics.jsonl and TensorBoard for tools, a report at the
-end.
+"""What a run tells: a line a person reads, metrics.jsonl and TensorBoard for tools, a last report.
 
 Every number of a line but the clock's belongs to that one step, so that a resumed run writes the
 lines that an uninterrupted one would have written, bit for bit.

@@ -1,14 +1,22 @@
-"""Where a run goes on in its text: after the rows that it has seen, whatever its batches were.
+"""The text of a run, and where it goes on in it: after the rows that it has seen, whatever its
+batches were.
 
 The stretches of a run lie in its directory, beside its config: the newest checkpoint alone does not
 tell what batches the steps before it had.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
+from moejax.checkpoint.checkpoints import Restored
+from moejax.data.pipeline import Data, open_data
 from moejax.data.position import Stretch, continued, rows_seen
 from moejax.runtime.files import bad_file, read_json, write_whole
+from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
+from moejax.train.experiment.run_dir import has_begun, starting_special_tokens
+from moejax.train.initial_state import expect_same_tokenizer, model_fingerprint
+from moejax.train.step.train_state import TrainState
 
 BATCHES_FILE = 'batches.json'
 
@@ -64,3 +72,36 @@ def position_lines(stretches: tuple[Stretch, ...], step: int) -> list[str]:
       'this epoch some text comes twice, and some does not'
     )
   return lines
+
+
+def data_from_there(
+  data: Data, cfg: ExperimentConfig, before: list[Stretch], restored: Restored[TrainState]
+) -> Data:
+  """The data, to go on after the rows that the run had seen at its checkpoint.
+
+  before: what the run directory tells of its batches.
+  """
+  current = Stretch(restored.step, cfg.batch_size, cfg.seq_len)
+  stretches = stretches_after(before, restored.meta.fingerprint, current)
+  return dataclasses.replace(data, stretches=stretches)
+
+
+def open_text(cfg: ExperimentConfig) -> Data:
+  """The text of a run, with the fingerprint that its checkpoints carry.
+
+  They are only restored for the same text and the same model.
+
+  Raises:
+    ConfigError: there is no such text, or its tokenizer is not that of the model to start from.
+  """
+  data = open_data(
+    cfg.data,
+    batch_size=cfg.batch_size,
+    seq_len=cfg.seq_len,
+    seed=cfg.seed,
+    special=starting_special_tokens(cfg),
+  )
+  if cfg.init_from and not has_begun(cfg):
+    expect_same_tokenizer(cfg, data.tokenizer)
+  model = with_vocabulary(cfg, data.vocab_size).model
+  return dataclasses.replace(data, fingerprint=data.fingerprint | model_fingerprint(model))

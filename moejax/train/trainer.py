@@ -5,22 +5,20 @@ lock -> data -> mesh -> compile -> restore or initialise
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import jax
 
-from moejax.checkpoint.checkpoints import Checkpoints, NoLoadableCheckpoint, Restored
+from moejax.checkpoint.checkpoints import Checkpoints, NoLoadableCheckpoint
 from moejax.checkpoint.fingerprint import changes
 from moejax.checkpoint.lock import RunInUse, hold_run_directory
 from moejax.checkpoint.manifest import digest
 from moejax.checkpoint.writer import SaveFailed
 from moejax.config import ConfigError, check, problem_if
-from moejax.data.pipeline import Data, open_data
-from moejax.data.position import Stretch
 from moejax.runtime.faults import fault_point, parse_environment
 from moejax.runtime.files import is_disk_error, write_whole
 from moejax.runtime.lifecycle import configure_logging, end_at_once, keep_compiled_programs
@@ -30,18 +28,26 @@ from moejax.runtime.steady_output import steady_output
 from moejax.runtime.watchdog import beat, watch
 from moejax.train.compile import compile_programs
 from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
-from moejax.train.experiment.run_dir import CHECKPOINTS, TOKENIZER_FILE, read_config, write_config
+from moejax.train.experiment.run_dir import (
+  CHECKPOINTS,
+  TOKENIZER_FILE,
+  read_config,
+  write_config,
+)
 from moejax.train.experiment.summary import summarise, summary_lines
-from moejax.train.initial_state import initial_train_state, model_fingerprint
+from moejax.train.initial_state import (
+  initial_train_state,
+)
 from moejax.train.journal import open_journal
 from moejax.train.run_parts import Run
 from moejax.train.shapes import make_run_mesh, sharded_state_shapes
 from moejax.train.step.train_state import TrainState
 from moejax.train.step.train_step import Metrics
 from moejax.train.text_position import (
+  data_from_there,
+  open_text,
   position_lines,
   read_stretches,
-  stretches_after,
   write_stretches,
 )
 from moejax.train.validation import validate
@@ -54,14 +60,17 @@ class Diverged(RuntimeError):
 EXIT_STATUS = {ConfigError: 2, NoLoadableCheckpoint: 3, Diverged: 4, RunInUse: 5}
 
 
-def train(cfg: ExperimentConfig) -> int:
-  """Trains, or goes on training, the run in cfg.workdir. Returns the exit status, see train.py."""
+def train(cfg: ExperimentConfig, *notes: str) -> int:
+  """Trains, or goes on training, the run in cfg.workdir. Returns the exit status, see train.py.
+
+  notes: lines that are told after the summary, before the first step.
+  """
   keep_compiled_programs()
   with steady_output():
-    return train_or_tell(cfg)
+    return train_or_tell(cfg, notes)
 
 
-def train_or_tell(cfg: ExperimentConfig) -> int:
+def train_or_tell(cfg: ExperimentConfig, notes: Sequence[str]) -> int:
   """Does what `train` promises; foreseen errors are a line on stderr."""
   try:
     # A fault that cannot be is an error now, and not at the step that it was meant for.
@@ -72,7 +81,7 @@ def train_or_tell(cfg: ExperimentConfig) -> int:
       with fail_together(RunInUse, ConfigError):
         if is_first_process():
           held.enter_context(hold_run_directory(cfg.workdir))
-      return start(cfg, stop)
+      return start(cfg, stop, notes)
   except tuple(EXIT_STATUS) as error:
     print(f'{type(error).__name__}: {error}', file=sys.stderr)
     return EXIT_STATUS[type(error)]
@@ -84,18 +93,16 @@ def train_or_tell(cfg: ExperimentConfig) -> int:
     return 1
 
 
-def start(cfg: ExperimentConfig, stop: StopSignals) -> int:
+def start(cfg: ExperimentConfig, stop: StopSignals, notes: Sequence[str]) -> int:
   """Makes all parts of the run and trains it. The run directory is held.
 
-  stop: the signals that come. Returns the exit status.
+  stop: the signals that come. notes: as of `train`. Returns the exit status.
   """
   workdir = pathlib.Path(cfg.workdir)
   # 1. The text, tokenised and cached; its tokenizer says how large the vocabulary is.
   with fail_together(ConfigError):
-    data = open_data(cfg.data, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=cfg.seed)
-    full = with_vocabulary(cfg, data.vocab_size)
-  # Checkpoints carry it: they are only restored for the same data and the same model.
-  data = dataclasses.replace(data, fingerprint=data.fingerprint | model_fingerprint(full.model))
+    data = open_text(cfg)
+  full = with_vocabulary(cfg, data.vocab_size)
   # 2. All processes are to run the same programs on the same text. Paths are not compared: they may
   # have other names on other machines.
   check_alike('the config', repr(vars(cfg) | {'workdir': '', 'data': ''}))
@@ -110,8 +117,7 @@ def start(cfg: ExperimentConfig, stop: StopSignals) -> int:
     # 5. The programs, before there is any array: what does not fit is known now.
     programs = compile_programs(full, mesh)
     # 6. The state: the newest checkpoint that verifies, or the state before the first step.
-    with fail_together(ConfigError):
-      stretches = read_stretches(workdir)
+    stretches = read_stretches(workdir)
     restored = checkpoints.restore(programs.target, data.fingerprint)
     if restored:
       state = restored.tree
@@ -129,6 +135,7 @@ def start(cfg: ExperimentConfig, stop: StopSignals) -> int:
       write_config(cfg)
       write_stretches(workdir, data.stretches)
       write_whole(workdir / TOKENIZER_FILE, data.tokenizer.json_text)
+      data.tokenizer.special.save(workdir)
       write_whole(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
     # 8. The steps, under a watch that ends a process that hangs.
     step = int(state.step)
@@ -137,7 +144,7 @@ def start(cfg: ExperimentConfig, stop: StopSignals) -> int:
       open_journal(full, data, summary['flops_per_token'], step) as journal,
       watch(full.hang_after, stacks),
     ):
-      journal.say(*summary_lines(summary, full))
+      journal.say(*summary_lines(summary, full), *notes)
       if step:
         changed += position_lines(data.stretches, step)
         journal.say(f'resuming after step {step} of {workdir}', *changed)
@@ -155,18 +162,6 @@ def steps_behind(cfg: ExperimentConfig, newest: int) -> str:
     f'steps={cfg.steps} is below step {newest}, which {cfg.workdir} has reached: use {newest} or '
     'more, or a new workdir',
   )
-
-
-def data_from_there(
-  data: Data, cfg: ExperimentConfig, before: list[Stretch], restored: Restored[TrainState]
-) -> Data:
-  """The data, to go on after the rows that the run had seen at its checkpoint.
-
-  before: what the run directory tells of its batches.
-  """
-  current = Stretch(restored.step, cfg.batch_size, cfg.seq_len)
-  stretches = stretches_after(before, restored.meta.fingerprint, current)
-  return dataclasses.replace(data, stretches=stretches)
 
 
 def changes_of_config(cfg: ExperimentConfig) -> list[str]:

@@ -2,7 +2,7 @@
 
 import jax
 
-from moejax.inference.sampling import SampleConfig, sample
+from moejax.inference.sampling import NonFiniteLogits, SampleConfig, sample
 from moejax.runtime.faults import inject
 from moejax.runtime.watchdog import beat
 from moejax.train.run_parts import Run
@@ -39,7 +39,10 @@ def validate(run: Run, state: TrainState, batches: int) -> float:
   prompt = run.cfg.sample_prompt
   sampling = SampleConfig(max_tokens=SAMPLE_TOKENS, seed=run.cfg.seed)
   tokenizer = run.data.tokenizer
-  text = ''.join(sample(state.model, state.router.bias, tokenizer, prompt, sampling))
+  try:
+    text = ''.join(sample(state.model, state.router.bias, tokenizer, prompt, sampling))
+  except NonFiniteLogits as error:  # the validation is not finite either, and is told as such
+    text = f' ({error})'
   interference: Metrics = {}
   if run.cfg.eval.interference:
     next_batch = programs.put(run.data.batch(step, programs.rows))

@@ -16,7 +16,8 @@ def stub(default: str, monkeypatch: pytest.MonkeyPatch) -> list[Root]:
   """train.py with a small config and a trainer that only keeps what it is given."""
   seen: list[Root] = []
   monkeypatch.setattr('moejax.train.experiment.config.ExperimentConfig', Root)
-  monkeypatch.setattr('moejax.train.trainer.train', lambda config: seen.append(config) or 4)
+  monkeypatch.setattr('moejax.train.trainer.train', lambda config, *notes: seen.append(config) or 4)
+  monkeypatch.setattr('moejax.hf.spelling.export_outlook', str)
   return seen
 
 

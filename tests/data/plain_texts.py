@@ -6,6 +6,7 @@ import numpy as np
 
 from moejax.data.pipeline import Data, open_data
 from moejax.data.sources import DataConfig
+from moejax.data.special_tokens import OWN, SpecialTokens
 
 S, B = 32, 5
 
@@ -15,7 +16,12 @@ def random_document(rng: np.random.Generator, words: int) -> str:
 
 
 def open_text(
-  folder: Path, batch_size: int = B, seq_len: int = S, seed: int = 0, **fields: object
+  folder: Path,
+  batch_size: int = B,
+  seq_len: int = S,
+  seed: int = 0,
+  special: SpecialTokens = OWN,
+  **fields: object,
 ) -> Data:
   usual = {
     'source': 'text',
@@ -23,7 +29,8 @@ def open_text(
     'tokenizer': 'bytes',
     'cache_dir': f'{folder}/cache',
   }
-  return open_data(DataConfig(**usual | fields), batch_size=batch_size, seq_len=seq_len, seed=seed)
+  cfg, sizes = DataConfig(**usual | fields), {'batch_size': batch_size, 'seq_len': seq_len}
+  return open_data(cfg, **sizes, seed=seed, special=special)
 
 
 def ids_of(documents: list[str]) -> list[int]:

@@ -51,7 +51,7 @@ def test_what_a_worker_cannot_do_is_an_error_here_and_ends_them_all(
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
   tokenizer = load_tokenizer('bytes')
-  groups = [[DocumentPiece(True, f'text {i}')] for i in range(6)]
+  groups = [[DocumentPiece(True, True, f'text {i}')] for i in range(6)]
   expected = [encode_group(group, tokenizer) for group in groups]
   assert list(encode_groups(groups, tokenizer, 1)) == expected
   processes = started(monkeypatch)
@@ -71,7 +71,7 @@ def test_what_a_worker_cannot_do_is_an_error_here_and_ends_them_all(
 def test_ids_that_are_refused_are_refused_of_a_worker() -> None:
   backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({'a': 0, '</s>': 1}, unk_token='a'))
   backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-  groups = [[DocumentPiece(True, text)] for text in ('a a', 'a </s> a', 'a')]
+  groups = [[DocumentPiece(True, True, text)] for text in ('a a', 'a </s> a', 'a')]
   with pytest.raises(ConfigError, match=r"tokenizer='words' turns text into its end of document"):
     list(encode_groups(groups, Tokenizer(backend.to_str(), 'words'), 2))
 

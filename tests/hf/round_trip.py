@@ -28,7 +28,7 @@ def given_back(
 ) -> tuple[ExportPlan, list[Spec]]:
   """What an export of the import would write."""
   origin = Origin(**json.loads(json.dumps(origin_of(source)._asdict())))
-  how = plan_export(run_config(source.cfg, 'run'), origin, -1, '', dtype)
+  how = plan_export(run_config(source.cfg, 'run'), origin, {}, '', dtype)
   views = {path: np.asarray(leaf) for path, leaf in leaves.items()}
   assert not lost_leaves(how.known, how.config, how.made_of, views)
   return how, tensor_specs(how.made_of, views, how.copies, how.dtypes)

@@ -1,5 +1,6 @@
 """What others read: transformers computes the same logits from the files that we write."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,8 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import processors
 
-from moejax.families import FAMILIES
+from moejax.data.published_tokenizer import published_json, tokenizer_config_json
+from moejax.data.tokenizer import load_tokenizer
+from moejax.families import FAMILIES, config_json
+from moejax.hf.export_model import OWN_RULES
+from moejax.train.experiment.run_dir import read_tokenizer
 from tests.hf.commands import exported, logits_of
 from tests.support.published_models import random_model, written
 
@@ -45,6 +52,58 @@ def test_a_recipe_trains_is_exported_and_transformers_computes_the_same(tmp_path
     difference = np.abs(logits_of(tmp_path / source, tokens, tmp_path) - theirs).max()
     print(f'{source}: the largest difference is {difference:.2e}, of {theirs.std():.2f}')
     assert difference < 1e-4 and theirs.std() > 0.1
+
+
+def check_ids(directory: Path, kind: str) -> None:
+  """AutoTokenizer gives the ids of ours, from the files of an export alone."""
+  transformers = pytest.importorskip('transformers')
+  name = 'PreTrainedTokenizerFast' if kind in OWN_RULES else 'AutoTokenizer'
+  theirs = getattr(transformers, name).from_pretrained(directory)
+  ours = read_tokenizer(directory)
+  text = "the cat sat 2023, it's 3.14\n\tété 火"
+  # What lies in an export is a published model; its opening is what a prompt has.
+  assert theirs.encode(text) == ours.encode_prompt(text)
+  assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
+  assert theirs.eos_token_id == ours.eod_id and theirs.decode(ours.encode(text)) == text
+
+
+@pytest.mark.parametrize('kind', [kind for kind in FAMILIES if kind != 'pangu_ultra_moe'])
+def test_transformers_tokenizes_an_export_of_every_family_as_we_do(
+  kind: str, tmp_path: Path
+) -> None:
+  """Of a run of our own, whose documents and prompts eod opens, with a BPE trained here."""
+  tokenizer = load_tokenizer('bpe:300', ['the cat sat 2023 and 1999, it was 3.14\n'] * 9)
+  config = config_json(FAMILIES[kind], FAMILIES[kind].presets['tiny'], {'eos_token_id': 0})
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  (tmp_path / 'tokenizer.json').write_text(published_json(tokenizer))
+  (tmp_path / 'tokenizer_config.json').write_text(tokenizer_config_json(tokenizer, 64))
+  check_ids(tmp_path, kind)
+  assert read_tokenizer(tmp_path).encode_prompt('a') == tokenizer.encode_prompt('a')
+
+
+@pytest.mark.parametrize('kind', [kind for kind in FAMILIES if kind != 'pangu_ultra_moe'])
+@pytest.mark.parametrize('template', ['<s> $A', ''], ids=['bos', 'nothing'])
+def test_transformers_tokenizes_an_imported_model_as_we_do(
+  kind: str, template: str, tmp_path: Path
+) -> None:
+  """With bos where its tokenizer.json has it; no tokenizer_config.json came with the model."""
+  backend = tokenizers.Tokenizer.from_str(
+    load_tokenizer('bpe:300', ['the cat sat 2023 and 1999\n'] * 9).json_text
+  )
+  backend.add_special_tokens(['<s>', '</s>'])
+  ids = {name: backend.token_to_id(name) for name in ('<s>', '</s>')}
+  if template:
+    backend.post_processor = processors.TemplateProcessing(
+      single=template, special_tokens=[*ids.items()][:1]
+    )
+  said = {'bos_token_id': ids['<s>'], 'eos_token_id': ids['</s>']}
+  config = config_json(FAMILIES[kind], FAMILIES[kind].presets['tiny'], said)
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  backend.save(str(tmp_path / 'tokenizer.json'))
+  (tmp_path / 'tokenizer_config.json').write_text(
+    tokenizer_config_json(read_tokenizer(tmp_path), 64)
+  )
+  check_ids(tmp_path, kind)
 
 
 @SLOW

@@ -51,7 +51,7 @@ def test_the_other_spelling_is_the_same_model_and_is_given_back(name: str, tmp_p
     for file in ('config.json', 'config_hub.json')
   )
   assert one.cfg == other.cfg and one.made_of == other.made_of and one.config != other.config
-  back = plan_export(run_config(other.cfg, 'run'), origin_of(other), -1, '', '')
+  back = plan_export(run_config(other.cfg, 'run'), origin_of(other), {}, '', '')
   assert back.config == other.config
 
 
@@ -166,6 +166,95 @@ def test_copies_that_differ_are_another_model(tmp_path: Path) -> None:
     match="expected 'model.layers.3.shared_head.head.weight' to repeat 'lm_head.weight'",
   ):
     loaded(open_published(written(tmp_path / 'm', arrays, config)))
+
+
+def tied_with_a_head(path: Path, change: float) -> Path:
+  """A tied model whose file repeats the embedding as its head, one number of it changed."""
+  config, arrays = random_model('llama', 'BF16', tie_embeddings=True)
+  assert config['tie_word_embeddings'] and 'lm_head.weight' not in arrays
+  head = arrays['model.embed_tokens.weight'].copy()
+  head[5, 3] += change
+  return written(path, arrays | {'lm_head.weight': head}, config)
+
+
+def test_a_tied_head_in_a_file_is_read_and_given_back(tmp_path: Path) -> None:
+  source = open_published(tied_with_a_head(tmp_path / 'm', 0))
+  assert source.copies == {'lm_head.weight': 'model.embed_tokens.weight'}
+  _, back = given_back(source, loaded(source))
+  assert {spec.name for spec in back} == {*source.tensors.names}
+  head = next(spec for spec in back if spec.name == 'lm_head.weight')
+  assert head.load().tobytes() == source.tensors.read('lm_head.weight').tobytes()
+  trained_here = dataclasses.replace(run_config(source.cfg, 'run'), steps=3)
+  assert not plan_export(trained_here, None, {}, 'llama', '').copies, 'where none was found'
+  changed = open_published(tied_with_a_head(tmp_path / 'other', 1))
+  with pytest.raises(
+    ConfigError, match='other numbers from row 0; .*tie_word_embeddings=true: set'
+  ):
+    loaded(changed)
+
+
+@pytest.mark.parametrize('number', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('dtype', ['F32', 'BF16', 'F16'])
+def test_a_number_that_is_not_finite_is_told_by_its_tensor(
+  dtype: str, number: float, tmp_path: Path
+) -> None:
+  config, arrays = random_model('mixtral', dtype)
+  name = 'model.layers.1.block_sparse_moe.experts.2.w2.weight'
+  arrays[name][3, 1] = number
+  source = open_published(written(tmp_path / 'm', arrays, config))
+  with pytest.raises(ConfigError, match=f"'{name}' has 1 numbers that are NaN or infinite"):
+    loaded(source)
+
+
+UNEXPECTED = {
+  'gptq': ('model.layers.0.self_attn.q_proj.qweight', 'GPTQ or AWQ', 'model.dequantize()'),
+  'bnb': ('model.layers.0.self_attn.q_proj.weight.absmax', 'bitsandbytes', 'model.dequantize()'),
+  'nvfp4': ('model.layers.0.self_attn.q_proj.weight_scale_2', 'NVFP4', 'model.dequantize()'),
+  'packed': ('model.layers.0.self_attn.q_proj.weight_packed', 'compressed-tensors', 'bfloat16'),
+  'lora': ('model.layers.0.self_attn.q_proj.lora_A.weight', 'an adapter', 'merge_and_unload'),
+  'compiled': ('_orig_mod.model.norm.weight', 'a wrapped model', 'inside of the wrapper'),
+  'pictures': ('model.visual.patch_embed.weight', 'pictures and text', 'only the text part'),
+  'layers': ('model.layers.7.input_layernorm.weight', 'layers up to 7', 'num_hidden_layers=2'),
+}
+
+
+@pytest.mark.parametrize('kind', UNEXPECTED)
+def test_what_made_a_tensor_unexpected_is_told(kind: str, tmp_path: Path) -> None:
+  name, *told = UNEXPECTED[kind]
+  config, arrays = random_model('mixtral', 'F32')
+  arrays[name] = np.ones(32, np.float32)
+  with pytest.raises(ConfigError) as error:
+    open_published(written(tmp_path / 'm', arrays, config))
+  for part in (*told, name):
+    assert part in str(error.value)
+  assert 'fetch' not in str(error.value)
+
+
+def test_padded_headless_and_untied_files_are_told(tmp_path: Path) -> None:
+  config, arrays = random_model('mixtral', 'F32')
+  table = arrays['model.embed_tokens.weight']
+  padded = {'model.embed_tokens.weight': np.pad(table, ((0, 32), (0, 0)))}
+  bare = {name.removeprefix('model.'): a for name, a in arrays.items() if name != 'lm_head.weight'}
+  no_head = {name: a for name, a in arrays.items() if name != 'lm_head.weight'}
+  for i, (changed, told) in enumerate(
+    (
+      (arrays | padded, 'has 128 rows, as vocabularies are padded: set vocab_size=128'),
+      (bare, 'save the model as AutoModelForCausalLM'),
+      (no_head, 'set tie_word_embeddings=true'),
+    )
+  ):
+    with pytest.raises(ConfigError, match=told) as error:
+      open_published(written(tmp_path / f'{i}', changed, config))
+    assert 'fetch' not in str(error.value)
+
+
+def test_scales_of_activations_are_passed_over(tmp_path: Path) -> None:
+  config, arrays = random_model('mixtral', 'F32')
+  scales = {
+    f'model.layers.0.self_attn.{k}': np.ones((), np.float32) for k in ('k_scale', 'v_scale')
+  }
+  source = open_published(written(tmp_path / 'm', arrays | scales, config))
+  assert {spec.name for spec in given_back(source, loaded(source))[1]} == {*arrays}
 
 
 def test_a_mesh_that_does_not_divide_is_told_by_path(tmp_path: Path) -> None:

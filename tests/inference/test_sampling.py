@@ -5,12 +5,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import tokenizers
+from flax import nnx
 from jax import monitoring
+from tokenizers import decoders, models
 
 from moejax.config import ConfigError
-from moejax.data.tokenizer import load_tokenizer
+from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.inference import sampling
 from moejax.inference.sampling import (
+  NonFiniteLogits,
   SampleConfig,
   TimedSteps,
   detokenize,
@@ -138,7 +142,37 @@ def test_guesses_are_refused_where_there_are_none_or_they_would_matter(
 
 def spell(pieces: Sequence[Sequence[int]], *stop: str) -> list[str]:
   """What is shown of one row that says these tokens, step by step."""
-  return list(detokenize(([list(new)] for new in pieces), TOKENIZER, stop))
+  return list(detokenize(([list(new)] for new in pieces), TOKENIZER, [EOD], stop))
+
+
+def test_a_text_is_what_the_tokens_add_to_their_prompt() -> None:
+  """A decoder that strips the first space of a text strips none of what comes after a prompt."""
+  backend = tokenizers.Tokenizer(
+    models.WordLevel({'▁the': 0, '▁cat': 1, '</s>': 2, '<u>': 3}, unk_token='<u>')
+  )
+  backend.decoder = decoders.Sequence(
+    [decoders.Replace('▁', ' '), decoders.Fuse(), decoders.Strip(' ', 1, 0)]
+  )
+  backend.add_special_tokens(['</s>'])
+  tokenizer = Tokenizer(backend.to_str(), 'words')
+  assert ''.join(detokenize([[[1]], [[0, 2]]], tokenizer, [2, 0], ())) == ' cat the'
+  assert ''.join(detokenize([[[1]], [[0, 2]]], tokenizer, [2], ())) == 'cat the'
+  assert ''.join(detokenize([[[1]], [[0]]], tokenizer, [2, 0], (' the',))) == ' cat'
+
+
+@pytest.mark.parametrize('draft', [False, True])
+def test_logits_that_are_not_finite_end_the_text_with_a_message(draft: bool) -> None:
+  """Where they are of a row that goes on; what another row said before is not lost."""
+  model = certain(2)
+  table = model.embed.table[...]
+  said, _ = decode_all(model, dataclasses.replace(GREEDY, draft=draft), [[1, 2, 3]])
+  spoilt = nnx.clone(model)
+  spoilt.embed.table[...] = table.at[said[0][1]].set(np.nan)
+  with pytest.raises(NonFiniteLogits, match='logits are not finite after [1-9]'):
+    decode_all(spoilt, dataclasses.replace(GREEDY, draft=draft), [[1, 2, 3]])
+  spoilt.embed.table[...] = table.at[2].set(np.inf)
+  with pytest.raises(NonFiniteLogits, match='logits are not finite after 0 tokens'):
+    decode_all(spoilt, GREEDY, [[1, 2, 3]])
 
 
 def test_text_comes_in_whole_characters_and_whole_to_the_end() -> None:

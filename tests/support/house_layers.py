@@ -78,6 +78,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     'train.__main__',
     'plan.__main__',
     'hf.__main__',
+    'hf.spelling',
     'generate',
     'certify.__main__',
   ),

@@ -8,9 +8,15 @@ import jax
 import pytest
 
 from moejax.config import ConfigError
+from moejax.data.tokenizer import load_tokenizer
 from moejax.sharding.mesh import MeshConfig, make_mesh
 from moejax.train.experiment.run_dir import write_config
-from moejax.train.initial_state import differences, read_source_config, replicate_unit_axes
+from moejax.train.initial_state import (
+  differences,
+  expect_same_tokenizer,
+  read_starting_run,
+  replicate_unit_axes,
+)
 from moejax.train.shapes import sharded_state_shapes
 from moejax.train.trainer import train
 from tests.support.tiny_run import CONFIG, config, rows
@@ -107,12 +113,39 @@ def test_what_differs_is_what_decides_the_result() -> None:
 
 def test_a_directory_that_is_no_run_is_told_as_init_from(tmp_path: Path) -> None:
   with pytest.raises(ConfigError, match='init_from: .*holds no config.json'):
-    read_source_config(str(tmp_path))
+    read_starting_run(str(tmp_path))
   write_config(config(tmp_path))
   with pytest.raises(ConfigError, match='init_from: .*tokenizer.json'):
-    read_source_config(str(tmp_path))
+    read_starting_run(str(tmp_path))
   write_config(config(tmp_path, model__vocab_size=300))
-  assert read_source_config(str(tmp_path)).model.vocab_size == 300
+  assert read_starting_run(str(tmp_path)).cfg.model.vocab_size == 300
+
+
+def test_another_tokenizer_than_that_of_init_from_is_refused_but_by_name(
+  tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+  source = config(tmp_path / 'source', model__vocab_size=300)
+  write_config(source)
+  bpe = load_tokenizer('bpe:260', ['abab'])
+  here = config(tmp_path / 'run', init_from=source.workdir)
+  expect_same_tokenizer(here, bpe)
+  assert 'init_from holds no tokenizer' in caplog.text
+  load_tokenizer('bytes').save(tmp_path / 'source' / 'tokenizer.json')
+  expect_same_tokenizer(here, load_tokenizer('bytes'))
+  with pytest.raises(ConfigError) as error:
+    expect_same_tokenizer(here, bpe)
+  for part in (
+    load_tokenizer('bytes').digest,
+    bpe.digest,
+    'bpe:260',
+    'checkpoint.accept=tokenizer',
+  ):
+    assert part in str(error.value)
+  assert f'--config.data.tokenizer={tmp_path}/source/tokenizer.json' in str(error.value)
+  expect_same_tokenizer(
+    config(tmp_path / 'run', init_from=source.workdir, checkpoint__accept='tokenizer'), bpe
+  )
+  assert 'accepted: data.tokenizer' in caplog.text
 
 
 def test_units_are_dropped_of_a_dense_model_only(tmp_path: Path) -> None:

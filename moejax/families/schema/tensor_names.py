@@ -51,8 +51,10 @@ FROM_FILE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
   'odd': lambda a: a[..., 1::2],
 }
 ABSENT = ('zero', 'unread')
-# What old files hold beside parameters, and whoever loads them makes anew.
-HARMLESS = ('.rotary_emb.inv_freq',)
+# What files hold beside parameters, and no forward pass in float reads: tables that whoever loads
+# them makes anew, and scales by which others quantise activations and caches.
+HARMLESS = ('.rotary_emb.inv_freq', '.input_scale', '.k_scale', '.v_scale')
+TIED_HEAD = 'lm_head.weight'
 
 
 def to_file(parts: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -156,6 +158,14 @@ def copies(cfg: ModelConfig, shapes: Mapping[str, Shape]) -> dict[str, str]:
     for path, name in names.items()
     if path in shapes
   }
+
+
+def tied_head(shapes: Collection[str]) -> dict[str, str]:
+  """Returns published name -> path of the embedding that a model without a head of its own repeats.
+
+  transformers leaves it out; older releases and many that were trained on hold it.
+  """
+  return {} if 'head.w' in shapes else {TIED_HEAD: 'embed.table'}
 
 
 def holds_mtp(cfg: ModelConfig, names: Collection[str]) -> bool:

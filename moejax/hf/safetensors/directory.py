@@ -7,7 +7,7 @@ Knows no model. Nothing is unpickled and no code is run, whatever the directory 
 
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,10 @@ from moejax.runtime.files import (
 
 ONE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 PICKLES = ('*.bin', '*.pt', '*.pth', '*.pkl', '*.ckpt')
+OTHER_INDEX = (
+  'the index and the shards are not of one save: keep only the files of one, or write them anew '
+  'with save_pretrained'
+)
 SHOWN_NAMES = 10  # names of each kind in a message
 
 
@@ -103,6 +107,19 @@ def expect(tensors: Tensors, wanted: Mapping[str, tuple[int, ...]]) -> None:
   Raises:
     ConfigError: tells all that is missing, extra or of another shape, not only the first.
   """
+  check(*difference(tensors, wanted, 'are config.json and they of one model?'))
+
+
+def difference(
+  tensors: Tensors, wanted: Mapping[str, tuple[int, ...]], remedy: str
+) -> Iterator[str]:
+  """Yields a problem for all that is missing in a directory, one for extra, one for other shapes.
+
+  Args:
+    tensors: of the directory.
+    wanted: name -> shape.
+    remedy: the end of each problem.
+  """
   have = {name: tensors.shape(name) for name in tensors.names}
   missing: list[str] = []
   extra: list[str] = []
@@ -116,14 +133,9 @@ def expect(tensors: Tensors, wanted: Mapping[str, tuple[int, ...]]) -> None:
     if name not in wanted:
       extra.append(f'{name} {shape} in {tensors.path(name).name}')
   kinds = {'missing': missing, 'extra': extra, 'of another shape': misshapen}
-  check(
-    *(
-      f'{tensors.directory}: {len(names)} tensors {kind}: {_some(names)}; '
-      'are config.json and they of one model?'
-      for kind, names in kinds.items()
-      if names
-    )
-  )
+  for kind, names in kinds.items():
+    if names:
+      yield f'{tensors.directory}: {len(names)} tensors {kind}: {_some(names)}; {remedy}'
 
 
 def write_tensors(
@@ -226,10 +238,14 @@ def _indexed(directory: Path, index: Path) -> dict[str, Stored]:
   stored: dict[str, Stored] = {}
   for file, wanted in shards.items():
     header = read_header(paths[file])
-    if header.keys() != wanted:
-      problems = f'missing {_some(wanted - header.keys())}; extra {_some(header.keys() - wanted)}'
+    # What the index does not name at all is there all the same; who knows the model may judge.
+    elsewhere = header.keys() & weight_map.keys() - wanted
+    if wanted - header.keys() or elsewhere:
+      problems = f'missing {_some(wanted - header.keys())}; extra {_some(elsewhere)}'
       expected = f'the {len(wanted)} tensors that {INDEX} says'
-      raise bad_file(paths[file], expected, problems, FETCH_AGAIN)
+      raise bad_file(paths[file], expected, problems, OTHER_INDEX)
+    if twice := header.keys() & stored.keys():
+      raise bad_file(paths[file], 'every tensor once', f'again {_some(twice)}', OTHER_INDEX)
     stored |= header
   return stored
 

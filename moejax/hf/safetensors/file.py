@@ -20,7 +20,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from moejax.runtime.files import bad_file, parse_json_object, whole_file
+from moejax.runtime.files import DAMAGED, bad_file, parse_json_object, whole_file
 
 # dtype in a header -> NumPy's
 DTYPES: dict[str, np.dtype] = {
@@ -43,6 +43,11 @@ DTYPES: dict[str, np.dtype] = {
   'F8_E8M0': np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 HEADER_LIMIT = 100_000_000  # the library's; a longer one is there to exhaust memory
+# The library refuses such a file, too: nobody can tell which of its bytes are meant.
+NO_GAPS = (
+  'the file is damaged, or written with tensors that share or pad their bytes, which the format '
+  'forbids: write it again with save_file of safetensors, from tensors of their own'
+)
 CHUNK = 1 << 26  # bytes of a tensor that are copied at a time where it does not lie in order
 MAX_AXES, MAX_ELEMENTS = 32, 1 << 56  # NumPy could not hold more, not even where one axis is 0
 Index = tuple[slice, ...]
@@ -148,10 +153,11 @@ def read_header(path: Path) -> dict[str, Stored]:
   for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.stop)):
     if tensor.start != end:  # overlapping, or a hole
       expected = f'{tensor.name!r} to begin at {end}, where those before it end'
-      raise bad_file(path, expected, tensor.start)
+      raise bad_file(path, expected, tensor.start, NO_GAPS)
     end = tensor.stop
   if end != size:
-    raise bad_file(path, f'{end} bytes, where the last tensor ends', size)
+    remedy = DAMAGED if size < end else NO_GAPS
+    raise bad_file(path, f'{end} bytes, where the last tensor ends', size, remedy)
   return tensors
 
 

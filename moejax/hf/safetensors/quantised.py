@@ -16,6 +16,12 @@ import numpy as np
 from moejax.hf.safetensors.file import DTYPES, Index, Stored, slice_bounds
 from moejax.runtime.files import bad_file
 
+SCALE_DTYPES = ('F32', 'BF16')
+# The remedy for parts that do not fit: another copy of the same files would be the same.
+NOT_KNOWN = (
+  'this scheme is not known here: take the files in bfloat16, or write them with '
+  'model.dequantize() and save_pretrained of transformers'
+)
 GROUP = 32  # values of MXFP4 that share a scale: 16 bytes
 # What a byte stands for: looking it up takes half the time of a cast.
 _BYTES = np.arange(256, dtype=np.uint8)
@@ -42,7 +48,7 @@ class ScaledBlocks:
   path: Path
   shape: tuple[int, ...]
   weight: Stored  # [o, i]
-  scale: Stored  # [ceil(o / rows), ceil(i / columns)] of the block
+  scale: Stored  # [ceil(o / rows), ceil(i / columns)] of the block, in one of SCALE_DTYPES
   block: BlockSize
   dtype = 'F32'  # products with a float32 scale fit nothing smaller
 
@@ -53,7 +59,7 @@ class ScaledBlocks:
     # The scales of all blocks that the slice touches.
     rows = slice(top // h, -(-bottom // h))
     columns = slice(left // w, -(-right // w))
-    scale = self.scale.read((rows, columns))
+    scale = self.scale.read((rows, columns)).astype(np.float32)
     out = np.take(_FP8, self.weight.read(index).view(np.uint8))  # [o, i] f32
     block_of_column = np.arange(left, right) // w - columns.start
     # A row of blocks at a time: a scale for every element would be a second tensor.
@@ -108,10 +114,8 @@ def unquantised(
   for name, tensor in stored.items():
     if tensor.dtype == 'F8_E4M3':
       _expect(tensor, len(tensor.shape) == 2, 'a weight of two axes')
-      shape = tuple(-(-n // size) for n, size in zip(tensor.shape, block))
-      scale = _part(stored, tensor, f'{name}_scale_inv', 'F32', shape)
-      del whole[scale.name]
-      whole[name] = ScaledBlocks(tensor.path, tensor.shape, tensor, scale, block)
+      whole[name] = _scaled(stored, tensor, block)
+      del whole[whole[name].scale.name]
     elif tensor.dtype == 'U8' and name.endswith('_blocks'):
       has_groups = len(tensor.shape) == 4 and tensor.shape[3] * 2 == GROUP
       _expect(tensor, has_groups, 'U8 (experts, rows, groups, 16)')
@@ -124,13 +128,40 @@ def unquantised(
   return whole
 
 
+def _scaled(stored: Mapping[str, Stored], weight: Stored, block: BlockSize) -> ScaledBlocks:
+  """An FP8 weight [o, i] with its scales: of blocks, of rows, or one for all of it.
+
+  DeepSeek and transformers call them `scale_inv`, compressed-tensors and vLLM `scale`; both are
+  what one multiplies by.
+  """
+  o, i = weight.shape
+  in_blocks = tuple(-(-n // size) for n, size in zip(weight.shape, block))
+  name = f'{weight.name}_scale'
+  if name not in stored:
+    name = f'{weight.name}_scale_inv'
+  if name in stored and stored[name].dtype in SCALE_DTYPES:
+    scale = stored[name]
+    # shape of the scales -> the numbers that share one
+    layouts = {(): (o, i), (1,): (o, i), (1, 1): (o, i), (o,): (1, i), (o, 1): (1, i)}
+    layouts[in_blocks] = block
+    if scale.shape in layouts:
+      size = BlockSize(*layouts[scale.shape])
+      grid = tuple(-(-n // m) for n, m in zip(weight.shape, size))
+      # The same bytes in the shape of a grid of blocks.
+      scale = dataclasses.replace(scale, shape=grid)
+      return ScaledBlocks(weight.path, weight.shape, weight, scale, size)
+  return ScaledBlocks(
+    weight.path, weight.shape, weight, _part(stored, weight, name, 'F32', in_blocks), block
+  )
+
+
 def _part(
   stored: Mapping[str, Stored], blocks: Stored, name: str, dtype: str, shape: tuple[int, ...]
 ) -> Stored:
   """The scales of some blocks, which must be there and have that dtype and shape."""
   if name not in stored:
     expected = f'{name!r} {dtype} {shape}, the scales of {blocks.name!r}'
-    raise bad_file(blocks.path, expected, 'no such tensor')
+    raise bad_file(blocks.path, expected, 'no such tensor', NOT_KNOWN)
   part = stored[name]
   _expect(part, (part.dtype, part.shape) == (dtype, shape), f'{dtype} {shape}')
   return part
@@ -139,4 +170,5 @@ def _part(
 def _expect(tensor: Stored, holds: bool, expected: str) -> None:
   """Raises ConfigError of the file where it does not hold what is expected."""
   if not holds:
-    raise bad_file(tensor.path, f'{tensor.name!r}: {expected}', f'{tensor.dtype} {tensor.shape}')
+    found = f'{tensor.dtype} {tensor.shape}'
+    raise bad_file(tensor.path, f'{tensor.name!r}: {expected}', found, NOT_KNOWN)

@@ -12,9 +12,23 @@ from typing import NamedTuple
 import jax
 from jax import Array
 from jax.sharding import SingleDeviceSharding
+from ml_collections import ConfigDict
 
 from moejax.checkpoint.checkpoints import Checkpoints, NoLoadableCheckpoint
-from moejax.config import ConfigError, check, from_config_dict, problem_if, url_problem
+from moejax.config import (
+  ConfigError,
+  check,
+  from_config_dict,
+  problem_if,
+  to_config_dict,
+  url_problem,
+)
+from moejax.data.special_tokens import (
+  OWN,
+  TOKENIZER_FILE,
+  SpecialTokens,
+  read_special_tokens,
+)
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.model.transformer import Transformer
 from moejax.moe.bias import BiasState
@@ -24,7 +38,6 @@ from moejax.train.experiment.initial_model import ModelAndRouter, model_and_rout
 
 # What lies in a run directory.
 CONFIG_FILE = 'config.json'
-TOKENIZER_FILE = 'tokenizer.json'
 CHECKPOINTS = 'checkpoints'
 
 
@@ -108,6 +121,26 @@ def read_config(workdir: str) -> ExperimentConfig:
     raise ConfigError(*error.problems, hint) from error
 
 
+def config_from_run(directory: str, is_source: bool) -> ConfigDict:
+  """The config that flags change, where the directory of a run stands in the place of a file.
+
+  A run that was trained is named again: the same command resumes it. An import, and with
+  `is_source` any run, is what a new run starts from, which has to name a workdir of its own.
+
+  Raises:
+    ConfigError: it is no run.
+  """
+  cfg = read_config(directory)
+  config = to_config_dict(cfg)
+  if is_source or not cfg.steps:
+    config.init_from, config.workdir = directory, ''
+    config.steps = cfg.steps or ExperimentConfig.steps
+    tokenizer = Path(directory) / TOKENIZER_FILE
+    if tokenizer.exists():  # the ids of the model, whatever text comes now
+      config.data.tokenizer = str(tokenizer)
+  return config
+
+
 def read_tokenizer(directory: str | os.PathLike, vocab_size: int = 0) -> Tokenizer | None:
   """The tokenizer that lies in the directory of a run or of a published model; None without one.
 
@@ -117,7 +150,7 @@ def read_tokenizer(directory: str | os.PathLike, vocab_size: int = 0) -> Tokeniz
   path = inside(Path(directory), TOKENIZER_FILE)
   if not path.exists():
     return None
-  tokenizer = load_tokenizer(str(path))
+  tokenizer = load_tokenizer(str(path), special=read_special_tokens(directory))
   largest = tokenizer.vocab_size - 1
   problem = (
     f'{path}: expected ids below vocab_size={vocab_size} of config.json, found {largest}: '
@@ -125,6 +158,22 @@ def read_tokenizer(directory: str | os.PathLike, vocab_size: int = 0) -> Tokeniz
   )
   check(problem_if(0 < vocab_size <= largest, problem))
   return tokenizer
+
+
+def text_ends(workdir: str, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+  """The ids that end a text of the model in `workdir`, as its tokenizer or else its files say."""
+  return tokenizer.ends if tokenizer else read_special_tokens(workdir).eos_ids
+
+
+def has_begun(cfg: ExperimentConfig) -> bool:
+  """Whether the run directory holds a checkpoint, good or bad, and init_from is not looked at."""
+  return any((Path(cfg.workdir) / CHECKPOINTS).glob('[0-9]*'))
+
+
+def starting_special_tokens(cfg: ExperimentConfig) -> SpecialTokens:
+  """What is known of the model that a run goes on from: its own, or that of init_from."""
+  directory = cfg.workdir if has_begun(cfg) else cfg.init_from
+  return read_special_tokens(directory) if directory else OWN
 
 
 def read_setup(workdir: str) -> RunSetup:

@@ -125,7 +125,7 @@ BAD: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         index(path, {'t': 'a.safetensors', 'u': 'b.safetensors'}),
       )
     ),
-    ['b.safetensors', 'missing none; extra t'],
+    ['b.safetensors', 'missing none; extra t', 'not of one save'],
   ),
   'empty file': (lambda path: (path / 'model.safetensors').touch(), ['model.safetensors', 'JSON']),
   'no whole length': (
@@ -159,7 +159,7 @@ BAD: dict[str, tuple[Callable[[Path], None], list[str]]] = {
   ),
   'offsets leave a hole': (
     one({'t': entry(0, 1, 1), 'u': entry(2, 3, 1)}, b'abc'),
-    ["'u' to begin at"],
+    ["'u' to begin at", 'save_file of safetensors'],
   ),
   'offsets beyond the end': (
     one({'t': entry(0, 3, 3)}, b'ab'),

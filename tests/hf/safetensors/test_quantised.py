@@ -35,6 +35,28 @@ def test_fp8_is_weight_times_the_scale_of_its_block(tmp_path: Path, block: tuple
   np.testing.assert_array_equal(tensors.read('x.weight'), oracle)
 
 
+@pytest.mark.parametrize('name', ['x.weight_scale', 'x.weight_scale_inv'])
+@pytest.mark.parametrize('dtype', ['F32', 'BF16'])
+@pytest.mark.parametrize('shape', [(), (1,), (1, 1), (7,), (7, 1), (3, 2)], ids=str)
+def test_fp8_has_a_scale_for_all_of_it_for_each_row_or_for_each_block(
+  shape: tuple[int, ...], dtype: str, name: str, tmp_path: Path
+) -> None:
+  """As compressed-tensors, vLLM and transformers write it."""
+  rng = np.random.default_rng(2)
+  weight = rng.normal(size=(7, 5)).astype(DTYPES['F8_E4M3'])
+  scale = rng.uniform(0.5, 3, shape).astype(DTYPES[dtype])
+  config = {'config.json': json.dumps({'quantization_config': {'weight_block_size': [3, 3]}})}
+  arrays = {'x.weight': weight, name: np.asarray(scale)}
+  tensors = open_tensors(write(tmp_path / 'm', arrays, **config))
+  scales = np.asarray(scale, np.float32)
+  if shape == (3, 2):
+    scales = np.kron(scales, np.ones((3, 3), np.float32))[:7, :5]
+  elif shape == (7,):
+    scales = scales[:, None]
+  np.testing.assert_array_equal(tensors.read('x.weight'), weight.astype(np.float32) * scales)
+  assert tensors.names == ('x.weight',)
+
+
 def test_mxfp4_is_unpacked_low_nibble_first_scaled_and_turned(tmp_path: Path) -> None:
   rng, (experts, rows, groups) = np.random.default_rng(3), (2, 8, 3)
   table = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]

@@ -7,6 +7,7 @@ import pytest
 
 from moejax.checkpoint.checkpoints import NoLoadableCheckpoint
 from moejax.config import ConfigError, from_config_dict, to_config_dict
+from moejax.config.flags import parse_flags
 from moejax.data.tokenizer import load_tokenizer
 from moejax.moe.balance import losses
 from moejax.moe.balance.losses import BALANCE_LOSSES
@@ -14,6 +15,7 @@ from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.run_dir import (
   CONFIG_FILE,
   TOKENIZER_FILE,
+  config_from_run,
   open_run,
   read_config,
   read_setup,
@@ -136,3 +138,40 @@ def test_a_run_that_has_saved_nothing_cannot_be_opened(tmp_path: Path) -> None:
   with pytest.raises(NoLoadableCheckpoint, match='has no checkpoint yet: train it first'):
     open_run(cfg.workdir)
   assert [path.name for path in (tmp_path / 'run').iterdir()] == [CONFIG_FILE]
+
+
+def test_a_run_is_named_again_and_an_import_is_gone_on_from(tmp_path: Path) -> None:
+  """In the place of a config file; with `is_source`, any run is what a new one starts from."""
+  run = config(tmp_path / 'run')
+  write_config(run)
+  assert dict(config_from_run(run.workdir, False)) == dict(to_config_dict(run))
+  source = config_from_run(run.workdir, True)
+  assert (source.init_from, source.workdir, source.steps) == (run.workdir, '', run.steps)
+  assert source.data.tokenizer == run.data.tokenizer
+  imported = config(tmp_path / 'import', steps=0)
+  write_config(imported)
+  load_tokenizer('bytes').save(tmp_path / 'import' / TOKENIZER_FILE)
+  source = config_from_run(imported.workdir, False)
+  assert (source.init_from, source.workdir, source.steps) == (imported.workdir, '', 500)
+  assert source.data.tokenizer == f'{imported.workdir}/{TOKENIZER_FILE}'
+
+
+def test_flags_change_the_config_of_a_run(tmp_path: Path) -> None:
+  run = config(tmp_path / 'run')
+  write_config(run)
+
+  def parsed(*argv: str) -> ExperimentConfig:
+    return parse_flags([*argv], ExperimentConfig, str(tmp_path / 'no.py'), config_from_run)
+
+  assert parsed(f'--config={run.workdir}', '--config.steps=99') == config(
+    tmp_path / 'run', steps=99
+  )
+  new = parsed(f'--config.init_from={run.workdir}', f'--workdir={tmp_path / "new"}')
+  assert new == config(tmp_path / 'new', init_from=run.workdir, data__cache_dir=run.data.cache_dir)
+  for argv, told in (
+    ([f'--config.init_from={run.workdir}'], "workdir='': name a directory"),
+    ([f'--config.init_from={tmp_path}'], 'holds no config.json: name the directory of a run'),
+    ([f'--config={tmp_path}'], 'holds no config.json: name the directory of a run'),
+  ):
+    with pytest.raises(ConfigError, match=told):
+      parsed(*argv)
