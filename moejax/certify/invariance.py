@@ -41,6 +41,7 @@ NEAR_TIE = 1e-5  # margins of choices that parameters which differ by rounding m
 MIXED_MESH = MeshConfig(1, fsdp=2, expert=2, tensor=2)
 SPREAD = MeshConfig(2, expert=2, tensor=2)
 DENSE = 'dense_matmul'  # the base's dispatcher, and the one that has capacities
+BY_PLACE = DispatchConfig(DENSE, 4.0, 'position')  # with room for all
 
 
 class Variant(NamedTuple):
@@ -136,24 +137,21 @@ def variants(plan: Plan) -> Iterator[Variant]:
   """Ways to compute the base step: one at a time, and some of them together."""
   base = tiny_config.base_config()
   others = [DispatchConfig(name) for name in DISPATCHERS if name != DENSE]
-  by_place = DispatchConfig(DENSE, 4.0, 'position')
   yield Variant(
     'micro_batches=8, remat=full, capacity for all',
     # A row each, so that an expert-parallel group is two of them, and not all.
-    tiny_config.change(base, micro_batches=8, remat='full', dispatch=by_place),
+    tiny_config.change(base, micro_batches=8, remat='full', dispatch=BY_PLACE),
   )
   for dispatch in others:
     cfg = tiny_config.change(base, dispatch=dispatch)
     yield Variant(f'{dispatch.dispatcher}, fsdp 2 x expert 2 x tensor 2', cfg, MIXED_MESH)
   yield Variant('padding columns', base, rows=widened_batch(tiny.batch_of(plan)))
   if not plan.quick:
-    yield from slow_variants(base, by_place, others)
+    yield from slow_variants(base, others)
 
 
-def slow_variants(
-  base: ExperimentConfig, by_place: DispatchConfig, others: list[DispatchConfig]
-) -> Iterator[Variant]:
-  """The variants that --quick leaves out; by_place: with room for all, others: not DENSE."""
+def slow_variants(base: ExperimentConfig, others: list[DispatchConfig]) -> Iterator[Variant]:
+  """The variants that --quick leaves out; others: dispatchers that are not DENSE."""
   for n in (2, 4):
     yield Variant(f'micro_batches={n}', tiny_config.change(base, micro_batches=n))
   for name in sorted(set(REMAT_POLICIES) - {'none'}):
@@ -171,7 +169,7 @@ def slow_variants(
     yield Variant(f'{dispatch.dispatcher}, {shape}', cfg, mesh)
   yield Variant(
     'data 2 x expert 2 x tensor 2, micro_batches=2, remat=full, capacity for all',
-    tiny_config.change(base, dispatch=by_place, micro_batches=2, remat='full'),
+    tiny_config.change(base, dispatch=BY_PLACE, micro_batches=2, remat='full'),
     SPREAD,
   )
 
@@ -245,10 +243,11 @@ def invariance_line(plan: Plan) -> Iterator[Check]:
       name = f'{router.name}, all at once'
       same.see(plan, router.base, Variant(name, router.changed, SPREAD))
   # What f counts, across micro-batches and within them, where the bias overrides choices.
-  balance = dataclasses.replace(base.balance, assignment='dispatched')
+  balance = dataclasses.replace(base.balance, assignment='dispatched', partition=2)
   dispatched = tiny_config.change(base, balance=balance)
   cut = tiny_config.change(dispatched, micro_batches=8)
   same.see(plan, dispatched, Variant('f of what was dispatched, micro_batches=8', cut))
+  see_prompts(plan, same, base)
   changed = tiny_config.change(random_config(), micro_batches=4, remat='full')
   # What a counting pass sees, of which f is made, is what the other passes see.
   number = tiny_config.step_alone('balance/global_batch', noisy=True)
@@ -257,6 +256,20 @@ def invariance_line(plan: Plan) -> Iterator[Check]:
   yield check_steps(plan)
   yield from check_packing(plan, base)
   yield from check_resume(plan)
+
+
+def see_prompts(plan: Plan, same: SameChecks, base: ExperimentConfig) -> None:
+  """Takes in micro-batches of text that is routed and not predicted, as prompts are."""
+  rows = tiny.batch_of(plan)
+  # More of a row the further down it is: micro-batches differ in what is predicted.
+  is_prompt = np.arange(tiny_config.LENGTH) < np.arange(tiny_config.ROWS)[:, None]
+  rows = rows._replace(
+    targets=np.where(is_prompt, IGNORE, rows.targets), mask=rows.mask & ~is_prompt
+  )
+  cut = tiny_config.change(base, micro_batches=8, remat='full', dispatch=BY_PLACE)
+  results = [tiny.take_step(plan, cfg, tiny.start_state(plan, cfg), rows) for cfg in (base, cut)]
+  skip = tiny_config.CUT_DEPENDENT
+  same.compare(plan, 'prompts, micro_batches=8', tuple(results), base, skip)
 
 
 def check_packing(plan: Plan, base: ExperimentConfig) -> Iterator[Check]:

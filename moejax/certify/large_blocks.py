@@ -1,4 +1,4 @@
-"""Part of line 13: the grouped FFN with every number of rows in an expert's last block.
+"""Part of line 13: activations, and the grouped FFN with every number of rows in a last block.
 
   sorted copies, cut into loads -> each implementation -> output and gradients | sums over copies
 
@@ -14,6 +14,7 @@ from jax import Array
 
 from moejax.certify.cases import Plan
 from moejax.certify.checks import Check, Worst
+from moejax.moe.experts.ffn import ACTIVATIONS
 from moejax.moe.experts.grouped_ffn import IMPLEMENTATIONS
 from moejax.moe.experts.residuals import Residuals
 from moejax.moe.experts.sorted_copies import Copies
@@ -22,12 +23,18 @@ from moejax.moe.experts.weights import Biases, Weights
 D, F = 2, 3
 ROWS = 1100  # copies of the grouped FFN: its largest blocks, of 256 rows, are used
 UNASSIGNED = 40  # of them
+LIMIT = 0.5  # at which 'clamped_swiglu' clamps here
 ROUNDING = 2e-5  # of sums over 1100 copies in float32, as a part of the largest entry
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+  """1 / (1 + exp(-x))."""
+  return 1 / (1 + np.exp(-x))
 
 
 def silu(a: np.ndarray) -> np.ndarray:
   """The activation's own function."""
-  return a / (1 + np.exp(-a))
+  return a * sigmoid(a)
 
 
 def gated_silu(gate: Array, up: Array) -> Array:
@@ -61,8 +68,8 @@ def of_copies(x: np.ndarray, dy: np.ndarray, scale: np.ndarray, w: Weights) -> C
   hidden = silu(gate) * up
   d_out = scale[None, :, None] * dy
   d_hidden = np.einsum('end,efd->enf', d_out, w.down)
-  sigmoid = 1 / (1 + np.exp(-gate))
-  d_gate = d_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))
+  slope = sigmoid(gate)
+  d_gate = d_hidden * up * slope * (1 + gate * (1 - slope))
   d_up = d_hidden * silu(gate)
   out = np.einsum('enf,efd->end', hidden, w.down) + biases.down
   dx = np.einsum('enf,edf->end', d_gate, w.gate) + np.einsum('enf,edf->end', d_up, w.up)
@@ -107,6 +114,33 @@ def grouped(x: Array, copies: Copies, weights: Weights, dy: Array, name: str) ->
   of_biases = {f'{field}_bias': gradient for field, gradient in w.biases._asdict().items()}
   of_weights = {'gate': w.gate, 'up': w.up, 'down': w.down} | of_biases
   return {'y': y, 'x': found.x, 'scale': found.copy_weights} | of_weights
+
+
+def clamped(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+  """gpt-oss' activation, from its published code: (up + 1) gate sigmoid(1.702 gate), clamped."""
+  gate, up = np.minimum(gate, LIMIT), np.clip(up, -LIMIT, LIMIT)
+  return (up + 1) * gate * sigmoid(1.702 * gate)
+
+
+ACTIVATION_EQUATIONS = {'swiglu': lambda gate, up: silu(gate) * up, 'clamped_swiglu': clamped}
+
+
+def check_activations(plan: Plan) -> Iterator[Check]:
+  """Checks value and slope of every activation, at inputs of which many are beyond its limit."""
+  worst = Worst('activations and their slopes', 1e-5, 'absolute; float32 against float64')
+  gate, up, d_gate, d_up = plan.rng(33).normal(size=(4, 2000))
+  # A difference across the kink of a clamp is no slope.
+  far = np.minimum(np.abs(np.abs(gate) - LIMIT), np.abs(np.abs(up) - LIMIT)) > 1e-3
+  for name, make in sorted(ACTIVATIONS.items()):
+    equation, step = ACTIVATION_EQUATIONS[name], 1e-5
+    floats = [a.astype(np.float32) for a in (gate, up, d_gate, d_up)]
+    value, slope = jax.jit(lambda *a, f=make(LIMIT): jax.jvp(f, a[:2], a[2:]))(*floats)
+    worst.see(name, np.abs(np.asarray(value) - equation(gate, up)).max())
+    above = equation(gate + step * d_gate, up + step * d_up)
+    below = equation(gate - step * d_gate, up - step * d_up)
+    error = np.abs(np.asarray(slope) - (above - below) / (2 * step))
+    worst.see(f'slope of {name}', error[far].max())
+  yield worst.check()
 
 
 def check_blocks(plan: Plan) -> Iterator[Check]:

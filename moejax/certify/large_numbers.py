@@ -17,13 +17,21 @@ from jax import Array
 
 from moejax.certify.cases import Plan
 from moejax.certify.checks import Check, Worst
-from moejax.certify.large_blocks import ROUNDING, D, F, check_blocks, gated_silu, of_copies
+from moejax.certify.large_blocks import (
+  ROUNDING,
+  D,
+  F,
+  check_activations,
+  check_blocks,
+  gated_silu,
+  of_copies,
+)
 from moejax.certify.oracle import bias as oracle_bias
 from moejax.moe import bias, routing
 from moejax.moe.dispatch.buffers import capacity
 from moejax.moe.dispatch.dispatchers import DISPATCHERS, DROP_BY, DispatchConfig
 from moejax.moe.experts.sorted_copies import sort_copies
-from moejax.moe.experts.weights import Weights
+from moejax.moe.experts.weights import Biases, Weights
 from moejax.moe.statistics import layer_statistics
 from moejax.moe.token_sets import expert_load
 from moejax.sharding.mesh import MeshConfig, make_mesh
@@ -155,7 +163,8 @@ def check_room(plan: Plan) -> Iterator[Check]:
   ids[rng.random(shape) < 0.3] = experts  # padding
   weights = rng.uniform(0.5, 1.5, ids.shape).astype(np.float32)
   shapes = (experts, D, F), (experts, D, F), (experts, F, D)
-  w = Weights(*(rng.normal(size=one).astype(np.float32) for one in shapes))
+  biases = Biases(*(rng.normal(size=(experts, n)).astype(np.float32) for n in (F, F, D)))
+  w = Weights(*(rng.normal(size=one).astype(np.float32) for one in shapes), biases)
   nothing = np.zeros((), np.float32)
   routed = routing.Routing(
     logits=nothing,
@@ -214,4 +223,5 @@ def large_line(plan: Plan) -> Iterator[Check]:
   yield from check_sorting(plan)
   yield from check_counts(plan)
   yield from check_capacity(plan)
+  yield from check_activations(plan)
   yield from check_blocks(plan)

@@ -19,6 +19,7 @@ from moejax.certify.checks import Check, Worst
 from moejax.certify.float64 import in_float64
 from moejax.certify.measure import CANONICAL
 from moejax.certify.oracle import balance as oracle_balance
+from moejax.certify.oracle import bias as oracle_bias
 from moejax.certify.oracle import routing as oracle
 from moejax.data.batch import Batch
 from moejax.model.transformer import Transformer
@@ -60,10 +61,10 @@ def layers_line(plan: Plan) -> Iterator[Check]:
 
 
 def check_other_layers(plan: Plan) -> Iterator[Check]:
-  """Checks a model that also has a dense layer, and a block of multi-token prediction."""
+  """Checks a model that also has a dense layer, and two depths of multi-token prediction."""
   counted = Worst('layers with experts', 0, 'those of the stack, and each depth of prediction')
   mean = Worst('mean with multi-token prediction, without dense', MEAN, 'relative; float32')
-  cfg = tiny_config.rich_config()
+  cfg = tiny_config.change(tiny_config.rich_config(), mtp_depth=2)
   rows, before = tiny.batch_of(plan), tiny.start_state(plan, cfg)
   result = tiny.take_step(plan, cfg, before, rows)
 
@@ -89,10 +90,16 @@ def check_other_layers(plan: Plan) -> Iterator[Check]:
   bias = np.zeros(load.shape, np.float32)
   bias[np.arange(len(load)), favourites] = 10
   biased = before._replace(router=before.router._replace(bias=jnp.asarray(bias)))
-  favoured = np.asarray(tiny.take_step(plan, cfg, biased, rows).metrics['load'])
+  taken = tiny.take_step(plan, cfg, biased, rows)
+  favoured = np.asarray(taken.metrics['load'])
   tokens = copies // cfg.model.moe.router.top_k
   own.see('load', np.abs(favoured[np.arange(len(load)), favourites] - tokens).max())
-  for worst in (counted, mean, unlike, own):
+  moved = Worst('router bias of every layer after a step', 1e-6, 'absolute; a step is 0.05')
+  for layer, (old, new) in enumerate(zip(bias, np.asarray(taken.after.router.bias), strict=True)):
+    rule = oracle_bias.COUNT_RULES[cfg.balance.bias_rule]
+    wanted = rule(oracle_bias.BiasState(old, np.zeros_like(old)), favoured[layer], 0.05)
+    moved.see(f'layer {layer}', np.abs(new - wanted.bias).max())
+  for worst in (counted, mean, unlike, own, moved):
     yield worst.check()
 
 

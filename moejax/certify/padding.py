@@ -21,6 +21,8 @@ CUT = 5  # places of each row that count; the others are cut off
 # Losses whose sets do not depend on the row in which a document lies.
 PACKING_LOSSES = ('sequence', 'global_batch', 'importance', 'router_z')
 
+NUMBERED = 37  # documents are 37, 74, ...: more than a row has tokens
+
 
 def padding_routers(plan: Plan) -> Iterator[routing.RouterConfig]:
   """Routers of one size: which tokens count does not depend on how many experts there are."""
@@ -113,17 +115,21 @@ def check_packed_rows(plan: Plan) -> Iterator[Check]:
   moved = Worst(
     'documents in one row, or in rows of their own', VALUE, 'relative; sums in another order'
   )
+  numbers = Worst('documents of other numbers', 0, 'only which tokens have the same one counts')
   for cfg in padding_routers(plan):
     case, name = make_cases(plan, 8)['holes'], router_name(cfg)
     alone, whole = measure_documents(plan, cfg, case), measure(plan, cfg, case)
     first_row = (np.arange(B)[:, None] == 0) & (PACKED > 0)
     together = measure(plan, cfg, case._replace(mask=first_row, segments=PACKED))
+    renumbered = measure(plan, cfg, case._replace(mask=first_row, segments=NUMBERED * PACKED))
     apart = measure(plan, cfg, documents_apart(case))
     for i, loss in enumerate(losses(cfg)):
       if loss.name == 'sequence':
         mean_alone = float(np.mean([one.values[i] for one in alone]))
         mean.see(f'{loss}; {name}', relative(whole.values[i], mean_alone))
+      numbers.see(f'{loss}; {name}', renumbered.values[i] - together.values[i])
       if loss.name in PACKING_LOSSES:
         moved.see(f'{loss}; {name}', relative(apart.values[i], together.values[i]))
   yield mean.check()
   yield moved.check()
+  yield numbers.check()

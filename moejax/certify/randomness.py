@@ -56,6 +56,23 @@ def route_alike(layer: MoE, key: Array, numbers: Array) -> Drawn:
   return Drawn(routed.logits, routed.expert_ids)
 
 
+def jittered_outputs(plan: Plan, key: Array, numbers: np.ndarray) -> int:
+  """How many outputs jitter changes where all experts weigh the same: the router alone sees it."""
+  cfg = MoEConfig(RouterConfig(2, 2, jitter=0.5), d_expert=4)
+  shapes = jax.eval_shape(lambda: MoE(jax.random.key(0), D, cfg))
+  layer = tiny.draw_parameters(plan, shapes)
+  layer.router[...] = jnp.zeros((D, 2))
+  ones = jnp.ones((len(numbers), PLACES), jnp.int32)
+  x = jnp.asarray(plan.rng(21).normal(size=(*ones.shape, D)), jnp.float32)
+
+  def outputs(layer: MoE, key: Array | None) -> Array:
+    tokens = Tokens(ones, ones > 0, ones, jnp.asarray(numbers), key)
+    return layer(x, jnp.zeros(2), tokens)[0]
+
+  run = jax.jit(outputs)
+  return int((run(layer, key) != run(layer, None)).sum())
+
+
 def check_draws(plan: Plan) -> Check:
   """Checks by what draws differ, and by what they do not."""
   worst = Worst('draws that are alike, or are not', 0, 'by seed, step, layer, row and place alone')
@@ -83,6 +100,7 @@ def check_draws(plan: Plan) -> Check:
     if name != 'expert dropout':  # one draw for all tokens of a layer
       worst.see(f'{name}: rows', (one == one[:1]).all())
       worst.see(f'{name}: places', (one == one[:, :1]).all())
+  worst.see('jitter: what experts see', jittered_outputs(plan, key, numbers))
   keys = np.asarray(jax.random.key_data(transformer.layer_keys(key, 3)))
   worst.see('layers', 3 - len(np.unique(keys, axis=0)))
   return worst.check()

@@ -230,9 +230,13 @@ def check_buffer(plan: Plan) -> Iterator[Check]:
 
 
 def check_evaluation_sums(plan: Plan, before: state.TrainState, rows: Batch) -> Iterator[Check]:
-  """Checks the sums that evaluation gives, of a model with recomputation."""
+  """Checks the sums that evaluation gives, of a model with recomputation.
+
+  Nothing is dropped in it, whatever room there is in training.
+  """
   counted = Worst('sums of an evaluation', 0, 'whole numbers')
-  cfg = tiny_config.change(tiny_config.base_config(), remat='full')
+  dropless = tiny_config.change(tiny_config.base_config(), remat='full')
+  cfg = tiny_config.change(dropless, dispatch=DispatchConfig('dense_matmul', ROOM, 'position'))
   start = tiny.start_state(plan, cfg)
   found = plan.program(step.eval_step, cfg)(start.model, start.router, rows)
   tokens = int((rows.segment_ids > 0).sum())
@@ -245,6 +249,11 @@ def check_evaluation_sums(plan: Plan, before: state.TrainState, rows: Batch) -> 
   counted.see('pairs', np.abs(np.einsum('lee->le', pairs) - load).max())
   counted.see('task_tokens', float(found['task_tokens'].sum()) - rows.mask.sum())
   yield counted.check()
+  undropped = Worst('evaluation against a model with room for all', SUMS, 'relative; float32')
+  wide = tiny.start_state(plan, dropless)
+  wanted = plan.program(step.eval_step, dropless)(wide.model, wide.router, rows)
+  undropped.see('nll', float(found['task_nll'].sum() / wanted['task_nll'].sum()) - 1)
+  yield undropped.check()
 
 
 def metrics_line(plan: Plan) -> Iterator[Check]:

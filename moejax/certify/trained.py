@@ -7,6 +7,7 @@ The step is computed in float64, see `in_float64`, so that it must agree to 1e-7
 moments are.
 """
 
+import dataclasses
 from collections.abc import Iterator
 
 import jax
@@ -23,6 +24,7 @@ from moejax.certify.step_metrics import metrics_config
 from moejax.config.schedule import piecewise
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.optimizer import SCHEDULES, OptimConfig, learning_rate
+from moejax.train.step import spikes
 from moejax.train.step import train_state as state
 from moejax.train.step import train_step as step
 
@@ -184,8 +186,40 @@ def check_still(plan: Plan) -> Iterator[Check]:
   yield idle.check()
 
 
+def check_spike(plan: Plan) -> Iterator[Check]:
+  """Checks a step that is left out because its loss is a spike: only the trend moves, by its rule.
+
+  So a level that stays is let in later.
+  """
+  base, rows = tiny_config.base_config(), tiny.batch_of(plan)
+  cfg = tiny_config.change(base, optim=dataclasses.replace(base.optim, skip_spikes=4.0))
+  calm = spikes.Stability(
+    steps=jnp.float32(199),
+    trend=jnp.full(2, 0.5),
+    gap=jnp.zeros(2),
+    square=jnp.full(2, 1e-4),
+    spikes=jnp.zeros(2),
+  )
+  before = tiny.start_state(plan, cfg)._replace(stability=calm)
+  taken = tiny.take_step(plan, cfg, before, rows)
+  still = Worst('moved in a step that is a spike', 0, 'the same bits')
+  for part in ('model', 'opt_state', 'router'):
+    moved = differing(getattr(taken.after, part), getattr(before, part))
+    still.see(part, moved if taken.metrics['skipped'] else float('nan'))
+  trend = Worst('trend after a spike', 1e-6, 'relative; float32')
+  after = taken.after.stability
+  # What is above the limit of a spike, of SIGMAS standard deviations of 0.01, counts as the limit.
+  wanted = 0.5 + max(spikes.RATE, 1 / 200) * spikes.SIGMAS * 0.01
+  trend.see('loss', float(after.trend[0]) / wanted - 1)
+  trend.see('spikes, less 1', float(after.spikes[0]) - 1)
+  trend.see('steps, less 200', float(after.steps) - 200)
+  yield still.check()
+  yield trend.check()
+
+
 def trained_line(plan: Plan) -> Iterator[Check]:
   """Checks line 11."""
   yield from check_schedules()
   yield from check_updates(plan, tiny_config.rich_config())
   yield from check_still(plan)
+  yield from check_spike(plan)
