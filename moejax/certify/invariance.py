@@ -24,7 +24,8 @@ from moejax.certify.randomness import (
   check_steps,
   random_config,
 )
-from moejax.data.batch import IGNORE, Batch, make_batch
+from moejax.certify.tiny_batches import documents_batch, widened_batch
+from moejax.data.batch import IGNORE, Batch
 from moejax.model.config import REMAT_POLICIES
 from moejax.moe.dispatch.dispatchers import DISPATCHERS, DispatchConfig
 from moejax.moe.routing import SCORE_FNS, RouterConfig
@@ -121,18 +122,6 @@ class SameChecks:
     yield from (worst.check() for worst in vars(self).values())
 
 
-def widened_batch(narrow: Batch, columns: int = 5) -> Batch:
-  """A batch with columns of padding on its right, that hold garbage."""
-  padding = ((0, 0), (0, columns))
-  return make_batch(
-    np.pad(narrow.tokens, padding, constant_values=7),
-    np.pad(narrow.targets, padding, constant_values=IGNORE),
-    np.pad(narrow.segment_ids, padding),
-    np.pad(narrow.positions, padding),
-    narrow.task_ids,
-  )
-
-
 def variants(plan: Plan) -> Iterator[Variant]:
   """Ways to compute the base step: one at a time, and some of them together."""
   base = tiny_config.base_config()
@@ -203,26 +192,6 @@ def router_variants() -> Iterator[RouterVariant]:
       base, micro_batches=2, remat='full', dispatch=DispatchConfig('sparse_matmul')
     )
     yield RouterVariant(other_router_name(router), base, changed)
-
-
-def documents_batch(*rows: tuple[int, ...]) -> Batch:
-  """Rows of whole documents of these lengths: the same text, however it is laid in rows."""
-  shape = (len(rows), tiny_config.LENGTH)
-  # Padding holds a token of the text, 3, which must not count.
-  tokens, targets = np.full(shape, 3, np.int32), np.full(shape, IGNORE, np.int32)
-  segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-  next_token = 1
-  for row, lengths in enumerate(rows):
-    begin = 0
-    for number, length in enumerate(lengths):
-      places = slice(begin, begin + length)
-      tokens[row, places] = np.arange(next_token, next_token + length)
-      targets[row, places] = np.roll(tokens[row, places], -1)
-      segments[row, places] = number + 1
-      positions[row, places] = np.arange(length)
-      begin += length
-      next_token += length
-  return make_batch(tokens, targets, segments, positions)
 
 
 def invariance_line(plan: Plan) -> Iterator[Check]:

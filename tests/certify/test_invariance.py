@@ -5,13 +5,8 @@ import numpy as np
 from moejax.certify import tiny_config
 from moejax.certify import tiny_model as tiny
 from moejax.certify.cases import Plan
-from moejax.certify.invariance import (
-  DENSE,
-  documents_batch,
-  other_router_name,
-  variants,
-  widened_batch,
-)
+from moejax.certify.invariance import DENSE, other_router_name, variants
+from moejax.certify.tiny_batches import documents_batch, widened_batch
 from moejax.data.batch import IGNORE
 from moejax.moe.dispatch.dispatchers import DISPATCHERS
 from moejax.moe.routing import RouterConfig

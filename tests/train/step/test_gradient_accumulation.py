@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.certify.invariance import widened_batch
+from moejax.certify.tiny_batches import widened_batch
 from moejax.config import frozendict
 from moejax.data.batch import Batch
 from moejax.model.config import AttentionConfig, ModelConfig

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.certify.invariance import widened_batch
+from moejax.certify.tiny_batches import widened_batch
 from moejax.config import ConfigError, frozendict
 from moejax.data.batch import IGNORE, Batch
 from moejax.data.sources import DataConfig
