@@ -8,6 +8,7 @@ for it.
 import gc
 import importlib.metadata
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,9 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
 # Where in Python an operation comes from, frame by frame, is a tenth of the time of lowering.
 os.environ['JAX_TRACEBACK_IN_LOCATIONS_LIMIT'] = '0'
+
+# A hangup that is ignored, as under nohup, would be so by every process that a test starts.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Tracing makes many small objects, most of which stay: looking for garbage after every 700 of them,
 # the default, is time lost.

@@ -33,7 +33,7 @@ def test_a_command_gets_the_other_arguments_and_gives_the_status(
   name: str, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   given: list[list[str]] = []
-  monkeypatch.setattr(f'{module}.main', lambda argv: given.append([*argv]) or 7)
+  monkeypatch.setattr(f'{module}.main', lambda argv, *note: given.append([*argv]) or 7)
   assert run_moejax([name, '--a=b', 'c']) == 7 and given == [['--a=b', 'c']]
 
 
