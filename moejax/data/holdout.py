@@ -15,6 +15,7 @@ import numpy as np
 from moejax.config import ConfigError
 from moejax.data.near_copies import BINS, sketch_of
 from moejax.data.sources import Source
+from moejax.data.text_digest import digest_of_text
 
 logger = logging.getLogger('moejax')
 
@@ -71,11 +72,6 @@ def documents_to_split(source: Source) -> SplitDocuments:
   # After the last line end in between, and in the middle of a line where there is none.
   cut = text.rfind('\n', earliest, latest) + 1 or latest
   return SplitDocuments(digest_of_text(text), iter([text[:cut], text[cut:]]))
-
-
-def digest_of_text(text: str) -> str:
-  """Returns 32 hex digits."""
-  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def read_source(source: Source) -> Reading:

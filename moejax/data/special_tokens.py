@@ -6,12 +6,12 @@ One value goes with a model from its import through generation and training to i
 that was not made from a published model has OWN.
 """
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from moejax.config import ConfigError, check, problem_if
+from moejax.data.text_digest import digest_of_text
 from moejax.runtime.files import inside, parse_json_object, read_json, write_whole
 
 TOKENIZER_FILE = 'tokenizer.json'
@@ -64,11 +64,6 @@ class SpecialTokens(NamedTuple):
 OWN = SpecialTokens()
 
 
-def text_digest(json_text: str) -> str:
-  """Returns 32 hex digits of the content of a tokenizer.json."""
-  return hashlib.blake2b(json_text.encode(), digest_size=16).hexdigest()
-
-
 def read_special_tokens(directory: str | Path) -> SpecialTokens:
   """Returns what a directory says: of published files, of an import, or of a run made from one.
 
@@ -99,7 +94,7 @@ def read_special_tokens(directory: str | Path) -> SpecialTokens:
     eos_ids=tuple(dict.fromkeys(eos_ids)),
     pad_id=([*token_ids_in(config, 'pad_token_id'), -1])[0],
     context_length=length if type(length) is int else 0,
-    tokenizer_digest=tokenizer_text and text_digest(tokenizer_text),
+    tokenizer_digest=tokenizer_text and digest_of_text(tokenizer_text),
     files={name: text for name, text in files.items() if text},
   )
   special.tokenizer_config()  # raises here where it cannot be read

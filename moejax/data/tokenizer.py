@@ -11,7 +11,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moejax.config import ConfigError, check, problem_if
-from moejax.data.special_tokens import OWN, TOKENIZER_CONFIG, SpecialTokens, text_digest
+from moejax.data.special_tokens import OWN, TOKENIZER_CONFIG, SpecialTokens
+from moejax.data.text_digest import digest_of_text
 from moejax.runtime.files import write_whole
 
 logger = logging.getLogger('moejax')
@@ -81,7 +82,7 @@ class Tokenizer:
     self._backend.encode_special_tokens = True  # special tokens spelt out in a text are text
     self._backend.no_truncation()  # which a file may ask for, and which would lose text
     self._backend.no_padding()
-    self.digest = text_digest(json_text)
+    self.digest = digest_of_text(json_text)
     # Ids mean nothing in another tokenizer.
     self.special = special if special.tokenizer_digest in ('', self.digest) else OWN
     self.name = name
@@ -196,9 +197,8 @@ class Tokenizer:
     """Returns how many UTF-8 bytes of text each id stands for, [V] i64; 0 for special tokens."""
     lengths = np.zeros(self.vocab_size, np.int64)
     of_bytes = '"ByteLevel"' in json.dumps(json.loads(self.json_text)['decoder'])
-    for token, i in self._backend.get_vocab(with_added_tokens=True).items():
-      if token in self.specials:
-        continue
+    for token in self.vocabulary.keys() - self.specials.keys():
+      i = self.vocabulary[token]
       if of_bytes:
         lengths[i] = len(token)  # in GPT-2's spelling, a letter for each byte
       elif re.fullmatch('<0x[0-9A-F]{2}>', token):
