@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 # Programs of tests run once or twice, so that compiling them is most of the time. An unknown flag
-# would end the process, and only JAX 0.10 has the second one.
-quick_flags = ['--xla_backend_optimization_level=0']
+# would end the process, and only JAX 0.10 has the last one.
+quick_flags = ['--xla_backend_optimization_level=0', '--xla_cpu_parallel_codegen_split_count=1']
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
   quick_flags.append('--xla_cpu_use_fusion_emitters=false')
 

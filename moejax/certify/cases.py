@@ -20,12 +20,10 @@ from moejax.moe import routing, selection
 T = TypeVar('T')
 
 # All the time would be the compiler's, on programs that run for a millisecond: nothing is
-# optimised, and fused loops are not made by MLIR, which is two thirds of the time for a training
-# step. Not every JAX has the second option.
-CHEAP = (
-  {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False},
-  {'xla_backend_optimization_level': 0},
-)
+# optimised, machine code is made in one piece, and fused loops are not made by MLIR, which is two
+# thirds of the time for a training step. Not every JAX has the last option.
+UNOPTIMISED = {'xla_backend_optimization_level': 0, 'xla_cpu_parallel_codegen_split_count': 1}
+CHEAP = (UNOPTIMISED | {'xla_cpu_use_fusion_emitters': False}, UNOPTIMISED)
 MICRO_BATCHES, EP_GROUPS = 2, 4  # into which a batch is cut
 # (E, K) of the routers.
 SHAPES = tuple((e, k) for e, k in itertools.product((4, 8, 64, 256), (1, 2, 8)) if k <= e)

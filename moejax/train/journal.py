@@ -164,7 +164,7 @@ class Journal:
       sums: over the batches of the validation, see `add_sums`.
       probe: [L, T, K] u16, see routing_probe.py.
       interference: scalars by name; {} where it was not asked for.
-      text: the prompt, and what the model made of it.
+      text: the prompt, and what the model made of it; '' where no sample is drawn.
     """
     churn = self.probes.record(step, probe)
     row, layers = validation_row(sums, self.cfg.model.moe.router, self.data, churn)

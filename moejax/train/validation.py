@@ -10,9 +10,6 @@ from moejax.train.step.train_state import TrainState
 from moejax.train.step.train_step import Metrics
 from moejax.train.telemetry.metric_rows import add_sums, sum_by_document
 
-SAMPLE_TOKENS = 96
-
-
 def validate(run: Run, state: TrainState, batches: int) -> float:
   """Bits per byte of the held-out text; also writes all that a validation tells.
 
@@ -35,16 +32,21 @@ def validate(run: Run, state: TrainState, batches: int) -> float:
     sums = add_sums(sums, result)
     beat()
   sums['task_nll'] = inject('validation', sums['task_nll'], step)
-  beat('sample')
-  prompt = run.cfg.sample_prompt
-  sampling = SampleConfig(max_tokens=SAMPLE_TOKENS, seed=run.cfg.seed)
-  tokenizer = run.data.tokenizer
-  try:
-    text = ''.join(sample(state.model, state.router.bias, tokenizer, prompt, sampling))
-  except NonFiniteLogits as error:  # the validation is not finite either, and is told as such
-    text = f' ({error})'
+  text = draw_sample(run, state) if run.cfg.eval.sample_tokens else ''
   interference: Metrics = {}
   if run.cfg.eval.interference:
     next_batch = programs.put(run.data.batch(step, programs.rows))
     interference = programs.interfere(state, next_batch)
-  return run.journal.validation(step, sums, probe, interference, prompt + text)
+  return run.journal.validation(step, sums, probe, interference, text)
+
+
+def draw_sample(run: Run, state: TrainState) -> str:
+  """The prompt of samples, and what the model makes of it."""
+  beat('sample')
+  prompt = run.cfg.sample_prompt
+  sampling = SampleConfig(max_tokens=run.cfg.eval.sample_tokens, seed=run.cfg.seed)
+  try:
+    pieces = list(sample(state.model, state.router.bias, run.data.tokenizer, prompt, sampling))
+  except NonFiniteLogits as error:  # the validation is not finite either, and is told as such
+    pieces = [f' ({error})']
+  return ''.join([prompt, *pieces])

@@ -85,9 +85,8 @@ def test_a_document_of_two_tasks_is_on_one_side_in_both(mixed_folder: Path) -> N
   rows = {
     bytes(row) for _, row in rows_of(data.batch(step) for step in range(150)) if EOD not in row
   }
-  assert len(rows) > 50 and all(
-    row in data.train_text() and row not in data.validation_text() for row in rows
-  )
+  train_text, held_text = data.train_text(), data.validation_text()
+  assert len(rows) > 50 and all(row in train_text and row not in held_text for row in rows)
 
 
 def test_what_others_hold_out_leaves_no_trace_in_the_cache(

@@ -37,7 +37,8 @@ CONFIG = ExperimentConfig(
   balance=BalanceConfig(losses=frozendict(sequence=0.01), bias_rule='sign'),
   optim=OptimConfig(warmup_steps=2),
   checkpoint=CheckpointConfig(every=4),
-  eval=EvalConfig(every=4, batches=1),
+  # A sample compiles two more programs: tests of samples ask for one.
+  eval=EvalConfig(every=4, batches=1, sample_tokens=0),
 )
 
 

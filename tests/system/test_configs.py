@@ -254,6 +254,7 @@ def test_a_tiny_variant_trains_is_killed_goes_on_and_is_exported(tmp_path: Path)
     '--config.checkpoint.every=6',
     '--config.log_every=1',
     '--config.eval.every=0',
+    '--config.eval.sample_tokens=0',
     '--config.data.synthetic_tokens=20000',
   ]
   # One device: that is what a tiny variant is for, and it compiles in a third of the time.

@@ -38,6 +38,7 @@ SMALL = (
   # One device is the quickest to compile for; what devices share is tested elsewhere.
   '--config.mesh.data=1',
   '--config.eval.batches=1',
+  '--config.eval.sample_tokens=0',
   '--config.log_every=1',
 )
 

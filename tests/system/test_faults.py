@@ -20,7 +20,7 @@ from moejax.train import __main__ as command
 from moejax.train.trainer import EXIT_STATUS
 from tests.support.fault_rows import ROWS
 from tests.support.tiny_run import ROOT, final_digest, rows
-from tests.support.trainer_process import FEW, PATIENCE, spawn, train_command, wait_for
+from tests.support.trainer_process import FEW, ONE_LAYER, PATIENCE, spawn, train_command, wait_for
 
 SEED = 5
 STARTED: list[subprocess.Popen] = []
@@ -39,7 +39,7 @@ def run(workdir: Path, fault: str = '', **changes: object) -> subprocess.Popen:
   """Starts a trainer with a fault. `steps` are those of FEW where they can be: one compiled program
   then serves nearly all."""
   workdir.parent.mkdir(exist_ok=True)
-  common = {'steps': FEW['steps'], 'log_every': 1, 'eval__every': 0}
+  common = ONE_LAYER | {'steps': FEW['steps'], 'log_every': 1, 'eval__every': 0}
   STARTED.append(spawn(train_command(workdir, **common | changes), MOEJAX_FAULT=fault))
   return STARTED[-1]
 

@@ -18,6 +18,9 @@ from tests.support.tiny_run import config, rows
 from tests.support.two_processes import CHANGES, HEARTBEAT, by_slurm, two
 from tests.support.unoptimised import unoptimised
 
+# Drawing a sample on two processes is looked at once: it compiles two more programs.
+SAMPLED = '--config.eval.sample_tokens=8'
+
 # Two runs of twenty seconds are shared by most of the tests: one worker takes them all.
 pytestmark = pytest.mark.xdist_group('two processes')
 
@@ -69,9 +72,9 @@ def assert_close(found: list[dict[str, object]], wanted: list[dict[str, object]]
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
   """Two processes, undisturbed."""
   workdir = tmp_path_factory.mktemp('two') / 'run'
-  with two(workdir) as both:
+  with two(workdir, more=[[SAMPLED]] * 2) as both:
     statuses, _ = both.wait()
-    assert statuses == [0, 0], both.output()
+    assert statuses == [0, 0] and 'it writes:' in both.output(), both.output()
     said = both.logs[1].read_text()
     assert 'step' not in said and 'digest' not in said, said  # only the first process speaks
   return workdir
@@ -81,7 +84,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(whole: Path) -> Path:
   """The same run in one process of eight devices."""
   workdir = whole.parent / 'alone'
-  assert train(config(workdir, **CHANGES)) == 0
+  assert train(config(workdir, **CHANGES, eval__sample_tokens=8)) == 0
   return workdir
 
 
@@ -98,9 +101,8 @@ def test_two_processes_leave_what_one_leaves(whole: Path, alone: Path) -> None:
   steps = [sorted(path.name for path in (run / 'checkpoints').iterdir()) for run in (whole, alone)]
   assert steps[0] == steps[1] == ['4', '6', '8']
   assert meta(whole, 4)['fingerprint'] == meta(alone, 4)['fingerprint']
-  assert (whole / 'config.json').read_text() == (alone / 'config.json').read_text().replace(
-    'alone', 'run'
-  )
+  config_of_one = (alone / 'config.json').read_text().replace('alone', 'run')
+  assert (whole / 'config.json').read_text() == config_of_one
   assert (
     json.loads((whole / 'summary.json').read_text())['mesh']
     == json.loads((alone / 'summary.json').read_text())['mesh']

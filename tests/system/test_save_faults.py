@@ -182,7 +182,7 @@ def refusal(cfg: ExperimentConfig) -> str:
     ('model.d_model', 16, 'model.d_model: 32 in the checkpoint, 16 in the config', ''),
     (
       'model.num_layers',
-      3,
+      2,
       'model/blocks/attention/k/w: float32[1, 32, 16] in the checkpoint, float32[2, ',
       '',
     ),

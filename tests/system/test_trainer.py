@@ -39,7 +39,7 @@ def quickly() -> Iterator[None]:
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
   """A run without any trouble."""
   workdir = tmp_path_factory.mktemp('straight') / 'run'
-  assert train(config(workdir)) == 0
+  assert train(config(workdir, eval__sample_tokens=8)) == 0
   return workdir
 
 

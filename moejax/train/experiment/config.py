@@ -35,14 +35,20 @@ class EvalConfig:
   batches: batches of the held-out text in a validation; 0: all of it.
   interference: whether the gradients of balance and LM losses are compared on the next training
     batch, too.
+  sample_tokens: tokens of the sample that a validation draws, from `sample_prompt` on; 0: no sample,
+    and nothing is compiled for one.
   """
 
   every: int = 100
   batches: int = 0
   interference: bool = False
+  sample_tokens: int = 96
 
   def __post_init__(self) -> None:
-    check(*at_least(0, self, 'every', 'batches'))
+    check(
+      *at_least(0, self, 'every', 'batches'),
+      *at_least(0, self, 'sample_tokens', meaning='no sample'),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

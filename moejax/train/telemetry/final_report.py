@@ -60,11 +60,11 @@ def report_lines(
     compressed: compressor -> bits per byte of the held-out text.
     compared: lines that set held-out text beside training text, see held_out_report.py.
     usage: how experts were used in the last validation, in words.
-    text: the sample of the last validation, which begins with the prompt.
+    text: the sample of the last validation, which begins with the prompt; '' where none was drawn.
   """
   # The interpreter as it would be typed: relative where that is shorter.
   python = min(sys.executable, os.path.relpath(sys.executable), key=len)
-  sample = [f'  {line}' for line in text.split('\n')]
+  sample = ['it writes:', '', *(f'  {line}' for line in text.split('\n')), '']
   best, last = report['best_bits_per_byte'], report['bits_per_byte']
   others = ''.join(f'; {name} {value:.3f}' for name, value in compressed.items())
   non_finite = [
@@ -74,10 +74,7 @@ def report_lines(
   values = [f'{name} {value:.4g}' for name, value in watched.items() if value is not None]
   board = f'tensorboard (tensorboard --logdir={workdir})'
   return [
-    'it writes:',
-    '',
-    *sample,
-    '',
+    *(sample if text else []),
     f'done. {last:.4f} bits per byte of held-out text{others}; {best:.4f} at best, of a validation',
     *compared,
     *non_finite,

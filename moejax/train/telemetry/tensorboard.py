@@ -37,7 +37,10 @@ class TensorBoard:
     self._write(step, *({'tag': name, 'simple_value': value} for name, value in row.items()))
 
   def text(self, tag: str, text: str, step: int) -> None:
-    """Writes a text, shown as it is, and not as the Markdown that TensorBoard would take it for."""
+    """Writes a text that is not empty, shown as it is, and not as the Markdown that TensorBoard
+    would take it for."""
+    if not text:
+      return
     # Indented by four, a line is code.
     code = ''.join(f'    {line}\n' for line in text.split('\n'))
     value = {
