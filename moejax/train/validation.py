@@ -10,6 +10,7 @@ from moejax.train.step.train_state import TrainState
 from moejax.train.step.train_step import Metrics
 from moejax.train.telemetry.metric_rows import add_sums, sum_by_document
 
+
 def validate(run: Run, state: TrainState, batches: int) -> float:
   """Bits per byte of the held-out text; also writes all that a validation tells.
 

@@ -35,8 +35,8 @@ class EvalConfig:
   batches: batches of the held-out text in a validation; 0: all of it.
   interference: whether the gradients of balance and LM losses are compared on the next training
     batch, too.
-  sample_tokens: tokens of the sample that a validation draws, from `sample_prompt` on; 0: no sample,
-    and nothing is compiled for one.
+  sample_tokens: tokens of the sample that a validation draws, from `sample_prompt` on; 0: none is
+    drawn, nor are programs compiled for it.
   """
 
   every: int = 100
