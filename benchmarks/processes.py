@@ -1,6 +1,6 @@
 """What do many processes cost? Tokens a second of one global batch, in one process and in two.
 
-  python -m benchmarks.processes [--rounds=12 --turn=5 --devices=8 --layers=4] [--quick]
+  python -m benchmarks.processes [--rounds=12 --turn=5 --devices=8 --layers=4 --width=256] [--quick]
 
 Both use the same devices, virtual ones of this machine's CPU; processes talk over loopback by gloo,
 as on a cluster without better. All processes are started and compiled first. Then one process and
@@ -39,11 +39,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 SCHEDULER = '--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'
 MESHES = {'data': MeshConfig(), 'fsdp': MeshConfig(fsdp=8), 'expert': MeshConfig(expert=8)}
 # What `--quick` runs; of fewer than two rounds there is no spread.
-SMALLEST = {'rounds': 2, 'turn': 1, 'devices': 2, 'layers': 1, 'mesh': 'data'}
+SMALLEST = {'rounds': 2, 'turn': 1, 'devices': 2, 'layers': 1, 'width': 32, 'mesh': 'data'}
 
 
-def experiment(mesh: str, layers: int) -> ExperimentConfig:
-  """configs/tiny.py in short rows of synthetic text."""
+def experiment(mesh: str, layers: int, width: int) -> ExperimentConfig:
+  """configs/tiny.py in short rows of synthetic text, with so many layers of this width."""
   cfg = from_config_dict(ExperimentConfig, get_config())
   return dataclasses.replace(
     cfg,
@@ -51,7 +51,7 @@ def experiment(mesh: str, layers: int) -> ExperimentConfig:
     seq_len=128,
     mesh=MESHES[mesh],
     data=DataConfig(source='synthetic', tokenizer='bytes'),
-    model=dataclasses.replace(cfg.model, num_layers=layers),
+    model=dataclasses.replace(cfg.model, num_layers=layers, d_model=width),
   )
 
 
@@ -77,12 +77,12 @@ def work(cfg: ExperimentConfig) -> None:
 class Team:
   """Processes that share the devices evenly, and work on demand."""
 
-  def __init__(self, processes: int, devices: int, mesh: str, layers: int) -> None:
+  def __init__(self, processes: int, mesh: str, args: argparse.Namespace) -> None:
     with socket.socket() as taken:
       taken.bind(('localhost', 0))
       port = taken.getsockname()[1]
     # The user's own flags stay; of a flag that is given twice the last one counts.
-    own = f'--xla_force_host_platform_device_count={devices // processes} {SCHEDULER}'
+    own = f'--xla_force_host_platform_device_count={args.devices // processes} {SCHEDULER}'
     environment = os.environ | {
       'JAX_PLATFORMS': 'cpu',
       'PYTHONPATH': str(ROOT),
@@ -92,7 +92,8 @@ class Team:
       sys.executable,
       '-m',
       'benchmarks.processes',
-      f'--layers={layers}',
+      f'--layers={args.layers}',
+      f'--width={args.width}',
       f'--mesh={mesh}',
       '--work',
     ]
@@ -141,7 +142,7 @@ def race(args: argparse.Namespace, mesh: str) -> dict[int, list[float]]:
   teams: dict[int, Team] = {}
   try:
     for count in (1, 2):
-      teams[count] = Team(count, args.devices, mesh, args.layers)
+      teams[count] = Team(count, mesh, args)
       teams[count].turn(3)  # to warm up
     found: dict[int, list[float]] = {count: [] for count in teams}
     for _ in range(args.rounds):
@@ -165,7 +166,8 @@ def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  for name, default in (('rounds', 12), ('turn', 5), ('devices', 8), ('layers', 4)):
+  sizes = {'rounds': 12, 'turn': 5, 'devices': 8, 'layers': 4, 'width': 256}
+  for name, default in sizes.items():
     parser.add_argument(f'--{name}', type=int, default=default)
   parser.add_argument('--mesh', choices=list(MESHES), default='', help='one mesh instead of all')
   parser.add_argument('--work', action='store_true', help=argparse.SUPPRESS)
@@ -179,7 +181,7 @@ def main(argv: list[str]) -> None:
     vars(args).update(SMALLEST)
   if args.work:
     connect(here)
-    work(experiment(args.mesh, args.layers))
+    work(experiment(args.mesh, args.layers, args.width))
     return
   two_title = f'two of {args.devices // 2} devices, tokens/s'
   table = Table('mesh', 'one process, tokens/s', two_title, 'two over one')

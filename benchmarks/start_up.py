@@ -40,7 +40,9 @@ def first_step(folder: Path, run: str, *flags: str) -> float:
     str(TRAIN),
     f'--workdir={folder / run}',
     '--config.steps=1',
+    # What comes after the first step is not timed.
     '--config.eval.batches=1',
+    '--config.eval.sample_tokens=0',
     *flags,
   ]
   start = time.perf_counter()

@@ -201,28 +201,37 @@ class MetricChecks:
     yield from (worst.check() for worst in vars(self).values())
 
 
-def check_buffer(plan: Plan) -> Iterator[Check]:
-  """Checks f of the micro-batches so far (2501.11873, Algorithm 1), of sets of two of four."""
-  terms = Worst('balance terms with f of what was seen so far', SUMS, 'relative; float32')
-  gaps = Worst('logged distance of such an f', STATISTIC, 'absolute; float32')
+def check_known_counts(plan: Plan, accumulation: str) -> Iterator[Check]:
+  """Checks f where counts are not of the whole set, for sets of two of four micro-batches.
+
+  accumulation: 'buffer', the micro-batches so far (2501.11873, Algorithm 1), or 'lagged', the set's
+    counts of the step before.
+  """
+  terms = Worst(f'balance terms with f of {accumulation} counts', SUMS, 'relative; float32')
+  gaps = Worst(f'logged distance of f of {accumulation} counts', STATISTIC, 'absolute; float32')
   base = tiny_config.base_config()
   balance = dataclasses.replace(
-    base.balance, losses={'ep_group': '0.1'}, accumulation='buffer', ep_groups=2
+    base.balance, losses={'ep_group': '0.1'}, accumulation=accumulation, ep_groups=2
   )
   cfg = tiny_config.change(base, micro_batches=4, balance=balance)
   before, rows = tiny.start_state(plan, cfg), tiny.batch_of(plan)
+  # Of each set other counts, and none of them even.
+  last = jax.tree.map(lambda a: 1 + jnp.arange(a.size).reshape(a.shape) ** 2, before.lagged)
+  before = before._replace(lagged=last)
   metrics = tiny.take_step(plan, cfg, before, rows).metrics
   parts = parts_of(plan, before, rows, 4)
   value, gap = 0.0, 0.0
   for number, part in enumerate(parts):
     first = number // 2 * 2
     of_set = parts[first : first + 2]
-    seen = sum(one.counts() for one in parts[first : number + 1])
+    known = sum(one.counts() for one in parts[first : number + 1])
+    if accumulation == 'lagged':
+      known = np.asarray(last['ep_group'][number // 2], np.float64)
     tokens = part.mask.sum() / sum(one.mask.sum() for one in of_set)
     p = part.routing.probs[:, part.mask].mean(1, dtype=np.float64)
     # Two sets, of which each is its parts by their tokens.
-    value += tokens / 2 * (share(seen) * p).sum(-1).mean()
-    gap += np.abs(share(seen) - share(sum(one.counts() for one in of_set))).mean() / 4
+    value += tokens / 2 * (share(known) * p).sum(-1).mean()
+    gap += np.abs(share(known) - share(sum(one.counts() for one in of_set))).mean() / 4
   terms.see('ep_group', float(metrics['balance/ep_group']) / value - 1)
   gaps.see('ep_group', float(metrics['f_gap/ep_group']) - gap)
   yield terms.check()
@@ -269,5 +278,6 @@ def metrics_line(plan: Plan) -> Iterator[Check]:
     counts = sum(part.counts() for part in parts_of(plan, before, rows))
     before = taken.after
   yield from checks.checks()
-  yield from check_buffer(plan)
+  yield from check_known_counts(plan, 'buffer')
+  yield from check_known_counts(plan, 'lagged')
   yield from check_evaluation_sums(plan, before, rows)

@@ -8,6 +8,7 @@ moments are.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -23,7 +24,7 @@ from moejax.certify.oracle import optimizer as oracle
 from moejax.certify.step_metrics import metrics_config
 from moejax.config.schedule import piecewise
 from moejax.train.experiment.config import ExperimentConfig
-from moejax.train.optimizer import SCHEDULES, OptimConfig, learning_rate
+from moejax.train.optimizer import SCHEDULES, OptimConfig, learning_rate, optimizer
 from moejax.train.step import spikes
 from moejax.train.step import train_state as state
 from moejax.train.step import train_step as step
@@ -32,6 +33,8 @@ from moejax.train.step import train_step as step
 # rate is the difference of two.
 MOVED = 1e-6
 RATE = 1e-6  # of a schedule's largest value, in float32
+# Ends of the paths of vectors: scales of norms, biases and sinks, which do not decay.
+VECTORS = ('scale/value', '/b/value', 'bias/value', 'sinks/value')
 # One schedule of each kind of piece, and pieces of no step.
 SCHEDULE_TEXTS = (
   '0.1',
@@ -55,8 +58,8 @@ def rate_of(cfg: OptimConfig, steps: int) -> oracle.Rate:
 
 
 def rule_of(cfg: OptimConfig, leaves: dict[str, np.ndarray]) -> oracle.AdamW:
-  """What the oracle must know of the optimiser: only the scales of norms are not decayed."""
-  decay = {name: not name.endswith('scale/value') for name in leaves}
+  """What the oracle must know of the optimiser: all but vectors are decayed."""
+  decay = {name: not name.endswith(VECTORS) for name in leaves}
   return oracle.AdamW(
     b1=cfg.beta1,
     b2=cfg.beta2,
@@ -119,6 +122,21 @@ def check_updates(plan: Plan, cfg: ExperimentConfig) -> Iterator[Check]:
     before = taken.after
   for worst in (moved, idle, clipped, rates):
     yield worst.check()
+
+
+def check_decay(cfg: ExperimentConfig) -> Iterator[Check]:
+  """Checks which leaves shrink where no leaf has a gradient, and that nothing else moves."""
+  shrunk = Worst('weight decay of every kind of leaf', 0, 'moved or not, where that is right')
+  shapes = jax.eval_shape(functools.partial(state.init_state, cfg)).model
+  # One number of each leaf is enough, and all leaves then share what is compiled.
+  ones, zeros = (jax.tree.map(lambda _: jnp.full(1, value), shapes) for value in (1.0, 0.0))
+  rule = optimizer(cfg.optim, cfg.steps)
+  updates, _ = rule.update(zeros, rule.init(ones), ones)
+  leaves = tiny.named_leaves(updates)
+  wanted = rule_of(cfg.optim, leaves).decay
+  for name, update in leaves.items():
+    shrunk.see(name, (float(update[0]) < 0) != wanted[name])
+  yield shrunk.check()
 
 
 def check_schedules() -> Iterator[Check]:
@@ -221,5 +239,6 @@ def trained_line(plan: Plan) -> Iterator[Check]:
   """Checks line 11."""
   yield from check_schedules()
   yield from check_updates(plan, tiny_config.rich_config())
+  yield from check_decay(tiny_config.other_config())
   yield from check_still(plan)
   yield from check_spike(plan)
