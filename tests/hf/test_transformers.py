@@ -64,8 +64,7 @@ def test_the_run_of_make_train_is_read_by_transformers(tmp_path: Path) -> None:
   out = exported(tiny_run(tmp_path / 'run'), tmp_path / 'out')
   tokens = np.random.default_rng(0).integers(0, 257, (2, 24))
   theirs = their_logits(out, tokens)
-  # Random weights of size 1 make logits of some dozens.
-  assert np.abs(logits_of(out, tokens, tmp_path) - theirs).max() < 1e-5 * theirs.std()
+  assert np.abs(logits_of(out, tokens, tmp_path) - theirs).max() < 1e-4 * theirs.std()
   assert theirs.std() > 0.1
   check_ids(out, 'glm4_moe')
 
