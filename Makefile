@@ -11,7 +11,7 @@ PY = $(VENV)/bin/python
 PYTEST = $(PY) -m pytest -n $(WORKERS) --dist loadgroup
 install = $(PY) -m pip install --quiet --disable-pip-version-check -e
 
-.PHONY: train test fast aot certify mutants families meshes faults bench lint
+.PHONY: train test fast aot parity certify mutants families meshes faults bench lint
 
 train: $(VENV)/.dev
 	$(PY) train.py $(ARGS)
@@ -26,6 +26,13 @@ fast: $(VENV)/.dev
 # Ahead-of-time compilation for TPUs: no accelerator is needed.
 aot: $(VENV)/.tpu
 	$(PYTEST) --durations=5 tests/plan/test_tpu_aot.py $(ARGS)
+
+# What transformers reads and computes of the files that are written here, which `make test` skips.
+# On Linux PyPI's torch is that of CUDA, some GB; for the CPU's:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make parity
+parity: $(VENV)/.parity
+	$(PYTEST) tests/hf/test_transformers.py tests/system/test_docs.py \
+	  -k "test_transformers or python_of_a_page" $(ARGS)
 
 certify: $(VENV)/.dev
 	$(PY) -m moejax.certify $(ARGS)
@@ -70,6 +77,10 @@ $(VENV)/.dev: pyproject.toml
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(install) '.[bench]'
+	@touch $@
+
+$(VENV)/.parity: $(VENV)/.dev
+	$(install) '.[parity]'
 	@touch $@
 
 $(VENV)/.tpu: $(VENV)/.dev

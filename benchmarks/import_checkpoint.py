@@ -1,11 +1,11 @@
-"""How long does an import of 2 GB take, and how much memory beside the result?
+"""How long do an import of 2 GB and its export take, and how much memory beside the result?
 
-  python -m benchmarks.import_checkpoint [--gigabytes=2.1 --directory=DIR] [--quick]
+  python -m benchmarks.import_checkpoint [--gigabytes=2.1 --dtype=float32 --directory=DIR] [--quick]
 
-A Mixtral of random bfloat16 weights is written in shards to a temporary directory, and imported
-there by a process of its own, as `python -m moejax.hf import` does. The result is in float32, twice
-the size. The files have just been written, so that reading them may be copying from memory; threads
-share it, and their seconds add up.
+A Mixtral of random bfloat16 weights is written in shards to a temporary directory, imported there
+and exported again, each by a process of its own, as `python -m moejax.hf` does. The import is in
+float32, twice the size, unless --dtype says otherwise. The files have just been written, so that
+reading them may be copying from memory; threads share it, and their seconds add up.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from rich.table import Table
 from moejax.checkpoint import checkpoints as checkpoint
 from moejax.families import FAMILIES, config_json
 from moejax.families.schema.tensor_names import file_shapes, leaves, tensors
-from moejax.hf import import_model
+from moejax.hf import export_model, import_model
 from moejax.hf import logits as opened
 from moejax.hf.safetensors.directory import Tensors, write_tensors
-from moejax.hf.safetensors.file import Spec
+from moejax.hf.safetensors.file import DTYPES, MODEL_DTYPES, Spec
 
 KNOWN = FAMILIES['mixtral']
 SHARD_BYTES = 400_000_000
@@ -95,7 +95,7 @@ def timed(spent: dict[str, float], name: str, call: Callable) -> Callable:
   return timing
 
 
-def measured_import(source: str, out: str) -> dict[str, float]:
+def measured_import(source: str, out: str, dtype: str) -> dict[str, float]:
   """Seconds of each part, and bytes of memory at the peak and before."""
   spent = dict.fromkeys(('read', 'load', 'digest', 'save', 'all'), 0.0)
   Tensors.read = timed(spent, 'read', Tensors.read)
@@ -106,8 +106,37 @@ def measured_import(source: str, out: str) -> dict[str, float]:
       checkpoint.Checkpoints, name, timed(spent, 'save', getattr(checkpoint.Checkpoints, name))
     )
   before = memory('VmRSS')
-  timed(spent, 'all', import_model.import_model)(source, out)
+  timed(spent, 'all', import_model.import_model)(source, out, dtype=dtype)
   return spent | {'peak': memory('VmHWM'), 'before': before}
+
+
+def measured_export(workdir: str, out: str, dtype: str) -> dict[str, float]:
+  """Seconds of all, and bytes of memory at the peak and before."""
+  spent, before = {'all': 0.0}, memory('VmRSS')
+  timed(spent, 'all', export_model.export_model)(workdir, out, dtype=dtype)
+  return spent | {'peak': memory('VmHWM'), 'before': before}
+
+
+MEASURED = {'import': measured_import, 'export': measured_export}
+
+
+class Measured(NamedTuple):
+  """What a command took."""
+
+  seconds: float  # of the whole process
+  found: dict[str, float]  # from a row of MEASURED
+
+
+def in_a_process(command: str, source: Path, out: Path, dtype: str) -> Measured:
+  """Runs a row of MEASURED in a process of its own."""
+  start = time.perf_counter()
+  child = subprocess.run(
+    [sys.executable, '-m', 'benchmarks.import_checkpoint', '--child', command, source, out, dtype],
+    check=True,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  return Measured(time.perf_counter() - start, json.loads(child.stdout))
 
 
 def memory(name: str) -> int:
@@ -118,13 +147,14 @@ def memory(name: str) -> int:
 
 
 def main() -> None:
-  """Writes, imports, prints, and removes what was written."""
+  """Writes, imports, exports, prints, and removes what was written."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--gigabytes', type=float, default=2.1)
+  parser.add_argument('--dtype', choices=[*MODEL_DTYPES], default='float32', help='of the import')
   parser.add_argument(
     '--directory', help="where to write; the system's place for temporary files without it"
   )
-  parser.add_argument('--child', nargs=2, help=argparse.SUPPRESS)
+  parser.add_argument('--child', nargs=4, help=argparse.SUPPRESS)
   parser.add_argument(
     '--quick',
     action='store_true',
@@ -132,26 +162,39 @@ def main() -> None:
   )
   args = parser.parse_args()
   if args.child:
-    print(json.dumps(measured_import(*args.child)))
+    command, *paths_and_dtype = args.child
+    print(json.dumps(MEASURED[command](*paths_and_dtype)))
     return
   size = 1e6 if args.quick else args.gigabytes * 1e9
   with tempfile.TemporaryDirectory(dir=args.directory) as directory:
-    source, out = Path(directory) / 'source', Path(directory) / 'run'
+    source, run, back = (Path(directory) / name for name in ('source', 'run', 'back'))
     total = write_model(source, size, SMALLEST if args.quick else Width())
     shards = len(list(source.glob('*.safetensors')))
-    start = time.perf_counter()
-    child = subprocess.run(
-      [sys.executable, '-m', 'benchmarks.import_checkpoint', '--child', source, out],
-      check=True,
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-    whole = time.perf_counter() - start
-    found = json.loads(child.stdout)
-    on_disk = sum(path.stat().st_size for path in out.rglob('*') if path.is_file())
+    imported = in_a_process('import', source, run, args.dtype)
+    on_disk = sum(path.stat().st_size for path in run.rglob('*') if path.is_file())
+    exported = in_a_process('export', run, back, '')  # as imported, in bfloat16
   title = f'import of {total / 1e9:.2f} GB in {shards} shards, {os.cpu_count()} cores'
   table = Table('', 'seconds', title=title)
-  parts = {
+  for name, seconds in parts_of(imported).items():
+    table.add_row(name, f'{seconds:.1f}')
+  table.add_row('export, as the command', f'{exported.seconds:.1f}')
+  Console().print(table)
+  result = total * DTYPES[MODEL_DTYPES[args.dtype]].itemsize / DTYPES['BF16'].itemsize
+  print(
+    f'result {result / 1e9:.2f} GB in memory ({args.dtype}), {on_disk / 1e9:.2f} GB on the disk'
+  )
+  for name, found in {'import': imported.found, 'export': exported.found}.items():
+    peak, before = found['peak'], found['before']
+    print(
+      f'{name}: peak of the process {peak / 1e9:.2f} GB, {before / 1e9:.2f} GB of it before '
+      f'anything is read: {(peak - before) / result:.2f} times the result'
+    )
+
+
+def parts_of(imported: Measured) -> dict[str, float]:
+  """Seconds of each part of an import, and of all."""
+  whole, found = imported
+  return {
     'read the files': found['read'],
     'convert, transpose, stack': found['load'] - found['read'],
     'digests': found['digest'],
@@ -160,15 +203,6 @@ def main() -> None:
     'start Python and JAX': whole - found['all'],
     'all, as the command': whole,
   }
-  for name, seconds in parts.items():
-    table.add_row(name, f'{seconds:.1f}')
-  Console().print(table)
-  peak, before = found['peak'], found['before']
-  print(
-    f'result {2 * total / 1e9:.2f} GB in memory (float32), {on_disk / 1e9:.2f} GB on the disk; '
-    f'peak of the process {peak / 1e9:.2f} GB, {before / 1e9:.2f} GB of it before anything is '
-    f'read: {(peak - before) / 2 / total:.2f} times the result'
-  )
 
 
 if __name__ == '__main__':

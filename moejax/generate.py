@@ -24,6 +24,7 @@ from moejax.inference.sampling import (
 )
 from moejax.model.config import ModelConfig
 from moejax.runtime.command import CommandParser, run_quietly, usage_error
+from moejax.runtime.files import local_path
 from moejax.train.experiment.run_dir import TOKENIZER_FILE, open_run, text_ends
 
 
@@ -39,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
   try:
     texts = [('--prompt', prompt), *(('--stop', stop) for stop in args['stop'])]
     check(*(utf8_problem(flag, text) for flag, text in texts))
+    workdir = str(local_path('--workdir', workdir))
     cfg = SampleConfig(**args | {'stop': tuple(args['stop'])})
     _, tokenizer, step, model, router = open_run(workdir)
     drafts_per_step(model.cfg, cfg)  # raises before anything is printed
@@ -72,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
       print(piece, end='', flush=True)
   except NonFiniteLogits as error:
     print()
-    print(f'moejax.generate: {error}', file=sys.stderr)
+    print(usage_error('moejax.generate', error), file=sys.stderr)
     return 4
   print()
   print(steps.report(cfg.draft), file=sys.stderr)

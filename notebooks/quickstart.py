@@ -6,9 +6,12 @@
 #     name: moejax quickstart
 #   jupytext:
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: accelerator,colab
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -28,27 +31,44 @@
 # ## Install
 #
 # Colab's TPU runtime has JAX, but not all that moejax stands on. If a package that is already
-# loaded has to change, the runtime restarts once: then run the cells again from the top.
+# loaded has to change, the runtime restarts once: then run the cells again from the top. This cell
+# may run in the clone, in its `notebooks` folder, or where the clone is or shall be.
 
 # %%
-import importlib.util
+import glob
 import os
 import subprocess
 import sys
 
-if importlib.util.find_spec('moejax') is None:
-  freeze = [sys.executable, '-m', 'pip', 'freeze']
+REPOSITORY = 'https://github.com/moejax/moejax.git'
+if os.path.exists('../moejax/__init__.py'):
+  os.chdir('..')
+elif not os.path.exists('moejax/__init__.py'):
+  if not os.path.exists('moejax/pyproject.toml'):
+    subprocess.run(['git', 'clone', '--quiet', REPOSITORY], check=True)
+  os.chdir('moejax')
+
+# -P: the clone itself, which may lie on Drive, does not count as installed in this runtime.
+pip = [sys.executable, '-P', '-m', 'pip']
+if subprocess.run([*pip, 'show', 'moejax'], capture_output=True).returncode:
+  # Device files of TPUs; jax is not imported before it is what it will be.
+  on_tpu = bool(glob.glob('/dev/accel*') or glob.glob('/dev/vfio/[0-9]*'))
+  freeze = [*pip, 'freeze']
   before = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout.splitlines()
-  if not os.path.exists('pyproject.toml'):
-    subprocess.run(['git', 'clone', '--quiet', 'https://github.com/moejax/moejax.git'], check=True)
-    os.chdir('moejax')
-  subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '-e', '.'], check=True)
+  target = '.[tpu]' if on_tpu else '.'
+  subprocess.run([*pip, 'install', '--quiet', '-e', target], check=True)
   after = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout.splitlines()
   changed = {line for line in {*before} ^ {*after} if line.startswith(('jax', 'numpy'))}
   if 'google.colab' in sys.modules and changed:
     os.kill(os.getpid(), 9)  # Colab starts the runtime anew, with the new packages
-elif not os.path.exists('train.py'):
-  os.chdir('..')  # the repository's root, where train.py and configs are
+
+# %% [markdown]
+# What a Colab runtime has on its disk is lost with it. To keep the run, mount Drive and set
+# `QUICKSTART_WORKDIR` before the next cell; the same cells then go on with it in another runtime:
+#
+#     from google.colab import drive
+#     drive.mount('/content/drive')
+#     os.environ['QUICKSTART_WORKDIR'] = '/content/drive/MyDrive/moejax/quickstart'
 
 # %%
 import jax
@@ -78,6 +98,8 @@ config.log_every = max(1, STEPS // 40)
 config.checkpoint.every = max(1, STEPS // 4)
 config.eval.every = max(1, STEPS // 4)
 config.eval.batches = 2
+if jax.default_backend() == 'tpu':
+  config.model.dtype = 'bfloat16'  # what its matrix units compute in; parameters stay in float32
 status = train(from_config_dict(ExperimentConfig, config))
 print('exit status', status)
 

@@ -59,15 +59,68 @@ def test_usage_errors_of_all_commands_read_alike(capsys: pytest.CaptureFixture[s
     'train': ['stray'],
     'plan': [],
     'generate': ['--workdir=runs/a', '--stray'],
+    'hf': ['export', '--workdir=runs/a', '--out=b', '--stray'],
     'certify': ['--only=nothing'],
   }
+  assert {*wrong} == {*COMMANDS}
   for name, argv in wrong.items():
-    try:
-      assert run_moejax([name, *argv]) == 2
-    except SystemExit as stop:
-      assert stop.code == 2
-    out, err = capsys.readouterr()
-    assert err.startswith(f'moejax.{name}: ') and err.count('\n') == 1 and not out
+    assert_usage_error(name, argv, capsys)
+
+
+def assert_usage_error(name: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+  """What the command says, which is one line in the words of all."""
+  try:
+    assert run_moejax([name, *argv]) == 2
+  except SystemExit as stop:
+    assert stop.code == 2
+  out, err = capsys.readouterr()
+  assert err.startswith(f'moejax.{name}: ') and err.count('\n') == 1 and not out, err
+  return err
+
+
+URL = 's3://bucket/run'
+
+
+@pytest.mark.parametrize(
+  'argv',
+  [
+    ['train', f'--workdir={URL}'],
+    ['generate', f'--workdir={URL}'],
+    ['hf', 'show', URL],
+    ['hf', 'import', 'a', f'--out={URL}'],
+    ['hf', 'export', f'--workdir={URL}', '--out=b'],
+    ['hf', 'logits', f'--model={URL}', '--tokens=t.npy', '--out=o.npy'],
+  ],
+  ids=lambda argv: ' '.join(argv[:2]),
+)
+def test_no_command_takes_a_url_for_a_folder(
+  argv: list[str],
+  tmp_path: Path,
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  monkeypatch.chdir(tmp_path)
+  said = assert_usage_error(argv[0], argv[1:], capsys)
+  assert f'={URL}: s3:// is not read or written here: mount it' in said
+  assert not [*tmp_path.iterdir()]
+
+
+def test_every_command_knows_the_home_directory(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+  monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.setattr('moejax.plan.topology.set_environment', lambda topology: None)
+  (tmp_path / 'run').mkdir()
+  for argv in (
+    ['train', '--config=~/run'],
+    ['plan', '--topology=cpu:1', '--config=~/run'],
+    ['generate', '--workdir=~/run'],
+    ['hf', 'export', '--workdir=~/run', '--out=~/b'],
+    ['hf', 'show', '~/run'],
+    ['hf', 'import', '~/run', '--out=~/b'],
+  ):
+    said = assert_usage_error(argv[0], argv[1:], capsys)
+    assert f'{tmp_path}/run' in said and 'holds no config.json' in said, said
 
 
 def test_the_help_of_a_plan_is_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,23 +11,25 @@ import importlib.metadata
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 
 from moejax.checkpoint.fingerprint import Compared, accept_problem, expect_same
 from moejax.checkpoint.manifest import Meta, digests
 from moejax.checkpoint.reader import NOT_DAMAGE, meta_everywhere, meta_in, read_leaves
+from moejax.checkpoint.saved_dtypes import as_saved, as_wanted
 from moejax.checkpoint.steps import Steps, steps_to_keep
+from moejax.checkpoint.stored_leaves import StoredLeaves, open_leaves
 from moejax.checkpoint.writer import Writer
-from moejax.config import ConfigError, check, problem_if
+from moejax.config import ConfigError, check
 from moejax.runtime.multiprocess import broadcast_from_first
 from moejax.sharding.tree import flatten, kinds
 
 T = TypeVar('T')
+R = TypeVar('R')
 log = logging.getLogger(__name__)
 
 
@@ -165,7 +167,11 @@ class Checkpoints:
     return step
 
   def restore(
-    self, target: T, fingerprint: Mapping[str, str], only: tuple[str, ...] = ('',)
+    self,
+    target: T,
+    fingerprint: Mapping[str, str],
+    only: tuple[str, ...] = ('',),
+    keep_dtypes: bool = False,
   ) -> Restored[T] | None:
     """Returns the newest step that verifies, or None where there is no checkpoint at all.
 
@@ -175,11 +181,50 @@ class Checkpoints:
       target: arrays or ShapeDtypeStructs, with the shardings that the arrays are to have.
       fingerprint: of this run; {}: not compared.
       only: what the paths of the wanted leaves begin with, all of which the target has.
+      keep_dtypes: whether parameters that were saved in bfloat16 stay in it.
 
     Raises:
       ConfigError: the checkpoint is of another config. That is no reason to walk back.
       NoLoadableCheckpoint: there are steps, and none verifies.
     """
+
+    def read(step: int) -> Restored[T]:
+      wanted = flatten(target)
+      leaves, meta = self._read(step, wanted, fingerprint, only)
+      if not keep_dtypes:
+        leaves = [as_wanted(leaf, like.dtype) for leaf, like in zip(leaves, wanted.values())]
+      return Restored(step, jax.tree.unflatten(jax.tree.structure(target), leaves), meta)
+
+    return self._newest_good(read)
+
+  def read_in_parts(self, target: object, use: Callable[[int, StoredLeaves], R]) -> R | None:
+    """Returns what `use` makes of the newest step that verifies; None where there is none at all.
+
+    All processes call it.
+
+    Args:
+      target: ShapeDtypeStructs of the leaves that may be read.
+      use: of the step and its leaves, which it verifies; called again of an older step where that
+        raises Damaged.
+
+    Raises:
+      ConfigError: the checkpoint is of another config, or `use` raised it.
+      NoLoadableCheckpoint: there are steps, and none verifies.
+    """
+    wanted = flatten(target)
+
+    def read(step: int) -> R:
+      path = self.steps.path(step)
+      meta = meta_everywhere(path)
+      saved = {leaf: kind for leaf, kind in meta.kinds.items() if leaf in wanted}
+      found, _ = self._compare(path, meta._replace(kinds=saved), wanted, {})
+      with open_leaves(path / 'state', kinds(found), meta.digests) as leaves:
+        return use(step, leaves)
+
+    return self._newest_good(read)
+
+  def _newest_good(self, read: Callable[[int], R]) -> R | None:
+    """Returns what comes of the newest step that can be read, see `restore`."""
     bad: list[int] = []
     while True:
       # The first process decides: others might see a step that it does not.
@@ -187,7 +232,7 @@ class Checkpoints:
       if step < 0:
         break
       try:
-        leaves, meta = self._read(step, flatten(target), fingerprint, only)
+        result = read(step)
       except (ConfigError, *NOT_DAMAGE):
         raise  # an older step would not help
       except Exception as error:  # Orbax raises anything
@@ -198,8 +243,7 @@ class Checkpoints:
           bad.append(step)
       else:
         self._bad = bad
-        tree = jax.tree.unflatten(jax.tree.structure(target), leaves)
-        return Restored(step, tree, meta)
+        return result
     if bad:
       raise NoLoadableCheckpoint(
         f'{self.steps.directory}: none of {bad} loads; mend one, or move all away'
@@ -217,9 +261,8 @@ class Checkpoints:
     path = self.steps.path(step)
     meta = meta_everywhere(path)
     saved = {leaf: kind for leaf, kind in meta.kinds.items() if leaf.startswith(only)}
-    as_saved, accepted = self._compare(path, meta._replace(kinds=saved), wanted, fingerprint)
-    leaves = read_leaves(path / 'state', as_saved, meta.digests)
-    leaves = [as_count(leaf, like.dtype) for leaf, like in zip(leaves, wanted.values())]
+    found, accepted = self._compare(path, meta._replace(kinds=saved), wanted, fingerprint)
+    leaves = read_leaves(path / 'state', found, meta.digests)
     for line in accepted:  # only now: a step that is damaged is not gone on from
       log.warning('accepted: %s', line)
     return leaves, meta
@@ -232,51 +275,17 @@ class Checkpoints:
     fingerprint: Mapping[str, str],
   ) -> tuple[dict[str, jax.ShapeDtypeStruct], list[str]]:
     """Returns what to read, and what was accepted; raises ConfigError for all else that differs."""
-    as_saved = with_float_counts(wanted, meta.kinds)
+    found = as_saved(wanted, meta.kinds)
     accepted = expect_same(
       str(path),
-      Compared(meta.kinds, kinds(as_saved)),  # Orbax would silently cast to another dtype
+      Compared(meta.kinds, kinds(found)),  # Orbax would silently cast to another dtype
       Compared(meta.fingerprint, fingerprint or meta.fingerprint),
       self._cfg.accept,
     )
-    return as_saved, accepted
+    return found, accepted
 
   def _metric(self, step: int) -> float:
     """Returns the metric of a step on the disk, inf where it cannot be read."""
     with contextlib.suppress(Exception):  # damage is for restore to tell
       return meta_in(self.steps.path(step)).metric
     return math.inf
-
-
-def with_float_counts(
-  wanted: Mapping[str, jax.ShapeDtypeStruct], saved: Mapping[str, str]
-) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns what to read: the wanted leaves, with counts in float32 where they were saved as that.
-
-  Counts were float32 before they were int32, and such a checkpoint is still one of this run.
-
-  Args:
-    wanted: path -> shape, dtype and sharding.
-    saved: path -> dtype and shape, see `kinds`.
-  """
-  as_saved = dict(wanted)
-  for path, leaf in wanted.items():
-    float_count = jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
-    was_float = path in saved and saved[path] == kinds({path: float_count})[path]
-    if leaf.dtype == jnp.int32 and was_float:
-      as_saved[path] = float_count
-  return as_saved
-
-
-def as_count(leaf: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """Returns the leaf in this dtype, which is another one for counts saved as float32 alone.
-
-  Raises:
-    ConfigError: its numbers are no counts.
-  """
-  if leaf.dtype == dtype:
-    return leaf
-  counts = leaf.astype(dtype)
-  is_same = bool((counts.astype(leaf.dtype) == leaf).all())
-  check(problem_if(not is_same, f'a leaf of {leaf.dtype} is not one of {dtype}: use a new workdir'))
-  return counts

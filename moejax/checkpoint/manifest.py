@@ -12,6 +12,8 @@ import numpy as np
 
 from moejax.sharding.tree import flatten, kinds
 
+POSITIONS = np.arange(1, (1 << 18) + 1, dtype=np.uint32)  # so many words stay in a core's cache
+
 
 class Meta(NamedTuple):
   """All of a checkpoint but the arrays."""
@@ -28,7 +30,29 @@ def digests(tree: object) -> dict[str, str]:
   # One program at a time: dozens of them, each with a collective, fill XLA's queue, and virtual
   # devices wait forever.
   sums = {path: jax.device_get(_sums(leaf)) for path, leaf in flatten(tree).items()}
-  return {path: f'{int(plain):08x}{int(weighted):08x}' for path, (plain, weighted) in sums.items()}
+  return {path: digest_of_sums(*both) for path, both in sums.items()}
+
+
+def digest_of_sums(plain: int, weighted: int) -> str:
+  """Returns the digest of a leaf of these two sums, see `sums_of_part`."""
+  return f'{int(plain):08x}{int(weighted):08x}'
+
+
+def sums_of_part(part: np.ndarray, words_before: int) -> np.ndarray:
+  """Returns what a part of a leaf adds to its two sums, mod 2^32: those of all its parts add up.
+
+  Args:
+    part: numbers that lie together in the leaf.
+    words_before: of 32 bits, or numbers where they have fewer, that lie before it.
+  """
+  plain = weighted = 0
+  bits = part.reshape(-1).view(f'u{min(part.itemsize, 4)}')  # 64 bits become two words
+  for start in range(0, bits.size, len(POSITIONS)):
+    words = bits[start : start + len(POSITIONS)].astype(np.uint32)
+    sum_of_words = int(words.sum(dtype=np.uint32))
+    plain += sum_of_words
+    weighted += int(np.dot(words, POSITIONS[: words.size])) + (words_before + start) * sum_of_words
+  return np.array([plain % 2**32, weighted % 2**32], np.uint32)
 
 
 def digest(tree: object) -> str:

@@ -64,10 +64,10 @@ def read_leaves(
     except NOT_DAMAGE:
       raise
     except Exception as error:
-      return _damaged(directory, [path], error)
+      return damaged(directory, [path], error)
 
   with fail_together(Damaged):
-    _expect_tables(directory)
+    expect_tables(directory)
     # One leaf a call: of a call for all, Orbax would print an error for each when one fails.
     with plain_path(directory) as plain, ThreadPoolExecutor() as pool:
       loaded = dict(zip(targets, pool.map(functools.partial(load, plain), targets)))
@@ -78,7 +78,7 @@ def read_leaves(
   # Outside of fail_together: digests are computed by all processes at once, and alike in all.
   wrong = [path for path, digest in digests(loaded).items() if digest != sums[path]]
   if wrong:
-    raise _damaged(directory, wrong, ValueError('does not match its digest'))
+    raise damaged(directory, wrong, ValueError('does not match its digest'))
   return [*loaded.values()]
 
 
@@ -114,7 +114,7 @@ def expect_plain(directory: Path) -> None:
         raise Damaged(f'{link} is a link, and links are not followed: put a copy in its place')
 
 
-def _expect_tables(directory: Path) -> None:
+def expect_tables(directory: Path) -> None:
   """Raises Damaged where a table of the database is missing or torn.
 
   Orbax would not name the file, and leave threads behind that print more errors.
@@ -131,7 +131,7 @@ def _expect_tables(directory: Path) -> None:
       ) from error
 
 
-def _damaged(directory: Path, leaves: Sequence[str], error: Exception) -> Damaged:
+def damaged(directory: Path, leaves: Sequence[str], error: Exception) -> Damaged:
   """Returns an error that names the leaves and their file, in one line.
 
   What only a maintainer of Orbax would read is left out of it.
@@ -225,7 +225,7 @@ def expect_readable(path: Path, leaves: Collection[str]) -> None:
   """
   meta_in(path)
   directory = path / 'state'
-  _expect_tables(directory)
+  expect_tables(directory)
   chunks = chunk_ends(directory)
   for leaf in leaves:
     if leaf not in chunks:

@@ -19,6 +19,9 @@ from moejax.checkpoint.steps import Steps
 from moejax.runtime.faults import fault_point
 from moejax.runtime.multiprocess import fail_together
 
+CHUNK_BYTES = 1 << 26  # at most
+SMALL_CHUNK_BYTES = 1 << 20  # smaller ones cost more than they are worth
+
 
 class SaveFailed(RuntimeError):
   """The save of `step` did not reach the disk.
@@ -78,8 +81,11 @@ class Writer:
     args = self._orbax.args
     full = {path: leaf for path, leaf in leaves.items() if leaf.size}  # Orbax refuses empty arrays
     self._step, self._leaves = step, tuple(full)
-    # 64 MiB: without a size Orbax encodes large leaves whole.
-    save_args = dict.fromkeys(full, self._orbax.SaveArgs(chunk_byte_size=1 << 26))
+    # Without a size Orbax encodes large leaves whole.
+    save_args = {
+      path: self._orbax.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=layer_axes(leaf))
+      for path, leaf in full.items()
+    }
     state = args.PyTreeSave(full, save_args, ocdbt_target_data_file_size=1 << 27)
     content = args.Composite(state=state, meta=args.JsonSave(seal(meta)))
     self._barrier.begin()
@@ -145,6 +151,16 @@ class Writer:
         # TensorStore's text: what it did, the reason after a colon, and details in brackets.
         reason = f'{error}'.partition(' [os_error_code')[0].rpartition(': ')[2]
       raise SaveFailed(f'{self._steps.path(self._step)}: {reason}', self._step) from error
+
+
+def layer_axes(leaf: jax.Array) -> tuple[int, ...]:
+  """Returns the axes along which each index has chunks of its own.
+
+  That is the first, of layers, where a stack of matrices is large: whoever reads a layer, as an
+  export does, would otherwise read and decode all.
+  """
+  is_large_stack = leaf.ndim > 2 and leaf.nbytes // leaf.shape[0] >= SMALL_CHUNK_BYTES
+  return (0,) if is_large_stack else ()
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -100,8 +100,10 @@ def _split_flags(argv: list[str], default: str, problems: list[str]) -> SplitFla
   if not values['config'].present:
     for arg in rest:
       if arg.startswith(START_FLAG):
-        source = arg.removeprefix(START_FLAG)
-  return SplitFlags(values['config'].value, source, values['workdir'].value, rest)
+        source = os.path.expanduser(arg.removeprefix(START_FLAG))
+  # A shell leaves the ~ of --config=~/run as it is.
+  config_file = os.path.expanduser(values['config'].value)
+  return SplitFlags(config_file, source, values['workdir'].value, rest)
 
 
 def _load_config(

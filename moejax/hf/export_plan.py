@@ -9,19 +9,18 @@ import dataclasses
 from collections import Counter
 from typing import NamedTuple
 
-from moejax.config import ConfigError, check, problem_if
+from moejax.config import ConfigError, check, not_one_of, problem_if
 from moejax.data.special_tokens import GENERATION_FILE, SpecialTokens
 from moejax.families import FAMILIES, config_json, family_of
 from moejax.families.schema.family import Family, config_from_json
 from moejax.families.schema.tensor_names import TIED_HEAD
+from moejax.hf.safetensors.file import MODEL_DTYPES
 from moejax.hf.spelling import Json, Spelling, kept_keys, only_able, spell_in, unsaid_keys
 from moejax.hf.weights import MadeOf, Published, repeated
 from moejax.model.config import ModelConfig
 from moejax.runtime.files import read_json
 from moejax.train.experiment.config import ExperimentConfig
 
-# What --dtype may be -> a row of safetensors.file.DTYPES.
-EXPORT_DTYPES = {'float32': 'F32', 'bfloat16': 'BF16'}
 TOKEN_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 
 
@@ -80,7 +79,7 @@ def plan_export(
     said: from `special_keys`, for a config.json that is not the origin's.
     wanted: model_type of the family; '': the origin's, or the only one whose files can hold the
       model.
-    dtype: a row of EXPORT_DTYPES for all but the router bias, which small steps move; '': the
+    dtype: a row of MODEL_DTYPES for all but the router bias, which small steps move; '': the
       origin's for what was imported, and float32 for what was trained, since anything else would
       round it.
 
@@ -92,10 +91,7 @@ def plan_export(
     problem_if(
       wanted and wanted not in FAMILIES, f'--family={wanted!r} is not one of {sorted(FAMILIES)}'
     ),
-    problem_if(
-      dtype and dtype not in EXPORT_DTYPES,
-      f'--dtype={dtype!r} is not one of {sorted(EXPORT_DTYPES)}',
-    ),
+    not_one_of('--dtype', dtype, MODEL_DTYPES) if dtype else '',
   )
   origin = _usable(origin, cfg, wanted)
   spelling = _spell(cfg, origin, said, wanted)
@@ -175,7 +171,7 @@ def _tensor_dtypes(
       # The small steps of the bias rules would be lost in bfloat16.
       dtypes[name] = 'F32'
     else:
-      dtypes[name] = EXPORT_DTYPES[dtype or 'float32']
+      dtypes[name] = MODEL_DTYPES[dtype or 'float32']
   return dtypes
 
 

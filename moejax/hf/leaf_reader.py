@@ -64,26 +64,33 @@ class LeafReader:
     """`on_read` is told the bytes of each piece that is done."""
     self._stored, self._on_read = stored, on_read
 
-  def read(self, parts: tuple[Tensor, ...], shape: tuple[int, ...], home: NamedSharding) -> Array:
-    """Returns a leaf in float32 on its sharding.
+  def read(
+    self,
+    parts: tuple[Tensor, ...],
+    shape: tuple[int, ...],
+    home: NamedSharding,
+    dtype: np.dtype = DTYPES['F32'],
+  ) -> Array:
+    """Returns a leaf on its sharding.
 
     Args:
       parts: the tensors that it is made of, layer by layer; () for zeros.
       shape: of the leaf.
       home: where it lies.
+      dtype: of the leaf.
     """
     if math.prod(shape) <= SMALL or not parts or not parts[0].index:
-      leaf = self._on_mesh(TensorPiece(parts, 0, shape, np.dtype(np.float32)), home)
+      leaf = self._on_mesh(TensorPiece(parts, 0, shape, dtype), home)
       self._on_read(self._nbytes(parts))
       return leaf
-    leaf = jnp.zeros(shape, jnp.float32, device=home)
+    leaf = jnp.zeros(shape, dtype, device=home)
     layer_home = NamedSharding(home.mesh, PartitionSpec(*home.spec[1:]))
     kinds = {self._stored.dtype(part.name) for part in parts}
     # In the dtype of the files a layer takes half the memory and the traffic, where that is enough;
-    # where the leaf lies it becomes float32.
-    dtype = DTYPES[kinds.pop() if len(kinds) == 1 else 'F32']
+    # where the leaf lies it gets its own.
+    in_files = DTYPES[kinds.pop() if len(kinds) == 1 else 'F32']
     for layer, group in itertools.groupby(parts, lambda part: part.index[0]):
-      piece = TensorPiece(tuple(group), 1, shape[1:], dtype)
+      piece = TensorPiece(tuple(group), 1, shape[1:], in_files)
       leaf = _put_layer(leaf, self._on_mesh(piece, layer_home), layer, home)
       jax.block_until_ready(leaf)  # or several layers would wait in NumPy
       self._on_read(self._nbytes(piece.parts))

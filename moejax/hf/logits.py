@@ -12,10 +12,12 @@ from jax import Array
 from moejax.config import ConfigError, check, problem_if
 from moejax.data.batch import make_batch
 from moejax.hf.progress import print_note, progress_bar
+from moejax.hf.safetensors.file import DTYPES, MODEL_DTYPES
 from moejax.hf.weights import Published, open_published, read_weights
 from moejax.model.transformer import Transformer
 from moejax.moe.dispatch.dropless import dropless_note
 from moejax.runtime.files import whole_path
+from moejax.runtime.multiprocess import fail_together
 from moejax.sharding.mesh import MeshConfig, make_mesh
 from moejax.train.experiment.run_dir import CHECKPOINTS, read_model_on, read_setup
 
@@ -44,11 +46,16 @@ def token_ids(path: str, vocab_size: int) -> np.ndarray:
   return ids.astype(np.int32)
 
 
-def read_published_model(source: Published, mesh: MeshConfig) -> tuple[Transformer, Array]:
-  """Returns the model and its router bias [L, E] f32, on as many devices as the mesh has."""
+def read_published_model(
+  source: Published, mesh: MeshConfig, dtype: str = 'float32'
+) -> tuple[Transformer, Array]:
+  """Returns the model and its router bias [L, E] f32, on as many devices as the mesh has.
+
+  All processes call it, and each reads what its devices hold. dtype: a row of MODEL_DTYPES.
+  """
   devices = make_mesh(mesh)
-  with progress_bar('reading', source.nbytes) as advance:
-    return read_weights(source, devices, advance)
+  with fail_together(ConfigError, OSError), progress_bar('reading', source.nbytes) as advance:
+    return read_weights(source, devices, advance, DTYPES[MODEL_DTYPES[dtype]])
 
 
 def write_logits(directory: str, tokens_file: str, out: str) -> None:

@@ -1,4 +1,7 @@
-"""What a person at the terminal sees while a model is read or written."""
+"""What a person at the terminal sees while a model is read or written.
+
+Of several processes only the first speaks.
+"""
 
 import contextlib
 import sys
@@ -15,6 +18,8 @@ from rich.progress import (
   TransferSpeedColumn,
 )
 
+from moejax.runtime.multiprocess import is_first_process
+
 
 @contextlib.contextmanager
 def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -26,7 +31,8 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     TransferSpeedColumn(),
     TimeRemainingColumn(elapsed_when_finished=True),
   )
-  with Progress(*columns, console=Console(stderr=True)) as bar:
+  silent = not is_first_process()
+  with Progress(*columns, console=Console(stderr=True), disable=silent) as bar:
     task = bar.add_task(what, total=total)
     yield lambda count: bar.advance(task, count)
 
@@ -38,10 +44,10 @@ def say(text: str) -> None:
   # VmHWM is the high-water mark of the resident set, in kB.
   peak = [int(line.split()[1]) / 2**20 for line in lines if line.startswith('VmHWM')]
   memory = ''.join(f', peak memory {gib:.2f} GiB' for gib in peak)
-  print(text + memory, file=sys.stderr)
+  print_note(text + memory)
 
 
 def print_note(note: str) -> None:
   """Prints what a reader should know on stderr; nothing for ''."""
-  if note:
+  if note and is_first_process():
     print(note, file=sys.stderr)

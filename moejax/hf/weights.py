@@ -38,6 +38,7 @@ from moejax.hf.unexpected_tensors import expect_tensors
 from moejax.model.config import ModelConfig
 from moejax.model.transformer import Transformer
 from moejax.runtime.files import read_json
+from moejax.runtime.multiprocess import is_first_process
 from moejax.sharding.params import shardings
 
 FLOATS = ('F32', 'BF16', 'F16')  # what float32 holds to the bit
@@ -119,9 +120,12 @@ def repeated(cfg: ModelConfig, made_of: MadeOf) -> dict[str, str]:
 
 
 def read_weights(
-  source: Published, mesh: Mesh, on_read: Callable[[int], object]
+  source: Published,
+  mesh: Mesh,
+  on_read: Callable[[int], object],
+  dtype: np.dtype = DTYPES['F32'],
 ) -> tuple[Transformer, Array]:
-  """Returns the model and the router bias [L, E], in float32, on the shardings of their axes.
+  """Returns the model and the router bias [L, E], on the shardings of their axes.
 
   On the host lies beside them what one layer of one leaf is made of; each process reads what its
   devices hold.
@@ -130,6 +134,7 @@ def read_weights(
     source: from `open_published`.
     mesh: whose axes divide the model's.
     on_read: told the bytes of each piece that is done.
+    dtype: of the parameters; the bias is in float32.
 
   Raises:
     ConfigError: the mesh does not divide the model, or a file is damaged.
@@ -146,12 +151,13 @@ def read_weights(
       if not _divides(size, home)
     )
   )
-  for copy, name in source.copies.items():
-    _expect_equal(source.tensors, copy, name)
+  if is_first_process():  # for all of them
+    for copy, name in source.copies.items():
+      _expect_equal(source.tensors, copy, name)
   reader = LeafReader(source.tensors, on_read)
+  dtypes = [*[dtype] * (len(sizes) - 1), DTYPES['F32']]
   arrays = [
-    reader.read(parts, size, home)
-    for parts, size, home in zip(source.made_of.values(), sizes, homes, strict=True)
+    reader.read(*leaf) for leaf in zip(source.made_of.values(), sizes, homes, dtypes, strict=True)
   ]
   return jax.tree.unflatten(jax.tree.structure(shapes), arrays[:-1]), arrays[-1]
 

@@ -33,6 +33,7 @@ from moejax.plan.report import (
 )
 from moejax.plan.search import Guess, candidates
 from moejax.plan.topology import Topology
+from moejax.runtime.command import usage_error
 from moejax.runtime.units import human
 from moejax.sharding.mesh import resolve_mesh
 from moejax.sharding.params import bytes_on_device
@@ -58,7 +59,7 @@ def print_plan(cfg: ExperimentConfig, mode: str, topology: Topology) -> int:
     compile_plan = compile_best_fit if mode == 'fit' else compile_on
     step = compile_plan(cfg, devices, topology)
   except ConfigError as error:
-    print(f'no plan; mend this and try again:\n{error}', file=sys.stderr)
+    print(usage_error('moejax.plan', error), file=sys.stderr)
     return DOES_NOT_FIT
   print('\n'.join(plan_lines(step, topology)), flush=True)
   return FITS if fits(step, topology) else DOES_NOT_FIT

@@ -1,4 +1,4 @@
-"""How the commands speak: one wording of what is wrong with their arguments, and a quiet end."""
+"""How the commands speak: one wording of what is wrong with what they were given, a quiet end."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ CLOSED = 141  # the status that a shell gives to a program that SIGPIPE ended
 
 
 def usage_error(command: str, error: object) -> str:
-  """Returns what a command prints on stderr before it exits with 2: all problems, a line each.
+  """Returns what a command prints on stderr before it ends early: all problems, a line each.
 
   command: as Python calls it, `moejax.train`.
   """
@@ -22,7 +22,7 @@ class CommandParser(argparse.ArgumentParser):
 
   def error(self, message: str) -> NoReturn:
     """Prints what is wrong, and exits with 2."""
-    command = self.prog.removeprefix('python -m ')
+    command = self.prog.removeprefix('python -m ').split()[0]  # without the name of a subcommand
     print(usage_error(command, f'{message}; --help lists all flags'), file=sys.stderr)
     sys.exit(2)
 

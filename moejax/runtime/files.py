@@ -19,12 +19,26 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from moejax.config import ConfigError
+from moejax.config import ConfigError, check, url_problem
 
 DAMAGED = 'the file is damaged or cut short: fetch or export it again'
 STALE_SECONDS = 3600  # the age of a temporary file at which its writer counts as dead
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 FETCH_AGAIN = 'fetch or export the directory again'
+
+
+def local_path(name: str, path: str) -> Path:
+  """Returns a path that a person gave, with ~ for the home directory, as a shell may leave it.
+
+  Args:
+    name: of what it was given as, for the message: a field, or a flag.
+    path: as it was given.
+
+  Raises:
+    ConfigError: it is in an object store.
+  """
+  check(url_problem(name, path))
+  return Path(path).expanduser()
 
 
 @contextlib.contextmanager
@@ -84,6 +98,11 @@ def expect_room(target: Path) -> None:
     raise ConfigError(f'{target} is there and not empty; name another directory, or move it away')
 
 
+def partial_of(target: Path) -> Path:
+  """Returns the directory in which `staged` makes the target."""
+  return target.with_name(f'{target.name}.moejax-partial')
+
+
 @contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
   """Yields an empty directory beside the target, for the block to fill.
@@ -94,7 +113,7 @@ def staged(target: Path) -> Iterator[Path]:
     ConfigError: the target holds something, or another process is making it.
   """
   expect_room(target)
-  partial = target.with_name(f'{target.name}.moejax-partial')
+  partial = partial_of(target)
   partial.mkdir(parents=True, exist_ok=True)
   # The kernel releases the lock when the process ends, however it dies.
   lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

@@ -7,7 +7,8 @@ waits for the rest. A process alone asks none.
 import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import jax
@@ -17,8 +18,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.config import ConfigError
+from moejax.runtime.files import partial_of, staged
 
-Tree = TypeVar('Tree')
+T = TypeVar('T')
 log = logging.getLogger(__name__)
 
 SUCCESS = 0  # the code of a process whose block of fail_together ended well
@@ -27,6 +29,11 @@ SUCCESS = 0  # the code of a process whose block of fail_together ended well
 def is_first_process() -> bool:
   """Tells whether this process is the one that writes files and logs; alone, it is."""
   return jax.process_index() == 0
+
+
+def of_this_process(work: Iterable[T]) -> list[T]:
+  """Returns this process's share of what all processes do together; alone, it does all."""
+  return [*work][jax.process_index() :: jax.process_count()]
 
 
 def broadcast_from_first(number: int) -> int:
@@ -41,6 +48,13 @@ def gather_ints(number: int) -> list[int]:
   if jax.process_count() == 1:
     return [number]
   return np.ravel(multihost_utils.process_allgather(np.int32(number))).tolist()
+
+
+def sum_over_processes(numbers: np.ndarray) -> np.ndarray:
+  """Returns the sums of what all processes give, u32, mod 2^32; their shapes are alike."""
+  if jax.process_count() == 1:
+    return numbers
+  return multihost_utils.process_allgather(numbers).sum(0, dtype=np.uint32)
 
 
 def check_alike(what: str, text: str) -> None:
@@ -91,6 +105,24 @@ def _failure_code(error: Exception | None, kinds: Sequence[type[Exception]]) -> 
     if isinstance(error, kind):
       return code
   return SUCCESS
+
+
+@contextlib.contextmanager
+def staged_together(target: Path) -> Iterator[Path]:
+  """Yields the same directory in all processes, for them to fill: `staged`, for one or many.
+
+  All of them see one file system. What one raises in the block, all must raise.
+
+  Raises:
+    ConfigError: the target holds something, or another command is making it.
+  """
+  with contextlib.ExitStack() as held:
+    with fail_together(ConfigError, OSError):
+      if is_first_process():
+        held.enter_context(staged(target))
+    yield partial_of(target)
+    with fail_together(ConfigError, OSError):
+      held.close()  # renames; nobody goes on before
 
 
 class Vote:

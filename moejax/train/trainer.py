@@ -19,6 +19,7 @@ from moejax.checkpoint.lock import RunInUse, hold_run_directory
 from moejax.checkpoint.manifest import digest
 from moejax.checkpoint.writer import SaveFailed
 from moejax.config import ConfigError, check, problem_if
+from moejax.runtime.command import usage_error
 from moejax.runtime.faults import fault_point, parse_environment
 from moejax.runtime.files import is_disk_error, write_whole
 from moejax.runtime.lifecycle import configure_logging, end_at_once, keep_compiled_programs
@@ -83,13 +84,14 @@ def train_or_tell(cfg: ExperimentConfig, notes: Sequence[str]) -> int:
           held.enter_context(hold_run_directory(cfg.workdir))
       return start(cfg, stop, notes)
   except tuple(EXIT_STATUS) as error:
-    print(f'{type(error).__name__}: {error}', file=sys.stderr)
+    print(usage_error('moejax.train', error), file=sys.stderr)
     return EXIT_STATUS[type(error)]
   except Exception as error:
     end_at_once()
     if not is_disk_error(error):
       raise
-    print(f'{error}: make room or mend the disk, and give the same command again', file=sys.stderr)
+    problem = f'{error}: make room or mend the disk, and give the same command again'
+    print(usage_error('moejax.train', problem), file=sys.stderr)
     return 1
 
 

@@ -276,3 +276,22 @@ def test_counts_that_were_saved_as_float32_come_back_as_integers(tmp_path: Path)
   for kind in (jnp.bfloat16, jnp.int16, jnp.uint32):
     with pytest.raises(ConfigError, match=r'lagged: float32\[2, 2\] in the checkpoint'):
       reader.restore({'lagged': counts.astype(kind), 'n': jnp.int32(0)}, DATA)
+
+
+def test_parameters_that_were_saved_in_bfloat16_are_the_same_numbers_in_float32(
+  tmp_path: Path,
+) -> None:
+  """As of an import in half the room; a reader that only computes may take them as they lie."""
+  saved = {'w': jnp.array([1.5, -3e38, 1 / 3], jnp.bfloat16)}
+  writer = Checkpoints(tmp_path, CheckpointConfig())
+  writer.save(0, saved, DATA)
+  writer.close()
+  reader = Checkpoints(tmp_path, CheckpointConfig(), readonly=True)
+  target = {'w': jax.ShapeDtypeStruct((3,), jnp.float32)}
+  wide = reader.restore(target, DATA).tree['w']
+  assert wide.dtype == jnp.float32 and (wide == saved['w'].astype(jnp.float32)).all()
+  assert manifest.digest(reader.restore(target, DATA, keep_dtypes=True).tree) == (
+    manifest.digest(saved)
+  )
+  with pytest.raises(ConfigError, match=r'w: bfloat16\[3\] in the checkpoint'):
+    reader.restore({'w': jax.ShapeDtypeStruct((3,), jnp.float16)}, DATA)

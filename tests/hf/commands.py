@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from moejax.config.flags import parse_flags
 from moejax.data.sources import DataConfig
 from moejax.data.tokenizer import load_tokenizer
 from moejax.families import FAMILIES
 from moejax.hf.__main__ import main
 from moejax.hf.safetensors.directory import open_tensors
 from moejax.model.config import ModelConfig
-from moejax.train.experiment.config import ExperimentConfig
+from moejax.train.experiment.config import DEFAULT_CONFIG, ExperimentConfig
 from moejax.train.experiment.run_dir import CHECKPOINTS, write_config
 from moejax.train.step.train_state import init_state
 from tests.support.published_models import random_model, written
@@ -28,8 +29,8 @@ def run(*args: object) -> int:
   return main([str(arg) for arg in args])
 
 
-def imported(source: Path, out: Path) -> Path:
-  assert run('import', source, f'--out={out}') == 0
+def imported(source: Path, out: Path, *flags: str) -> Path:
+  assert run('import', source, f'--out={out}', *flags) == 0
   return out
 
 
@@ -53,12 +54,18 @@ def with_text(directory: Path, **changes: object) -> Path:
 
 
 def trained_here(path: Path, kind: str, **changes: object) -> tuple[ModelConfig, dict[str, object]]:
-  """A run directory as the trainer leaves it, without the training: numbers are random."""
-  cfg = ExperimentConfig(
-    workdir=str(path),
-    data=DataConfig(tokenizer='bytes'),
-    model=dataclasses.replace(FAMILIES[kind].presets['tiny'], vocab_size=0, **changes),
-  )
+  """A run of a family's tiny preset, changed; see `run_without_training`."""
+  model = dataclasses.replace(FAMILIES[kind].presets['tiny'], vocab_size=0, **changes)
+  cfg = ExperimentConfig(workdir=str(path), data=DataConfig(tokenizer='bytes'), model=model)
+  return run_without_training(cfg)
+
+
+def run_without_training(cfg: ExperimentConfig) -> tuple[ModelConfig, dict[str, object]]:
+  """Leaves a run directory as the trainer does: its text is bytes, and its numbers are random.
+
+  Returns the model's config, its vocabulary filled in, and the state that was saved.
+  """
+  path = Path(cfg.workdir)
   write_config(cfg)
   tokenizer = load_tokenizer('bytes')
   tokenizer.save(path / 'tokenizer.json')
@@ -74,6 +81,15 @@ def trained_here(path: Path, kind: str, **changes: object) -> tuple[ModelConfig,
   writer.save(3, state, {})
   writer.close()
   return full.model, state
+
+
+def tiny_run(path: Path) -> Path:
+  """What `make train` leaves: of configs/tiny.py with two narrow layers, and without training."""
+  changes = {'d_model': 32, 'num_layers': 2, 'moe.d_expert': 16, 'attention.d_head': 8}
+  flags = [f'--config.model.{name}={value}' for name, value in changes.items()]
+  argv = ['--config=tiny', f'--workdir={path}', '--config.data.tokenizer=bytes', *flags]
+  run_without_training(parse_flags(argv, ExperimentConfig, DEFAULT_CONFIG))
+  return path
 
 
 class Evil:

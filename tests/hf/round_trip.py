@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from moejax.hf.export_plan import ExportPlan, Origin, origin_of, plan_export
-from moejax.hf.export_tensors import lost_leaves, tensor_specs
+from moejax.hf.export_tensors import ReadPart, lost_leaves, tensor_specs
 from moejax.hf.import_model import run_config
 from moejax.hf.safetensors.file import Spec
 from moejax.hf.weights import Published, read_weights
@@ -29,6 +29,11 @@ def given_back(
   """What an export of the import would write."""
   origin = Origin(**json.loads(json.dumps(origin_of(source)._asdict())))
   how = plan_export(run_config(source.cfg, 'run'), origin, {}, '', dtype)
-  views = {path: np.asarray(leaf) for path, leaf in leaves.items()}
-  assert not lost_leaves(how.known, how.config, how.made_of, views)
-  return how, tensor_specs(how.made_of, views, how.copies, how.dtypes)
+  read = reader({path: np.asarray(leaf) for path, leaf in leaves.items()})
+  assert not lost_leaves(how.known, how.config, how.made_of, read)
+  return how, tensor_specs(how.made_of, read, how.copies, how.dtypes)
+
+
+def reader(leaves: dict[str, np.ndarray]) -> ReadPart:
+  """Reads parts of leaves that are in memory."""
+  return lambda path, index, counts: leaves[path][index]

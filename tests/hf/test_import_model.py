@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,8 +26,22 @@ from moejax.train.experiment.initial_model import model_and_router_shapes
 from moejax.train.experiment.run_dir import read_config
 from moejax.train.optimizer import OptimConfig
 from moejax.train.trainer import train
-from tests.hf.commands import assert_same_files, exported, imported, run, with_text
-from tests.support.published_models import GOLDEN, NAMES, arrays_in, copied
+from tests.hf.commands import (
+  assert_same_files,
+  exported,
+  imported,
+  logits_of,
+  run,
+  with_text,
+)
+from tests.support.published_models import (
+  GOLDEN,
+  NAMES,
+  arrays_in,
+  copied,
+  random_model,
+  written,
+)
 from tests.support.unoptimised import unoptimised
 
 SLOW = pytest.mark.slow
@@ -81,6 +96,33 @@ def test_an_import_is_a_run(tmp_path: Path) -> None:
   back = exported(tmp_path / 'run', tmp_path / 'back')
   assert_same_files(source, back)
   assert (back / 'tokenizer.json').read_bytes() == (source / 'tokenizer.json').read_bytes()
+
+
+@SLOW
+def test_an_import_in_bfloat16_is_the_same_model_in_half_the_room(
+  tmp_path: Path, cheap_programs: None
+) -> None:
+  """Of files in bfloat16; what computes keeps it, what trains from it gets float32."""
+  # One layer is quick to compile; biases, norms of heads and a shared expert are in it.
+  config, arrays = random_model('glm4_moe', 'BF16', num_layers=1, num_dense_layers=0, mtp_depth=0)
+  source = written(tmp_path / 'source', arrays, config)
+  (source / 'generation_config.json').write_text('{"eos_token_id": 2}')
+  for name in ('float32', 'bfloat16'):
+    imported(source, tmp_path / name, f'--dtype={name}')
+  tokens = np.random.default_rng(0).integers(0, 96, (1, 9))
+  wide, half = (logits_of(tmp_path / name, tokens, tmp_path) for name in ('float32', 'bfloat16'))
+  np.testing.assert_array_equal(wide, half)
+  run_of_half = run_dir.open_run(str(tmp_path / 'bfloat16'))
+  assert {str(leaf.dtype) for leaf in jax.tree.leaves(run_of_half.model)} == {'bfloat16'}
+  assert run_of_half.router_bias.dtype == jnp.float32
+  both = [
+    run_dir.read_model(
+      str(tmp_path / name), run_of_half.cfg, model_and_router_shapes(run_of_half.cfg)
+    )
+    for name in ('float32', 'bfloat16')
+  ]
+  assert digests(both[0].model) == digests(both[1].model)
+  assert_same_files(source, exported(tmp_path / 'bfloat16', tmp_path / 'back'))
 
 
 @SLOW

@@ -16,7 +16,7 @@ from moejax.data.tokenizer import load_tokenizer
 from moejax.families import FAMILIES, config_json
 from moejax.hf.export_model import OWN_RULES
 from moejax.train.experiment.run_dir import read_tokenizer
-from tests.hf.commands import exported, logits_of
+from tests.hf.commands import exported, logits_of, tiny_run
 from tests.support.published_models import random_model, written
 
 ROOT = Path(__file__).parents[2]
@@ -24,13 +24,22 @@ SLOW = pytest.mark.slow
 pytestmark = pytest.mark.usefixtures('cheap_programs')
 
 
+def their_logits(directory: Path, tokens: np.ndarray) -> np.ndarray:
+  """What transformers makes of token ids [B, S], from published files: [B, S, V]."""
+  transformers = pytest.importorskip('transformers')
+  torch = pytest.importorskip('torch')
+  torch.set_num_threads(1)
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    directory, dtype=torch.float32, attn_implementation='eager'
+  )
+  with torch.no_grad():
+    return model(torch.from_numpy(tokens), use_cache=False).logits.numpy()
+
+
 @SLOW
 def test_a_recipe_trains_is_exported_and_transformers_computes_the_same(tmp_path: Path) -> None:
   """DeepSeek-V3's, tiny: logits to 1e-4, from the files alone."""
   pytest.importorskip('transformers')
-  torch = pytest.importorskip('torch')
-  from transformers import AutoModelForCausalLM
-
   command = [
     sys.executable,
     'train.py',
@@ -40,18 +49,24 @@ def test_a_recipe_trains_is_exported_and_transformers_computes_the_same(tmp_path
     f'--config.workdir={tmp_path / "run"}',
   ]
   subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {'XLA_FLAGS': ''})
-  exported(tmp_path / 'run', tmp_path / 'out')
-  torch.set_num_threads(1)
-  model = AutoModelForCausalLM.from_pretrained(
-    tmp_path / 'out', dtype=torch.float32, attn_implementation='eager'
-  )
-  tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 64))
-  with torch.no_grad():
-    theirs = model(torch.from_numpy(tokens)).logits.numpy()
+  out = exported(tmp_path / 'run', tmp_path / 'out')
+  vocab_size = json.loads((out / 'config.json').read_text())['vocab_size']
+  tokens = np.random.default_rng(0).integers(0, vocab_size, (2, 64))
+  theirs = their_logits(out, tokens)
   for source in ('run', 'out'):
     difference = np.abs(logits_of(tmp_path / source, tokens, tmp_path) - theirs).max()
     print(f'{source}: the largest difference is {difference:.2e}, of {theirs.std():.2f}')
     assert difference < 1e-4 and theirs.std() > 0.1
+
+
+def test_the_run_of_make_train_is_read_by_transformers(tmp_path: Path) -> None:
+  """Of configs/tiny.py, small: the logits of AutoModelForCausalLM, the ids of AutoTokenizer."""
+  out = exported(tiny_run(tmp_path / 'run'), tmp_path / 'out')
+  tokens = np.random.default_rng(0).integers(0, 257, (2, 24))
+  theirs = their_logits(out, tokens)
+  assert np.abs(logits_of(out, tokens, tmp_path) - theirs).max() < 1e-4 * theirs.std()
+  assert theirs.std() > 0.1
+  check_ids(out, 'glm4_moe')
 
 
 def check_ids(directory: Path, kind: str) -> None:
@@ -111,16 +126,9 @@ def test_transformers_tokenizes_an_imported_model_as_we_do(
 @pytest.mark.parametrize('kind', [kind for kind in FAMILIES if kind != 'pangu_ultra_moe'])
 def test_transformers_reads_what_is_written_for_every_family(kind: str, tmp_path: Path) -> None:
   """With every feature of its tiny preset, from a config.json of our own."""
-  transformers = pytest.importorskip('transformers')
-  torch = pytest.importorskip('torch')
   config, arrays = random_model(kind, 'F32')
   source = written(tmp_path / 'm', arrays, config)
   tokens = np.random.default_rng(0).integers(0, 96, (2, 40))
-  torch.set_num_threads(1)
-  model = transformers.AutoModelForCausalLM.from_pretrained(
-    source, dtype=torch.float32, attn_implementation='eager'
-  )
-  with torch.no_grad():
-    theirs = model(torch.from_numpy(tokens), use_cache=False).logits.numpy()
+  theirs = their_logits(source, tokens)
   ours = logits_of(source, tokens, tmp_path)
   assert np.abs(ours - theirs).max() < 1e-4 * theirs.std() and theirs.std() > 0.01

@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
   ),
   'hf': (
     'config',
-    'runtime.files',
+    'runtime',
     'sharding',
     'data',
     'moe',
@@ -53,6 +53,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
   'generate': (
     'config',
     'runtime.command',
+    'runtime.files',
     'checkpoint',
     'model',
     'inference',

@@ -54,8 +54,10 @@ def by_slurm(port: int, i: int) -> Launch:
 
 
 class Two:
-  """Two processes of four devices each. `faults` is MOEJAX_FAULT of each; `more` are further flags
-  of each."""
+  """Two processes of four devices each, which train in `workdir` unless `command` is another.
+
+  `faults` is MOEJAX_FAULT of each; `more` are further flags of each.
+  """
 
   def __init__(
     self,
@@ -63,18 +65,20 @@ class Two:
     faults: Sequence[str] = ('', ''),
     more: Sequence[Sequence[str]] = ((), ()),
     launch: Callable[[int, int], Launch] = by_flags,
+    command: Sequence[str] = (),
   ) -> None:
     port, self.processes = free_port(), []
     # Into files: a process whose pipe nobody reads would stop when it is full.
     self.logs = [workdir.parent / f'{workdir.name}.{i}.log' for i in range(2)]
     for i, log in enumerate(self.logs):
       flags, variables = launch(port, i)
-      command = [*train_command(workdir, **CHANGES), f'--heartbeat={HEARTBEAT}', *flags, *more[i]]
+      words = command or train_command(workdir, **CHANGES)
+      words = [*words, f'--heartbeat={HEARTBEAT}', *flags, *more[i]]
       variables |= {'XLA_FLAGS': xla_flags(devices=4), 'MOEJAX_FAULT': faults[i]}
       with open(log, 'w') as file:
         self.processes.append(
           subprocess.Popen(
-            command, env=environment(**variables), stdout=file, stderr=subprocess.STDOUT
+            words, env=environment(**variables), stdout=file, stderr=subprocess.STDOUT
           )
         )
 

@@ -1,7 +1,11 @@
 """The quickstart notebook: in step with its script, without outputs, and it runs."""
 
+import glob
 import os
+import subprocess
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import jupytext
 import nbclient
@@ -36,6 +40,64 @@ def test_it_defines_nothing() -> None:
   cells = [cell.source for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == 'code']
   lines = [line for cell in cells for line in cell.splitlines()]
   assert not [line for line in lines if line.lstrip().startswith(('def ', 'class ', 'lambda'))]
+
+
+class Shell:
+  """In the place of subprocess.run: git and pip as the first cell calls them, and nothing else."""
+
+  def __init__(self) -> None:
+    self.installed, self.said = '', []
+
+  def run(self, words: list[str], **kwargs: object) -> SimpleNamespace:
+    status, out = 0, 'jax==1\n'
+    if words[:2] == ['git', 'clone']:
+      self.said.append('clone')
+      (Path('moejax') / 'moejax').mkdir(parents=True)
+      (Path('moejax') / 'pyproject.toml').touch()
+      (Path('moejax') / 'moejax' / '__init__.py').touch()
+    elif 'install' in words:
+      assert Path('pyproject.toml').exists() and words[-2] == '-e'
+      self.installed = words[-1]
+      self.said.append(words[-1])
+    elif 'show' in words:
+      status = 0 if self.installed else 1
+    else:
+      assert 'freeze' in words, words
+    return SimpleNamespace(returncode=status, stdout=out)
+
+
+@pytest.mark.parametrize(('device', 'target'), [('', '.'), ('/dev/accel0', '.[tpu]')])
+def test_the_first_cell_finds_the_clone_wherever_it_is_run_again(
+  device: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """From the parent of the clone, twice; in it; in its notebooks. On a TPU with its extra."""
+  cells = [cell for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == 'code']
+  shell = Shell()
+  monkeypatch.setattr(subprocess, 'run', shell.run)
+  monkeypatch.setattr(glob, 'glob', lambda pattern: [device] if fnmatch(device, pattern) else [])
+  clone = tmp_path / 'moejax'
+  for _ in range(2):
+    monkeypatch.chdir(tmp_path)
+    exec(cells[0].source, {})
+    assert Path.cwd() == clone and shell.said == ['clone', target]
+  (clone / 'notebooks').mkdir()
+  for place in (clone, clone / 'notebooks'):
+    monkeypatch.chdir(place)
+    exec(cells[0].source, {})
+    assert Path.cwd() == clone and shell.said == ['clone', target]
+  # Another runtime, in which the clone lies on Drive.
+  shell.installed = ''
+  monkeypatch.chdir(tmp_path)
+  exec(cells[0].source, {})
+  assert shell.said == ['clone', target, target]
+
+
+def test_on_a_tpu_it_computes_in_bfloat16_and_jax_is_not_imported_before_it_is_installed() -> None:
+  sources = [cell.source for cell in nbformat.read(NOTEBOOK, 4).cells]
+  [training] = [source for source in sources if 'config = get_config()' in source]
+  assert "if jax.default_backend() == 'tpu':\n  config.model.dtype = 'bfloat16'" in training
+  first = next(source for source in sources if 'subprocess' in source)
+  assert 'import jax' not in first and "drive.mount('/content/drive')" in ''.join(sources)
 
 
 # What the notebook trains, cut down: the whole held-out text alone takes half a minute to read.

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,10 @@ import pytest
 
 from moejax.checkpoint.lock import hold_run_directory
 from moejax.data.pipeline import open_data
+from moejax.hf.import_model import import_model
 from moejax.train.trainer import train
+from tests.hf.commands import assert_same_files
+from tests.support.published_models import copied
 from tests.support.tiny_run import config, rows
 from tests.support.two_processes import CHANGES, HEARTBEAT, by_slurm, two
 from tests.support.unoptimised import unoptimised
@@ -159,6 +163,26 @@ def test_what_one_is_refused_all_are_refused(tmp_path: Path) -> None:
     assert (
       statuses == [2, 2] and 'the config of process 1 is not that of process 0' in both.output()
     ), both.output()
+
+
+@pytest.mark.slow
+def test_two_processes_import_and_export_what_one_does(tmp_path: Path) -> None:
+  """Each reads what its devices hold, and writes some of the shards; digests are the same."""
+  source = copied('mixtral', tmp_path / 'source')
+  places = [str(tmp_path / name) for name in ('source', 'both', 'out')]
+  command = [sys.executable, '-m', 'tests.support.hf_process', *places]
+  with two(tmp_path / 'both', command=command) as both:
+    statuses, _ = both.wait()
+  said = [log.read_text() for log in both.logs]
+  assert statuses == [0, 0], both.output()
+  assert 'imported ' in said[0] and 'exported step 0 of ' in said[0]
+  assert 'ported ' not in said[1] and 'reading' not in said[1], said[1]
+  import_model(places[0], str(tmp_path / 'alone'))
+  assert meta(tmp_path / 'both', 0)['digests'] == meta(tmp_path / 'alone', 0)['digests']
+  assert file_names(tmp_path / 'both') == file_names(tmp_path / 'alone')
+  assert len([*(tmp_path / 'out').glob('*.safetensors')]) > 2
+  assert_same_files(source, tmp_path / 'out')
+  assert not [*tmp_path.glob('*partial*')]
 
 
 def test_a_batch_is_read_in_rows(tmp_path: Path) -> None:

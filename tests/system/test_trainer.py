@@ -151,8 +151,8 @@ def test_a_disk_that_is_full_before_the_first_step_is_one_line(
   monkeypatch.setattr('moejax.train.text_position.open_data', full)
   assert train(config(tmp_path / 'run')) == 1
   assert capsys.readouterr().err == (
-    f"[Errno 28] No space left on device: '{tmp_path / 'tokens'}': make room or mend the disk, and "
-    'give the same command again\n'
+    f"moejax.train: [Errno 28] No space left on device: '{tmp_path / 'tokens'}': make room or mend "
+    'the disk, and give the same command again\n'
   )
   monkeypatch.setattr('moejax.train.text_position.open_data', lambda *args, **kwargs: 1 / 0)
   with pytest.raises(ZeroDivisionError):

@@ -7,7 +7,7 @@ Knows no model. Nothing is unpickled and no code is run, whatever the directory 
 
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +21,13 @@ from moejax.runtime.files import (
   inside,
   parse_json_object,
   read_json,
-  staged,
   write_whole,
+)
+from moejax.runtime.multiprocess import (
+  fail_together,
+  is_first_process,
+  of_this_process,
+  staged_together,
 )
 
 ONE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
@@ -143,17 +148,22 @@ def write_tensors(
   specs: Iterable[Spec],
   extra_files: Mapping[str, str | bytes],
   max_shard_bytes: int = 5_000_000_000,
+  verify: Callable[[], object] = lambda: None,
 ) -> None:
   """Writes a new directory, one tensor in memory at a time; it is whole or not there.
+
+  Of several processes each writes some of the shards, all into one directory.
 
   Args:
     directory: to be made.
     specs: the tensors, in the order in which they fill the shards.
     extra_files: name -> content.
     max_shard_bytes: a shard is no larger, unless a single tensor is.
+    verify: called by all processes when all is written; where it raises, nothing is.
 
   Raises:
     ConfigError: the directory holds anything: nothing is ever overwritten.
+    ValueError: a tensor could not be made.
   """
   target = Path(directory).resolve()
   shards = fill_shards(specs, max_shard_bytes)
@@ -169,11 +179,14 @@ def write_tensors(
     index = {'metadata': {'total_size': total_size}, 'weight_map': weight_map}
     extra_files = {**extra_files, INDEX: json.dumps(index, indent=2, sort_keys=True) + '\n'}
   try:
-    with staged(target) as partial:
-      for file, shard in files.items():
-        write_file(partial / file, shard)
-      for name, content in extra_files.items():
-        write_whole(partial / name, content)
+    with staged_together(target) as partial:
+      with fail_together(ConfigError, OSError, ValueError):
+        for file in of_this_process(files):
+          write_file(partial / file, files[file])
+        if is_first_process():
+          for name, content in extra_files.items():
+            write_whole(partial / name, content)
+      verify()
   except OSError as error:
     raise ConfigError(
       f'{target}: {error}; nothing was written: mend that, or name another directory'

@@ -42,6 +42,8 @@ DTYPES: dict[str, np.dtype] = {
   'F8_E5M2': np.dtype(ml_dtypes.float8_e5m2),
   'F8_E8M0': np.dtype(ml_dtypes.float8_e8m0fnu),
 }
+# What --dtype may be -> a row of DTYPES.
+MODEL_DTYPES = {'float32': 'F32', 'bfloat16': 'BF16'}
 HEADER_LIMIT = 100_000_000  # the library's; a longer one is there to exhaust memory
 # The library refuses such a file, too: nobody can tell which of its bytes are meant.
 NO_GAPS = (

@@ -6,8 +6,9 @@ Everything that reads a run from outside its training loop reads it here.
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 from jax import Array
@@ -15,13 +16,13 @@ from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from moejax.checkpoint.checkpoints import Checkpoints, NoLoadableCheckpoint
+from moejax.checkpoint.stored_leaves import StoredLeaves
 from moejax.config import (
   ConfigError,
   check,
   from_config_dict,
   problem_if,
   to_config_dict,
-  url_problem,
 )
 from moejax.data.special_tokens import (
   OWN,
@@ -32,10 +33,11 @@ from moejax.data.special_tokens import (
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.model.transformer import Transformer
 from moejax.moe.bias import BiasState
-from moejax.runtime.files import inside, read_json, write_whole
+from moejax.runtime.files import inside, local_path, read_json, write_whole
 from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
 from moejax.train.experiment.initial_model import ModelAndRouter, model_and_router_shapes
 
+R = TypeVar('R')
 # What lies in a run directory.
 CONFIG_FILE = 'config.json'
 CHECKPOINTS = 'checkpoints'
@@ -66,16 +68,6 @@ class OpenedRun(NamedTuple):
   router_bias: Array  # [L, E] f32
 
 
-def local_path(workdir: str) -> Path:
-  """The directory of a run, with ~ for the home directory.
-
-  Raises:
-    ConfigError: it is in an object store.
-  """
-  check(url_problem('workdir', workdir))
-  return Path(workdir).expanduser()
-
-
 def write_config(cfg: ExperimentConfig) -> None:
   """Writes the config into its run directory, for whoever reads the run later.
 
@@ -92,7 +84,7 @@ def read_config(workdir: str) -> ExperimentConfig:
   Raises:
     ConfigError: there is none, or it does not fit this version.
   """
-  fields = read_json(local_path(workdir), CONFIG_FILE)
+  fields = read_json(local_path('workdir', workdir), CONFIG_FILE)
   # A config.json of Hugging Face names its architecture so; ours has no such field.
   is_published = 'model_type' in fields
   import_command = f'python -m moejax.hf import {workdir} --out=DIR'
@@ -182,32 +174,65 @@ def read_setup(workdir: str) -> RunSetup:
   Raises:
     ConfigError: there is no config, or neither it nor a tokenizer tells the size of the vocabulary.
   """
-  cfg, tokenizer = read_config(workdir), read_tokenizer(local_path(workdir))
+  cfg, directory = read_config(workdir), local_path('workdir', workdir)
+  tokenizer = read_tokenizer(directory)
   cfg = with_vocabulary(cfg, tokenizer.vocab_size if tokenizer else 0)
-  path = local_path(workdir) / TOKENIZER_FILE
+  path = directory / TOKENIZER_FILE
   missing = f'{path} is missing, and the config has model.vocab_size=0: put it back'
   check(problem_if(not cfg.model.vocab_size, missing))
   return RunSetup(cfg, tokenizer)
 
 
-def read_model(workdir: str, cfg: ExperimentConfig, target: ModelAndRouter) -> StoredModel:
+def read_model(
+  workdir: str, cfg: ExperimentConfig, target: ModelAndRouter, keep_dtypes: bool = False
+) -> StoredModel:
   """The model of the newest verified checkpoint of a run, on the shardings of `target`.
+
+  keep_dtypes: whether what was imported in bfloat16 stays in it, as is enough for inference.
 
   Raises:
     ConfigError: that run's model has other shapes than `target`.
     NoLoadableCheckpoint: there is none, or none that verifies.
   """
-  checkpoints = Checkpoints(local_path(workdir) / CHECKPOINTS, cfg.checkpoint, readonly=True)
   # Of the arrays of a TrainState only the model and the router are read.
-  restored = checkpoints.restore(target._asdict(), {}, only=target._fields)
+  restored = checkpoints_of(workdir, cfg).restore(
+    target._asdict(), {}, only=target._fields, keep_dtypes=keep_dtypes
+  )
   if restored is None:
-    raise NoLoadableCheckpoint(f'workdir={workdir!r} has no checkpoint yet: train it first')
+    raise no_checkpoint(workdir)
   step, state = restored[:2]
   return StoredModel(step, state['model'], state['router'])
 
 
+def read_model_in_parts(
+  workdir: str, cfg: ExperimentConfig, use: Callable[[int, StoredLeaves], R]
+) -> R:
+  """What `use` makes of the newest checkpoint's step and leaves, see `Checkpoints.read_in_parts`.
+
+  Raises:
+    ConfigError: that run's model has other shapes than its config makes.
+    NoLoadableCheckpoint: there is none, or none that verifies.
+  """
+  shapes = model_and_router_shapes(cfg)._asdict()
+  result = checkpoints_of(workdir, cfg).read_in_parts(shapes, use)
+  if result is None:
+    raise no_checkpoint(workdir)
+  return result
+
+
+def checkpoints_of(workdir: str, cfg: ExperimentConfig) -> Checkpoints:
+  """The checkpoints of a run, for a reader."""
+  directory = local_path('workdir', workdir) / CHECKPOINTS
+  return Checkpoints(directory, cfg.checkpoint, readonly=True)
+
+
+def no_checkpoint(workdir: str) -> NoLoadableCheckpoint:
+  """The error of a run that has saved nothing."""
+  return NoLoadableCheckpoint(f'workdir={workdir!r} has no checkpoint yet: train it first')
+
+
 def read_model_on(device: jax.Device, workdir: str, cfg: ExperimentConfig) -> StoredModel:
-  """The model of the newest verified checkpoint of a run, all of it on one device.
+  """The model of the newest verified checkpoint of a run, all of it on one device, as it lies.
 
   Raises:
     NoLoadableCheckpoint: there is none, or none that verifies.
@@ -217,7 +242,7 @@ def read_model_on(device: jax.Device, workdir: str, cfg: ExperimentConfig) -> St
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home),
     model_and_router_shapes(cfg),
   )
-  return read_model(workdir, cfg, target)
+  return read_model(workdir, cfg, target, keep_dtypes=True)
 
 
 def open_run(workdir: str) -> OpenedRun:
@@ -228,5 +253,6 @@ def open_run(workdir: str) -> OpenedRun:
     NoLoadableCheckpoint: it has no checkpoint that verifies.
   """
   cfg, tokenizer = read_setup(workdir)
-  step, model, router = read_model(workdir, cfg, model_and_router_shapes(cfg))
+  target = model_and_router_shapes(cfg)
+  step, model, router = read_model(workdir, cfg, target, keep_dtypes=True)
   return OpenedRun(cfg, tokenizer, step, model, router.bias)
