@@ -20,7 +20,7 @@ RUNS = {
   'mMmM': [('mM', 2)],
   'DmMmM': [('D', 1), ('mM', 2)],
   'dmdmdm': [('dm', 3)],
-  'dmdmd': [('dm', 2), ('d', 1)],
+  'dmdmd': [('d', 1), ('md', 2)],
   'dddmdm': [('d', 2), ('dm', 2)],
   'mmmmdmmm': [('m', 4), ('d', 1), ('m', 3)],
   'dMdmdMdm': [('dMdm', 2)],
