@@ -26,7 +26,7 @@ class LayerKind(NamedTuple):
   window: int
 
 
-class Run(NamedTuple):
+class LayerRun(NamedTuple):
   """Consecutive layers that one scan runs."""
 
   turn: tuple[LayerKind, ...]  # the layers of one iteration
@@ -55,7 +55,7 @@ def by_depth(parts: Mapping[str, Array], cfg: ModelConfig) -> Array:
 
 
 @functools.lru_cache
-def layer_runs(cfg: ModelConfig) -> tuple[Run, ...]:
+def layer_runs(cfg: ModelConfig) -> tuple[LayerRun, ...]:
   """Cuts the layers of a model into runs, of which the fewest layers have to be compiled."""
   windows = cfg.attention.windows
   return repeated_runs(
@@ -66,14 +66,14 @@ def layer_runs(cfg: ModelConfig) -> tuple[Run, ...]:
   )
 
 
-def repeated_runs(kinds: Sequence[LayerKind]) -> tuple[Run, ...]:
+def repeated_runs(kinds: Sequence[LayerKind]) -> tuple[LayerRun, ...]:
   """Cuts a sequence into runs of equal turns whose turns have the fewest layers in all.
 
   Of cuts that are equal in that, the one with the fewest runs is taken.
   """
   count = len(kinds)
   # By the place where the rest of the sequence begins: layers in turns, number of runs, the runs.
-  best: dict[int, tuple[int, int, tuple[Run, ...]]] = {count: (0, 0, ())}
+  best: dict[int, tuple[int, int, tuple[LayerRun, ...]]] = {count: (0, 0, ())}
   for start in reversed(range(count)):
     candidates = []
     for period in range(1, count - start + 1):
@@ -82,7 +82,7 @@ def repeated_runs(kinds: Sequence[LayerKind]) -> tuple[Run, ...]:
       while tuple(kinds[end : end + period]) == turn:
         end += period
         layers, runs, later = best[end]
-        run = Run(turn, (end - start) // period)
+        run = LayerRun(turn, (end - start) // period)
         candidates.append((layers + period, runs + 1, (run, *later)))
     best[start] = min(candidates, key=lambda candidate: candidate[:2])
   return best[0][2]

@@ -21,7 +21,7 @@ from jax import Array
 
 from moejax.model.config import REMAT_POLICIES, ModelConfig
 from moejax.model.kv_cache import KVCache
-from moejax.model.layer_runs import Run, layer_runs
+from moejax.model.layer_runs import LayerRun, layer_runs
 from moejax.moe.layer import MoEAux
 
 Tree = TypeVar('Tree')
@@ -33,7 +33,7 @@ Caches = dict[str, tuple[KVCache, ...]]
 Body = Callable[[Array, object, int, KVCache | None], tuple[Array, KVCache | None, MoEAux | None]]
 
 
-class RunStack(NamedTuple):
+class LayerStack(NamedTuple):
   """The blocks of one kind: how one of them is run, and all of them."""
 
   body: Body
@@ -49,7 +49,7 @@ class LayersOutput(NamedTuple):
 
 
 def run_layers(
-  x: Array, stacks: Mapping[str, RunStack], *, caches: Caches | None, cfg: ModelConfig
+  x: Array, stacks: Mapping[str, LayerStack], *, caches: Caches | None, cfg: ModelConfig
 ) -> LayersOutput:
   """Runs all layers of a model, one `jax.lax.scan` for each run of `layer_runs`.
 
@@ -92,7 +92,7 @@ def in_turns(layers: Tree, first: int, turns: int, per_turn: int) -> Tree:
 
 
 def scan_run(
-  run: Run,
+  run: LayerRun,
   bodies: Mapping[str, Body],
   x: Array,
   layers: Mapping[str, object],

@@ -21,7 +21,7 @@ from moejax.model.blocks import MTP, DenseBlock, MoEBlock, Route
 from moejax.model.config import REMAT_POLICIES, ModelConfig
 from moejax.model.kv_cache import KVCache, empty_cache
 from moejax.model.layer_runs import layer_runs, stack_layers
-from moejax.model.layer_stack import Caches, RunStack, layer_of, mtp_window, run_layers
+from moejax.model.layer_stack import Caches, LayerStack, layer_of, mtp_window, run_layers
 from moejax.model.layers import Embed, Linear, RMSNorm
 from moejax.moe.layer import MoEAux
 from moejax.moe.selection import Tokens
@@ -141,9 +141,9 @@ class Transformer(nnx.Module):
       return keep_ids(block(x, batch, window, cache, route_of(own)), rows_with_ids)
 
     in_blocks = jax.tree.map(lambda a: a[: sum(cfg.has_experts)], per_layer)
-    stacks = {'blocks': RunStack(moe, (self.blocks, in_blocks))}
+    stacks = {'blocks': LayerStack(moe, (self.blocks, in_blocks))}
     if not all(cfg.has_experts):
-      stacks['dense_blocks'] = RunStack(dense, self.dense_blocks)
+      stacks['dense_blocks'] = LayerStack(dense, self.dense_blocks)
     x, caches, aux = run_layers(x, stacks, caches=cache, cfg=cfg)
     hidden = state = self.norm(x)
     for depth in range(cfg.mtp_depth if cache is None else 0):
