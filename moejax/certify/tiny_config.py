@@ -116,9 +116,10 @@ def rich_config(noisy: bool = False) -> ExperimentConfig:
 def other_config() -> ExperimentConfig:
   """A model with what `rich_config` leaves at its default, wherever the two can differ.
 
-  Tied embeddings, biases of experts, of the router and of projections, sinks, windows, groups of
-  experts, buffers that overflow, two depths of prediction, losses of groups of experts that see
-  what was dispatched, and a last chunk of the loss that is not full.
+  A dense layer after one with experts, tied embeddings, biases of experts, of the router and of
+  projections, sinks, windows, groups of experts, a shared expert of a width of its own, buffers
+  that overflow, two depths of prediction, losses of groups of experts that see what was dispatched,
+  and a last chunk of the loss that is not full.
   """
   base = base_config()
   router = RouterConfig(8, 3, 'sigmoid', num_groups=4, top_groups=2, group_best=1, logit_bias=True)
@@ -142,6 +143,9 @@ def other_config() -> ExperimentConfig:
     activation='clamped_swiglu',
     activation_limit=5.0,
     expert_bias=True,
+    d_shared=6,
+    ffn_pattern=('moe', 'dense'),
+    d_ff=16,
     attention=attention,
     tie_embeddings=True,
     sandwich_norm=True,

@@ -46,6 +46,7 @@ QWEN2_57B_A14B = ModelConfig(
   ),
 )
 
+# With a shared expert that is no multiple of a routed one, which the published sizes have not.
 TINY = ModelConfig(
   vocab_size=96,
   d_model=32,
@@ -57,7 +58,8 @@ TINY = ModelConfig(
   ),
   moe=MoEConfig(
     d_expert=20,
-    num_shared=2,
+    num_shared=1,
+    d_shared=27,
     shared_gate=True,
     router=RouterConfig(num_experts=8, top_k=3, renormalise=False),
   ),
@@ -75,7 +77,6 @@ QWEN2_MOE = Family(
     rope(),
     layer_keys.windows('alternate_first', 4096, switch=True),
     *tables.QWEN_MOE,
-    # The shared experts are one FFN in files; here they are counted in widths of a routed one.
     layer_keys.shared_width(),
   ),
   names=tables.MODEL

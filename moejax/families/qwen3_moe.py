@@ -35,12 +35,13 @@ QWEN3_235B_A22B = ModelConfig(
   moe=MoEConfig(d_expert=1536, router=RouterConfig(num_experts=128, top_k=8)),
 )
 
-# With a dense layer, which the published sizes have not.
+# With layers between that have no experts, which the published sizes have not.
 TINY = ModelConfig(
   vocab_size=96,
   d_model=32,
-  num_layers=3,
+  num_layers=4,
   num_dense_layers=1,
+  ffn_pattern=('moe', 'dense'),
   d_ff=56,
   norm_eps=1e-6,
   attention=AttentionConfig(

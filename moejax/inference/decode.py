@@ -179,7 +179,7 @@ def decoding_batch(tokens_BC: Array, first_B: Array, starts_B: Array, alive_B: A
 
 def cache_length(caches: Caches) -> Array:
   """Returns the slots filled of each row, [B]: all layers are alike."""
-  return caches['blocks'][0].length[0]
+  return caches['layers'][0].length[0]
 
 
 def truncate_cache(cache: KVCache, length_B: Array) -> KVCache:

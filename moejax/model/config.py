@@ -12,6 +12,7 @@ import jax
 
 from moejax.config import above_zero, at_least, check, not_finite, not_one_of, problem_if
 from moejax.model.attention_cores import ATTENTIONS
+from moejax.model.layer_pattern import layers_with_experts, pattern_problem
 from moejax.model.rope import RopeConfig, rotated_width
 from moejax.moe.layer import MoEConfig
 
@@ -205,12 +206,15 @@ REMAT_POLICIES: dict[str, Callable[..., bool]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder: first `num_dense_layers` with a SwiGLU of width `d_ff`, then layers with experts.
+  """A decoder, whose layers have either experts or a SwiGLU of width `d_ff`, see `has_experts`.
 
   vocab_size: 0 takes the tokenizer's.
   d_model: width of the residual stream.
   num_layers: dense ones and those with experts.
   num_dense_layers: of them, the first, that have no experts.
+  ffn_pattern: what the layers after these have, 'moe' or 'dense', the first of them 'moe'; repeated
+    down to the last layer. Layers 1, 3, 5 ... of Qwen's decoder_sparse_step=2 have experts with
+    num_dense_layers=1, ffn_pattern=('moe', 'dense').
   d_ff: hidden width of the FFN of a dense layer.
   norm_eps: what RMSNorm adds to the mean square.
   tie_embeddings: whether the head is the embedding, transposed.
@@ -227,6 +231,7 @@ class ModelConfig:
   d_model: int = 256
   num_layers: int = 4
   num_dense_layers: int = 0
+  ffn_pattern: tuple[str, ...] = ('moe',)
   d_ff: int = 1024
   attention: AttentionConfig = AttentionConfig()
   moe: MoEConfig = MoEConfig()
@@ -255,6 +260,7 @@ class ModelConfig:
         f'num_dense_layers={self.num_dense_layers}: use 0 to num_layers - 1 = '
         f'{self.num_layers - 1}, so that one layer at least has experts',
       ),
+      pattern_problem(self.ffn_pattern, self.num_dense_layers),
       *above_zero(self, 'norm_eps'),
       *at_least(0, self, 'mtp_depth', meaning='the next token only'),
       *(
@@ -267,9 +273,14 @@ class ModelConfig:
     )
 
   @property
+  def has_experts(self) -> tuple[bool, ...]:
+    """Whether each layer has experts, by depth, without the blocks of multi-token prediction."""
+    return layers_with_experts(self.num_layers, self.num_dense_layers, self.ffn_pattern)
+
+  @property
   def num_moe_layers(self) -> int:
     """How many layers have experts, the blocks of multi-token prediction among them."""
-    return self.num_layers - self.num_dense_layers + self.mtp_depth
+    return sum(self.has_experts) + self.mtp_depth
 
   @property
   def stds(self) -> tuple[float, float]:

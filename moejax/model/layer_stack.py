@@ -1,12 +1,18 @@
-"""A stack of layers that are alike, run by one scan: compiled once, whatever their number.
+"""The layers of a model, run by scans: layers that are alike are compiled once, however many.
 
-Attention windows may alternate by layer and are static. So one iteration of the scan, a turn, holds
-as many layers as the windows have a period.
+Layers differ in their blocks, dense or with experts, and in their windows, which are static. The
+model's layers are cut into runs in which these repeat. A run is one scan; one iteration of it, a
+turn, holds as many layers as they have a period. A model of n equal layers is one run of n turns of
+one layer; experts in every second layer are one run of n / 2 turns of two.
 
-Letters: B batch, S sequence, D model, L layers of a stack, p layers in a turn of the scan.
+Parameters are one stack for each kind of block, whatever the runs are: [L, ...] by depth. A run
+that takes a part of a stack takes a copy of it, so that a pattern which does not repeat costs
+memory traffic beside compile time.
+
+Letters: B batch, S sequence, D model, L layers of a stack, n turns of a run, p layers in a turn.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -15,94 +21,129 @@ from jax import Array
 
 from moejax.model.config import REMAT_POLICIES, ModelConfig
 from moejax.model.kv_cache import KVCache
+from moejax.model.layer_runs import LayerRun, layer_runs
 from moejax.moe.layer import MoEAux
 
 Tree = TypeVar('Tree')
 
-# stack of blocks -> a cache for each place in a turn of the scan, of L / p layers; under 'mtp', a
-# cache for each depth
+# 'layers' -> a cache for each place in the turns of all runs, one run after the other, of n layers;
+# 'mtp' -> a cache for each depth
 Caches = dict[str, tuple[KVCache, ...]]
 # (x, a layer, its window, its cache) -> x, the cache, and what the layer gives besides
 Body = Callable[[Array, object, int, KVCache | None], tuple[Array, KVCache | None, MoEAux | None]]
 
 
-class StackOutput(NamedTuple):
-  """What a stack of blocks gives."""
+class LayerStack(NamedTuple):
+  """The blocks of one kind: how one of them is run, and all of them."""
+
+  body: Body
+  layers: object  # whatever `body` takes as a layer, stacked [L, ...]
+
+
+class LayersOutput(NamedTuple):
+  """What the layers of a model give."""
 
   x: Array  # [B, S, D] the residual
-  caches: tuple[KVCache, ...] | None
-  aux: MoEAux | None  # [L, ...]; None of dense blocks
+  caches: Caches | None  # of all layers, without those of multi-token prediction
+  aux: MoEAux  # of the layers with experts, by depth, [L, ...]
 
 
-def run_stack(
-  stack: str, body: Body, x: Array, layers: object, *, caches: Caches | None, cfg: ModelConfig
-) -> StackOutput:
-  """Runs a stack of blocks by `jax.lax.scan`, p layers in a turn, each under the remat policy.
+def run_layers(
+  x: Array, stacks: Mapping[str, LayerStack], *, caches: Caches | None, cfg: ModelConfig
+) -> LayersOutput:
+  """Runs all layers of a model, one `jax.lax.scan` for each run of `layer_runs`.
 
   Args:
-    stack: its name, of `stack_sizes`.
-    body: runs one layer.
     x: [B, S, D], the residual.
-    layers: whatever `body` takes as a layer, stacked [L, ...].
-    caches: of all stacks; None: without.
+    stacks: of `stack_layers`.
+    caches: from `empty_caches`; None: without.
+    cfg: of the model. Each layer runs under its remat policy.
   """
-  windows = turn_windows(stack, cfg)
-  period = len(windows)
+  done = dict.fromkeys(stacks, 0)  # layers of each stack that have run
+  given, taken, auxes = [], 0, []
+  for run in layer_runs(cfg):
+    layers = {}
+    for stack, per_turn in run.layers_per_turn.items():
+      first = done[stack]
+      done[stack] += run.turns * per_turn
+      layers[stack] = in_turns(stacks[stack].layers, first, run.turns, per_turn)
+    run_caches = None
+    if caches:
+      run_caches = caches['layers'][taken : taken + len(run.turn)]
+      taken += len(run.turn)
+    bodies = {stack: stacks[stack].body for stack in layers}
+    x, run_caches, aux = scan_run(run, bodies, x, layers, caches=run_caches, cfg=cfg)
+    given += run_caches or ()
+    auxes += [] if aux is None else [aux]
+  aux = auxes[0] if len(auxes) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
+  return LayersOutput(x, {'layers': tuple(given)} if caches else None, aux)
 
-  def turn(carry: tuple, inputs: tuple) -> tuple[tuple, object]:
+
+def in_turns(layers: Tree, first: int, turns: int, per_turn: int) -> Tree:
+  """Takes layers `first` on of a stack, [L, ...] -> [n, layers in a turn, ...].
+
+  No axis of 1 for one layer in a turn: XLA's CPU backend would copy all parameters, to lay that
+  axis elsewhere.
+  """
+  taken = jax.tree.map(lambda a: a[first : first + turns * per_turn], layers)
+  if per_turn == 1:
+    return taken
+  return jax.tree.map(lambda a: a.reshape(turns, per_turn, *a.shape[1:]), taken)
+
+
+def scan_run(
+  run: LayerRun,
+  bodies: Mapping[str, Body],
+  x: Array,
+  layers: Mapping[str, object],
+  *,
+  caches: tuple[KVCache, ...] | None,
+  cfg: ModelConfig,
+) -> tuple[Array, tuple[KVCache, ...] | None, MoEAux | None]:
+  """Runs the turns of one run; arguments and results are as of `run_layers`, of this run alone."""
+  per_turn = run.layers_per_turn
+
+  def turn(carry: tuple, inputs: tuple) -> tuple[tuple, MoEAux | None]:
     x, turn_caches = carry
     number, turn_layers = inputs
-    outputs = []
-    for i, window in enumerate(windows):
+    outputs, seen = [], dict.fromkeys(per_turn, 0)
+    for i, (stack, window) in enumerate(run.turn):
 
-      def run_layer(x: Array, layer: object, cache: KVCache | None, window: int = window) -> tuple:
+      def run_layer(
+        x: Array,
+        layer: object,
+        cache: KVCache | None,
+        body: Body = bodies[stack],
+        window: int = window,
+      ) -> tuple:
         return body(x, layer, window, cache)
 
       if cfg.remat != 'none':
         run_layer = jax.checkpoint(run_layer, policy=REMAT_POLICIES[cfg.remat])
-      layer = turn_layers if period == 1 else layer_of(turn_layers, i)
+      layer = turn_layers[stack]
+      if per_turn[stack] > 1:
+        layer = layer_of(layer, seen[stack])
+      seen[stack] += 1
       # In turn n the layer of this place is the n-th that its cache holds.
       cache = None if turn_caches is None else turn_caches[i]._replace(layer=number)
       x, cache, output = run_layer(x, layer, cache)
-      outputs.append(output)
+      outputs += [] if output is None else [output]
       if turn_caches is not None:
         turn_caches = (*turn_caches[:i], cache, *turn_caches[i + 1 :])
-    return (x, turn_caches), jax.tree.map(lambda *a: jnp.stack(a), *outputs)
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *outputs) if outputs else None
+    return (x, turn_caches), stacked
 
-  turns, numbers, stack_caches = layers, None, None
-  if period > 1:
-    # No axis of 1 for a period of 1: XLA's CPU backend would copy all parameters, to lay that axis
-    # elsewhere.
-    turns = jax.tree.map(lambda a: a.reshape(-1, period, *a.shape[1:]), layers)
-  if caches:
-    stack_caches, numbers = caches[stack], jnp.arange(stack_sizes(cfg)[stack] // period)
-  (x, stack_caches), aux = jax.lax.scan(
-    turn, (x, stack_caches), (numbers, turns), unroll=max(1, cfg.unroll // period)
+  numbers = None if caches is None else jnp.arange(run.turns)
+  (x, caches), aux = jax.lax.scan(
+    turn, (x, caches), (numbers, layers), unroll=max(1, cfg.unroll // len(run.turn))
   )
-  # [L / p, p, ...] -> [L, ...]
-  return StackOutput(x, stack_caches, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux))
+  # [n, layers with experts in a turn, ...] -> [their number, ...]
+  return x, caches, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux)
 
 
 def layer_of(tree: Tree, index: int) -> Tree:
   """Takes one layer from a tree of stacked arrays, [L, ...] -> [...]."""
   return jax.tree.map(lambda a: a[index], tree)
-
-
-def stack_sizes(cfg: ModelConfig) -> dict[str, int]:
-  """Stack of blocks -> its layers, in the order in which they run."""
-  sizes = {'dense_blocks': cfg.num_dense_layers, 'blocks': cfg.num_layers - cfg.num_dense_layers}
-  return {name: size for name, size in sizes.items() if size}
-
-
-def turn_windows(stack: str, cfg: ModelConfig) -> tuple[int, ...]:
-  """The window of each layer in a turn of the scan.
-
-  A turn is a period of the windows, or the whole stack at once where that does not divide it.
-  """
-  windows, count = cfg.attention.windows, stack_sizes(cfg)[stack]
-  first = cfg.num_dense_layers if stack == 'blocks' else 0  # layer of the model
-  period = len(windows) if count % len(windows) == 0 else count
-  return tuple(windows[(first + i) % len(windows)] for i in range(period))
 
 
 def mtp_window(depth: int, cfg: ModelConfig) -> int:

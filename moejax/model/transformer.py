@@ -1,6 +1,6 @@
-"""The model: embed -> dense blocks -> MoE blocks -> norm -> head.
+"""The model: embed -> blocks, dense or with experts -> norm -> head.
 
-Each kind of block is one stack of parameters, which a scan runs. Beside the head there are blocks
+Each kind of block is one stack of parameters; scans run them. Beside the head there are blocks
 of multi-token prediction (MTP): each takes the hidden state of the one before and the embedding of
 the token ahead, and predicts the token after that (DeepSeek-V3, section 2.2).
 
@@ -20,14 +20,8 @@ from moejax.data.batch import Batch
 from moejax.model.blocks import MTP, DenseBlock, MoEBlock, Route
 from moejax.model.config import REMAT_POLICIES, ModelConfig
 from moejax.model.kv_cache import KVCache, empty_cache
-from moejax.model.layer_stack import (
-  Caches,
-  layer_of,
-  mtp_window,
-  run_stack,
-  stack_sizes,
-  turn_windows,
-)
+from moejax.model.layer_runs import layer_runs, stack_layers
+from moejax.model.layer_stack import Caches, LayerStack, layer_of, mtp_window, run_layers
 from moejax.model.layers import Embed, Linear, RMSNorm
 from moejax.moe.layer import MoEAux
 from moejax.moe.selection import Tokens
@@ -77,10 +71,11 @@ class Transformer(nnx.Module):
     self.cfg = cfg
     self.embed = Embed(keys[0], cfg.vocab_size, cfg.d_model, cfg.init.embed_std or std)
     # Layers that are alike are made by vmap, each from its own key: parameters are [L, ...].
-    if cfg.num_dense_layers:
-      dense_keys = jax.random.split(keys[1], cfg.num_dense_layers)
+    stacks = stack_layers(cfg)
+    if 'dense_blocks' in stacks:
+      dense_keys = jax.random.split(keys[1], len(stacks['dense_blocks']))
       self.dense_blocks = jax.vmap(lambda k: DenseBlock(k, cfg))(dense_keys)
-    block_keys = jax.random.split(keys[2], cfg.num_layers - cfg.num_dense_layers)
+    block_keys = jax.random.split(keys[2], len(stacks['blocks']))
     self.blocks = jax.vmap(lambda k: MoEBlock(k, cfg, scopes, bias_rule))(block_keys)
     self.norm = RMSNorm(keys[3], cfg.d_model, cfg.norm_eps)
     if not cfg.tie_embeddings:
@@ -123,7 +118,7 @@ class Transformer(nnx.Module):
       replayed: [L, B, S, K] i32, `MoEAux.expert_ids` of another run to use again; None: choose.
       rows_with_ids: of how many of the first rows `MoEAux.expert_ids` are kept; None: of all.
     """
-    cfg, caches, mtp_hidden = self.cfg, {}, []
+    cfg, mtp_hidden = self.cfg, []
     if draws is None:
       rows, keys = jnp.arange(batch.tokens.shape[0]), None
     else:
@@ -145,13 +140,11 @@ class Transformer(nnx.Module):
       block, own = layer
       return keep_ids(block(x, batch, window, cache, route_of(own)), rows_with_ids)
 
-    if cfg.num_dense_layers:
-      x, caches['dense_blocks'], _ = run_stack(
-        'dense_blocks', dense, x, self.dense_blocks, caches=cache, cfg=cfg
-      )
-    in_blocks = jax.tree.map(lambda a: a[: cfg.num_layers - cfg.num_dense_layers], per_layer)
-    layers = self.blocks, in_blocks
-    x, caches['blocks'], aux = run_stack('blocks', moe, x, layers, caches=cache, cfg=cfg)
+    in_blocks = jax.tree.map(lambda a: a[: sum(cfg.has_experts)], per_layer)
+    stacks = {'blocks': LayerStack(moe, (self.blocks, in_blocks))}
+    if not all(cfg.has_experts):
+      stacks['dense_blocks'] = LayerStack(dense, self.dense_blocks)
+    x, caches, aux = run_layers(x, stacks, caches=cache, cfg=cfg)
     hidden = state = self.norm(x)
     for depth in range(cfg.mtp_depth if cache is None else 0):
       # Blocks of multi-token prediction are the last of all that is [L, ...].
@@ -161,7 +154,7 @@ class Transformer(nnx.Module):
       state, _, layer_aux = keep_ids(ran, rows_with_ids)
       mtp_hidden.append(state)
       aux = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), aux, layer_aux)
-    return Output(hidden, aux, caches if cache else None, tuple(mtp_hidden))
+    return Output(hidden, aux, caches, tuple(mtp_hidden))
 
   def run_mtp(
     self, depth: int, hidden: Array, ahead: Array, batch: Batch, cache: KVCache | None, route: Route
@@ -241,10 +234,10 @@ def empty_caches(batch: int, length: int, cfg: ModelConfig, depths: int = 0) -> 
       for window in windows
     )
 
-  caches = {}
-  for stack, count in stack_sizes(cfg).items():
-    windows = turn_windows(stack, cfg)
-    caches[stack] = caches_of(count // len(windows), windows)
+  in_layers: list[KVCache] = []
+  for run in layer_runs(cfg):
+    in_layers += caches_of(run.turns, tuple(kind.window for kind in run.turn))
+  caches = {'layers': tuple(in_layers)}
   if depths:
     caches['mtp'] = caches_of(1, tuple(mtp_window(depth, cfg) for depth in range(depths)))
   return caches

@@ -32,12 +32,13 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from moejax.config import check, not_finite, problem_if
 from moejax.config.decimals import decimal_of
 from moejax.model.config import ModelConfig
-from moejax.model.layer_stack import stack_sizes
+from moejax.model.layer_runs import by_depth, stack_layers
 from moejax.model.transformer import Transformer
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import SCORE_FNS, WEIGHTS, RouterConfig, weights_of
@@ -63,7 +64,7 @@ class UpcycleConfig:
 
 def granularity(source: ModelConfig, target: ModelConfig) -> int:
   """Returns g, the number of slices of the dense FFN that routed experts are copies of."""
-  return source.moe.d_expert // target.moe.d_expert - target.moe.num_shared
+  return (source.moe.d_expert - target.moe.shared_width) // target.moe.d_expert
 
 
 def total_weight(cfg: RouterConfig) -> Array:
@@ -99,7 +100,7 @@ def not_dense(cfg: ModelConfig) -> list[str]:
       if getattr(moe, name) != value
     ),
     problem_if(
-      cfg.num_dense_layers and cfg.d_ff != moe.d_expert,
+      not all(cfg.has_experts) and cfg.d_ff != moe.d_expert,
       f'd_ff={cfg.d_ff} in its dense layers is not d_expert={moe.d_expert} in the others: '
       'only FFNs of one width are one',
     ),
@@ -109,16 +110,17 @@ def not_dense(cfg: ModelConfig) -> list[str]:
 def slices_problem(source: ModelConfig, target: ModelConfig) -> str:
   """Says why the dense FFN cannot be cut into the target's experts; '' where it can."""
   moe, width, experts = target.moe, source.moe.d_expert, target.moe.router.num_experts
-  slices, g = width // moe.d_expert, granularity(source, target)
-  if width % moe.d_expert:
+  routed, g = width - moe.shared_width, granularity(source, target)
+  if routed <= 0:
+    return (
+      f'model.moe.num_shared={moe.num_shared}, {moe.shared_width} hidden units, leaves nothing of '
+      f'the {width} that the dense FFN has: use fewer shared experts, or smaller ones'
+    )
+  if routed % moe.d_expert:
+    beside = f', less the {moe.shared_width} of shared experts' if moe.num_shared else ''
     return (
       f'model.moe.d_expert={moe.d_expert} does not divide the {width} hidden units of the dense '
-      'FFN: use a divisor'
-    )
-  if g < 1:
-    return (
-      f'model.moe.num_shared={moe.num_shared} leaves nothing of the {slices} parts of '
-      f'd_expert={moe.d_expert} that the dense FFN has: use fewer shared experts, or smaller ones'
+      f'FFN{beside}: use a divisor'
     )
   return problem_if(
     experts % g,
@@ -140,9 +142,9 @@ def upcycle_problems(source: ModelConfig, target: ModelConfig) -> list[str]:
       f"model.moe.activation={moe.activation!r}: use 'swiglu', as in a dense FFN",
     ),
     problem_if(
-      target.num_dense_layers and target.d_ff != width,
-      f'model.d_ff={target.d_ff}: use {width}, the width of the dense FFN, for '
-      f'num_dense_layers={target.num_dense_layers}',
+      not all(target.has_experts) and target.d_ff != width,
+      f'model.d_ff={target.d_ff}: use {width}, the width of the dense FFN, for the layers '
+      'without experts',
     ),
     slices_problem(source, target),
     problem_if(
@@ -159,7 +161,9 @@ def outcome(source: ModelConfig, target: ModelConfig, cfg: UpcycleConfig) -> str
   """Says in words what `upcycle` does."""
   g, shared = granularity(source, target), target.moe.num_shared
   experts = target.moe.router.num_experts
-  if shared:
+  if target.moe.d_shared:
+    ffn = f'its FFN in {g} parts, beside {target.moe.shared_width} units that are shared'
+  elif shared:
     ffn = f'{g} of {g + shared} parts of its FFN, the rest is shared'
   elif g > 1:
     ffn = f'its FFN in {g} parts'
@@ -180,20 +184,13 @@ def shared_leaves(model: Transformer) -> dict[str, Array]:
 
   Leaves of layers are under the path that they have in a dense block, all layers in one: [L, ...].
   """
-  stacks = []
-  for stack in stack_sizes(model.cfg):
-    # The norms of the second branch have one name before a dense FFN, another before experts.
-    leaves = flatten(getattr(model, stack)).items()
-    stacks.append(
-      {
-        path.replace('moe_', 'ffn_'): leaf
-        for path, leaf in leaves
-        if not path.startswith(('ffn/', 'moe/'))
-      }
-    )
-  layers = {}
-  for path in stacks[0]:
-    layers[path] = jnp.concatenate([stack[path] for stack in stacks])
+  parts: dict[str, dict[str, Array]] = {}  # path -> stack -> leaf
+  for stack in stack_layers(model.cfg):
+    for path, leaf in flatten(getattr(model, stack)).items():
+      if not path.startswith(('ffn/', 'moe/')):
+        # The norms of the second branch have one name before a dense FFN, another before experts.
+        parts.setdefault(path.replace('moe_', 'ffn_'), {})[stack] = leaf
+  layers = {path: by_depth(stacks, model.cfg) for path, stacks in parts.items()}
   return layers | {'embed/table': model.embed.table[...], 'norm/scale': model.norm.scale[...]}
 
 
@@ -204,12 +201,11 @@ def ffn_weights(model: Transformer) -> dict[str, Array]:
   """
   experts = {name: getattr(model.blocks.moe.experts, name)[...][:, 0] for name in FFN}
   experts['down'] = total_weight(model.cfg.moe.router) * experts['down']
-  if not model.cfg.num_dense_layers:
-    return experts
-  return {
-    name: jnp.concatenate([getattr(model.dense_blocks.ffn, name)[...], experts[name]])
-    for name in FFN
-  }
+  stacks = {name: {'blocks': experts[name]} for name in FFN}
+  if not all(model.cfg.has_experts):
+    for name in FFN:
+      stacks[name]['dense_blocks'] = getattr(model.dense_blocks.ffn, name)[...]
+  return {name: by_depth(parts, model.cfg) for name, parts in stacks.items()}
 
 
 def upcycle(source: Transformer, fresh: Transformer, cfg: UpcycleConfig, key: Array) -> Transformer:
@@ -218,7 +214,7 @@ def upcycle(source: Transformer, fresh: Transformer, cfg: UpcycleConfig, key: Ar
   `not_dense` and `upcycle_problems` must have found nothing. Routers stay as they are, but for
   equal columns within a copy, and so do blocks of multi-token prediction.
   """
-  first, moe = fresh.cfg.num_dense_layers, fresh.cfg.moe  # first: layer with experts
+  moe, has_experts = fresh.cfg.moe, np.array(fresh.cfg.has_experts)
   leaves, ffn = shared_leaves(source), ffn_weights(source)
   g = granularity(source.cfg, fresh.cfg)
   made = {
@@ -229,9 +225,9 @@ def upcycle(source: Transformer, fresh: Transformer, cfg: UpcycleConfig, key: Ar
   }
   layers = leaves | {f'ffn/{name}': leaf for name, leaf in ffn.items()}
   for path, leaf in layers.items():
-    made[f'dense_blocks/{path}'] = leaf[:first]
-    made[f'blocks/{path.replace("ffn_", "moe_")}'] = leaf[first:]
-  in_blocks = {name: leaf[first:] for name, leaf in ffn.items()}
+    made[f'dense_blocks/{path}'] = leaf[~has_experts]
+    made[f'blocks/{path.replace("ffn_", "moe_")}'] = leaf[has_experts]
+  in_blocks = {name: leaf[has_experts] for name, leaf in ffn.items()}
   made |= moe_layers(in_blocks, moe, cfg.drop, key)
   # One column of each copy, for all of its experts: they tie, and are chosen together.
   made['blocks/moe/router'] = jnp.repeat(fresh.blocks.moe.router[...][..., ::g], g, axis=-1)
@@ -257,7 +253,7 @@ def moe_layers(
   """
   # By hidden unit, as the rows of all three matrices: [L, F, D].
   units = {name: leaf if name == 'down' else leaf.swapaxes(1, 2) for name, leaf in weights.items()}
-  first, layers = cfg.num_shared * cfg.d_expert, len(units['down'])
+  first, layers = cfg.shared_width, len(units['down'])
   shared = {name: leaf[:, :first] for name, leaf in units.items()}
   slices = {
     name: leaf[:, first:].reshape(layers, -1, cfg.d_expert, leaf.shape[-1])

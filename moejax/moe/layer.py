@@ -40,7 +40,8 @@ class MoEConfig:
   """The switches of an MoE layer besides those of its router and dispatcher.
 
   d_expert: hidden width of a routed expert.
-  num_shared: how many shared experts of that width see every token.
+  num_shared: how many shared experts see every token.
+  d_shared: hidden width of a shared expert; 0: that of a routed one, `d_expert`.
   shared_gate: the shared experts' output is multiplied by the sigmoid of a learnt projection of x
     (Qwen2-MoE).
   activation, expert_bias: of the routed experts.
@@ -51,6 +52,7 @@ class MoEConfig:
   dispatch: DispatchConfig = DispatchConfig()
   d_expert: int = 512
   num_shared: int = 0
+  d_shared: int = 0
   shared_gate: bool = False
   activation: str = 'swiglu'
   activation_limit: float = 7.0
@@ -61,9 +63,11 @@ class MoEConfig:
     check(
       *at_least(1, self, 'd_expert'),
       *at_least(0, self, 'num_shared', meaning='no shared expert'),
-      problem_if(
-        self.shared_gate and not self.num_shared,
-        'shared_gate=True with num_shared=0: use 1 or more',
+      *at_least(0, self, 'd_shared', meaning='d_expert'),
+      *(
+        f'{name}={getattr(self, name)} with num_shared=0: use num_shared=1 or more'
+        for name in ('d_shared', 'shared_gate')
+        if getattr(self, name) and not self.num_shared
       ),
       not_one_of('activation', self.activation, ACTIVATIONS),
       problem_if(
@@ -76,6 +80,11 @@ class MoEConfig:
         "selection='expert_choice' has already filled: use capacity_factor=0",
       ),
     )
+
+  @property
+  def shared_width(self) -> int:
+    """The hidden units of all shared experts together; 0 without one."""
+    return self.num_shared * (self.d_shared or self.d_expert)
 
 
 def causality(cfg: MoEConfig) -> list[str]:
@@ -147,7 +156,6 @@ class MoE(nnx.Module):
   ) -> None:
     check(*layer_problems(cfg, scopes, bias_rule))
     self.cfg, self.scopes, self.bias_rule = cfg, frozendict(scopes), bias_rule
-    out_std = out_std or std
     num_experts = cfg.router.num_experts
     router_key, experts_key, shared_key = jax.random.split(key, 3)
     self.router = param(router_key, (d_model, num_experts), ('embed', ''), normal_init(std))
@@ -158,18 +166,13 @@ class MoE(nnx.Module):
       self.noise = param(router_key, (d_model, num_experts), ('embed', ''), normal_init(0.0))
     if cfg.router.logit_bias:
       self.router_logit_bias = param(key, (num_experts,), ('norm',), constant_init(0.0))
+    stds = {'std': std, 'out_std': out_std or std}
     self.experts = Experts(
-      experts_key,
-      num_experts,
-      d_model,
-      cfg.d_expert,
-      std=std,
-      out_std=out_std,
-      bias=cfg.expert_bias,
+      experts_key, num_experts, d_model, cfg.d_expert, bias=cfg.expert_bias, **stds
     )
     if cfg.num_shared:
       # One SwiGLU as wide as all shared experts side by side gives the sum of their outputs.
-      self.shared = SwiGLU(shared_key, d_model, cfg.num_shared * cfg.d_expert, std, out_std)
+      self.shared = SwiGLU(shared_key, d_model, cfg.shared_width, **stds)
     if cfg.shared_gate:
       gate_key = jax.random.fold_in(key, 3)
       self.shared_gate = param(gate_key, (d_model, 1), ('embed', ''), normal_init(std))

@@ -57,7 +57,8 @@ class ParameterShape(NamedTuple):
 
   size: int  # numbers
   axes: tuple[str, ...]  # the logical axis of each dimension
-  is_stacked: bool  # its first axis is the layer
+  stack: str  # of the layers that its first axis is of; '' of a parameter that is in no layer
+  layers: int  # in that stack; 1 in none
 
 
 class ModelShapes(NamedTuple):
@@ -75,10 +76,13 @@ def model_shapes(cfg: ExperimentConfig) -> ModelShapes:
   """Returns the shapes of the model of a config; nothing is allocated."""
   model = state_shapes(cfg).model
   parameters = []
-  for leaf in jax.tree.leaves(model, is_leaf=is_param):
+  for path, leaf in jax.tree.leaves_with_path(model, is_leaf=is_param):
     if is_param(leaf):
-      axes = param_axes(leaf)
-      parameters.append(ParameterShape(math.prod(leaf.shape), axes, axes[0] == 'layer'))
+      axes, size = param_axes(leaf), math.prod(leaf.shape)
+      stack, layers = '', 1
+      if axes[0] == 'layer':
+        stack, layers = jax.tree_util.keystr(path[:1], simple=True), leaf.shape[0]
+      parameters.append(ParameterShape(size, axes, stack, layers))
   return ModelShapes(model, tuple(parameters))
 
 
@@ -161,7 +165,7 @@ def saved_activation_bytes(
   """Returns the bytes that the forward pass of one micro-batch keeps for the backward pass."""
   model, mesh, tokens = cfg.model, cfg.mesh, tokens_per_device(cfg, cfg.mesh)
   attention, latent, moe = model.attention, model.attention.latent, model.moe
-  layers = model.num_layers + model.mtp_depth
+  layers, moe_layers = model.num_layers + model.mtp_depth, model.num_moe_layers
   residual = tokens * model.d_model
   if model.remat == 'full':  # the input of each layer, and nothing in it
     return layers * residual * itemsize_of(cfg)
@@ -170,19 +174,19 @@ def saved_activation_bytes(
     low_rank, d_rope = latent.kv_rank + latent.q_rank, latent.d_rope
   head_width = HEAD_ARRAYS * attention.d_head + ROTARY_ARRAYS * d_rope
   heads = attention.num_heads * head_width / mesh.tensor
-  shared = FFN_ARRAYS * moe.num_shared * moe.d_expert / mesh.tensor
-  dots = tokens * (heads + low_rank + shared + model.d_model)
-  dense = tokens * FFN_ARRAYS * model.d_ff / mesh.tensor * model.num_dense_layers
+  ffn_units = moe_layers * moe.shared_width + (layers - moe_layers) * model.d_ff
+  dots = tokens * layers * (heads + low_rank + model.d_model)
+  dots += tokens * FFN_ARRAYS * ffn_units / mesh.tensor
   if model.remat == 'dots':  # routed experts are ragged products, which this policy does not keep
-    return (layers * (residual + dots) + dense) * itemsize_of(cfg)
+    return (layers * residual + dots) * itemsize_of(cfg)
   scores = hidden = 0.0
   if topology.compiler == 'cpu':
     scores = ATTENTION_SCORES * tokens * cfg.seq_len * attention.num_heads / mesh.tensor
   if topology.compiler != 'tpu':  # the windows of TPUs are computed anew in the backward pass
     hidden = exchange.copies * FFN_ARRAYS * moe.d_expert / mesh.tensor
-  experts = exchange.room * model.d_model + hidden + RESIDUAL_ARRAYS * residual
-  layer = residual + DOT_COPIES * dots + scores + experts
-  return (layers * layer + DOT_COPIES * dense) * itemsize_of(cfg)
+  layer = residual + scores + RESIDUAL_ARRAYS * residual
+  experts = moe_layers * (exchange.room * model.d_model + hidden)
+  return (layers * layer + experts + DOT_COPIES * dots) * itemsize_of(cfg)
 
 
 def peak_temporary_bytes(
@@ -219,13 +223,14 @@ def peak_temporary_bytes(
 
 
 def gathered_layer_size(cfg: ExperimentConfig, shapes: ModelShapes) -> float:
-  """Returns the numbers of an average layer's weights on a device, once gathered over fsdp."""
-  sizes = [
-    each.size / shards(cfg.mesh, each.axes, ('fsdp',))
-    for each in shapes.parameters
-    if each.is_stacked
-  ]
-  return sum(sizes) / (cfg.model.num_layers + cfg.model.mtp_depth)
+  """Returns the numbers of the largest layer's weights on a device, once gathered over fsdp."""
+  sizes: dict[str, float] = {}
+  for each in shapes.parameters:
+    if each.stack:
+      size = each.size / each.layers / shards(cfg.mesh, each.axes, ('fsdp',))
+      sizes.setdefault(each.stack, 0.0)
+      sizes[each.stack] += size
+  return max(sizes.values())
 
 
 def memory_by_kind(

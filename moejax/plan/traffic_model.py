@@ -22,7 +22,7 @@ TENSOR_SUMS = 2  # a layer: after attention, and after the FFN
 
 # Reads and writes in one pass of a block, of numbers.
 COPY_WIDE_ACCESSES = 6  # [copies, D]
-COPY_HIDDEN_ACCESSES = 8  # [copies, F]
+COPY_HIDDEN_ACCESSES = 8  # [copies, F], and of a layer without experts [T, F]
 ROOM_ACCESSES = 4  # [room, D]
 TOKEN_ACCESSES = 20  # [T, D]
 WEIGHT_ACCESSES = 3  # the weights, gathered over fsdp
@@ -49,7 +49,7 @@ def estimated_collectives(
     # Every pass gathers the weights; the gradients are scattered once.
     'fsdp': (gathered - own) * itemsize * (passes + 1),
     'data': ALL_REDUCE_SENDS * own * FLOAT32_BYTES * (mesh.data - 1) / mesh.data,
-    'expert': exchange_sizes(cfg, mesh, topology).sent * layers * passes,
+    'expert': exchange_sizes(cfg, mesh, topology).sent * model.num_moe_layers * passes,
     'tensor': ALL_REDUCE_SENDS * activations * tensor_sums * (mesh.tensor - 1) / mesh.tensor,
   }
   return [
@@ -68,12 +68,13 @@ def memory_traffic(cfg: ExperimentConfig, shapes: ModelShapes, topology: Topolog
   # A backward pass counts as two forward passes; remat runs one more.
   passes = 3 if model.remat == 'none' else 4
   layers, tokens = model.num_layers + model.mtp_depth, tokens_per_device(cfg, mesh)
-  exchange = exchange_sizes(cfg, mesh, topology)
+  exchange, moe_layers = exchange_sizes(cfg, mesh, topology), model.num_moe_layers
   hidden = COPY_HIDDEN_ACCESSES * model.moe.d_expert / mesh.tensor
   copies = exchange.copies * (COPY_WIDE_ACCESSES * model.d_model + hidden)
-  rows = (exchange.room * ROOM_ACCESSES + tokens * TOKEN_ACCESSES) * model.d_model
-  block = copies + rows
+  experts = moe_layers * (copies + exchange.room * ROOM_ACCESSES * model.d_model)
+  dense = (layers - moe_layers) * tokens * COPY_HIDDEN_ACCESSES * model.d_ff / mesh.tensor
+  blocks = layers * tokens * TOKEN_ACCESSES * model.d_model + experts + dense
   weights = WEIGHT_ACCESSES * shapes.count(mesh, 'fsdp')
   own = shapes.count(mesh)
-  micro_batch = passes * itemsize_of(cfg) * (layers * block + weights) + MICRO_BATCH_BYTES * own
+  micro_batch = passes * itemsize_of(cfg) * (blocks + weights) + MICRO_BATCH_BYTES * own
   return cfg.micro_batches * micro_batch + OPTIMIZER_BYTES * own

@@ -124,6 +124,10 @@ FAMILIES = {
     BASE
     | HEAD_DIM
     | {
+      # Experts in layers 3 and 5 alone: every second layer would have them, but for layer 1.
+      'num_hidden_layers': 6,
+      'decoder_sparse_step': 2,
+      'mlp_only_layers': [1],
       'intermediate_size': 36,
       'moe_intermediate_size': 10,
       'num_experts': 6,
@@ -266,7 +270,7 @@ FAMILIES = {
     | {
       'intermediate_size': 36,
       'moe_intermediate_size': 10,
-      'shared_expert_intermediate_size': 20,
+      'shared_expert_intermediate_size': 13,  # no multiple of a routed expert's
       'num_experts': 6,
       'num_experts_per_tok': 2,
       'norm_topk_prob': False,

@@ -73,8 +73,9 @@ KINDS = {
   ),
   'latent': dataclasses.replace(
     BASE,
-    num_layers=3,
+    num_layers=4,
     num_dense_layers=1,
+    ffn_pattern=('moe', 'dense'),
     mtp_depth=2,
     attention=AttentionConfig(
       2,
@@ -84,7 +85,9 @@ KINDS = {
       windows=(3, 0),
       latent=LatentConfig(6, 10, 4, 8),
     ),
-    moe=MoEConfig(RouterConfig(E, 2, 'sigmoid', num_groups=2, scale=2.5), d_expert=8, num_shared=1),
+    moe=MoEConfig(
+      RouterConfig(E, 2, 'sigmoid', num_groups=2, scale=2.5), d_expert=8, num_shared=1, d_shared=6
+    ),
   ),
 }
 # Every selection that is causal and does not look at scores alone.

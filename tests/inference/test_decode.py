@@ -123,7 +123,7 @@ def test_a_step_leaves_what_it_was_given(kind: str) -> None:
 
     given, left = jax.eval_shape(both, model, biases(cfg))
     assert given == left and given.chunk.shape == (2, 1 + depths)
-    assert given.caches['blocks'][0].entries[0].dtype == given.hidden.dtype == jnp.bfloat16
+    assert given.caches['layers'][0].entries[0].dtype == given.hidden.dtype == jnp.bfloat16
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Layers that a scan runs: the same as a loop, with windows that alternate, and under remat."""
+"""Layers that scans run: the same as a loop, dense ones between, with windows, and under remat."""
 
 import dataclasses
 import functools
@@ -13,7 +13,6 @@ from moejax.model.config import (
   REMAT_POLICIES,
   ModelConfig,
 )
-from moejax.model.layer_stack import turn_windows
 from moejax.model.transformer import Transformer, empty_caches
 from moejax.moe.selection import Tokens
 from tests.model.transformer_cases import (
@@ -25,58 +24,54 @@ from tests.model.transformer_cases import (
   B,
   biases,
   differentiate,
-  forward,
   model_of,
   output_of,
   replace,
 )
 from tests.support.quick import QUICK
 
+# Layers with experts on both sides of a dense one.
+IRREGULAR = replace(num_layers=4, num_dense_layers=0, ffn_pattern=('moe', 'dense', 'moe', 'moe'))
+# Windows that alternate from the dense layer on: two turns of two layers, and one layer more.
+WINDOWED = replace(
+  num_layers=6, attention=dataclasses.replace(CONFIG.attention, windows=(2, 0)), unroll=4
+)
 
-def test_scan_is_a_loop_over_the_layers() -> None:
-  model, cfg = model_of(CONFIG), CONFIG
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
-  def loop(model: Transformer) -> tuple[jax.Array, list[jax.Array]]:
-    x, loads = model.embed(TOKENS, jnp.float32), []
-    for i in range(cfg.num_dense_layers):
-      x, _ = jax.tree.map(lambda a, i=i: a[i], model.dense_blocks)(x, BATCH, 0, None)
-    for i in range(cfg.num_moe_layers):
+@functools.partial(jax.jit, static_argnums=2, compiler_options=QUICK)
+def loop(
+  model: Transformer, router: jax.Array, windows: tuple[int, ...]
+) -> tuple[jax.Array, list[jax.Array]]:
+  """The hidden states after the final norm, and the load of each layer with experts."""
+  x, loads, dense = model.embed(TOKENS, jnp.float32), [], 0
+  for layer, has_experts in enumerate(model.cfg.has_experts):
+    window = windows[layer % len(windows)]
+    if has_experts:
+      i = len(loads)
       block = jax.tree.map(lambda a, i=i: a[i], model.blocks)
       tokens = Tokens(TOKENS, REAL, SEGMENTS, jnp.arange(B))
-      x, _, aux = block(x, BATCH, 0, None, Route(biases(cfg)[i], tokens, None))
+      x, _, aux = block(x, BATCH, window, None, Route(router[i], tokens, None))
       loads.append(aux.load)
-    return model.norm(x), loads
+    else:
+      x, _ = jax.tree.map(lambda a, i=dense: a[i], model.dense_blocks)(x, BATCH, window, None)
+      dense += 1
+  return model.norm(x), loads
 
-  hidden, loads = loop(model)
+
+@pytest.mark.parametrize(
+  'cfg',
+  [CONFIG, *(pytest.param(cfg, marks=pytest.mark.slow) for cfg in (IRREGULAR, WINDOWED))],
+  ids=['dense first', 'dense between', 'windows'],
+)
+def test_scans_are_a_loop_over_the_layers(cfg: ModelConfig) -> None:
+  hidden, loads = loop(model_of(cfg), biases(cfg), cfg.attention.windows)
   np.testing.assert_allclose(hidden, output_of(cfg).hidden, rtol=1e-5, atol=1e-5)
   np.testing.assert_array_equal(loads, output_of(cfg).aux.load)
-  np.testing.assert_allclose(output_of(replace(unroll=2)).hidden, hidden, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_windows_alternate_by_layer_whatever_a_turn_of_the_scan_holds() -> None:
-  """The period divides the stack (a turn of two layers), or does not (one turn of all).
-
-  It starts in the dense stack.
-  """
-
-  def windowed(windows: tuple[int, ...], layers: int) -> ModelConfig:
-    attention = dataclasses.replace(CONFIG.attention, windows=windows)
-    return replace(num_layers=layers, attention=attention)
-
-  for layers, want in ((5, (2, 1)), (4, (2, 1, 2))):
-    assert turn_windows('dense_blocks', windowed((1, 2), layers)) == (1,)
-    assert turn_windows('blocks', windowed((1, 2), layers)) == want
-  model, hidden = model_of(CONFIG), {}
-  for windows in ((2, 0), (2, 0, 2), (0, 2), (0,)):
-    cfg = windowed(windows, 3)
-    this = jax.tree.unflatten(jax.tree.structure(model_of(cfg)), jax.tree.leaves(model))
-    hidden[windows] = np.asarray(forward(this, BATCH, biases(cfg)).hidden)
-  # Two turns' worth, and one turn.
-  np.testing.assert_allclose(hidden[2, 0], hidden[2, 0, 2], rtol=1e-5, atol=1e-5)
-  for windows in ((0, 2), (0,)):
-    assert np.abs(hidden[windows] - hidden[2, 0])[REAL].max() > 1e-3
+def test_unrolling_changes_nothing() -> None:
+  unrolled = output_of(replace(unroll=2))
+  np.testing.assert_allclose(unrolled.hidden, output_of(CONFIG).hidden, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -100,9 +95,8 @@ def test_remat_recomputes() -> None:
 
 def test_caches_have_room_for_each_layer_in_the_compute_dtype() -> None:
   caches = jax.eval_shape(lambda: empty_caches(B, 5, replace(dtype='bfloat16')))
-  assert {name: [cache.entries[0].shape for cache in turn] for name, turn in caches.items()} == {
-    'dense_blocks': [(1, B, 1, 5, 8)],
-    'blocks': [(2, B, 1, 5, 8)],
-  }
-  assert caches['blocks'][0].entries[1].dtype == jnp.bfloat16
-  assert set(jax.eval_shape(lambda: empty_caches(B, 5, replace(num_dense_layers=0)))) == {'blocks'}
+  assert set(caches) == {'layers'}
+  # A run of the dense layer, and one of the two others.
+  shapes = [cache.entries[0].shape for cache in caches['layers']]
+  assert shapes == [(1, B, 1, 5, 8), (2, B, 1, 5, 8)]
+  assert caches['layers'][0].entries[1].dtype == jnp.bfloat16

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -73,12 +74,21 @@ def oracle_model(model: Transformer, cfg: ModelConfig) -> tuple[list[np.ndarray]
   def post(y: np.ndarray, this: object) -> np.ndarray:
     return norm(y, this) if cfg.sandwich_norm else y
 
-  def layers(stack: object, count: int) -> list[object]:
-    return [jax.tree.map(lambda a, i=i: a[i], stack) for i in range(count)]
+  def layers(name: str) -> Iterator[object]:
+    stack = getattr(model, name, None)
+    count = len(jax.tree.leaves(stack)[0]) if stack else 0
+    return iter([jax.tree.map(lambda a, i=i: a[i], stack) for i in range(count)])
 
   def attended(x: np.ndarray, block: object) -> np.ndarray:
     y = oracle_attention(block.attention, norm(x, block.attention_norm), cfg.attention)
     return x + post(y, block.attention_post_norm)
+
+  def dense(x: np.ndarray, block: object) -> np.ndarray:
+    x = attended(x, block)
+    tokens = norm(x, block.ffn_norm).reshape(B * S, D)
+    ffn = w64(block.ffn, 'gate', 'up', 'down')
+    y = np.stack([oracle.swiglu(t, *ffn) for t in tokens]).reshape(x.shape)
+    return x + post(y, block.ffn_post_norm)
 
   def moe(x: np.ndarray, block: object, bias: np.ndarray) -> np.ndarray:
     x = attended(x, block)
@@ -88,16 +98,15 @@ def oracle_model(model: Transformer, cfg: ModelConfig) -> tuple[list[np.ndarray]
 
   x, loads = w64(model.embed, 'table')[0][TOKENS], []
   embedded, bias = x, list(biases(cfg))
-  for block in layers(model.dense_blocks, cfg.num_dense_layers) if cfg.num_dense_layers else []:
-    x = attended(x, block)
-    tokens = norm(x, block.ffn_norm).reshape(B * S, D)
-    ffn = w64(block.ffn, 'gate', 'up', 'down')
-    y = np.stack([oracle.swiglu(t, *ffn) for t in tokens]).reshape(x.shape)
-    x = x + post(y, block.ffn_post_norm)
-  for block in layers(model.blocks, cfg.num_layers - cfg.num_dense_layers):
-    x = moe(x, block, bias.pop(0))
+  with_experts, without = layers('blocks'), layers('dense_blocks')
+  for layer in range(cfg.num_layers):
+    after = layer - cfg.num_dense_layers
+    if after >= 0 and cfg.ffn_pattern[after % len(cfg.ffn_pattern)] == 'moe':
+      x = moe(x, next(with_experts), bias.pop(0))
+    else:
+      x = dense(x, next(without))
   states = [norm(x, model.norm)]
-  for depth, mtp in enumerate(layers(model.mtp, cfg.mtp_depth) if cfg.mtp_depth else [], 1):
+  for depth, mtp in enumerate(layers('mtp'), 1):
     ahead = np.zeros_like(embedded)
     for b, s in np.ndindex(B, S - depth):
       if SEGMENTS[b, s] == SEGMENTS[b, s + depth]:

@@ -136,15 +136,15 @@ def test_all_experts_with_equal_weights_give_the_dense_logits(experts: int, g: i
 TIED = dataclasses.replace(
   SOURCE,
   tie_embeddings=True,
-  num_dense_layers=1,
+  ffn_pattern=('moe', 'dense'),
   moe=dataclasses.replace(SOURCE.moe, router=RouterConfig(1, 1, scale=2.0)),
 )
 
 
 def test_whole_copies_give_the_dense_logits_whatever_the_router_says() -> None:
-  """Beside a dense layer, of which the source has none."""
+  """Before a dense layer, of which the source has none."""
   groups = RouterConfig(8, 4, score_fn='sigmoid', scale=2.5, num_groups=2)
-  cfg = target(groups, 4, num_dense_layers=1)
+  cfg = target(groups, 4, ffn_pattern=('moe', 'dense'))
   router = made(cfg).blocks.moe.router[...]
   assert np.ptp(router[..., :4], axis=-1).max() == np.ptp(router[..., 4:], axis=-1).max() == 0
   assert np.ptp(router, axis=-1).min() > 0
@@ -153,9 +153,13 @@ def test_whole_copies_give_the_dense_logits_whatever_the_router_says() -> None:
 
 
 def test_shared_experts_dense_layers_and_other_heads_give_the_dense_logits() -> None:
-  """From a tied model with a dense block and a scaled expert, to an untied one without."""
+  """From a tied model whose last block is dense, with a scaled expert, to one whose first is.
+
+  The shared expert has 7 of 16 hidden units, and three slices the rest.
+  """
   router = RouterConfig(6, 3, scale=3.0)
-  assert_dense(target(router, 4, num_shared=1, shared_gate=True, mtp_depth=1), TIED)
+  shared = {'num_shared': 1, 'd_shared': 7, 'shared_gate': True}
+  assert_dense(target(router, 3, **shared, num_dense_layers=1, mtp_depth=1), TIED)
 
 
 def loss(model: Transformer) -> jax.Array:

@@ -60,8 +60,16 @@ E8 = RouterConfig(8, 2)
   [
     (target(E8, 6), 'model.moe.d_expert=6 does not divide the 16 hidden units'),
     (target(E8, 32), 'model.moe.d_expert=32 does not divide the 16 hidden units'),
-    (target(E8, 8, num_shared=2), 'model.moe.num_shared=2 leaves nothing of the 2 parts'),
+    (
+      target(E8, 8, num_shared=2),
+      'model.moe.num_shared=2, 16 hidden units, leaves nothing of the 16',
+    ),
     (target(E8, 4, num_shared=1), 'model.moe.router.num_experts=8: use a multiple of 3'),
+    (
+      target(E8, 4, num_shared=1, d_shared=7),
+      'model.moe.d_expert=4 does not divide the 16 hidden units of the dense FFN, less the 7 of '
+      'shared experts: use a divisor',
+    ),
     (target(E8, 8, num_dense_layers=1, d_ff=20), 'model.d_ff=20: use 16'),
     (target(E8, 8, tie_embeddings=True), 'model.tie_embeddings=True: use False'),
     (
@@ -96,6 +104,11 @@ def test_what_was_done_is_said() -> None:
     '6 experts are 2 copies of 3 of 4 parts of its FFN, the rest is shared; '
     '50% of their units are drawn anew; '
     'routers and multi-token prediction begin at random'
+  )
+  odd = outcome(SOURCE, target(RouterConfig(6, 3), 3, num_shared=1, d_shared=7), UpcycleConfig())
+  assert odd == (
+    '6 experts are 2 copies of its FFN in 3 parts, beside 7 units that are shared; '
+    'routers begin at random'
   )
   plain = outcome(SOURCE, target(E8, F), UpcycleConfig())
   halves = outcome(SOURCE, target(E8, F // 2), UpcycleConfig())

@@ -30,6 +30,8 @@ CONFIG = ModelConfig(
   attention=AttentionConfig(num_heads=2, num_kv_heads=1, d_head=8),
   moe=MoEConfig(RouterConfig(E, 2), DispatchConfig('dense_matmul'), d_expert=8, num_shared=1),
 )
+# Its one shared expert has a width of its own.
+ODD_SHARED = dataclasses.replace(CONFIG.moe, d_shared=11)
 # A token each, so that a row of the table is one place; row 0 ends in padding, row 1 begins in it.
 TOKENS = RNG(0).permutation(V)[: B * S].reshape(B, S).astype(np.int32)
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 0, 0], [0, 1, 1, 1, 1, 2, 3, 3]], np.int32)
@@ -43,6 +45,10 @@ def replace(**changes: object) -> ModelConfig:
   return dataclasses.replace(CONFIG, **changes)
 
 
+# Two turns of a dense layer and one with experts, after a run of one dense layer.
+INTERLEAVED = replace(
+  num_layers=5, num_dense_layers=2, ffn_pattern=('moe', 'dense'), moe=ODD_SHARED, mtp_depth=1
+)
 # A set of twice as many rows, and documents.
 SCOPES = frozendict(global_batch=Scope(2 * B), sequence=Scope())
 SHAPES = {
@@ -51,6 +57,7 @@ SHAPES = {
   'one with experts, tied': replace(num_dense_layers=2, tie_embeddings=True),
   'sandwich norm': replace(sandwich_norm=True),
   'three tokens predicted': replace(mtp_depth=2),
+  'experts between dense layers': INTERLEAVED,
 }
 
 

@@ -26,10 +26,16 @@ def target(
   d_expert: int,
   num_shared: int = 0,
   shared_gate: bool = False,
+  d_shared: int = 0,
   **changes: object,
 ) -> ModelConfig:
   """SOURCE with these experts, and with other values of further fields."""
   moe = dataclasses.replace(
-    SOURCE.moe, router=router, d_expert=d_expert, num_shared=num_shared, shared_gate=shared_gate
+    SOURCE.moe,
+    router=router,
+    d_expert=d_expert,
+    num_shared=num_shared,
+    d_shared=d_shared,
+    shared_gate=shared_gate,
   )
   return dataclasses.replace(SOURCE, moe=moe, **changes)

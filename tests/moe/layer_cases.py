@@ -83,6 +83,7 @@ QWEN2 = MoEConfig(
   DispatchConfig('dense_matmul'),
   F,
   num_shared=2,
+  d_shared=3,
   shared_gate=True,
 )
 

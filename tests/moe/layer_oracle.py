@@ -83,9 +83,9 @@ def oracle_layer(
       room,
       cfg.dispatch.drop_by,
     )
-  shared = []
+  shared, width = [], cfg.d_shared or F
   for i in range(cfg.num_shared):  # one wide SwiGLU is as many experts side by side
-    part = slice(i * F, (i + 1) * F)
+    part = slice(i * width, (i + 1) * width)
     shared.append((p['shared.gate'][:, part], p['shared.up'][:, part], p['shared.down'][part]))
   kinds = ('', '_bias') if cfg.expert_bias else ('',)
   experts = [p[f'experts.{name}{kind}'] for kind in kinds for name in ('gate', 'up', 'down')]

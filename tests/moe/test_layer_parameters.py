@@ -77,7 +77,11 @@ def test_how_parameters_start_and_where_they_lie() -> None:
   ('fields', 'problems'),
   [
     ({'d_expert': 0, 'num_shared': -1}, ['d_expert=0', 'num_shared=-1']),
-    ({'shared_gate': True}, ['shared_gate=True with num_shared=0']),
+    (
+      {'shared_gate': True, 'd_shared': 8},
+      ['d_shared=8 with num_shared=0', 'shared_gate=True with num_shared=0'],
+    ),
+    ({'num_shared': 1, 'd_shared': -8}, ['d_shared=-8']),
     ({'activation': 'relu'}, ["activation='relu' is not one of ['clamped_swiglu', 'swiglu']"]),
     ({'activation': 'clamped_swiglu', 'activation_limit': 0.0}, ['activation_limit=0.0']),
   ],

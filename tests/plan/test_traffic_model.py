@@ -1,9 +1,12 @@
 """The estimate of what a step sends and moves: sums done by hand, and what more work adds."""
 
+import dataclasses
+
 import pytest
 
 from moejax.plan.memory_model import model_shapes, tokens_per_device
 from moejax.plan.traffic_model import estimated_collectives, memory_traffic
+from moejax.sharding.mesh import MeshConfig
 from tests.plan.eight_devices import CONFIG, changed, eight_chips
 
 
@@ -24,6 +27,17 @@ def test_two_sums_a_layer_go_over_tensor() -> None:
   activations = tokens_per_device(cfg, cfg.mesh) * cfg.model.d_model * 4
   sums = 2 * cfg.model.num_layers * 2  # forward and backward
   assert over_tensor.bytes == pytest.approx(2 * activations / 2 * sums)
+
+
+def test_only_layers_with_experts_exchange_tokens() -> None:
+  over_expert = []
+  for pattern in (('moe',), ('moe', 'dense')):
+    model = dataclasses.replace(CONFIG.model, ffn_pattern=pattern)
+    cfg = dataclasses.replace(CONFIG, model=model, mesh=MeshConfig(1, expert=8))
+    found = estimated_collectives(cfg, model_shapes(cfg), eight_chips('h200'))
+    over_expert += [each.bytes for each in found if each.axes == ('expert',)]
+  every, second = over_expert
+  assert every == pytest.approx(2 * second)
 
 
 def test_recomputation_and_micro_batches_move_more_through_memory() -> None:

@@ -129,7 +129,7 @@ def combine_deviation(golden: Golden, real: np.ndarray) -> float:
   """Of the weights that experts' outputs are multiplied by, as SEEN holds them after a pass."""
   recorded = golden.recorded('golden')
   combine = np.concatenate([recorded[f'{case}combine'] for case in CASES], axis=1)
-  layers = golden.cfg.num_layers - golden.cfg.num_dense_layers
+  layers = sum(golden.cfg.has_experts)
   return max(np.abs(a - b)[real].max() for a, b in zip(SEEN[:layers], combine, strict=True))
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from moejax.config import ConfigError, check, from_config_dict, problem_if
 from moejax.families.schema.config_keys import Codec, Config, Fields, Fixed, Key
+from moejax.families.schema.layer_keys import count_shared
 from moejax.families.schema.tensor_names import Name
 from moejax.model.config import ModelConfig
 from moejax.model.field_roles import fields_with_role
@@ -131,6 +132,7 @@ def config_to_json(family: Family, cfg: ModelConfig, kept: Config) -> dict[str, 
   Raises:
     ConfigError: read back, it would be another model: the family cannot hold this one.
   """
+  cfg = _shared_as_read(cfg)
   config = dict(kept) | {'architectures': [family.architecture], 'model_type': family.model_type}
   for key in family.keys:
     config |= key.write(cfg)
@@ -147,12 +149,20 @@ def config_to_json(family: Family, cfg: ModelConfig, kept: Config) -> dict[str, 
   return config
 
 
+def _shared_as_read(cfg: ModelConfig) -> ModelConfig:
+  """The same model with its shared experts counted as reading their width would count them."""
+  number, own = count_shared(cfg.moe.shared_width, cfg.moe.d_expert)
+  moe = dataclasses.replace(cfg.moe, num_shared=number, d_shared=own)
+  return dataclasses.replace(cfg, moe=moe)
+
+
 def _decisive(cfg: ModelConfig) -> Fields:
   """Dotted path -> value of every field that decides what given weights compute."""
   fields = fields_with_role(cfg, 'function')
   windows = cfg.attention.windows
-  # As a file says it: a window for each layer, not the shortest period.
+  # As a file says it: a window and an FFN for each layer, not the shortest period.
   fields['attention.windows'] = [windows[i % len(windows)] for i in range(cfg.num_layers)]
-  if not cfg.num_dense_layers:
+  fields['ffn_pattern'] = ['moe' if has else 'dense' for has in cfg.has_experts]
+  if all(cfg.has_experts):
     fields['d_ff'] = 0  # no layer reads it
   return fields

@@ -1,10 +1,11 @@
 """Keys of config.json that say what layers there are: windows, dense layers, groups, experts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from moejax.config import check, problem_if
 from moejax.families.schema.config_keys import Codec, Config, Fields, field, need
 from moejax.model.config import ModelConfig
+from moejax.model.layer_pattern import dense_and_pattern, period_of
 
 # Which layers slide where layer_types does not say it: of the layer's number and max_window_layers.
 RULES: dict[str, Callable[[int, int], bool]] = {
@@ -49,7 +50,7 @@ def windows(rule: str, width: int, switch: bool = False) -> Codec:
     if rule != 'every' and 'layer_types' in config and config['layer_types'] is not None:
       slides = _sliding_layers(config['layer_types'], layers)
     each = [size if is_on and slide else 0 for slide in slides]
-    return {'attention.windows': each[: _period(each)]}
+    return {'attention.windows': each[: period_of(each)]}
 
   def write_windows(cfg: ModelConfig) -> Config:
     each = [cfg.attention.windows[i % len(cfg.attention.windows)] for i in range(cfg.num_layers)]
@@ -78,14 +79,6 @@ def _sliding_layers(kinds: object, layers: int) -> list[bool]:
   return [kind == 'sliding_attention' for kind in kinds]
 
 
-def _period(each: Sequence[int]) -> int:
-  """The fewest first items that give all when they are repeated."""
-  period = 1
-  while any(item != each[i % period] for i, item in enumerate(each)):
-    period += 1
-  return period
-
-
 def choice(name: str, path: str, ours: Mapping[bool, object]) -> Codec:
   """Returns the row of a switch in config.json that is one of two values here.
 
@@ -103,24 +96,47 @@ def choice(name: str, path: str, ours: Mapping[bool, object]) -> Codec:
   return Codec(read_choice, lambda cfg: {name: field(cfg, path) == ours[True]})
 
 
-def dense_layers(name: str = 'mlp_only_layers') -> Codec:
-  """Returns the row of a list of the layers without experts; here those are the first ones."""
+def sparse_layers(step: str = 'decoder_sparse_step', only: str = 'mlp_only_layers') -> Codec:
+  """Returns the row of the two keys that say which layers have experts (Qwen).
 
-  def read_list(config: Config) -> Fields:
-    layers = (config[name] if name in config else None) or []
-    check(problem_if(not isinstance(layers, list), f'{name}={layers!r}: use a list of layers'))
-    first = list(range(len(layers)))
-    remedy = f'use the first layers, {first}; dense layers are not built elsewhere'
-    check(problem_if({*layers} != {*first}, f'{name}={layers}: {remedy}'))
-    return {'num_dense_layers': len(layers)}
+  Args:
+    step: key of how many layers there are to one with experts, which is the last of them.
+    only: key of a list of layers without experts, whatever the step says.
+  """
 
-  return Codec(read_list, lambda cfg: {name: list(range(cfg.num_dense_layers))})
+  def read_layers(config: Config) -> Fields:
+    layers = need(config, 'num_hidden_layers')
+    every = need(config, step) if step in config else 1
+    without = (config[only] if only in config else None) or []
+    check(problem_if(not isinstance(without, list), f'{only}={without!r}: use a list of layers'))
+    known = range(layers)
+    strangers = [one for one in without if type(one) is not int or one not in known]
+    remedy = f'use layers of num_hidden_layers={layers}, 0 to {layers - 1}'
+    check(problem_if(strangers, f'{only}={without} names {strangers}: {remedy}'))
+    has_experts = [(i + 1) % every == 0 and i not in without for i in known]
+    said = f'{step}={every} and {only}={without}'
+    remedy = f'leave one of num_hidden_layers={layers} at least'
+    check(problem_if(True not in has_experts, f'{said} leave no layer experts: {remedy}'))
+    dense, pattern = dense_and_pattern(has_experts)
+    return {'num_dense_layers': dense, 'ffn_pattern': pattern}
+
+  def write_layers(cfg: ModelConfig) -> Config:
+    # Of all steps that no layer with experts lies beside, the one with the shortest list.
+    dense_at = {}
+    for every in range(1, cfg.num_layers + 1):
+      on_step = [i for i in range(cfg.num_layers) if (i + 1) % every == 0]
+      if sum(cfg.has_experts) == sum(cfg.has_experts[i] for i in on_step):
+        dense_at[every] = [i for i in on_step if not cfg.has_experts[i]]
+    shortest = min(dense_at, key=lambda every: len(dense_at[every]))
+    return {step: shortest, only: dense_at[shortest]}
+
+  return Codec(read_layers, write_layers)
 
 
 def shared_width(
   name: str = 'shared_expert_intermediate_size', routed: str = 'moe_intermediate_size'
 ) -> Codec:
-  """Returns the row of the width of all shared experts, which is counted in routed ones here.
+  """Returns the row of the width of all shared experts, which are one FFN in files.
 
   Args:
     name: of the key.
@@ -128,12 +144,18 @@ def shared_width(
   """
 
   def read_width(config: Config) -> Fields:
-    width, one = need(config, name), need(config, routed)
-    remedy = 'no other width is built here'
-    check(problem_if(width % one, f'{name}={width} is not a multiple of {routed}={one}: {remedy}'))
-    return {'moe.num_shared': width // one}
+    number, own = count_shared(need(config, name), need(config, routed))
+    return {'moe.num_shared': number, 'moe.d_shared': own}
 
-  return Codec(read_width, lambda cfg: {name: cfg.moe.num_shared * cfg.moe.d_expert})
+  return Codec(read_width, lambda cfg: {name: cfg.moe.shared_width})
+
+
+def count_shared(width: int, d_expert: int) -> tuple[int, int]:
+  """Returns `num_shared` and `d_shared` of shared experts that are so wide together.
+
+  They are so many of the width of a routed one, or, where that does not divide it, a single one.
+  """
+  return (1, width) if width % d_expert else (width // d_expert, 0)
 
 
 def groups_by_method() -> Codec:

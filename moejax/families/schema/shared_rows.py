@@ -9,7 +9,7 @@ are not used.
 from collections.abc import Iterable, Mapping
 
 from moejax.families.schema.config_keys import Fixed, Key, equal_heads, number_of_heads
-from moejax.families.schema.layer_keys import dense_layers, latent_width
+from moejax.families.schema.layer_keys import latent_width, sparse_layers
 from moejax.families.schema.tensor_names import Name
 
 DECODER = (
@@ -57,8 +57,7 @@ QWEN_MOE = (
   Key('num_experts', 'moe.router.num_experts', required=True),
   Key('num_experts_per_tok', 'moe.router.top_k', required=True),
   Key('norm_topk_prob', 'moe.router.renormalise', required=True),
-  Fixed('decoder_sparse_step', 1, 'every layer after the dense ones has experts here'),
-  dense_layers(),
+  sparse_layers(),
 )
 SIGMOID_ROUTER = (
   Key('norm_topk_prob', 'moe.router.renormalise'),

@@ -3,7 +3,8 @@
   leaves(cfg) -> {path: shape} -> tensors(...) -> {path: the tensors of a file that it is made of}
 
 A table maps the path of a parameter, within its layer or of the whole model, to a Name. Layers are
-numbered as the hub does: dense blocks, blocks, then the blocks of multi-token prediction.
+numbered as the hub does: by depth, whatever stack they are in, and then the blocks of multi-token
+prediction.
 """
 
 import itertools
@@ -16,6 +17,7 @@ import numpy as np
 
 from moejax.config import check
 from moejax.model.config import ModelConfig
+from moejax.model.layer_runs import stack_layers
 from moejax.model.transformer import Transformer
 from moejax.sharding.tree import flatten
 
@@ -126,9 +128,9 @@ def _row(table: Mapping[str, Name], path: str) -> Name | None:
 
 def _tensors(path: str, row: Name, cfg: ModelConfig, shape: Shape) -> Iterator[Tensor]:
   """The tensors of one leaf; layers are numbered through all stacks."""
-  first = {'mtp': cfg.num_layers, 'dense_blocks': 0}
+  stacks, mtp = stack_layers(cfg), range(cfg.num_layers, cfg.num_layers + cfg.mtp_depth)
+  numbers = {**stacks, 'mtp': mtp, 'router': (*stacks['blocks'], *mtp)}
   top = path.split('.')[0]
-  start = first[top] if top in first else cfg.num_dense_layers
   # What is transposed is a matrix by itself; the rest is whole but for its layer.
   stacked = len(shape) - 2 if row.how == 'transposed' else int('{layer}' in row.template)
   index_of, rest = shape[:stacked], shape[stacked:]
@@ -138,7 +140,8 @@ def _tensors(path: str, row: Name, cfg: ModelConfig, shape: Shape) -> Iterator[T
     rest = (*rest[:-1], 2 * rest[-1])
   for index in itertools.product(*map(range, index_of)):
     layer, expert = (*index, 0, 0)[:2]
-    yield Tensor(row.template.format(layer=start + layer, expert=expert), index, row.how, rest)
+    number = numbers[top][layer] if top in numbers else 0
+    yield Tensor(row.template.format(layer=number, expert=expert), index, row.how, rest)
 
 
 def file_shapes(made_of: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Shape]:

@@ -41,8 +41,8 @@ BAD = [
   ('gpt_oss', {'sliding_window': 0}, 'sliding_window=0: use null'),
   (
     'qwen2_moe',
-    {'shared_expert_intermediate_size': 30},
-    'shared_expert_intermediate_size=30 is not a multiple',
+    {'shared_expert_intermediate_size': 0},
+    'shared_expert_intermediate_size=0: use a whole number, 1 or more',
   ),
   (
     'qwen3_moe',
@@ -95,11 +95,16 @@ BAD = [
     {'rope_scaling': {'type': 'yarn', 'factor': 2.0, 'mscale_all_dim': 1.0}},
     'mscale_all_dim=1.0 scale',
   ),
-  ('qwen3_moe', {'decoder_sparse_step': 2}, 'decoder_sparse_step=2: use 1'),
+  ('qwen3_moe', {'decoder_sparse_step': 0}, 'decoder_sparse_step=0: use a whole number, 1 or more'),
   (
     'qwen3_moe',
-    {'mlp_only_layers': [0, 2]},
-    r'mlp_only_layers=\[0, 2\]: use the first layers, \[0, 1\]',
+    {'decoder_sparse_step': 4, 'mlp_only_layers': [3]},
+    r'decoder_sparse_step=4 and mlp_only_layers=\[3\] leave no layer experts',
+  ),
+  (
+    'qwen3_moe',
+    {'mlp_only_layers': [-1, 0, 4]},
+    r'mlp_only_layers=\[-1, 0, 4\] names \[-1, 4\]: use layers of num_hidden_layers=4, 0 to 3',
   ),
   ('qwen3_moe', {'mlp_only_layers': 2}, 'mlp_only_layers=2: use a list'),
   (

@@ -61,7 +61,8 @@ def test_absent_keys_mean_what_transformers_means() -> None:
   assert read(tiny('olmoe', clip_qkv=...)).attention.clip_qkv == 0
   assert read(tiny('pangu_ultra_moe', rms_norm_eps=1e-3)).attention.latent.norm_eps == 1e-3
   assert read(tiny('deepseek_v3', rms_norm_eps=1e-3)).attention.latent.norm_eps == 1e-6
-  assert read(tiny('qwen3_moe', mlp_only_layers=None)).num_dense_layers == 0
+  every = read(tiny('qwen3_moe', mlp_only_layers=None, decoder_sparse_step=...))
+  assert every.has_experts == (True,) * 4
 
 
 @pytest.mark.parametrize(('kind', 'said', 'message'), BAD)
@@ -106,6 +107,9 @@ HELD_NOWHERE = [
   ('pangu_ultra_moe', 'norm_eps', 1e-3),
   ('deepseek_v3', 'attention.latent.norm_eps', 1e-3),
   ('llama', 'num_dense_layers', 1),
+  ('deepseek_v3', 'ffn_pattern', ('moe', 'dense')),
+  ('mixtral', 'ffn_pattern', ('moe', 'dense')),
+  ('deepseek_v3', 'moe.d_shared', 7),
   ('qwen3_moe', 'moe.num_shared', 1),
   ('qwen2_moe', 'moe.shared_gate', False),
   ('mixtral', 'moe.router.renormalise', False),

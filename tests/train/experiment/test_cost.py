@@ -75,6 +75,18 @@ def test_multi_token_prediction_is_apart() -> None:
   )
 
 
+def test_layers_without_experts_may_lie_between_and_shared_experts_be_of_any_width() -> None:
+  """A dense layer, one with experts, a dense one, one with experts; the shared expert is 7 wide."""
+  moe = dataclasses.replace(CONFIG.model.moe, d_shared=7)
+  model = dataclasses.replace(CONFIG.model, num_layers=4, ffn_pattern=('moe', 'dense'), moe=moe)
+  cfg = dataclasses.replace(CONFIG, model=model)
+  total = TOTAL + DENSE + 2 * 3 * 16 * (7 - 10)
+  parameters = count_parameters(model_of(cfg), cfg)
+  assert parameters == Parameters(total, total - IDLE, EMBEDDING, 0, 0)
+  attention = 3 * (2 * 2 * 6 * 4 * 8) * 4
+  assert flops_per_token(parameters, cfg) == 6 * (total - IDLE - EMBEDDING) + attention
+
+
 def test_latent_attention_has_wider_queries_than_values() -> None:
   latent = AttentionConfig(4, 4, 8, latent=LatentConfig(kv_rank=6, q_rank=5, d_rope=4, d_value=3))
   cfg = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, attention=latent))

@@ -17,9 +17,12 @@ from tests.support.tiny_run import config
 
 
 def test_the_router_begins_at_zero_in_every_moe_layer(tmp_path: Path) -> None:
-  router = build_router_state(config(tmp_path, model__num_layers=4, model__num_dense_layers=1))
-  for leaf in router:
-    assert leaf.shape == (3, 4) and leaf.dtype == np.float32 and not leaf.any()
+  for pattern, layers in ((('moe',), 3), (('moe', 'dense'), 2)):
+    cfg = config(
+      tmp_path, model__num_layers=4, model__num_dense_layers=1, model__ffn_pattern=pattern
+    )
+    for leaf in build_router_state(cfg):
+      assert leaf.shape == (layers, 4) and leaf.dtype == np.float32 and not leaf.any()
 
 
 def test_shapes_are_those_of_what_is_built_and_numbers_follow_from_the_seed(

@@ -33,6 +33,18 @@ def test_a_config_is_read_as_it_was_written_wherever_the_run_lies_now(tmp_path: 
   assert read_config(str(tmp_path / 'moved')).workdir == str(tmp_path / 'moved')
 
 
+def test_a_config_of_before_a_field_was_there_is_read_with_its_default(tmp_path: Path) -> None:
+  """As of a run whose model had no pattern of layers, and shared experts as wide as others."""
+  cfg = config(tmp_path / 'run', model__num_layers=4, model__num_dense_layers=2)
+  write_config(cfg)
+  path = tmp_path / 'run' / CONFIG_FILE
+  fields = json.loads(path.read_text())
+  del fields['model']['ffn_pattern'], fields['model']['moe']['d_shared']
+  path.write_text(json.dumps(fields))
+  assert read_config(cfg.workdir) == cfg
+  assert cfg.model.has_experts == (False, False, True, True)
+
+
 OWN_LOSS = """
 from moejax.moe.balance.losses import BALANCE_LOSSES
 BALANCE_LOSSES['own_loss'] = BALANCE_LOSSES['sequence']

@@ -73,6 +73,8 @@ def with_moe(cfg: ExperimentConfig, **changes: object) -> ExperimentConfig:
 # What else families are made of, in two: each goes through all that must change nothing.
 LATENT = replace(
   CONFIG,
+  ffn_pattern=('moe', 'dense'),
+  d_ff=12,
   mtp_depth=2,
   sandwich_norm=True,
   loss=LossConfig(z_coef='0.01', mtp_coef='0.5'),
@@ -83,10 +85,13 @@ LATENT = replace(
     RopeConfig(interleaved=True, yarn=YarnConfig(4.0, 8, mscale_all_dim=1.0)),
     latent=LatentConfig(kv_rank=6, q_rank=10, d_rope=4, d_value=6),
   ),
-  moe=dataclasses.replace(CONFIG.model.moe, shared_gate=True),
+  moe=dataclasses.replace(CONFIG.model.moe, shared_gate=True, d_shared=10),
 )
 WINDOWED = replace(
   CONFIG,
+  num_layers=4,
+  ffn_pattern=('moe', 'dense'),
+  d_ff=12,
   attention=AttentionConfig(
     4,
     2,
