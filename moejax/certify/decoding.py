@@ -51,12 +51,12 @@ def routers(plan: Plan) -> Iterator[RouterConfig]:
 
 
 def drafting_model(router: RouterConfig) -> ModelConfig:
-  """A model that drafts one token."""
+  """A model that drafts one token, whose first layer sees fewer tokens than a prompt has."""
   return ModelConfig(
     vocab_size=VOCAB,
     d_model=16,
     num_layers=LAYERS,
-    attention=AttentionConfig(num_heads=2, num_kv_heads=2, d_head=8),
+    attention=AttentionConfig(num_heads=2, num_kv_heads=2, d_head=8, windows=(PROMPT - 1, 0)),
     moe=MoEConfig(router, DispatchConfig('dense_matmul'), d_expert=8),
     mtp_depth=1,
   )

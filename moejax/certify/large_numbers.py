@@ -27,7 +27,7 @@ from moejax.certify.large_blocks import (
   of_copies,
 )
 from moejax.certify.oracle import bias as oracle_bias
-from moejax.moe import bias, routing
+from moejax.moe import bias, bias_quantile, routing
 from moejax.moe.dispatch.buffers import capacity
 from moejax.moe.dispatch.dispatchers import DISPATCHERS, DROP_BY, DispatchConfig
 from moejax.moe.experts.sorted_copies import sort_copies
@@ -117,6 +117,22 @@ def check_rules_of_many(plan: Plan) -> Iterator[Check]:
         largest = max(np.abs(b).max(), np.finfo(np.float32).tiny)
         moved.see(f'{what} of {name}, load {load}', np.abs(np.asarray(a) - b).max() / largest)
   yield moved.check()
+
+
+def check_quantile(plan: Plan) -> Iterator[Check]:
+  """Checks the line of the quantile rule for 2^30 tokens: that of as many of each kind as of a few.
+
+  Line 6 holds that of a few tokens against sorted tokens.
+  """
+  same = Worst('quantile of 2^30 tokens', 1e-6, 'that of 512 in the same bins; relative, float32')
+  experts, tokens = 8, 512  # of which 8 is a divisor, so that the line lies at a whole token
+  for top_k in (1, 2, 6):
+    chances = plan.rng(33, top_k).dirichlet(np.full(bias_quantile.BINS, 0.1), experts)
+    few = np.stack([plan.rng(34, top_k, e).multinomial(tokens, p) for e, p in enumerate(chances)])
+    found = plan.program(bias_quantile.quantile, top_k)
+    of_few, of_many = (np.asarray(found(few.astype(np.int32) * n)) for n in (1, 2**30 // tokens))
+    same.see(f'E={experts}, K={top_k}', np.abs((of_many - of_few) / np.maximum(1, of_few)).max())
+  yield same.check()
 
 
 def count_rules() -> dict[str, bias.BiasRule]:
@@ -222,6 +238,7 @@ def large_line(plan: Plan) -> Iterator[Check]:
   """Checks line 13."""
   yield from check_sorting(plan)
   yield from check_counts(plan)
+  yield from check_quantile(plan)
   yield from check_capacity(plan)
   yield from check_activations(plan)
   yield from check_blocks(plan)

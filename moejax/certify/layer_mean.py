@@ -61,10 +61,15 @@ def layers_line(plan: Plan) -> Iterator[Check]:
 
 
 def check_other_layers(plan: Plan) -> Iterator[Check]:
-  """Checks a model that also has a dense layer, and two depths of multi-token prediction."""
+  """Checks a model with dense layers among those with experts, two depths of prediction beside.
+
+  After a dense layer come two turns of three layers, of which the first two have experts.
+  """
   counted = Worst('layers with experts', 0, 'those of the stack, and each depth of prediction')
   mean = Worst('mean with multi-token prediction, without dense', MEAN, 'relative; float32')
-  cfg = tiny_config.change(tiny_config.rich_config(), mtp_depth=2)
+  cfg = tiny_config.change(
+    tiny_config.rich_config(), mtp_depth=2, num_layers=7, ffn_pattern=('moe', 'moe', 'dense')
+  )
   rows, before = tiny.batch_of(plan), tiny.start_state(plan, cfg)
   result = tiny.take_step(plan, cfg, before, rows)
 
@@ -75,7 +80,7 @@ def check_other_layers(plan: Plan) -> Iterator[Check]:
     ('layers', cfg), lambda: in_float64(losses_of_layers, before.model, before.router.bias, rows)
   )
   for loss, of_layers in program(before.model, before.router.bias, rows).items():
-    counted.see(loss, len(of_layers) - (cfg.model.num_layers - 1 + cfg.model.mtp_depth))
+    counted.see(loss, len(of_layers) - (4 + 2))
     wanted = of_layers.mean()
     value = result.terms[f'balance/{loss}']
     mean.see(loss, (value - wanted) / max(abs(wanted), 1))

@@ -129,7 +129,8 @@ def check_decay(cfg: ExperimentConfig) -> Iterator[Check]:
   shrunk = Worst('weight decay of every kind of leaf', 0, 'moved or not, where that is right')
   shapes = jax.eval_shape(functools.partial(state.init_state, cfg)).model
   # One number of each leaf is enough, and all leaves then share what is compiled.
-  ones, zeros = (jax.tree.map(lambda _: jnp.full(1, value), shapes) for value in (1.0, 0.0))
+  ones = jax.tree.map(lambda _: jnp.ones(1), shapes)
+  zeros = jax.tree.map(lambda _: jnp.zeros(1), shapes)
   rule = optimizer(cfg.optim, cfg.steps)
   updates, _ = rule.update(zeros, rule.init(ones), ones)
   leaves = tiny.named_leaves(updates)

@@ -1,6 +1,7 @@
 """Wrong programs, made by patching moejax at run time, and the line that must find each."""
 
 from tests.support.mutants.adversary import ADVERSARY
+from tests.support.mutants.adversary_three import ADVERSARY_THREE
 from tests.support.mutants.adversary_two import ADVERSARY_TWO
 from tests.support.mutants.draws import DRAWS
 from tests.support.mutants.experts import EXPERTS
@@ -23,4 +24,5 @@ MUTANTS: dict[str, Mutant] = {
   **NEIGHBOURS,
   **ADVERSARY,
   **ADVERSARY_TWO,
+  **ADVERSARY_THREE,
 }
