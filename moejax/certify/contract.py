@@ -3,7 +3,10 @@
 names -> each line's checks, as they finish -> results -> Certificate
 """
 
+import concurrent.futures
+import functools
 import math
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -33,6 +36,8 @@ from moejax.moe.routing import SCORE_FNS
 from moejax.moe.selection import SELECTIONS
 
 UNEXPECTED = 'runs to its end'  # the check that a line fails when it raises
+# These begin first, so that no process is left with one of them when the others are done.
+LONGEST = ('logged', 'invariance', 'oracle', 'trained', 'metrics', 'layers')
 
 
 class Line(NamedTuple):
@@ -105,12 +110,61 @@ def run_line(name: str, plan: Plan, listener: Listener, seeds: Sequence[int] = (
   )
 
 
+@functools.cache
+def plan_of_process(quick: bool, seed: int) -> Plan:
+  """The plan that all lines of one process share: its programs are compiled once."""
+  return Plan(quick, seed)
+
+
+def run_in_process(name: str, quick: bool, seeds: Sequence[int]) -> Result:
+  """`run_line`, where nobody listens."""
+  return run_line(name, plan_of_process(quick, seeds[0]), Silence(), seeds)
+
+
+def run_lines(
+  names: Sequence[str], quick: bool, seeds: Sequence[int], listener: Listener, workers: int
+) -> list[Result]:
+  """The results of lines that run in so many processes, in the order of the contract.
+
+  The listener is told of each line when it has ended.
+
+  Raises:
+    concurrent.futures.process.BrokenProcessPool: a process was killed.
+  """
+  rank = {name: place for place, name in enumerate(LONGEST)}
+  order = sorted(names, key=lambda name: rank.get(name, len(rank)))
+  # Not forked: jax has threads, which a fork leaves behind.
+  spawning = multiprocessing.get_context('spawn')
+  results = {}
+  with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawning) as pool:
+    running = [pool.submit(run_in_process, name, quick, seeds) for name in order]
+    for ended in concurrent.futures.as_completed(running):
+      result = ended.result()
+      results[result.name] = result
+      listener.line(f'{len(results)} of {len(names)} lines', 'have ended')
+      for check in result.checks:
+        listener.check(result.name, check)
+      for note in result.notes:
+        listener.note(note)
+  return [results[name] for name in LINES if name in results]
+
+
 def certify(
-  names: Sequence[str], quick: bool, seeds: Sequence[int] = (0,), listener: Listener = Silence()
+  names: Sequence[str],
+  quick: bool,
+  seeds: Sequence[int] = (0,),
+  listener: Listener = Silence(),
+  workers: int = 1,
 ) -> Certificate:
-  """The certificate of the lines of these names, in the order of the contract."""
+  """The certificate of the lines of these names, in the order of the contract.
+
+  workers: processes that share the lines; 1: this one runs them, in turn.
+  """
   start, plan = time.perf_counter(), Plan(quick, seeds[0])
-  results = [run_line(name, plan, listener, seeds) for name in LINES if name in names]
+  if workers > 1:
+    results = run_lines(names, quick, seeds, listener, workers)
+  else:
+    results = [run_line(name, plan, listener, seeds) for name in LINES if name in names]
   only = [f'--only {name}' for name in names if len(names) < len(LINES)]
   drawn = [f'--seed {seeds[0]}'] * (seeds[0] > 0) + [f'--seeds {len(seeds)}'] * (len(seeds) > 1)
   about = {
