@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 from moejax.checkpoint.checkpoints import NoLoadableCheckpoint
-from moejax.config import ConfigError, check, problem_if, utf8_problem
+from moejax.config import ConfigError, check, local_path, problem_if, utf8_problem
 from moejax.config.help_text import field_meanings
 from moejax.inference.sampling import (
   NonFiniteLogits,
@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
   try:
     texts = [('--prompt', prompt), *(('--stop', stop) for stop in args['stop'])]
     check(*(utf8_problem(flag, text) for flag, text in texts))
+    workdir = local_path('--workdir', workdir)
     cfg = SampleConfig(**args | {'stop': tuple(args['stop'])})
     _, tokenizer, step, model, router = open_run(workdir)
     drafts_per_step(model.cfg, cfg)  # raises before anything is printed

@@ -59,6 +59,7 @@ def test_usage_errors_of_all_commands_read_alike(capsys: pytest.CaptureFixture[s
     'train': ['stray'],
     'plan': [],
     'generate': ['--workdir=runs/a', '--stray'],
+    'hf': ['import', 'DIR'],
     'certify': ['--only=nothing'],
   }
   for name, argv in wrong.items():
@@ -67,7 +68,41 @@ def test_usage_errors_of_all_commands_read_alike(capsys: pytest.CaptureFixture[s
     except SystemExit as stop:
       assert stop.code == 2
     out, err = capsys.readouterr()
-    assert err.startswith(f'moejax.{name}: ') and err.count('\n') == 1 and not out
+    assert err.startswith(f'moejax.{name}') and err.count('\n') == 1 and not out
+
+
+@pytest.mark.parametrize(
+  'argv',
+  [
+    ['train', '--config=URL'],
+    ['train', '--workdir=URL'],
+    ['train', '--config.init_from=URL'],
+    ['train', '--config.data.tokenizer=URL/tokenizer.json'],
+    ['generate', '--prompt=a', '--workdir=URL'],
+    ['hf', 'import', 'URL', '--out=m'],
+    ['hf', 'import', 'm', '--out=URL'],
+    ['hf', 'export', '--workdir=URL', '--out=m'],
+    ['hf', 'export', '--workdir=m', '--out=URL'],
+    ['hf', 'logits', '--model=URL', '--tokens=t.npy', '--out=l.npy'],
+    ['hf', 'logits', '--model=m', '--tokens=URL', '--out=l.npy'],
+    ['hf', 'logits', '--model=m', '--tokens=t.npy', '--out=URL'],
+    ['hf', 'show', 'URL'],
+    ['certify', '--out=URL'],
+    ['certify', '--readme=URL'],
+  ],
+)
+def test_a_path_in_an_object_store_is_refused_wherever_one_is_taken(
+  argv: list[str],
+  tmp_path: Path,
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  monkeypatch.chdir(tmp_path)
+  assert run_moejax([part.replace('URL', 'gs://bucket/x') for part in argv]) == 2
+  out, err = capsys.readouterr()
+  lines = err.splitlines()
+  assert not out and all('gs://bucket/x' in line and 'mount it' in line for line in lines), err
+  assert lines and not [*tmp_path.iterdir()]
 
 
 def test_the_help_of_a_plan_is_help(capsys: pytest.CaptureFixture[str]) -> None:

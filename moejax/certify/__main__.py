@@ -11,6 +11,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from moejax.config import ConfigError, local_path
 from moejax.runtime.command import CommandParser, run_quietly, usage_error
 
 DEVICES = 8
@@ -72,6 +73,11 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
   """Parses the arguments, certifies and writes the certificate. Returns the exit status."""
   args = make_parser().parse_args(argv)
+  try:
+    out, readme = local_path('--out', args.out), local_path('--readme', args.readme)
+  except ConfigError as error:
+    print(usage_error('moejax.certify', error), file=sys.stderr)
+    return 2
   prepare_environment()
   # Only now: what is imported below imports jax, which reads the environment once.
   from moejax.certify.contract import LINES, certify
@@ -87,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
     problem = 'use --seeds of 1 or more, --seed of 0 or more'
     print(usage_error('moejax.certify', problem), file=sys.stderr)
     return 2
-  out, seeds = pathlib.Path(args.out), range(args.seed, args.seed + args.seeds)
+  seeds = range(args.seed, args.seed + args.seeds)
   names = args.only or list(LINES)
   if args.json:
     certificate = certify(names, args.quick, seeds)
@@ -95,15 +101,15 @@ def main(argv: Sequence[str]) -> int:
     with Terminal() as terminal:
       certificate = certify(names, args.quick, seeds, terminal)
   # Before the README is looked at: a certificate that took minutes is not lost to a wrong path.
-  write_certificate(certificate, out)
+  write_certificate(certificate, pathlib.Path(out))
   if args.json:
     print(json.dumps(summary(certificate)))
   else:
     terminal.table(certificate)
-    terminal.written(out)
-  if args.readme:
+    terminal.written(pathlib.Path(out))
+  if readme:
     try:
-      rewrite_readme(certificate, pathlib.Path(args.readme))
+      rewrite_readme(certificate, pathlib.Path(readme))
     except (OSError, ValueError) as error:
       print(usage_error('moejax.certify', error), file=sys.stderr)
       return 2

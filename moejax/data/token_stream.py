@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 from moejax.config import ConfigError, check
 from moejax.data.document_marks import tell_marks
-from moejax.data.encoding import id_dtype, piece_groups, telling_progress
+from moejax.data.encoding import bytes_of_group, id_dtype, piece_groups
 from moejax.data.encoding_workers import encode_groups, num_workers
 from moejax.data.holdout import Survey, digest_of, documents_of_split, read_source
+from moejax.data.progress import telling_progress
 from moejax.data.sources import SOURCES, TOKENS, Component, DataConfig, Source
 from moejax.data.special_tokens import OWN, SpecialTokens
 from moejax.data.split import surveys_of
@@ -30,7 +31,7 @@ logger = logging.getLogger('moejax')
 TOKENIZER_SAMPLE = 4 << 20
 TEXT_IN_MEMORY = 1 << 28  # bytes of a side that `read_side` returns, from the end
 RACY = 2.0  # seconds within which two writes of a file may bear the same time
-FORMAT = 3  # raise it when what the cache holds for the same text changes
+FORMAT = 4  # raise it when what the cache holds for the same text changes
 
 
 class Text(NamedTuple):
@@ -212,7 +213,8 @@ def open_stream(text: Text, tokenizer: Tokenizer, cache: Path, held_out: bool) -
 
   def build() -> Iterator[bytes]:
     groups = piece_groups(documents_of_split(source, survey, held_out), tokenizer)
-    groups = telling_progress(groups, side_bytes)
+    logger.info('tokenising %.1f MB', side_bytes / 1e6)
+    groups = telling_progress(groups, bytes_of_group, 'tokenised', side_bytes)
     return encode_groups(groups, tokenizer, num_workers(side_bytes))
 
   parts = [tokenizer.digest, held_out, survey.held]

@@ -16,20 +16,23 @@ from collections.abc import Sequence
 
 from moejax.checkpoint.checkpoints import NoLoadableCheckpoint
 from moejax.checkpoint.writer import SaveFailed
-from moejax.config import ConfigError
+from moejax.config import ConfigError, local_path
 from moejax.hf.export_model import export_model
 from moejax.hf.export_plan import EXPORT_DTYPES
 from moejax.hf.import_model import import_model
 from moejax.hf.logits import write_logits
 from moejax.hf.show import show
+from moejax.runtime.command import CommandParser, run_quietly, usage_error
 from moejax.sharding.mesh import MeshConfig
 
+# Of all commands, the arguments that are paths.
+PATHS = ('directory', 'workdir', 'model', 'tokens', 'out')
 SPLIT_AXES = ('fsdp', 'expert', 'tensor')  # over which parameters are split; `data` repeats them
 
 
 def argument_parser() -> argparse.ArgumentParser:
   """Returns the parser of the four commands and their flags."""
-  parser = argparse.ArgumentParser(
+  parser = CommandParser(
     prog='python -m moejax.hf', description='Models of the published families.'
   )
   commands = parser.add_subparsers(dest='command', required=True)
@@ -75,12 +78,16 @@ def main(argv: Sequence[str]) -> int:
   """Parses and runs. Returns 0, 2 for bad input, or 3 where a run has no loadable checkpoint."""
   args = vars(argument_parser().parse_args(argv))
   try:
+    for name in PATHS:
+      if name in args:
+        flag = 'SRC_DIR' if name == 'directory' else f'--{name}'
+        args[name] = local_path(flag, args[name])
     run_command(args.pop('command'), args)
   except (ConfigError, NoLoadableCheckpoint, SaveFailed, OSError) as error:
-    print(f'moejax.hf: {error}', file=sys.stderr)
+    print(usage_error('moejax.hf', error), file=sys.stderr)
     return 3 if isinstance(error, NoLoadableCheckpoint) else 2
   return 0
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+  sys.exit(run_quietly(main, sys.argv[1:]))

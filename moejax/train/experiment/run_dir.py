@@ -19,9 +19,9 @@ from moejax.config import (
   ConfigError,
   check,
   from_config_dict,
+  local_path,
   problem_if,
   to_config_dict,
-  url_problem,
 )
 from moejax.data.special_tokens import (
   OWN,
@@ -66,16 +66,6 @@ class OpenedRun(NamedTuple):
   router_bias: Array  # [L, E] f32
 
 
-def local_path(workdir: str) -> Path:
-  """The directory of a run, with ~ for the home directory.
-
-  Raises:
-    ConfigError: it is in an object store.
-  """
-  check(url_problem('workdir', workdir))
-  return Path(workdir).expanduser()
-
-
 def write_config(cfg: ExperimentConfig) -> None:
   """Writes the config into its run directory, for whoever reads the run later.
 
@@ -92,7 +82,7 @@ def read_config(workdir: str) -> ExperimentConfig:
   Raises:
     ConfigError: there is none, or it does not fit this version.
   """
-  fields = read_json(local_path(workdir), CONFIG_FILE)
+  fields = read_json(Path(local_path('workdir', workdir)), CONFIG_FILE)
   # A config.json of Hugging Face names its architecture so; ours has no such field.
   is_published = 'model_type' in fields
   import_command = f'python -m moejax.hf import {workdir} --out=DIR'
@@ -182,9 +172,10 @@ def read_setup(workdir: str) -> RunSetup:
   Raises:
     ConfigError: there is no config, or neither it nor a tokenizer tells the size of the vocabulary.
   """
-  cfg, tokenizer = read_config(workdir), read_tokenizer(local_path(workdir))
+  directory = local_path('workdir', workdir)
+  cfg, tokenizer = read_config(directory), read_tokenizer(directory)
   cfg = with_vocabulary(cfg, tokenizer.vocab_size if tokenizer else 0)
-  path = local_path(workdir) / TOKENIZER_FILE
+  path = Path(directory) / TOKENIZER_FILE
   missing = f'{path} is missing, and the config has model.vocab_size=0: put it back'
   check(problem_if(not cfg.model.vocab_size, missing))
   return RunSetup(cfg, tokenizer)
@@ -197,7 +188,8 @@ def read_model(workdir: str, cfg: ExperimentConfig, target: ModelAndRouter) -> S
     ConfigError: that run's model has other shapes than `target`.
     NoLoadableCheckpoint: there is none, or none that verifies.
   """
-  checkpoints = Checkpoints(local_path(workdir) / CHECKPOINTS, cfg.checkpoint, readonly=True)
+  directory = Path(local_path('workdir', workdir))
+  checkpoints = Checkpoints(directory / CHECKPOINTS, cfg.checkpoint, readonly=True)
   # Of the arrays of a TrainState only the model and the router are read.
   restored = checkpoints.restore(target._asdict(), {}, only=target._fields)
   if restored is None:
