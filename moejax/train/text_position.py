@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from moejax.checkpoint.checkpoints import Restored
+from moejax.config import ConfigError
 from moejax.data.pipeline import Data, open_data
 from moejax.data.position import Stretch, continued, rows_seen
 from moejax.runtime.files import bad_file, read_json, write_whole

@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
   ),
   'hf': (
     'config',
+    'runtime.command',
     'runtime.files',
     'sharding',
     'data',
