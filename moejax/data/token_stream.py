@@ -15,7 +15,7 @@ from moejax.config import ConfigError, check
 from moejax.data.document_marks import tell_marks
 from moejax.data.encoding import bytes_of_group, id_dtype, piece_groups
 from moejax.data.encoding_workers import encode_groups, num_workers
-from moejax.data.holdout import Survey, digest_of, documents_of_split, read_source
+from moejax.data.holdout import Reading, Survey, digest_of, documents_of_split, read_source
 from moejax.data.progress import telling_progress
 from moejax.data.sources import SOURCES, TOKENS, Component, DataConfig, Source
 from moejax.data.special_tokens import OWN, SpecialTokens
@@ -97,6 +97,7 @@ def _survey_together(
     for component, source in read:
       with name_task_in_errors(cfg, component):
         readings.append(read_source(_telling_marks(source)))
+        _tell_unused_separator(component.config.separator, source.text_files, readings[-1])
     return json.dumps([survey._asdict() for survey in surveys_of(readings)]).encode()
 
   changed = max(source.changed for _, source in read)
@@ -107,6 +108,20 @@ def _survey_together(
     path = cache / f'survey-{digest_of(FORMAT, stamps)}.json'
     json_text = bytes(open_cached(path, lambda: [build()]))
   return [Survey(**fields) for fields in json.loads(json_text)]
+
+
+def _tell_unused_separator(separator: str, text_files: int, reading: Reading) -> None:
+  """Logs that data.separator has cut no document.
+
+  text_files: as of the source.
+  """
+  documents = 1 if reading.lone else len(reading.order)
+  if documents <= text_files:
+    logger.warning(
+      'data.separator=%r has cut no document: each file is one; a line break in it is written '
+      "--config.data.separator=$'\\n' in a shell",
+      separator,
+    )
 
 
 def _telling_marks(source: Source) -> Source:
