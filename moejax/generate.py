@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 from moejax.checkpoint.checkpoints import NoLoadableCheckpoint
-from moejax.config import ConfigError, check, problem_if, utf8_problem
+from moejax.config import ConfigError, check, local_path, problem_if, utf8_problem
 from moejax.config.help_text import field_meanings
 from moejax.inference.sampling import (
   NonFiniteLogits,
@@ -24,7 +24,6 @@ from moejax.inference.sampling import (
 )
 from moejax.model.config import ModelConfig
 from moejax.runtime.command import CommandParser, run_quietly, usage_error
-from moejax.runtime.files import local_path
 from moejax.train.experiment.run_dir import TOKENIZER_FILE, open_run, text_ends
 
 

@@ -27,8 +27,8 @@ from moejax.moe.routing import RouterConfig
 from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
 from moejax.train.experiment.run_dir import CHECKPOINTS, TOKENIZER_FILE, open_run, write_config
 from moejax.train.step.train_state import TrainState, init_state
-from tests.inference.decode_cases import PROGRAMS
 from tests.support.quick import QUICK
+from tests.support.unoptimised import DECODING
 
 TOKENIZER = load_tokenizer('bytes')
 EOD = TOKENIZER.eod_id
@@ -54,7 +54,7 @@ PROMPT = 'hello world'
 @pytest.fixture(autouse=True)
 def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(sampling, 'ROUND', 8)
-  for name, program in PROGRAMS.items():
+  for name, program in DECODING.items():
     monkeypatch.setattr(sampling, name, program)
 
 

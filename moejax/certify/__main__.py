@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 
+from moejax.config import ConfigError, local_path
 from moejax.runtime.command import CommandParser, run_quietly, usage_error
 
 DEVICES = 8
@@ -84,6 +85,12 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
   """Parses the arguments, certifies and writes the certificate. Returns the exit status."""
   args = make_parser().parse_args(argv)
+  try:
+    out = local_path('--out', args.out)
+    readme = local_path('--readme', args.readme) if args.readme else None
+  except ConfigError as error:
+    print(usage_error('moejax.certify', error), file=sys.stderr)
+    return 2
   prepare_environment()
   # Only now: what is imported below imports jax, which reads the environment once.
   from moejax.certify.contract import LINES, Silence, certify
@@ -99,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
     problem = 'use --seeds and --workers of 1 or more, --seed of 0 or more'
     print(usage_error('moejax.certify', problem), file=sys.stderr)
     return 2
-  out, seeds = pathlib.Path(args.out), range(args.seed, args.seed + args.seeds)
+  seeds = range(args.seed, args.seed + args.seeds)
   names = args.only or list(LINES)
   workers = min(args.workers, len(names))
   try:
@@ -116,9 +123,9 @@ def main(argv: Sequence[str]) -> int:
   else:
     listener.table(certificate)
     listener.written(out)
-  if args.readme:
+  if readme:
     try:
-      rewrite_readme(certificate, pathlib.Path(args.readme))
+      rewrite_readme(certificate, readme)
     except (OSError, ValueError) as error:
       print(usage_error('moejax.certify', error), file=sys.stderr)
       return 2

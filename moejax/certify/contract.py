@@ -131,13 +131,12 @@ def run_lines(
   Raises:
     concurrent.futures.process.BrokenProcessPool: a process was killed.
   """
-  rank = {name: place for place, name in enumerate(LONGEST)}
-  order = sorted(names, key=lambda name: rank.get(name, len(rank)))
+  order = [name for name in (*LONGEST, *LINES) if name in names]
   # Not forked: jax has threads, which a fork leaves behind.
   spawning = multiprocessing.get_context('spawn')
   results = {}
   with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawning) as pool:
-    running = [pool.submit(run_in_process, name, quick, seeds) for name in order]
+    running = [pool.submit(run_in_process, name, quick, seeds) for name in dict.fromkeys(order)]
     for ended in concurrent.futures.as_completed(running):
       result = ended.result()
       results[result.name] = result

@@ -5,6 +5,7 @@ Import these from moejax.config.
 
 import difflib
 import numbers
+import pathlib
 import re
 from collections.abc import Collection, Mapping
 from typing import NoReturn
@@ -122,13 +123,25 @@ def url_problem(name: str, path: str) -> str:
 
   Without it, `s3://bucket` would be a folder named `s3:` beside the program.
   """
-  scheme = re.match(r'\w[\w+.-]*://', path)
+  scheme = re.match(r'[A-Za-z][\w+.-]*://', path)
   if not scheme:
     return ''
   return (
     f'{name}={path}: {scheme[0]} is not read or written here: mount it, as with gcsfuse or '
     's3fs, and give the path of the mount'
   )
+
+
+def local_path(name: str, path: str) -> pathlib.Path:
+  """Returns a path that a person has typed, with ~ for the home directory.
+
+  A shell leaves the ~ of --out=~/run as it is. `name` is what errors call it, as --out.
+
+  Raises:
+    ConfigError: it is in an object store.
+  """
+  check(url_problem(name, path))
+  return pathlib.Path(path).expanduser()
 
 
 def unknown(path: str, known: Collection[str]) -> str:

@@ -11,11 +11,13 @@ from typing import TypeVar, get_args, get_origin, get_type_hints
 from ml_collections import ConfigDict
 
 from moejax.config.checks import (
+  INT32,
   ConfigError,
   check,
   finite_problem,
   frozendict,
   is_finite,
+  problem_if,
   unknown,
 )
 
@@ -93,8 +95,8 @@ def _build(cls: type[T], d: Mapping | ConfigDict, path: str, problems: list[str]
 def _typed(hint: type, value: object, default: object, path: str, problems: list[str]) -> object:
   """Returns the value as the type that the hint asks for.
 
-  Where it has another type, or is no finite number, adds that to `problems` and returns the
-  default, so that the checks of the section can still run.
+  Where it has another type, or is no number to compute with, adds that to `problems` and returns
+  the default, so that the checks of the section can still run.
   """
   kind, args = get_origin(hint) or hint, get_args(hint)
   is_mapping = isinstance(value, (Mapping, ConfigDict))
@@ -111,13 +113,26 @@ def _typed(hint: type, value: object, default: object, path: str, problems: list
       )
   # type() and not isinstance: True is an int, and no number of layers. JSON writes 1.0 as 1.
   elif type(value) is kind or (kind is float and type(value) is int):
-    if kind is not float or is_finite(value):
+    problem = _number_problem(path, kind, value) if kind in (int, float) else ''
+    if not problem:
       return kind(value)
-    problems.append(finite_problem(path, value))
+    problems.append(problem)
     return default
   wanted = hint if args else kind.__name__
   problems.append(f'{path}={value!r} is {type(value).__name__}; give {wanted}')
   return default
+
+
+def _number_problem(path: str, kind: type, value: float) -> str:
+  """Returns the problem of a number that no program could hold, '' for any other.
+
+  kind: int or float, as the field has it.
+  """
+  if kind is float:
+    return problem_if(not is_finite(value), finite_problem(path, value))
+  # Steps, rows and sizes are counted in int32; a seed is none of these, and has its own limit.
+  is_seed = path.endswith('seed')
+  return problem_if(abs(value) > INT32 and not is_seed, f'{path}={value}: use {INT32} at most')
 
 
 def _typed_table(

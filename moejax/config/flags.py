@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar, get_args
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from moejax.config import ConfigError, check, from_config_dict, to_config_dict
+from moejax.config import ConfigError, check, from_config_dict, local_path, to_config_dict
 from moejax.config.fields import walk_fields
 from moejax.config.help_text import help_lines
 
@@ -113,14 +113,19 @@ def _load_config(
 
   Where that fails, adds to `problems` and returns the default config.
   """
-  directory = split.source or split.config_file
-  if not split.source and not os.path.isdir(directory):
-    return _load_config_file(split.config_file, cls, problems)
+  flag = START_FLAG if split.source else '--config='
+  named = split.source or split.config_file
   try:
-    return read_run(directory, bool(split.source))
+    path = str(local_path(flag.rstrip('='), named))
   except ConfigError as error:
-    flag = START_FLAG if split.source else '--config='
-    problems += [f'{flag}{directory}: {problem}' for problem in error.problems]
+    problems += error.problems
+    return to_config_dict(cls())
+  if not split.source and not os.path.isdir(path):
+    return _load_config_file(path, cls, problems)
+  try:
+    return read_run(path, bool(split.source))
+  except ConfigError as error:
+    problems += [f'{flag}{named}: {problem}' for problem in error.problems]
     return to_config_dict(cls())
 
 

@@ -3,8 +3,6 @@
 documents -> pieces -> groups -> eod ids eod ids ...
 """
 
-import logging
-import time
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -13,10 +11,7 @@ import numpy as np
 from moejax.config import ConfigError
 from moejax.data.tokenizer import Tokenizer
 
-logger = logging.getLogger('moejax')
-
 GROUP_CHARACTERS = 4 << 20  # characters tokenised at once: bounds memory
-PROGRESS_SECONDS = 10.0  # between lines that tell how far it is
 
 
 class DocumentPiece(NamedTuple):
@@ -78,23 +73,6 @@ def encode_group(group: list[DocumentPiece], tokenizer: Tokenizer) -> bytes:
   return b''.join(parts)
 
 
-def telling_progress(
-  groups: Iterable[list[DocumentPiece]], total_bytes: int
-) -> Iterator[list[DocumentPiece]]:
-  """Yields the groups, and logs now and then how much text they held, how fast, and what is left.
-
-  total_bytes: UTF-8 bytes of the text of all groups.
-  """
-  logger.info('tokenising %.1f MB', total_bytes / 1e6)
-  done, start = 0, time.perf_counter()
-  told = start
-  for group in groups:
-    yield group
-    done += sum(len(piece.text.encode()) for piece in group)
-    now = time.perf_counter()
-    if now - told >= PROGRESS_SECONDS:
-      told = now
-      rate = done / (now - start)
-      minutes, seconds = divmod(round((total_bytes - done) / rate), 60)
-      amount = f'{done / 1e6:.1f} of {total_bytes / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s'
-      logger.info('tokenised %s, %dm%02ds left', amount, minutes, seconds)
+def bytes_of_group(group: list[DocumentPiece]) -> int:
+  """Returns the UTF-8 bytes of the text of the pieces."""
+  return sum(len(piece.text.encode()) for piece in group)

@@ -5,8 +5,6 @@ Source -> documents -> Reading -> Survey (see split.py) -> documents of one side
 
 import hashlib
 import itertools
-import logging
-import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,13 +12,11 @@ import numpy as np
 
 from moejax.config import ConfigError
 from moejax.data.near_copies import BINS, sketch_of
+from moejax.data.progress import telling_progress
 from moejax.data.sources import Source
 from moejax.data.text_digest import digest_of_text
 
-logger = logging.getLogger('moejax')
-
 HELD_OUT = 0.05  # of a source's bytes
-PROGRESS_EVERY = 10.0  # seconds
 
 
 class Reading(NamedTuple):
@@ -74,33 +70,33 @@ def documents_to_split(source: Source) -> SplitDocuments:
   return SplitDocuments(digest_of_text(text), iter([text[:cut], text[cut:]]))
 
 
+def bytes_of_text(text: str) -> int:
+  """Returns how many bytes a text is in UTF-8."""
+  return len(text.encode())
+
+
 def read_source(source: Source) -> Reading:
   """Reads the source once; says how far it is where that takes long."""
   lone, documents = documents_to_split(source)
   numbers: dict[str, int] = {}  # digest -> its place among the different ones
-  order, sizes, sketches = [], [], []
+  order, sizes = [], []
+  sketches = bytearray()  # and not a list of arrays, which takes half as much again
   all_digests = hashlib.blake2b(digest_size=16)
-  num_bytes, start, told = 0, time.monotonic(), time.monotonic()
-  for text in documents:
+  for text in telling_progress(documents, bytes_of_text, 'read the text:'):
     digest = digest_of_text(text)
     all_digests.update(digest.encode())
     if digest not in numbers:
       numbers[digest] = len(numbers)
-      sizes.append(len(text.encode()))
-      sketches.append(sketch_of(text))
+      sizes.append(bytes_of_text(text))
+      sketches += sketch_of(text).tobytes()
     order.append(numbers[digest])
-    num_bytes += sizes[numbers[digest]]
-    if time.monotonic() - told > PROGRESS_EVERY:
-      told = time.monotonic()
-      speed = num_bytes / 1e6 / (told - start)
-      logger.info('reading the text: %.0f MB so far, %.0f MB/s', num_bytes / 1e6, speed)
   return Reading(
     digest=all_digests.hexdigest(),
     lone=lone,
     order=np.array(order, np.int64),
     digests=list(numbers),
     sizes=np.array(sizes, np.int64),
-    sketches=np.array(sketches, np.uint16).reshape(-1, BINS),
+    sketches=np.frombuffer(sketches, np.uint16).reshape(-1, BINS),
   )
 
 

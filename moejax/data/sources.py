@@ -17,7 +17,14 @@ import numpy as np
 
 from moejax.config import ConfigError, check, frozendict, not_one_of, problem_if
 from moejax.data import mixture as mixtures
-from moejax.data.formats import READABLE, Layout, files_of_path, read_documents, suffix_of
+from moejax.data.formats import (
+  READABLE,
+  TEXT_FILES,
+  Layout,
+  files_of_path,
+  read_documents,
+  suffix_of,
+)
 from moejax.data.tokenizer import spec_problem
 
 TOKENS = 'tokens'  # the source that is no text, see token_source.py
@@ -154,6 +161,7 @@ class Source(NamedTuple):
   documents: Callable[[], Iterator[str]]  # the same documents in the same order each time
   stamp: str  # tells without reading whether the text may have changed
   changed: float  # when it did last, seconds since the epoch; 0: it cannot
+  text_files: int = 0  # how many documents there are where data.separator stands nowhere
 
 
 def _source_of_files(paths: Sequence[str], read: Callable[[str], Iterator[str]]) -> Source:
@@ -190,7 +198,8 @@ def text_files(cfg: DataConfig) -> Source:
   layout = Layout(cfg.text_field, cfg.separator)
   paths = files_of_path(cfg.path, suffix_of, READABLE)
   source = _source_of_files(paths, functools.partial(read_documents, layout=layout))
-  return source._replace(stamp=repr((source.stamp, layout)))
+  is_cut = bool(cfg.separator) and all(suffix_of(path) in TEXT_FILES for path in paths)
+  return source._replace(stamp=repr((source.stamp, layout)), text_files=len(paths) if is_cut else 0)
 
 
 def kjv(cfg: DataConfig) -> Source:

@@ -1,4 +1,6 @@
-"""Which documents are held out: about 5% of the bytes of each source.   readings -> surveys
+"""Which documents are held out: about 5% of the bytes of each source, of a large one less.
+
+readings -> surveys
 
 What is held out is a group of near-copies (see near_copies.py) with all its copies, whole and from
 all sources of a mixture alike. Groups are taken in an order that is as good as chance, and depends
@@ -15,6 +17,10 @@ import numpy as np
 from moejax.data.holdout import HELD_OUT, Reading, Survey, digest_of_text
 from moejax.data.near_copies import BINS, group_near_copies
 
+# Bytes of a source: more would make a validation hours long, and no better. The same of ids is in
+# token_source.py.
+MOST_HELD_OUT = 64 << 20
+
 
 class Documents(NamedTuple):
   """The different documents of all sources, sorted by digest: numbers do not hang on file names."""
@@ -27,7 +33,8 @@ class Documents(NamedTuple):
 def surveys_of(readings: Sequence[Reading]) -> list[Survey]:
   """Chooses what is held out of each source.
 
-  Of a lone document that is its end. Of other sources
+  Of a lone document that is its end. Of other sources, where 5% of the bytes stands for at most
+  MOST_HELD_OUT bytes,
   - groups of at most 5% of the bytes are taken until 5% are reached;
   - where that makes less than half of it, single documents out of larger groups are taken, too;
   - where that makes nothing, the smallest group is, or document if all are near-copies.
@@ -64,7 +71,7 @@ def _choose(documents: Documents, starts: list[int], ends: list[int]) -> np.ndar
   """
   _, groups, num_bytes = documents
   singles = np.arange(len(groups))
-  share = HELD_OUT * num_bytes.sum(axis=1)  # [R]
+  share = _bytes_to_hold_out(num_bytes)
   is_free = ~np.isin(groups, groups[starts])
   held = np.isin(groups, groups[ends]) & is_free
   held = _take(documents, groups, held | ~is_free, np.full(len(share), True)) & is_free
@@ -79,10 +86,15 @@ def _choose(documents: Documents, starts: list[int], ends: list[int]) -> np.ndar
   return held
 
 
+def _bytes_to_hold_out(num_bytes: np.ndarray) -> np.ndarray:
+  """Returns how many bytes of each source are to be held out, [R]; num_bytes as in Documents."""
+  return np.minimum(HELD_OUT * num_bytes.sum(axis=1), MOST_HELD_OUT)
+
+
 def _take(
   documents: Documents, units: np.ndarray, gone: np.ndarray, wanting: np.ndarray
 ) -> np.ndarray:
-  """Returns `gone`, and the units that are taken until every source that wants some has 5%.
+  """Returns `gone`, and the units that are taken until every source that wants some has its share.
 
   Args:
     units: [N], a number for each document; those of one number are taken together.
@@ -90,7 +102,7 @@ def _take(
     wanting: [R] bool.
   """
   digests, _, num_bytes = documents
-  share = HELD_OUT * num_bytes.sum(axis=1)
+  share = _bytes_to_hold_out(num_bytes)
   unit_bytes = np.stack([np.bincount(units, row, minlength=len(units)) for row in num_bytes])
   fits = (unit_bytes <= share[:, None]).all(axis=0)
   fits[units[gone]] = False

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 from moejax.config import ConfigError, check
 from moejax.data.document_marks import tell_marks
-from moejax.data.encoding import id_dtype, piece_groups, telling_progress
+from moejax.data.encoding import bytes_of_group, id_dtype, piece_groups
 from moejax.data.encoding_workers import encode_groups, num_workers
-from moejax.data.holdout import Survey, digest_of, documents_of_split, read_source
+from moejax.data.holdout import Reading, Survey, digest_of, documents_of_split, read_source
+from moejax.data.progress import telling_progress
 from moejax.data.sources import SOURCES, TOKENS, Component, DataConfig, Source
 from moejax.data.special_tokens import OWN, SpecialTokens
 from moejax.data.split import surveys_of
@@ -30,7 +31,7 @@ logger = logging.getLogger('moejax')
 TOKENIZER_SAMPLE = 4 << 20
 TEXT_IN_MEMORY = 1 << 28  # bytes of a side that `read_side` returns, from the end
 RACY = 2.0  # seconds within which two writes of a file may bear the same time
-FORMAT = 3  # raise it when what the cache holds for the same text changes
+FORMAT = 4  # raise it when what the cache holds for the same text changes
 
 
 class Text(NamedTuple):
@@ -96,6 +97,7 @@ def _survey_together(
     for component, source in read:
       with name_task_in_errors(cfg, component):
         readings.append(read_source(_telling_marks(source)))
+        _tell_unused_separator(component.config.separator, source.text_files, readings[-1])
     return json.dumps([survey._asdict() for survey in surveys_of(readings)]).encode()
 
   changed = max(source.changed for _, source in read)
@@ -106,6 +108,20 @@ def _survey_together(
     path = cache / f'survey-{digest_of(FORMAT, stamps)}.json'
     json_text = bytes(open_cached(path, lambda: [build()]))
   return [Survey(**fields) for fields in json.loads(json_text)]
+
+
+def _tell_unused_separator(separator: str, text_files: int, reading: Reading) -> None:
+  """Logs that data.separator has cut no document.
+
+  text_files: as of the source.
+  """
+  documents = 1 if reading.lone else len(reading.order)
+  if documents <= text_files:
+    logger.warning(
+      'data.separator=%r has cut no document: each file is one; a line break in it is written '
+      "--config.data.separator=$'\\n' in a shell",
+      separator,
+    )
 
 
 def _telling_marks(source: Source) -> Source:
@@ -212,7 +228,8 @@ def open_stream(text: Text, tokenizer: Tokenizer, cache: Path, held_out: bool) -
 
   def build() -> Iterator[bytes]:
     groups = piece_groups(documents_of_split(source, survey, held_out), tokenizer)
-    groups = telling_progress(groups, side_bytes)
+    logger.info('tokenising %.1f MB', side_bytes / 1e6)
+    groups = telling_progress(groups, bytes_of_group, 'tokenised', side_bytes)
     return encode_groups(groups, tokenizer, num_workers(side_bytes))
 
   parts = [tokenizer.digest, held_out, survey.held]

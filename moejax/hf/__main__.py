@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from moejax.checkpoint.checkpoints import NoLoadableCheckpoint
 from moejax.checkpoint.writer import SaveFailed
-from moejax.config import ConfigError, check, problem_if
+from moejax.config import ConfigError, check, local_path, problem_if
 from moejax.hf.export_model import export_model
 from moejax.hf.hub import fetched
 from moejax.hf.import_model import import_model
@@ -28,7 +28,6 @@ from moejax.hf.logits import write_logits
 from moejax.hf.safetensors.file import MODEL_DTYPES
 from moejax.hf.show import show
 from moejax.runtime.command import CommandParser, run_quietly, usage_error
-from moejax.runtime.files import local_path
 from moejax.runtime.launch import Launch, connect, read_launch_flags
 from moejax.runtime.multiprocess import check_alike
 from moejax.sharding.mesh import MeshConfig

@@ -27,8 +27,24 @@ class CommandParser(argparse.ArgumentParser):
     sys.exit(2)
 
 
+def open_closed_streams() -> None:
+  """Makes of each standard stream that is closed one that leads nowhere.
+
+  The next file that is opened would be given its descriptor, and hold what libraries print.
+  """
+  for descriptor in (0, 1, 2):
+    try:
+      os.fstat(descriptor)
+    except OSError:
+      os.open(os.devnull, os.O_RDWR)  # the lowest that is free, which is this one
+  for name in ('stdout', 'stderr'):
+    if getattr(sys, name) is None:  # Python's value for one that was closed
+      setattr(sys, name, open(os.devnull, 'w'))
+
+
 def run_quietly(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
   """Runs a command, and returns its exit status; Ctrl-C and a closed stdout are no tracebacks."""
+  open_closed_streams()
   try:
     status = main(argv)
     sys.stdout.flush()

@@ -19,26 +19,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from moejax.config import ConfigError, check, url_problem
+from moejax.config import ConfigError
 
 DAMAGED = 'the file is damaged or cut short: fetch or export it again'
 STALE_SECONDS = 3600  # the age of a temporary file at which its writer counts as dead
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 FETCH_AGAIN = 'fetch or export the directory again'
-
-
-def local_path(name: str, path: str) -> Path:
-  """Returns a path that a person gave, with ~ for the home directory, as a shell may leave it.
-
-  Args:
-    name: of what it was given as, for the message: a field, or a flag.
-    path: as it was given.
-
-  Raises:
-    ConfigError: it is in an object store.
-  """
-  check(url_problem(name, path))
-  return Path(path).expanduser()
 
 
 @contextlib.contextmanager

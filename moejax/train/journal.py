@@ -17,6 +17,7 @@ import numpy as np
 from rich.progress import Progress, TextColumn
 
 from moejax.data.pipeline import Data
+from moejax.data.token_cache import cache_directory
 from moejax.runtime.append_log import warn_once
 from moejax.runtime.files import write_whole
 from moejax.runtime.multiprocess import is_first_process
@@ -25,7 +26,7 @@ from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.cost import devices_at_work, mfu
 from moejax.train.step.train_step import Metrics
 from moejax.train.telemetry.collapse_alarms import Alarms, count_alarms
-from moejax.train.telemetry.compression import gzip_bits_per_byte, xz_bits_per_byte
+from moejax.train.telemetry.compression import compress_held_out
 from moejax.train.telemetry.final_report import (
   best_bits_per_byte,
   monitors,
@@ -110,10 +111,9 @@ class Journal:
 
     It is seconds of work that nothing waits for, and that hold up no exit.
     """
-    # gzip first: it is told while xz, the slower one, is still at work.
-    training, text = self.data.train_text(), self.data.validation_text()
-    self.compressed = {'gzip': gzip_bits_per_byte(training, text)}
-    self.compressed['xz'] = xz_bits_per_byte(training, text)
+    cache = cache_directory(self.cfg.data.cache_dir)
+    for name, bits in compress_held_out(self.data, cache):
+      self.compressed = self.compressed | {name: bits}  # not in place: it is being read
 
   def resume_clock(self) -> None:
     """Counts tokens per second from here on: validation and saving are not training."""

@@ -6,13 +6,16 @@ tell what batches the steps before it had.
 """
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
 from moejax.checkpoint.checkpoints import Restored
+from moejax.config import ConfigError
 from moejax.data.pipeline import Data, open_data
 from moejax.data.position import Stretch, continued, rows_seen
 from moejax.runtime.files import bad_file, read_json, write_whole
+from moejax.runtime.multiprocess import check_alike, fail_together
 from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
 from moejax.train.experiment.run_dir import has_begun, starting_special_tokens
 from moejax.train.initial_state import expect_same_tokenizer, model_fingerprint
@@ -31,10 +34,27 @@ def read_stretches(workdir: Path) -> list[Stretch]:
   if not content:
     return []
   try:
-    return [Stretch(**stretch) for stretch in content['stretches']]
+    stretches = [Stretch(**stretch) for stretch in content['stretches']]
+    for number in itertools.chain.from_iterable(stretches):
+      # Steps and rows are computed from them; a bool is an int, and no count.
+      if type(number) is not int or number < 0:
+        raise TypeError(f'{number!r} is no count')
+    return stretches
   except (KeyError, TypeError) as error:
     remedy = f'move it away, and the run counts all its steps as of one batch_size ({error!r})'
     raise bad_file(workdir / BATCHES_FILE, 'stretches', 'something else', remedy) from error
+
+
+def agreed_stretches(workdir: Path) -> list[Stretch]:
+  """As `read_stretches`, in all processes: on them hangs which rows each takes of a batch.
+
+  Raises:
+    ConfigError: in all processes, where one cannot read the file or finds another than the first.
+  """
+  with fail_together(ConfigError):
+    stretches = read_stretches(workdir)
+  check_alike(f'{BATCHES_FILE} of the run directory', repr(stretches))
+  return stretches
 
 
 def write_stretches(workdir: Path, stretches: tuple[Stretch, ...]) -> None:

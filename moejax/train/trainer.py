@@ -45,10 +45,10 @@ from moejax.train.shapes import make_run_mesh, sharded_state_shapes
 from moejax.train.step.train_state import TrainState
 from moejax.train.step.train_step import Metrics
 from moejax.train.text_position import (
+  agreed_stretches,
   data_from_there,
   open_text,
   position_lines,
-  read_stretches,
   write_stretches,
 )
 from moejax.train.validation import validate
@@ -119,7 +119,7 @@ def start(cfg: ExperimentConfig, stop: StopSignals, notes: Sequence[str]) -> int
     # 5. The programs, before there is any array: what does not fit is known now.
     programs = compile_programs(full, mesh)
     # 6. The state: the newest checkpoint that verifies, or the state before the first step.
-    stretches = read_stretches(workdir)
+    stretches = agreed_stretches(workdir)
     restored = checkpoints.restore(programs.target, data.fingerprint)
     if restored:
       state = restored.tree

@@ -246,6 +246,14 @@ IMPOSSIBLE = {
     {'seed': 2**63},
     'config: seed=9223372036854775808: use 4294967295 at most',
   ),
+  'more steps than int32 counts': (
+    {'steps': 2**31},
+    'config.steps=2147483648: use 2147483647 at most',
+  ),
+  'a width of more than int32 holds': (
+    {'model': {'d_model': 10**400}},
+    'config.model.d_model=1000',
+  ),
   'a prompt that is not UTF-8': (
     {'sample_prompt': 'ab\udcff'},
     "config: sample_prompt='ab\\udcff' is not UTF-8: give text in UTF-8",

@@ -53,6 +53,14 @@ def test_a_value_may_follow_its_flag_and_a_wish_is_guessed(default: str) -> None
   )
 
 
+def test_a_config_file_may_lie_at_home(
+  default: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setenv('HOME', str(tmp_path))
+  (tmp_path / 'mine.py').write_text(Path(default).read_text())
+  assert flags.parse_flags(['--config=~/mine.py'], Root, 'none') == Root(steps=5)
+
+
 def test_a_config_of_ours_is_named_without_folder_and_suffix(default: str) -> None:
   tiny = flags.parse_flags(['--config=tiny'], ExperimentConfig, default)
   assert (tiny.workdir, tiny.model.moe.router.num_experts) == ('runs/tiny', 8)

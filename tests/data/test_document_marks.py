@@ -30,3 +30,17 @@ def test_a_separator_cuts_documents_there(tmp_path: Path, caplog: pytest.LogCapt
   text = data.train_text() + data.validation_text()
   assert len(text) == len(''.join(STORIES)) and MARK.encode() not in text
   assert data.batch(0).segment_ids.max() >= 3 and 'stands' not in caplog.text
+
+
+def test_a_separator_that_cuts_nothing_is_told(
+  tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+  (tmp_path / 'text').mkdir()
+  told = 'data.separator={!r} has cut no document: each file is one'.format
+  for i, part in enumerate((STORIES[:200], STORIES[200:])):
+    (tmp_path / 'text' / f'{i}.txt').write_text('\n\n'.join(part))
+    open_text(tmp_path, separator='\\n', batch_size=1, cache_dir=f'{tmp_path}/{i}')  # as in sh
+    assert caplog.text.count(told('\\n')) == i + 1
+  open_text(tmp_path, separator='\n\n', batch_size=1)
+  open_text(tmp_path, batch_size=1)
+  assert caplog.text.count('has cut no document') == 2

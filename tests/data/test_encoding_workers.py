@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 
 from moejax.config import ConfigError
-from moejax.data import encoding, encoding_workers, token_stream
+from moejax.data import encoding, encoding_workers, progress, token_stream
 from moejax.data.encoding import DocumentPiece, encode_group
 from moejax.data.encoding_workers import encode_groups, num_workers
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
@@ -35,7 +35,7 @@ def test_many_processes_make_the_stream_of_one_and_tell_how_far_they_are(
   caplog.set_level('INFO', 'moejax')
   before = open_text(folder, tokenizer='bpe:300')
   monkeypatch.setattr(encoding, 'GROUP_CHARACTERS', 500)
-  monkeypatch.setattr(encoding, 'PROGRESS_SECONDS', 0.0)
+  monkeypatch.setattr(progress, 'PROGRESS_SECONDS', 0.0)
   monkeypatch.setattr(token_stream, 'num_workers', lambda size: 2)
   processes = started(monkeypatch)
   after = open_text(folder, tokenizer='bpe:300', cache_dir=f'{folder}/cache2')
@@ -45,6 +45,7 @@ def test_many_processes_make_the_stream_of_one_and_tell_how_far_they_are(
   assert len(processes) == 4 and all(process.returncode is not None for process in processes)
   lines = re.findall(r'tokenised ([\d.]+) of ([\d.]+) MB, [\d.]+ MB/s, 0m0\ds left', caplog.text)
   assert len(lines) > 5 and all(float(done) <= float(total) for done, total in lines)
+  assert re.search(r'read the text: [\d.]+ MB, [\d.]+ MB/s\n', caplog.text)
 
 
 def test_what_a_worker_cannot_do_is_an_error_here_and_ends_them_all(

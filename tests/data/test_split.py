@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from moejax.data import split as split_module
 from moejax.data.holdout import Survey, digest_of_text, documents_of_split, read_source
 from moejax.data.sources import Source
 from moejax.data.split import surveys_of
@@ -40,6 +41,12 @@ def test_copies_count_as_bytes(copies: int) -> None:
   assert 0.05 <= share(survey) < 0.055 and not survey.has_near_copies
   assert len(survey.validation_sizes) == copies * len(survey.held)
   assert sum(survey.validation_sizes) == survey.validation_bytes
+
+
+def test_of_a_large_source_less_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(split_module, 'MOST_HELD_OUT', 3000)
+  few, many = split(documents(100), documents(900, seed=1))
+  assert 0.05 <= share(few) < 0.06 and 3000 <= many.validation_bytes < 3700
 
 
 def test_some_documents_have_copies_and_near_copies() -> None:

@@ -51,12 +51,14 @@ SLOW = pytest.mark.slow
   'name', ['mixtral', *(pytest.param(n, marks=SLOW) for n in NAMES if n != 'mixtral')]
 )
 def test_what_is_imported_is_exported(
-  name: str, tmp_path: Path, capfd: pytest.CaptureFixture
+  name: str, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+  monkeypatch.setenv('HOME', str(tmp_path))
   source = copied(name, tmp_path / 'source')
   before = digests({key: jnp.asarray(a) for key, a in arrays_in(source).items()})
-  imported(source, tmp_path / 'run')
-  exported(tmp_path / 'run', tmp_path / 'back')
+  # A shell leaves these ~ to the command; what is read of the run includes how its files lay.
+  imported(source, Path('~/run'))
+  exported(Path('~/run'), Path('~/back'))
   assert_same_files(source, tmp_path / 'back')
   assert {*os.listdir(tmp_path)} == {'source', 'run', 'back'}, 'nothing temporary stays'
   assert {*os.listdir(tmp_path / 'run')} == {'checkpoints', 'config.json', 'huggingface.json'}

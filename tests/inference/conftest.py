@@ -3,11 +3,11 @@
 import pytest
 
 from moejax.inference import sampling
-from tests.inference.decode_cases import PROGRAMS
+from tests.support.unoptimised import DECODING
 
 
 @pytest.fixture(autouse=True)
 def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(sampling, 'ROUND', 8)
-  for name, program in PROGRAMS.items():
+  for name, program in DECODING.items():
     monkeypatch.setattr(sampling, name, program)

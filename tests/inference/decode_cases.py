@@ -12,7 +12,6 @@ import pytest
 
 from moejax.data.batch import make_batch
 from moejax.inference import sampling
-from moejax.inference.decode import prefill, step
 from moejax.inference.draw import SamplingParams
 from moejax.inference.sampling import (
   SampleConfig,
@@ -101,13 +100,6 @@ for selection in sorted(SELECTIONS):
 SOME_OR_ALL = [
   kind if kind == 'uniform' else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS
 ]
-
-
-# The programs of decoding, compiled quickly: conftest.py puts them in place of the real ones.
-PROGRAMS = {
-  'prefill': jax.jit(prefill.__wrapped__, donate_argnums=3, compiler_options=QUICK),
-  'step': jax.jit(step.__wrapped__, donate_argnums=2, compiler_options=QUICK),
-}
 
 
 @functools.cache

@@ -22,7 +22,6 @@ from tests.inference.decode_cases import (
   GREEDY,
   KINDS,
   MOE,
-  PROGRAMS,
   PROMPTS,
   SOME_OR_ALL,
   anew,
@@ -34,6 +33,7 @@ from tests.inference.decode_cases import (
   sampling_params,
 )
 from tests.support.quick import QUICK
+from tests.support.unoptimised import DECODING
 
 
 @pytest.mark.parametrize('kind', SOME_OR_ALL)
@@ -66,7 +66,7 @@ def test_guesses_are_those_of_the_text_so_far(kind: str) -> None:
 
   def spied(model: Transformer, router: np.ndarray, state: decode.Decoding, *rest: object) -> tuple:
     seen.append(np.asarray(state.chunk))
-    return PROGRAMS['step'](model, router, state, *rest)
+    return DECODING['step'](model, router, state, *rest)
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sampling, 'step', spied)
@@ -95,9 +95,9 @@ def test_a_mesh_changes_nothing() -> None:
   mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
   with jax.set_mesh(mesh):
     there = jax.tree.map(jax.device_put, model_of(cfg), shardings(model_of(cfg), mesh))
-    before = PROGRAMS['step']._cache_size()
+    before = DECODING['step']._cache_size()
     assert decode_all(there, dataclasses.replace(GREEDY, draft=True))[0] == want
-    assert PROGRAMS['step']._cache_size() == before + 1
+    assert DECODING['step']._cache_size() == before + 1
 
 
 @pytest.mark.parametrize(
@@ -132,9 +132,9 @@ def test_rows_that_have_ended_are_padding_and_stay() -> None:
   model, router, starts = model_of(cfg), biases(cfg), jnp.arange(5)
   params = sampling_params(0.0, 0, 1.0)
   prompts, caches = np.ones((5, 24), np.int32), empty_caches(5, 56, cfg, 2)
-  state, _ = PROGRAMS['prefill'](model, router, prompts, caches, starts, params)
+  state, _ = DECODING['prefill'](model, router, prompts, caches, starts, params)
   alive = np.array([True, False, True, True, False])
-  state, _, counts = PROGRAMS['step'](model, router, state, alive, params)
+  state, _, counts = DECODING['step'](model, router, state, alive, params)
   lengths = 24 + np.where(alive, counts, 0)
   for cache in (cache for turn in state.caches.values() for cache in turn):
     np.testing.assert_array_equal(cache.length, np.broadcast_to(lengths, cache.length.shape))

@@ -28,12 +28,12 @@ from moejax.moe.routing import RouterConfig
 from tests.inference.decode_cases import (
   BASE,
   GREEDY,
-  PROGRAMS,
   PROMPTS,
   E,
   certain,
   decode_all,
 )
+from tests.support.unoptimised import DECODING
 
 TOKENIZER = load_tokenizer('bytes')
 EOD = TOKENIZER.eod_id
@@ -85,9 +85,9 @@ def test_nearby_lengths_and_other_settings_share_two_programs() -> None:
   model = certain(2)
 
   def run(prompts: list[list[int]], cfg: SampleConfig) -> list[int]:
-    before = [program._cache_size() for program in PROGRAMS.values()]
+    before = [program._cache_size() for program in DECODING.values()]
     decode_all(model, cfg, prompts)
-    return [program._cache_size() - size for program, size in zip(PROGRAMS.values(), before)]
+    return [program._cache_size() - size for program, size in zip(DECODING.values(), before)]
 
   monitoring.register_event_duration_secs_listener(listen)
   try:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +45,20 @@ def test_a_closed_stdout_ends_a_command_quietly() -> None:
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == b'' and process.wait() == 141
+
+
+def test_streams_that_are_closed_are_no_files_of_the_command(tmp_path: Path) -> None:
+  """Not even for libraries, which write to descriptors and not to sys.stdout."""
+  code = (
+    'import os, sys; from moejax.runtime.command import run_quietly\n'
+    'def main(argv):\n'
+    '  with open(argv[0], "wb", buffering=0) as file:\n'
+    '    file.write(b"content")\n'
+    '    print("noise"); print("noise", file=sys.stderr)\n'
+    '    os.write(1, b"noise"); os.write(2, b"noise")\n'
+    '  return 3\n'
+    'sys.exit(run_quietly(main, sys.argv[1:]))'
+  )
+  command = ['sh', '-c', 'exec "$0" "$@" <&- >&- 2>&-', sys.executable, '-c', code]
+  assert subprocess.run([*command, str(tmp_path / 'file')]).returncode == 3
+  assert (tmp_path / 'file').read_bytes() == b'content'

@@ -53,7 +53,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
   'generate': (
     'config',
     'runtime.command',
-    'runtime.files',
     'checkpoint',
     'model',
     'inference',

@@ -18,7 +18,7 @@ from moejax.train.step.train_step import train_step
 from tests.support.quick import QUICK
 
 # What decodes a prompt, and its next tokens: jitted again, with the same donated arguments.
-PROGRAMS = {
+DECODING = {
   'prefill': jax.jit(prefill.__wrapped__, donate_argnums=3, compiler_options=QUICK),
   'step': jax.jit(step.__wrapped__, donate_argnums=2, compiler_options=QUICK),
 }
@@ -37,6 +37,6 @@ def unoptimised() -> Iterator[None]:
   """The training step and decoding compile without optimisation inside of this block."""
   with (
     mock.patch('moejax.train.compile.compile_step', compile_step_unoptimised),
-    mock.patch.multiple('moejax.inference.sampling', **PROGRAMS),
+    mock.patch.multiple('moejax.inference.sampling', **DECODING),
   ):
     yield

@@ -15,6 +15,7 @@ import pytest
 
 from moejax.data.held_out_rows import HeldOutDocuments
 from moejax.data.pipeline import Size
+from moejax.data.sources import DataConfig
 from moejax.model.config import ModelConfig
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
@@ -37,6 +38,7 @@ DATA = SimpleNamespace(
   validation_bytes=900,
   sizes=(Size(0, 0, 100, 300, 3.0), Size(0, 0, 200, 600, 3.0)),
   documents=HeldOutDocuments(np.full(9, 100), np.arange(9), np.repeat([0, 1], [3, 6])),
+  fingerprint={'source_digest': 'a', 'held_out': 'b', 'tokenizer_digest': 'c'},
   train_text=lambda: b'some text to train on',
   validation_text=lambda: b'some held-out text',
 )
@@ -96,7 +98,13 @@ def run(workdir: Path, begin: int, end: int, steps: int = STEPS, log_every: int 
   """Steps begin + 1 to end, with a validation after each even one of the first ones."""
   model = ModelConfig(moe=MoEConfig(router=RouterConfig(E, K)))
   workdir.mkdir(exist_ok=True)
-  cfg = ExperimentConfig(steps=steps, log_every=log_every, workdir=str(workdir), model=model)
+  cfg = ExperimentConfig(
+    steps=steps,
+    log_every=log_every,
+    workdir=str(workdir),
+    model=model,
+    data=DataConfig(cache_dir=f'{workdir}.cache'),
+  )
   with Journal(cfg, DATA, 10**9, begin) as journal:
     for step in range(begin + 1, end + 1):
       journal.step(step, of_step(step))

@@ -1,12 +1,15 @@
 """What a run directory tells of the batches before, and what is believed of it."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from moejax.config import ConfigError
 from moejax.data.position import Stretch
+from moejax.runtime import multiprocess
 from moejax.train.text_position import (
+  agreed_stretches,
   position_lines,
   read_stretches,
   stretches_after,
@@ -21,10 +24,28 @@ def test_stretches_are_read_as_written(tmp_path: Path) -> None:
   assert read_stretches(tmp_path) == []
   write_stretches(tmp_path, (TWO, FOUR))
   assert read_stretches(tmp_path) == [TWO, FOUR]
-  for content in ('{"stretches": 7}', '{"other": []}', '{"stretches": [{"step": 0}]}', 'x'):
+  not_counts = [
+    json.dumps({'stretches': [TWO._replace(batch_size=value)._asdict()]})
+    for value in ('2', -1, 1.5, None, True)
+  ]
+  others = ('{"stretches": 7}', '{"other": []}', '{"stretches": [{"step": 0}]}', 'x')
+  for content in (*others, *not_counts):
     (tmp_path / 'batches.json').write_text(content)
     with pytest.raises(ConfigError, match=r'batches\.json'):
       read_stretches(tmp_path)
+
+
+def test_what_one_process_cannot_read_stops_all(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  write_stretches(tmp_path, (TWO, FOUR))
+  assert agreed_stretches(tmp_path) == [TWO, FOUR]
+  # What another process, the second, tells of itself: of its reading, and then of what it read.
+  for told, words in (([1], 'process 1 failed'), ([0, 7], 'of process 1 is not that of process 0')):
+    answers = iter(told)
+    monkeypatch.setattr(multiprocess, 'gather_ints', lambda mine, of=answers: [mine, next(of)])
+    with pytest.raises(ConfigError, match=words):
+      agreed_stretches(tmp_path)
 
 
 def test_a_run_goes_on_from_what_its_checkpoint_had() -> None:

@@ -11,6 +11,7 @@ from moejax.data.formats.byte_stream import PACKED
 from moejax.data.formats.json_records import read_json_lines, read_json_records
 from moejax.data.formats.text_file import read_text
 
+TEXT_FILES = ('.txt', '.md', '.py')  # of which each is a document, or cut at a separator
 TABLES = ('.parquet', '.arrow')  # which pack their columns themselves
 
 
@@ -53,9 +54,7 @@ def _text(path: str, layout: Layout) -> Iterator[str]:
 
 
 READERS: dict[str, Callable[[str, Layout], Iterator[str]]] = {
-  '.txt': _text,
-  '.md': _text,
-  '.py': _text,
+  **dict.fromkeys(TEXT_FILES, _text),
   '.jsonl': lambda path, layout: read_json_lines(path, layout.text_field),
   '.json': lambda path, layout: read_json_records(path, layout.text_field),
   '.parquet': lambda path, layout: read_parquet(path, layout.text_field),

@@ -132,7 +132,9 @@ class ExperimentConfig:
 
   def _urls(self) -> list[str]:
     paths = {'workdir': self.workdir, 'init_from': self.init_from}
-    paths |= {f'data.{name}': getattr(self.data, name) for name in ('path', 'cache_dir')}
+    paths |= {
+      f'data.{name}': getattr(self.data, name) for name in ('path', 'cache_dir', 'tokenizer')
+    }
     return [url_problem(name, path) for name, path in paths.items()]
 
   def _uneven_micro_batches(self) -> str:

@@ -21,6 +21,7 @@ from moejax.config import (
   ConfigError,
   check,
   from_config_dict,
+  local_path,
   problem_if,
   to_config_dict,
 )
@@ -33,7 +34,7 @@ from moejax.data.special_tokens import (
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.model.transformer import Transformer
 from moejax.moe.bias import BiasState
-from moejax.runtime.files import inside, local_path, read_json, write_whole
+from moejax.runtime.files import inside, read_json, write_whole
 from moejax.train.experiment.config import ExperimentConfig, with_vocabulary
 from moejax.train.experiment.initial_model import ModelAndRouter, model_and_router_shapes
 

@@ -2,8 +2,11 @@
 
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
+
+from moejax.runtime.terminal import shown_as_text
 
 # What a report tells of the last step: a sound run uses 0.9 of its experts or more, has a balance
 # score near 1, and a stability below 0.1.
@@ -64,7 +67,10 @@ def report_lines(
   """
   # The interpreter as it would be typed: relative where that is shorter.
   python = min(sys.executable, os.path.relpath(sys.executable), key=len)
-  sample = ['it writes:', '', *(f'  {line}' for line in text.split('\n')), '']
+  sample = ['it writes:', '', *(f'  {line}' for line in shown_as_text(text).split('\n')), '']
+  # In double quotes, which read better, where nothing in it has a meaning there.
+  is_plain = not set(prompt) & {*'"$`\\!'}
+  quoted_prompt = f'"{prompt}"' if is_plain else shlex.quote(prompt)
   best, last = report['best_bits_per_byte'], report['bits_per_byte']
   others = ''.join(f'; {name} {value:.3f}' for name, value in compressed.items())
   non_finite = [
@@ -72,7 +78,8 @@ def report_lines(
     for step in report['not_finite']
   ]
   values = [f'{name} {value:.4g}' for name, value in watched.items() if value is not None]
-  board = f'tensorboard (tensorboard --logdir={workdir})'
+  quoted = shlex.quote(str(workdir))
+  board = f'tensorboard (tensorboard --logdir={quoted})'
   return [
     *(sample if text else []),
     f'done. {last:.4f} bits per byte of held-out text{others}; {best:.4f} at best, of a validation',
@@ -82,5 +89,5 @@ def report_lines(
     f'monitors {", ".join(values)}',
     f'state    digest {report["digest"][:16]}',
     f'run      {workdir}: metrics.jsonl, {board}, checkpoints',
-    f'sample   {python} -m moejax.generate --workdir={workdir} --prompt="{prompt}"',
+    f'sample   {python} -m moejax.generate --workdir={quoted} --prompt={quoted_prompt}',
   ]

@@ -5,11 +5,17 @@ import gzip
 import lzma
 import random
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from moejax.train.telemetry import compression as compressors
-from moejax.train.telemetry.compression import gzip_bits_per_byte, xz_bits_per_byte
+from moejax.train.telemetry.compression import (
+  compress_held_out,
+  gzip_bits_per_byte,
+  xz_bits_per_byte,
+)
 
 NOISE = random.Random(0).randbytes(20_000)
 OTHER = random.Random(1).randbytes(100_000)
@@ -48,3 +54,24 @@ def test_without_training_text_they_are_the_commands() -> None:
 def test_xz_learns_from_the_end_of_a_long_training_text(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(compressors, 'TRAINING_TEXT', 50_000)
   assert xz_bits_per_byte(OTHER + NOISE, NOISE) < 0.5 < 8 < xz_bits_per_byte(NOISE + OTHER, NOISE)
+
+
+def test_a_text_is_read_for_them_once(tmp_path: Path) -> None:
+  """A start of a corpus of gigabytes would else read all of it again."""
+  reads = []
+
+  def opened(digest: str) -> SimpleNamespace:
+    return SimpleNamespace(
+      fingerprint={'source_digest': digest, 'held_out': 'b', 'tokenizer_digest': 'c'},
+      train_text=lambda: reads.append(digest) or OTHER,
+      validation_text=lambda: NOISE,
+    )
+
+  first = dict(compress_held_out(opened('one'), tmp_path))
+  assert first == {
+    'gzip': gzip_bits_per_byte(OTHER, NOISE),
+    'xz': xz_bits_per_byte(OTHER, NOISE),
+  }
+  assert [*compress_held_out(opened('one'), tmp_path)] == [*first.items()] and reads == ['one']
+  assert [*compress_held_out(opened('two'), tmp_path)] == [*first.items()]
+  assert reads == ['one', 'two']
