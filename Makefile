@@ -28,8 +28,7 @@ aot: $(VENV)/.tpu
 	$(PYTEST) --durations=5 tests/plan/test_tpu_aot.py $(ARGS)
 
 # What transformers reads and computes of the files that are written here, which `make test` skips.
-# On Linux PyPI's torch is that of CUDA, some GB; for the CPU's:
-#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make parity
+# Where pip would take torch for CUDA, of some GB, install its build for CPUs first.
 parity: $(VENV)/.parity
 	$(PYTEST) tests/hf/test_transformers.py tests/system/test_docs.py \
 	  -k "test_transformers or python_of_a_page" $(ARGS)

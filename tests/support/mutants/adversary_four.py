@@ -196,16 +196,16 @@ def dropped_once_a_tensor_device(patch: Patch) -> None:
 
 
 ADVERSARY_FOUR = {
-  'bias of few copies without its weight': Mutant(unweighted_bias_of_few_copies, 'decoding'),
+  'bias of few copies without its weight': Mutant(unweighted_bias_of_few_copies, 'invariance'),
   'gradient of the last block alone': Mutant(gradient_of_the_last_block, 'large'),
-  'jitter in what experts are given': Mutant(jittered_experts, 'oracle'),
+  'jitter in what experts are given': Mutant(jittered_experts, 'invariance'),
   'counting pass without noise': Mutant(counting_pass_without_noise, 'invariance'),
   'layers in the order of places in a turn': Mutant(layers_by_place_in_the_turn, 'layers'),
-  'quantile rule that knows no groups': Mutant(quantile_without_groups, 'bias'),
+  'quantile rule that knows no groups': Mutant(quantile_without_groups, 'oracle'),
   'MTP coefficient of the first step': Mutant(mtp_coefficient_of_the_first_step, 'logged'),
   'losses of variation shared by tokens': Mutant(variation_shared_by_tokens, 'invariance'),
-  'embeddings ahead detached': Mutant(detached_embeddings_ahead, 'trained'),
-  'lagged counts of another set': Mutant(lagged_counts_of_another_set, 'balance'),
+  'embeddings ahead detached': Mutant(detached_embeddings_ahead, 'logged'),
+  'lagged counts of another set': Mutant(lagged_counts_of_another_set, 'metrics'),
   'counts of a skipped step': Mutant(skipped_step_leaves_its_counts, 'trained'),
-  'drops once a tensor device': Mutant(dropped_once_a_tensor_device, 'invariance'),
+  'drops once a tensor device': Mutant(dropped_once_a_tensor_device, 'large'),
 }
