@@ -1,7 +1,6 @@
 """Wrong programs, made by patching moejax at run time, and the line that must find each."""
 
 from tests.support.mutants.adversary import ADVERSARY
-from tests.support.mutants.adversary_four import ADVERSARY_FOUR
 from tests.support.mutants.adversary_three import ADVERSARY_THREE
 from tests.support.mutants.adversary_two import ADVERSARY_TWO
 from tests.support.mutants.draws import DRAWS
@@ -26,5 +25,4 @@ MUTANTS: dict[str, Mutant] = {
   **ADVERSARY,
   **ADVERSARY_TWO,
   **ADVERSARY_THREE,
-  **ADVERSARY_FOUR,
 }

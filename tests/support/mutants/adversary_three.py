@@ -1,4 +1,4 @@
-"""Mistakes of a third adversary: each is right by default, and wrong where two options meet."""
+"""Mistakes of two more adversaries: each is right by default, and wrong where two options meet."""
 
 from collections.abc import Callable
 
@@ -9,16 +9,18 @@ from jax import Array
 from moejax.data.batch import Batch
 from moejax.model import kv_cache, layer_runs, layer_stack, transformer
 from moejax.moe import bias, bias_quantile, layer, routing
+from moejax.moe.balance.losses import BALANCE_LOSSES
 from moejax.moe.bias_quantile import BINS, EDGES
 from moejax.moe.dispatch import dispatchers
 from moejax.moe.experts.grouped_ffn import IMPLEMENTATIONS
-from moejax.moe.experts.residuals import FfnGradients, Residuals
-from moejax.moe.experts.sorted_copies import assigned_mask, expert_of_copies
-from moejax.moe.experts.weights import Activation
+from moejax.moe.experts.residuals import PreActivations
+from moejax.moe.experts.sorted_copies import Copies, assigned_mask, expert_of_copies
+from moejax.moe.experts.weights import Weights
+from moejax.moe.token_sets import row_parts
 from moejax.sharding.params import is_param
 from moejax.train import optimizer
 from moejax.train.experiment.config import ExperimentConfig
-from moejax.train.step import gradient_accumulation, train_step
+from moejax.train.step import gradient_accumulation, gradient_interference, objective, train_step
 from moejax.train.step.objective import Terms
 from moejax.train.step.train_state import TrainState, spanning
 from tests.support.mutants.patching import Mutant, Patch, change_row, wrap
@@ -47,24 +49,6 @@ def ahead_across_documents(patch: Patch) -> None:
     return jnp.where((batch.segment_ids > 0)[..., None], later, 0)
 
   patch.setattr(transformer, 'shifted', shifted)
-
-
-def weight_gradient_without_bias(patch: Patch) -> None:
-  """The combine weight's gradient leaves out the experts' output biases, which start at 0."""
-  backward = IMPLEMENTATIONS['blocked'].backward
-
-  def changed(
-    residuals: Residuals, activation: Activation, dy_TD: Array, even_share: int = 0
-  ) -> FfnGradients:
-    gradients = backward(residuals, activation, dy_TD, even_share)
-    copies, bias_ED = residuals.copies, residuals.weights.biases.down
-    if bias_ED is None:
-      return gradients
-    by_bias_N = (dy_TD[copies.tokens] * bias_ED[expert_of_copies(copies)]).sum(-1)
-    left_out_N = jnp.where(assigned_mask(copies)[:, 0], by_bias_N, 0).astype(jnp.float32)
-    return gradients._replace(copy_weights=gradients.copy_weights - left_out_N)
-
-  change_row(patch, IMPLEMENTATIONS, 'blocked', backward=changed)
 
 
 def shared_gate_detached(patch: Patch) -> None:
@@ -102,20 +86,6 @@ def schedules_by_updates(patch: Patch) -> None:
     return changed
 
   wrap(patch, 'gradients', make, train_step)
-
-
-def counting_pass_without_noise(patch: Patch) -> None:
-  """The pass that only counts is run as an evaluation: without the noise of the real passes."""
-
-  def make(whole_set_counts: Callable) -> Callable:
-    def changed(
-      state: TrainState, parts: Batch, rows: Array, key: Array | None, cfg: ExperimentConfig
-    ) -> Terms:
-      return whole_set_counts(state, parts, rows, None, cfg)
-
-    return changed
-
-  wrap(patch, 'whole_set_counts', make, gradient_accumulation)
 
 
 def drops_of_all_tensor_shards(patch: Patch) -> None:
@@ -223,10 +193,45 @@ def lagged_sets_in_turns(patch: Patch) -> None:
   wrap(patch, 'whole_set_counts', make, gradient_accumulation)
 
 
+def unweighted_bias_of_few_copies(patch: Patch) -> None:
+  """The path for few copies, that of decoding, adds an expert's output bias without its weight."""
+  forward = IMPLEMENTATIONS['gathered'].forward
+
+  def unweighted(
+    x: Array, copies: Copies, weights: Weights, *rest: object
+  ) -> tuple[Array, PreActivations]:
+    y, pre_activations = forward(x, copies, weights, *rest)
+    if weights.biases.down is None:
+      return y, pre_activations
+    missing_N1 = jnp.where(assigned_mask(copies), 1 - copies.weights[:, None], 0).astype(x.dtype)
+    bias_ND = weights.biases.down[expert_of_copies(copies)]
+    return y.at[copies.tokens].add(missing_N1 * bias_ND), pre_activations
+
+  change_row(patch, IMPLEMENTATIONS, 'gathered', forward=unweighted)
+
+
+def mtp_coefficient_of_the_first_step(patch: Patch) -> None:
+  """The schedule of multi-token prediction's coefficient is read once, at the first step."""
+
+  def make(coefficients: Callable) -> Callable:
+    def changed(cfg: ExperimentConfig, step: Array) -> Terms:
+      at_first = coefficients(cfg, jnp.zeros_like(step))
+      return coefficients(cfg, step) | {'mtp_loss': at_first['mtp_loss']}
+
+    return changed
+
+  wrap(patch, 'coefficients', make, objective, gradient_accumulation, gradient_interference)
+
+
+def variation_shared_by_tokens(patch: Patch) -> None:
+  """Micro-batches share losses of variation by tokens: padding then changes only the gradient."""
+  for name in ('importance', 'load'):
+    change_row(patch, BALANCE_LOSSES, name, parts=row_parts)
+
+
 ADVERSARY_THREE: dict[str, Mutant] = {
   'documents run on ahead': Mutant(ahead_across_documents, 'invariance'),
   'biases decay': Mutant(biases_decay, 'trained'),
-  'counts as in evaluation': Mutant(counting_pass_without_noise, 'invariance'),
   'drops of all tensor shards': Mutant(drops_of_all_tensor_shards, 'large'),
   'embedding ahead detached': Mutant(embedding_ahead_detached, 'logged'),
   'lagged sets in turns': Mutant(lagged_sets_in_turns, 'metrics'),
@@ -237,5 +242,7 @@ ADVERSARY_THREE: dict[str, Mutant] = {
   'schedules by updates': Mutant(schedules_by_updates, 'logged'),
   'shared gate detached': Mutant(shared_gate_detached, 'logged'),
   'softmax of the scores': Mutant(softmax_after_top_k_of_scores, 'oracle'),
-  'weight gradient without bias': Mutant(weight_gradient_without_bias, 'large'),
+  'bias of few copies without its weight': Mutant(unweighted_bias_of_few_copies, 'large'),
+  'MTP coefficient of the first step': Mutant(mtp_coefficient_of_the_first_step, 'logged'),
+  'losses of variation shared by tokens': Mutant(variation_shared_by_tokens, 'invariance'),
 }
