@@ -14,8 +14,6 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
 
 from moejax.sharding.logical_axes import RULES, platform, row_shards, spec
@@ -69,6 +67,10 @@ def on_one_device(
   window: int,
 ) -> Array:
   """Calls the kernel on the rows and heads of one device. [B, S, H, v]."""
+  # Importing them takes a tenth of a second, which only those pay who call them.
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
   length, heads = q_BSHd.shape[1:3]
   block = next(size for size in BLOCKS if length % size == 0)
   if window:

@@ -48,6 +48,7 @@ def test_many_processes_make_the_stream_of_one_and_tell_how_far_they_are(
   assert re.search(r'read the text: [\d.]+ MB, [\d.]+ MB/s\n', caplog.text)
 
 
+@pytest.mark.slow
 def test_what_a_worker_cannot_do_is_an_error_here_and_ends_them_all(
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -74,6 +74,7 @@ def test_a_row_ends_by_itself(draft: bool) -> None:
   ]
 
 
+@pytest.mark.slow
 def test_nearby_lengths_and_other_settings_share_two_programs() -> None:
   """One for the prompt and one for all tokens after it; nothing else is compiled either."""
   compiled: list[str] = []
@@ -160,7 +161,7 @@ def test_a_text_is_what_the_tokens_add_to_their_prompt() -> None:
   assert ''.join(detokenize([[[1]], [[0]]], tokenizer, [2, 0], (' the',))) == ' cat'
 
 
-@pytest.mark.parametrize('draft', [False, True])
+@pytest.mark.parametrize('draft', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_logits_that_are_not_finite_end_the_text_with_a_message(draft: bool) -> None:
   """Where they are of a row that goes on; what another row said before is not lost."""
   model = certain(2)

@@ -95,7 +95,9 @@ def decode_with_drafts(
   return jax.lax.scan(turn, cache, accepted)[1]
 
 
-@pytest.mark.parametrize('name', ['grouped', 'sinks', 'latent'])
+@pytest.mark.parametrize(
+  'name', ['grouped', 'sinks', pytest.param('latent', marks=pytest.mark.slow)]
+)
 def test_tokens_taken_back_were_never_there(name: str) -> None:
   """Rows of one batch keep from 1 to all of what is written, also where a ring begins anew."""
   cfg = CONFIGS[name]
@@ -113,6 +115,7 @@ def test_tokens_taken_back_were_never_there(name: str) -> None:
   assert seen == REAL.sum()
 
 
+@pytest.mark.slow
 def test_a_cache_holds_what_its_kind_needs_and_no_more() -> None:
   def shapes(name: str, length: int, window: int) -> list[tuple[int, ...]]:
     cache = empty_cache(2, 3, length, CONFIGS[name], window, jnp.bfloat16)

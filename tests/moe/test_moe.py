@@ -65,6 +65,7 @@ def test_a_layer_of_defaults_works_and_all_of_it_gets_a_gradient() -> None:
     assert np.isfinite(leaf).all() and np.any(leaf)
 
 
+@pytest.mark.slow
 def test_none_is_a_bias_of_zeros_and_a_document_a_row_bit_for_bit() -> None:
   scopes = {name: Scope() for name in BALANCE_LOSSES if name != 'load'}  # which is for noise
   layer = MoE(jax.random.key(0), WIDTH, scopes=scopes, bias_rule='quantile')

@@ -74,6 +74,7 @@ def test_counting_needs_no_more_than_statistics_of_each_token_do() -> None:
     assert temporaries(function, LOGITS, ids_of(E)) < 2.5
 
 
+@pytest.mark.slow
 def test_expert_choice_dispatches_as_many_copies_as_token_choice() -> None:
   """E C of them, about T K, and not the T E places that its routing has."""
   x = jax.ShapeDtypeStruct((B, S, 64), jnp.float32)

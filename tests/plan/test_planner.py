@@ -22,6 +22,7 @@ from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.initial_state import initial_train_state
 from moejax.train.shapes import make_run_mesh, sharded_state_shapes
 from tests.plan.eight_devices import CONFIG, CPU_8, SECTIONS, changed, eight_chips
+from tests.support.trainer_process import xla_flags
 
 ROOT = Path(__file__).parents[2]
 FLAGS = [
@@ -135,10 +136,10 @@ def train(*argv: str, **env: str) -> subprocess.CompletedProcess:
     f'import sys, train; status = train.main({list(argv)!r}); import jax; '
     'print("arrays", len(jax.live_arrays())); sys.exit(status)'
   )
-  clean = {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'}
+  # The command adds how many devices it wants, and the last word counts.
   return subprocess.run(
     [sys.executable, '-c', code],
-    env=clean | {'PYTHONPATH': str(ROOT)} | env,
+    env=os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': xla_flags()} | env,
     cwd=ROOT,
     capture_output=True,
     text=True,

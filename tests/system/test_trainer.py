@@ -135,6 +135,7 @@ def test_what_cannot_go_on_is_refused_before_anything_is_compiled(
   assert (straight / 'config.json').read_text() == before
 
 
+@pytest.mark.slow
 def test_damage_is_left_for_the_restore_to_find(straight: Path, tmp_path: Path) -> None:
   shutil.copytree(straight, tmp_path / 'run')
   (tmp_path / 'run' / 'checkpoints' / '12' / 'meta' / 'metadata').write_text('{')

@@ -119,7 +119,7 @@ def accumulated(label: str, micro_batches: int) -> Accumulated:
   return jax.tree.map(np.asarray, accumulate(cases(8)[label], W, micro_batches))
 
 
-@pytest.mark.parametrize('micro_batches', [2, 4])
+@pytest.mark.parametrize('micro_batches', [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_micro_batches_add_up_to_the_batch(micro_batches: int) -> None:
   """Values and gradients add up.
 

@@ -54,9 +54,10 @@ def axes_of_expert_weights(text: str, mesh: Mapping[str, int]) -> set[tuple[str,
   return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'cfg',
-  [cfg if cfg.exchange == 'gather' else pytest.param(cfg, marks=pytest.mark.slow) for cfg in WAYS],
+  WAYS,
   ids=name_of,
 )
 def test_expert_weights_are_not_gathered_over_the_expert_axis(

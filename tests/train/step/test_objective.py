@@ -195,6 +195,7 @@ def test_weights_of_unknown_tasks_and_bad_numbers_are_refused() -> None:
     LossConfig(z_coef='x')
 
 
+@pytest.mark.slow
 def test_padding_columns_change_nothing() -> None:
   grads, sums, *_ = differentiate(CONFIG)(start(CONFIG), widened_batch(make_batch()))
   assert_same(result(CONFIG), (flat(grads), jax.device_get(sums)))

@@ -86,6 +86,7 @@ def test_a_non_finite_step_changes_nothing_but_the_count(bad: str) -> None:
     jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(before, name))
 
 
+@pytest.mark.slow
 def test_a_step_whose_update_is_not_finite_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
   """Loss and gradient are finite, and what the optimiser makes of them is not.
 
@@ -129,6 +130,7 @@ def test_a_step_whose_update_is_not_finite_changes_nothing(monkeypatch: pytest.M
       jax.tree.map(np.testing.assert_array_equal, getattr(state, part), getattr(before, part))
 
 
+@pytest.mark.slow
 def test_a_spike_changes_nothing_where_it_is_to_be_skipped() -> None:
   """A trend far below the loss, or below the gradient's norm: left out, counted, and the trend
   itself goes on."""
@@ -194,10 +196,11 @@ def test_a_finite_step_is_not_skipped() -> None:
   assert not metrics['skipped'] and int(state.step) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'rule',
   # Of counts, and of histograms; the certificate takes the other rules.
-  ['sign', pytest.param('quantile', marks=pytest.mark.slow)],
+  ['sign', 'quantile'],
 )
 def test_the_bias_moves_once_a_step_by_the_whole_batch(rule: str) -> None:
   balance = dataclasses.replace(CONFIG.balance, bias_rule=rule, bias_rate='0.5, 0@50%')
