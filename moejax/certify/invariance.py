@@ -25,11 +25,14 @@ from moejax.certify.randomness import (
   random_config,
 )
 from moejax.certify.tiny_batches import documents_batch, widened_batch
+from moejax.config import frozendict
 from moejax.data.batch import IGNORE, Batch
 from moejax.model.config import REMAT_POLICIES
+from moejax.moe.balance.losses import BALANCE_LOSSES
 from moejax.moe.dispatch.dispatchers import DISPATCHERS, DispatchConfig
 from moejax.moe.routing import SCORE_FNS, RouterConfig
 from moejax.moe.selection import SELECTIONS
+from moejax.moe.token_sets import Scope
 from moejax.sharding.mesh import MeshConfig
 from moejax.train.experiment.config import ExperimentConfig
 
@@ -178,6 +181,12 @@ def other_router_name(router: RouterConfig) -> str:
   return 'random' if router.random else router.score_fn
 
 
+def losses_that_fit(losses: frozendict, router: RouterConfig) -> frozendict:
+  """Those of the losses, name -> coefficient, that can do something for this router."""
+  fit = [name for name in losses if not BALANCE_LOSSES[name].misfit(router, Scope())]
+  return frozendict({name: losses[name] for name in fit})
+
+
 def router_variants() -> Iterator[RouterVariant]:
   """Other routers, each with a base of its own and one variant that changes everything at once."""
   routers = [RouterConfig(4, 2, score_fn) for score_fn in sorted(set(SCORE_FNS) - {'softmax'})]
@@ -186,7 +195,8 @@ def router_variants() -> Iterator[RouterVariant]:
   for router in routers:
     base = tiny_config.base_config(router.noisy)
     rule = 'sign' if SELECTIONS[router.selection].takes_bias and not router.noisy else ''
-    balance = dataclasses.replace(base.balance, bias_rule=rule)
+    losses = losses_that_fit(base.balance.losses, router)
+    balance = dataclasses.replace(base.balance, losses=losses, bias_rule=rule)
     base = tiny_config.change(base, router=router, balance=balance)
     changed = tiny_config.change(
       base, micro_batches=2, remat='full', dispatch=DispatchConfig('sparse_matmul')

@@ -5,11 +5,12 @@ import numpy as np
 from moejax.certify import tiny_config
 from moejax.certify import tiny_model as tiny
 from moejax.certify.cases import Plan
-from moejax.certify.invariance import DENSE, other_router_name, variants
+from moejax.certify.invariance import DENSE, other_router_name, router_variants, variants
 from moejax.certify.tiny_batches import documents_batch, widened_batch
 from moejax.data.batch import IGNORE
 from moejax.moe.dispatch.dispatchers import DISPATCHERS
 from moejax.moe.routing import RouterConfig
+from moejax.moe.selection import SELECTIONS
 
 
 def test_two_documents_are_the_same_tokens_in_one_row_or_two() -> None:
@@ -39,6 +40,14 @@ def test_the_whole_line_takes_every_variant_of_the_quick_one_and_more() -> None:
   assert whole[: len(quick)] == quick and len(set(whole)) == len(whole) > len(quick)
   for name in set(DISPATCHERS) - {DENSE}:
     assert any(variant.startswith(name) for variant in quick)
+
+
+def test_every_selection_has_a_variant_with_the_losses_that_can_train_it() -> None:
+  """The quick certificate makes none of them, so that one that is refused would not show there."""
+  losses = {v.name: v.base.balance.active() for v in router_variants()}
+  assert set(SELECTIONS) - {'top_k'} < losses.keys()
+  assert 'gshard' in losses['hash'] and 'gshard' not in losses['uniform']
+  assert all('global_batch' in names for names in losses.values())
 
 
 def test_a_router_is_named_by_its_selection_or_randomness_or_score() -> None:
