@@ -67,11 +67,9 @@ def assignment_of(logits: ArrayLike, expert_ids: ArrayLike, score_fn: str, assig
 
 def load(expert_ids: ArrayLike, mask: ArrayLike, num_experts: int) -> F64:
   """c_e [E]: how many tokens that count chose expert e; an id of E is unassigned."""
-  counts, expert_ids, mask = np.zeros(num_experts), np.asarray(expert_ids), np.asarray(mask)
-  for t in np.ndindex(mask.shape):
-    for e in expert_ids[t]:
-      counts[e : e + 1] += mask[t]  # an empty slice where unassigned
-  return counts
+  counted = np.asarray(expert_ids)[np.asarray(mask, bool)]
+  counts = np.bincount(counted.ravel(), minlength=num_experts + 1)
+  return counts[:num_experts].astype(np.float64)  # the last one is of what is unassigned
 
 
 def probability_losses(
@@ -96,7 +94,7 @@ def probability_losses(
       continue
     counts = load(chosen, here, num_experts)
     f = num_experts * counts / counts.sum() if counts.any() else np.ones(num_experts)
-    mean = [math.fsum(p[here][:, e]) / here.sum() for e in range(num_experts)]
+    mean = p[here].mean(axis=0)
     parts = []
     for m in range(0, num_experts, size):
       parts.append(math.fsum(f[m : m + size]) / size * math.fsum(mean[m : m + size]))
@@ -167,12 +165,8 @@ def simbal(router: F64) -> float:
 
   router is Wᵀ [D, E].
   """
-  num_experts = router.shape[1]
-  return math.fsum(
-    abs(math.fsum(router[:, e] * router[:, o]) - (e == o))
-    for e in range(num_experts)
-    for o in range(num_experts)
-  )
+  w = np.asarray(router, np.float64).T
+  return float(np.abs(w @ w.T - np.eye(len(w))).sum())
 
 
 def loss(
