@@ -6,7 +6,7 @@ first run.
 Its layers are GLM-4.5's: grouped-query attention, and DeepSeek-V3's router with a shared expert. So
 `moejax hf export` writes files that transformers and vLLM load.
 
-Hardware: two CPU cores, 2 GB. 9 M parameters, of which 5 M are active; 2 M tokens, 0.6 of an epoch.
+Hardware: two CPU cores, 2 GB. 9 M parameters, of which 5 M are active; 2 M tokens, 0.7 of an epoch.
 """
 
 from ml_collections import ConfigDict
