@@ -30,12 +30,12 @@ from moejax.train.step.gradient_interference import interference
 
 TOTAL = 1e-7  # coefficients are float32, all else is float64
 # Differences have errors of REACH^2 by cutting, and by rounding of 1e-16 of the objective / REACH:
-# 2e-10 of the largest gradient, and 2e-6 of a leaf that is SMALL beside it. At twice the reach, one
-# embedding of 20 seeds was off by 1.3e-5, and at this one by 1.3e-6.
+# 4e-10 of the largest gradient, and 4e-6 of a leaf that is SMALL beside it. At twice the reach, one
+# norm's scale of 20 seeds was off by 1.2e-5, and at this one by 3.0e-6.
 SLOPE = 1e-5
-REACH = 5e-5  # how far each entry moves, as a part of its leaf's root mean square
+REACH = 2.5e-5  # how far each entry moves, as a part of its leaf's root mean square
 SMALL = 1e-4  # of the largest norm of a leaf's gradient: below it, deviations are parts of this
-# Of a leaf's gradient in float32: sums of 100 tokens that may cancel. Of 20 seeds 2.3e-5 at most,
+# Of a leaf's gradient in float32: sums of 100 tokens that may cancel. Of 20 seeds 2.6e-5 at most,
 # of two sinks; a router in bfloat16 is off by a hundred times as much.
 NARROW = 5e-5
 ATTEMPTS = 8  # to draw a batch and directions along which no token changes its experts
