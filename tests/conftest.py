@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from moejax.runtime.command import collect_rarely
+
 # Programs of tests run once or twice, so that compiling them is most of the time. An unknown flag
 # would end the process, and only JAX 0.10 has the last one.
 quick_flags = ['--xla_backend_optimization_level=0', '--xla_cpu_parallel_codegen_split_count=1']
@@ -44,9 +46,7 @@ os.environ['JAX_TRACEBACK_IN_LOCATIONS_LIMIT'] = '0'
 # A hangup that is ignored, as under nohup, would be so by every process that a test starts.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# Tracing makes many small objects, most of which stay: looking for garbage after every 700 of them,
-# the default, is time lost.
-gc.set_threshold(50_000, 20, 50)
+collect_rarely()
 
 
 @pytest.hookimpl(trylast=True)

@@ -36,7 +36,7 @@ SLOPE = 1e-5
 REACH = 2.5e-5  # how far each entry moves, as a part of its leaf's root mean square
 SMALL = 1e-4  # of the largest norm of a leaf's gradient: below it, deviations are parts of this
 # Of a leaf's gradient in float32: sums of 100 tokens that may cancel. Of 20 seeds 2.6e-5 at most,
-# of two sinks; a router in bfloat16 is off by a hundred times as much.
+# of a router's noise; a router in bfloat16 is off by a hundred times as much.
 NARROW = 5e-5
 ATTEMPTS = 8  # to draw a batch and directions along which no token changes its experts
 SMOOTH = 1e-5  # the largest second difference of a value where none does; else it is 1e-4

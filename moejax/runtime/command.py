@@ -43,12 +43,19 @@ def open_closed_streams() -> None:
       setattr(sys, name, open(os.devnull, 'w'))
 
 
+def collect_rarely() -> None:
+  """Has Python look for garbage less often.
+
+  Imports and tracing make many small objects, most of which stay: to look after every 700 of them,
+  the default, takes a twentieth of a trainer's start, and more of a test's.
+  """
+  gc.set_threshold(50_000, 20, 50)
+
+
 def run_quietly(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
   """Runs a command, and returns its exit status; Ctrl-C and a closed stdout are no tracebacks."""
   open_closed_streams()
-  # Imports and tracing make many small objects, most of which stay: to look for garbage after
-  # every 700 of them, Python's default, takes a twentieth of a trainer's start.
-  gc.set_threshold(50_000, 20, 50)
+  collect_rarely()
   try:
     status = main(argv)
     sys.stdout.flush()

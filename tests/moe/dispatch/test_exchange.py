@@ -55,11 +55,7 @@ def axes_of_expert_weights(text: str, mesh: Mapping[str, int]) -> set[tuple[str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  'cfg',
-  WAYS,
-  ids=name_of,
-)
+@pytest.mark.parametrize('cfg', WAYS, ids=name_of)
 def test_expert_weights_are_not_gathered_over_the_expert_axis(
   cfg: DispatchConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
