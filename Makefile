@@ -11,7 +11,7 @@ PY = $(VENV)/bin/python
 PYTEST = $(PY) -m pytest -n $(WORKERS) --dist loadgroup
 install = $(PY) -m pip install --quiet --disable-pip-version-check -e
 
-.PHONY: train test fast aot parity certify mutants families meshes faults bench lint
+.PHONY: train test fast aot aot-cuda parity certify mutants families meshes faults bench lint
 
 train: $(VENV)/.dev
 	$(PY) train.py $(ARGS)
@@ -26,6 +26,10 @@ fast: $(VENV)/.dev
 # Ahead-of-time compilation for TPUs: no accelerator is needed.
 aot: $(VENV)/.tpu
 	$(PYTEST) --durations=5 tests/plan/test_tpu_aot.py $(ARGS)
+
+# The same for NVIDIA GPUs: the CUDA libraries take 5 GB of disk.
+aot-cuda: $(VENV)/.cuda
+	$(PYTEST) --durations=5 tests/plan/test_cuda_aot.py tests/moe/experts/test_triton_aot.py $(ARGS)
 
 # What transformers reads and computes of the files that are written here, which `make test` skips.
 # Where pip would take torch for CUDA, of some GB, install its build for CPUs first.
@@ -84,4 +88,8 @@ $(VENV)/.parity: $(VENV)/.dev
 
 $(VENV)/.tpu: $(VENV)/.dev
 	$(install) '.[tpu]'
+	@touch $@
+
+$(VENV)/.cuda: $(VENV)/.dev
+	$(install) '.[cuda]'
 	@touch $@

@@ -4,8 +4,10 @@
 
 One signature, one implementation a platform:
 
-- CPU, and GPU until it has a kernel of its own: `blocked`, a loop over experts and their blocks of
-  rows. `jax.lax.ragged_dot` is a dense product over all experts there: E times the work.
+- CPU: `blocked`, a loop over experts and their blocks of rows. `jax.lax.ragged_dot` is a dense
+  product over all experts there and on GPUs: E times the work.
+- NVIDIA GPUs: `triton`, kernels of our own; where the GPU or this JAX lacks what they need,
+  `blocked`, and a warning that says so.
 - TPU: `ragged_dot`, a real grouped-matmul kernel.
 - Instead of `blocked`, which reads every expert, `gathered` for half as many copies as experts, or
   fewer: decoding.
@@ -26,6 +28,8 @@ from moejax.moe.experts.gathered_ffn import gathered_backward, gathered_forward
 from moejax.moe.experts.ragged_dot_ffn import ragged_backward, ragged_forward
 from moejax.moe.experts.residuals import Backward, Forward, PreActivations, Residuals
 from moejax.moe.experts.sorted_copies import Copies
+from moejax.moe.experts.triton.support import is_usable
+from moejax.moe.experts.triton_ffn import triton_backward, triton_forward
 from moejax.moe.experts.weights import Activation, Weights
 from moejax.sharding.logical_axes import platform
 
@@ -95,6 +99,8 @@ def best_implementation(copies: Copies) -> str:
   ones outgrow a cache.
   """
   name = BEST_BY_PLATFORM[platform()]
+  if name == 'triton' and not is_usable():
+    name = 'blocked'
   is_small = 2 * copies.tokens.size <= copies.load.size
   return 'gathered' if name == 'blocked' and is_small else name
 
@@ -103,6 +109,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
   'blocked': Implementation(blocked_forward, blocked_backward),
   'gathered': Implementation(gathered_forward, gathered_backward),
   'ragged_dot': Implementation(ragged_forward, ragged_backward),
+  'triton': Implementation(triton_forward, triton_backward),
 }
 # A row of IMPLEMENTATIONS by platform; see the top of this file for why.
-BEST_BY_PLATFORM = {'cpu': 'blocked', 'gpu': 'blocked', 'tpu': 'ragged_dot'}
+BEST_BY_PLATFORM = {'cpu': 'blocked', 'gpu': 'triton', 'tpu': 'ragged_dot'}

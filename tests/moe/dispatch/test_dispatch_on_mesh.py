@@ -23,6 +23,7 @@ from tests.support.dispatch_oracle import (
   run_on_one_device,
 )
 from tests.support.emulated_exchange import emulate
+from tests.support.kernel_interpreter import interpret_kernels
 from tests.support.quick import QUICK
 
 EXCHANGED = [
@@ -65,18 +66,22 @@ def test_any_mesh_is_the_oracles(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('implementation', ['ragged_dot', 'triton'])
 @pytest.mark.parametrize('ffn', [PLAIN, GPT_OSS], ids=name_of)
 def test_a_mesh_changes_nothing_where_there_is_a_grouped_matmul(
-  ffn: Ffn, monkeypatch: pytest.MonkeyPatch
+  ffn: Ffn, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  """As on a TPU."""
+  """As on a TPU, and as on a GPU."""
   cfg = DROPLESS[1]
   want = run_on_one_device(cfg, 4, 2, 'padded', ffn)
   args = jobs(4, 2)['padded'], experts(4, ffn.bias), DY
-  monkeypatch.setitem(BEST_BY_PLATFORM, 'cpu', 'ragged_dot')
+  monkeypatch.setitem(BEST_BY_PLATFORM, 'cpu', implementation)
+  kernels = interpret_kernels(monkeypatch)
   # Not `run`, whose cache may hold a trace of another implementation.
   anew = jax.jit(lambda *args: run.__wrapped__(cfg, *args, ffn.activation), compiler_options=QUICK)
   with jax.set_mesh(make_mesh(MeshConfig(data=2, expert=2, tensor=2))):
-    assert 'ragged_dot' in str(anew.trace(*args).jaxpr)
+    has_ragged_dot = 'ragged_dot' in str(anew.trace(*args).jaxpr)
+    assert has_ragged_dot == (implementation == 'ragged_dot')
+    assert bool(kernels) == (implementation == 'triton')
     got = jax.tree.map(np.asarray, anew(*args))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)

@@ -1,0 +1,1 @@
+"""The dropless expert FFN in kernels for NVIDIA GPUs, written in Pallas for Triton."""
