@@ -13,6 +13,7 @@ from tests.support.trainer_process import PATIENCE, environment
 
 # benchmark -> a row of its table, with a figure in it
 ROWS = {
+  'compiled_step': r'operations run .*\d',
   'balance_rules': r'sign bias .*\d\.\d{3} ',
   'decode': r'guesses, always right .*\d+\.\d \(',
   'import_checkpoint': r'all, as the command .*\d+\.\d',

@@ -106,12 +106,28 @@ def read_by_fusion(
     outside = near[operands(fusion)[number]]
     if not in_memory(outside.shape):
       continue
-    users = [user for user in inside if parameter.name in operands(user)]
-    if all(user.op in TAKES and operands(user)[0] == parameter.name for user in users):
-      total += sum(sum(array_bytes(user.shape)) for user in users)
-    elif not all(updates(user, parameter.name) for user in users):
-      total += in_memory(outside.shape)
+    total += taken_bytes(inside, parameter.name, in_memory(outside.shape))
   return total
+
+
+def taken_bytes(inside: list[Instruction], parameter: str, whole: float) -> float:
+  """Returns the bytes that a fusion reads of one operand, of which there are `whole`.
+
+  A bitcast is the same array under another name. What is only sliced is read in part, and what is
+  updated in place is not read for that; both may be true of one array.
+  """
+  names = {parameter}
+  for instruction in inside:  # operands stand before their users
+    if instruction.op == 'bitcast' and operands(instruction)[0] in names:
+      names.add(instruction.name)
+  readers = [
+    user
+    for user in inside
+    if names & {*operands(user)} and user.name not in names and not updates(user, names)
+  ]
+  if all(user.op in TAKES and operands(user)[0] in names for user in readers):
+    return sum(sum(array_bytes(user.shape)) for user in readers)
+  return whole
 
 
 def written_by_fusion(inside: list[Instruction], fusion: Instruction) -> float:
@@ -119,6 +135,7 @@ def written_by_fusion(inside: list[Instruction], fusion: Instruction) -> float:
   by_name = {instruction.name: instruction for instruction in inside}
   root = inside[-1]
   results = [by_name[name] for name in operands(root)] if root.op == 'tuple' else [root]
+  results = [unwrapped(result, by_name) for result in results]
   if fusion.op == 'fusion' and not any(result.op in UPDATES for result in results):
     return in_memory(fusion.shape)
   # The shape of a fusion-start has its operands, too: its results are looked at inside.
@@ -131,9 +148,22 @@ def written_by_fusion(inside: list[Instruction], fusion: Instruction) -> float:
   return total
 
 
-def updates(instruction: Instruction, name: str) -> bool:
-  """Returns whether an instruction writes a part of `name`, in place."""
-  return instruction.op in UPDATES and operands(instruction)[0] == name
+def unwrapped(instruction: Instruction, by_name: dict[str, Instruction]) -> Instruction:
+  """Returns the instruction that a bitcast, or several, give another name and shape."""
+  while instruction.op == 'bitcast':
+    instruction = by_name[operands(instruction)[0]]
+  return instruction
+
+
+def updates(instruction: Instruction, names: set[str]) -> bool:
+  """Returns whether an instruction writes a part of an array of these names, in place.
+
+  One that also takes its update from the array reads it.
+  """
+  if instruction.op not in UPDATES:
+    return False
+  target, *others = operands(instruction)
+  return target in names and not names & {*others}
 
 
 def operands(instruction: Instruction) -> list[str]:

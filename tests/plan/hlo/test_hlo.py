@@ -194,3 +194,35 @@ def test_what_is_updated_in_place_is_not_read_and_written_whole() -> None:
   """The rows that are added, their places, the rows that are written; a copy stays on the chip."""
   rows, places = 4 * 8 * 2, 4 * 4
   assert traffic(SCATTER) == rows + places + rows + rows
+
+
+IN_PLACE = """HloModule z
+
+%turn (a: f32[10,64], i: s32[], w: f32[10,64]) -> f32[640] {
+  %a = f32[10,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %w = f32[10,64]{1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %flat = f32[640]{0} bitcast(%a)
+  %again = f32[10,64]{1,0} bitcast(%flat)
+  %row = f32[1,64]{1,0} dynamic-slice(%again, %i, %zero), dynamic_slice_sizes={1,64}
+  %other = f32[1,64]{1,0} dynamic-slice(%w, %i, %zero), dynamic_slice_sizes={1,64}
+  %sum = f32[1,64]{1,0} add(%row, %other)
+  %new = f32[10,64]{1,0} dynamic-update-slice(%a, %sum, %i, %zero)
+  ROOT %out = f32[640]{0} bitcast(%new)
+}
+
+ENTRY %main (x: f32[10,64], j: s32[], v: f32[10,64]) -> f32[640] {
+  %x = f32[10,64]{1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %v = f32[10,64]{1,0} parameter(2)
+  ROOT %f = f32[640]{0} fusion(%x, %j, %v), kind=kLoop, calls=%turn
+}
+"""
+
+
+def test_a_row_that_is_read_and_updated_through_bitcasts_counts_as_a_row() -> None:
+  """A row of each array is read, and one is written; beside them the index."""
+  assert traffic(IN_PLACE) == 3 * 64 * 4 + 4
+  reads_all = IN_PLACE.replace('add(%row, %other)', 'reduce(%again, %zero), to_apply=%add')
+  assert traffic(reads_all) == (640 + 2 * 64) * 4 + 4

@@ -1,0 +1,111 @@
+"""What does a training step hold that is compiled for chips which need not be here?
+
+  python -m benchmarks.compiled_step --topology=h200:1
+  python -m benchmarks.compiled_step --topology=h200:8 --fsdp=8
+  python -m benchmarks.compiled_step --topology=v5p:2x2x2 --fsdp=8 --remat=dots
+
+OLMoE's layers (2048 wide, 64 experts, eight a token), four of its sixteen, in bfloat16; four rows
+of 4096 tokens on each device. Of one device: the operations that are run one after the other, the
+loops whose length only the data tell, bytes through memory, temporaries, and the collectives that
+nothing else can run beside.
+"""
+
+import argparse
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from moejax.plan.topology import parse_topology, set_environment
+
+COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
+
+
+def arguments() -> argparse.Namespace:
+  """What the command line says."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--topology', default='h200:1', help='as for moejax plan')
+  parser.add_argument('--fsdp', type=int, default=1)
+  parser.add_argument('--expert', type=int, default=1)
+  parser.add_argument('--remat', default='full', help='as model.remat of a config')
+  parser.add_argument('--layers', type=int, default=4)
+  parser.add_argument('--hlo', help='a file for the text of the program')
+  parser.add_argument(
+    '--quick', action='store_true', help='the smallest size, for virtual devices of the CPU'
+  )
+  args = parser.parse_args()
+  if args.quick:
+    args.topology, args.fsdp, args.layers = 'cpu:2', 2, 1
+  return args
+
+
+def main() -> None:
+  """Compiles the step, and prints what it holds."""
+  args = arguments()
+  topology = parse_topology(args.topology)
+  set_environment(topology)  # before JAX is imported
+  import dataclasses
+
+  import jax
+
+  from moejax.families.olmoe import FULL, TINY
+  from moejax.model.cross_entropy import LossConfig
+  from moejax.plan.hlo.memory_traffic import FREE, executed, traffic
+  from moejax.plan.hlo.program import TRIPS, parse_program
+  from moejax.sharding.mesh import MeshConfig
+  from moejax.train.experiment.config import ExperimentConfig
+  from moejax.train.shapes import batch_shapes, make_run_mesh, sharded_state_shapes
+  from moejax.train.step.train_step import compile_step
+
+  model = dataclasses.replace(
+    TINY if args.quick else FULL, num_layers=args.layers, dtype='bfloat16', remat=args.remat
+  )
+  cfg = ExperimentConfig(
+    batch_size=4 * topology.count,
+    seq_len=64 if args.quick else 4096,
+    model=model,
+    mesh=MeshConfig(data=0, fsdp=args.fsdp, expert=args.expert),
+    loss=LossConfig(chunks=4),
+  )
+  mesh = make_run_mesh(cfg, topology.devices())
+  started = time.monotonic()
+  with jax.set_mesh(mesh):
+    compiled = compile_step(cfg, sharded_state_shapes(cfg, mesh), batch_shapes(cfg, mesh))
+  seconds, text = time.monotonic() - started, compiled.as_text()
+  if args.hlo:
+    with open(args.hlo, 'w') as file:
+      file.write(text)
+  program = parse_program(text)
+  # (operation, how often)
+  run = [
+    (instruction.op, times)
+    for _, instruction, times in executed(program.computations, program.entry, 1)
+    if instruction.op not in FREE
+  ]
+  loops = [line for line in text.splitlines() if ' while(' in line]
+  memory = compiled.memory_analysis()
+  rows = {
+    'operations run': sum(times for op, times in run if not op.endswith('-done')),
+    'kernels of our own': sum(times for op, times in run if op == 'custom-call'),
+    'copies': sum(times for op, times in run if op in ('copy', 'copy-start')),
+    'loops of unknown length': sum(TRIPS.search(line) is None for line in loops),
+    'collectives': sum(times for op, times in run if op.removesuffix('-start') in COLLECTIVES),
+    'of them synchronous': sum(times for op, times in run if op in COLLECTIVES),
+    'GB through memory': f'{traffic(text) / 1e9:.4g}',
+    'GiB of temporaries': f'{memory.temp_size_in_bytes / 2**30:.3g}',
+    'GiB of arguments': f'{memory.argument_size_in_bytes / 2**30:.3g}',
+    'seconds to compile': f'{seconds:.1f}',
+  }
+  table = Table('of one device', f'{topology.text}, remat {args.remat}')
+  for name, value in rows.items():
+    table.add_row(name, str(value))
+  console = Console(width=100)
+  if topology.note:
+    console.print(topology.note)
+  console.print(table)
+
+
+if __name__ == '__main__':
+  main()
