@@ -12,6 +12,7 @@ nothing else can run beside.
 
 import argparse
 import time
+from collections import Counter
 
 from rich.console import Console
 from rich.table import Table
@@ -41,6 +42,30 @@ def arguments() -> argparse.Namespace:
   return args
 
 
+def contents(text: str) -> dict[str, str]:
+  """What is in a compiled program, and how much memory it moves."""
+  from moejax.plan.hlo.memory_traffic import FREE, executed, traffic
+  from moejax.plan.hlo.program import TRIPS, parse_program
+
+  program = parse_program(text)
+  counts: Counter[str] = Counter()
+  for _, instruction, times in executed(program.computations, program.entry, 1):
+    if instruction.op not in FREE and not instruction.op.endswith('-done'):
+      counts[instruction.op] += times
+  loops = [line for line in text.splitlines() if ' while(' in line]
+  synchronous = sum(counts[op] for op in COLLECTIVES)
+  asynchronous = sum(counts[f'{op}-start'] for op in COLLECTIVES)
+  return {
+    'operations run': str(counts.total()),
+    'custom calls, kernels of our own among them': str(counts['custom-call']),
+    'copies': str(counts['copy'] + counts['copy-start']),
+    'loops of unknown length': str(sum(TRIPS.search(line) is None for line in loops)),
+    'collectives': str(synchronous + asynchronous),
+    'of them synchronous': str(synchronous),
+    'GB through memory': f'{traffic(text) / 1e9:.4g}',
+  }
+
+
 def main() -> None:
   """Compiles the step, and prints what it holds."""
   args = arguments()
@@ -52,8 +77,6 @@ def main() -> None:
 
   from moejax.families.olmoe import FULL, TINY
   from moejax.model.cross_entropy import LossConfig
-  from moejax.plan.hlo.memory_traffic import FREE, executed, traffic
-  from moejax.plan.hlo.program import TRIPS, parse_program
   from moejax.sharding.mesh import MeshConfig
   from moejax.train.experiment.config import ExperimentConfig
   from moejax.train.shapes import batch_shapes, make_run_mesh, sharded_state_shapes
@@ -77,30 +100,15 @@ def main() -> None:
   if args.hlo:
     with open(args.hlo, 'w') as file:
       file.write(text)
-  program = parse_program(text)
-  # (operation, how often)
-  run = [
-    (instruction.op, times)
-    for _, instruction, times in executed(program.computations, program.entry, 1)
-    if instruction.op not in FREE
-  ]
-  loops = [line for line in text.splitlines() if ' while(' in line]
   memory = compiled.memory_analysis()
-  rows = {
-    'operations run': sum(times for op, times in run if not op.endswith('-done')),
-    'kernels of our own': sum(times for op, times in run if op == 'custom-call'),
-    'copies': sum(times for op, times in run if op in ('copy', 'copy-start')),
-    'loops of unknown length': sum(TRIPS.search(line) is None for line in loops),
-    'collectives': sum(times for op, times in run if op.removesuffix('-start') in COLLECTIVES),
-    'of them synchronous': sum(times for op, times in run if op in COLLECTIVES),
-    'GB through memory': f'{traffic(text) / 1e9:.4g}',
+  rows = contents(text) | {
     'GiB of temporaries': f'{memory.temp_size_in_bytes / 2**30:.3g}',
     'GiB of arguments': f'{memory.argument_size_in_bytes / 2**30:.3g}',
     'seconds to compile': f'{seconds:.1f}',
   }
   table = Table('of one device', f'{topology.text}, remat {args.remat}')
   for name, value in rows.items():
-    table.add_row(name, str(value))
+    table.add_row(name, value)
   console = Console(width=100)
   if topology.note:
     console.print(topology.note)

@@ -6,6 +6,7 @@ arrays.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import jax
@@ -48,6 +49,30 @@ def row_shards() -> int:
 def spec(*axes: str) -> PartitionSpec:
   """Returns the mesh axes of these logical axes, one a dimension; '' leaves a dimension whole."""
   return PartitionSpec(*(_mesh_axes(axis) for axis in axes))
+
+
+def param_spec(
+  axes: Sequence[str], shape: Sequence[int], sizes: Mapping[str, int]
+) -> PartitionSpec:
+  """Returns the mesh axes of each dimension of a parameter, which depend on its shape.
+
+  They are those of RULES but for a stack of experts whose number `expert` and `fsdp` together
+  divide: there `fsdp` splits the experts, and not each of them along `embed`. Gathered over `fsdp`,
+  a matrix then comes in one piece, as grouped kernels want it; pieces along `embed` would have to
+  be copied together.
+
+  Args:
+    axes: the logical axis of each dimension, '' for none.
+    shape: of the parameter.
+    sizes: of the mesh axes.
+  """
+  named = dict(zip(axes, shape, strict=True))
+  if 'expert' not in named or 'embed' not in named:
+    return spec(*axes)
+  if named['expert'] % (sizes['expert'] * sizes['fsdp']):
+    return spec(*axes)
+  whole = {'expert': (*RULES['expert'], *RULES['embed']), 'embed': None}
+  return PartitionSpec(*(whole[axis] if axis in whole else _mesh_axes(axis) for axis in axes))
 
 
 def _mesh_axes(axis: str) -> tuple[str, ...] | None:

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moejax.sharding.logical_axes import spec
+from moejax.sharding.logical_axes import param_spec
 
 Tree = TypeVar('Tree')
 
@@ -56,11 +56,6 @@ def param_axes(param: nnx.Variable) -> tuple[str, ...]:
   return ('layer',) * stacked + tuple(axes)
 
 
-def param_spec(param: nnx.Variable) -> PartitionSpec:
-  """Returns the mesh axes of each dimension of a parameter."""
-  return spec(*param_axes(param))
-
-
 def shardings(tree: Tree, mesh: Mesh) -> Tree:
   """Returns the sharding of every leaf of a tree, in the tree's structure.
 
@@ -86,4 +81,6 @@ def bytes_on_device(tree: object, mesh: Mesh) -> int:
 
 def _sharding(node: object, mesh: Mesh) -> NamedSharding:
   """Returns where a parameter, or any other node of a tree, lies."""
-  return NamedSharding(mesh, param_spec(node) if is_param(node) else PartitionSpec())
+  if not is_param(node):
+    return NamedSharding(mesh, PartitionSpec())
+  return NamedSharding(mesh, param_spec(param_axes(node), node.shape, mesh.shape))

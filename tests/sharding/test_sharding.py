@@ -17,9 +17,16 @@ from moejax.model.transformer import Transformer
 from moejax.moe.experts.ffn import SwiGLU
 from moejax.moe.layer import MoEConfig
 from moejax.moe.routing import RouterConfig
-from moejax.sharding.logical_axes import RULES, constrain, platform, row_shards, spec
+from moejax.sharding.logical_axes import (
+  RULES,
+  constrain,
+  param_spec,
+  platform,
+  row_shards,
+  spec,
+)
 from moejax.sharding.mesh import MESH_AXES, MeshConfig, make_mesh, product_problem
-from moejax.sharding.params import is_param, normal_init, param, param_spec, shardings
+from moejax.sharding.params import is_param, normal_init, param, param_axes, shardings
 from moejax.sharding.tree import size
 
 CONFIG = ModelConfig(
@@ -61,19 +68,45 @@ def test_specs() -> None:
 
 def test_a_stack_of_layers_has_the_layer_axis_in_front(model: Transformer) -> None:
   assert model.blocks.moe.experts.gate.shape == (2, 4, 16, 8)
-  assert param_spec(model.blocks.moe.experts.gate) == P(None, ('expert',), ('fsdp',), ('tensor',))
-  assert param_spec(model.blocks.attention.out.w) == P(None, ('tensor',), ('fsdp',))
-  assert param_spec(model.dense_blocks.ffn.down) == P(None, ('tensor',), ('fsdp',))
-  assert param_spec(model.blocks.moe.router) == P(None, ('fsdp',), None), (
+
+  def spec_of(param: nnx.Param) -> P:
+    return param_spec(param_axes(param), param.shape, {'fsdp': 3, 'expert': 2, 'tensor': 2})
+
+  gate = spec_of(model.blocks.moe.experts.gate)
+  assert gate == P(None, ('expert',), ('fsdp',), ('tensor',))
+  assert spec_of(model.blocks.attention.out.w) == P(None, ('tensor',), ('fsdp',))
+  assert spec_of(model.dense_blocks.ffn.down) == P(None, ('tensor',), ('fsdp',))
+  assert spec_of(model.blocks.moe.router) == P(None, ('fsdp',), None), (
     'each device must see all experts'
   )
-  assert param_spec(model.norm.scale) == P(None)
-  assert param_spec(model.embed.table) == P(('tensor',), ('fsdp',))
+  assert spec_of(model.norm.scale) == P(None)
+  assert spec_of(model.embed.table) == P(('tensor',), ('fsdp',))
   twice = jax.eval_shape(
     lambda keys: jax.vmap(jax.vmap(lambda key: SwiGLU(key, 4, 8, 1.0)))(keys),
     jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (2, 3))),
   )
-  assert param_spec(twice.up) == P(None, None, ('fsdp',), ('tensor',))
+  assert spec_of(twice.up) == P(None, None, ('fsdp',), ('tensor',))
+
+
+@pytest.mark.parametrize(
+  ('fsdp', 'expert', 'experts', 'embed'),
+  [
+    (2, 2, ('expert', 'fsdp'), None),
+    (4, 1, ('expert', 'fsdp'), None),
+    (8, 1, ('expert',), ('fsdp',)),
+    (3, 1, ('expert',), ('fsdp',)),
+    (1, 4, ('expert', 'fsdp'), None),
+  ],
+)
+def test_fsdp_splits_experts_where_they_divide_and_their_embed_elsewhere(
+  model: Transformer, fsdp: int, expert: int, experts: tuple[str, ...], embed: tuple[str] | None
+) -> None:
+  """Four experts; what is not a stack of experts with an `embed` lies as ever."""
+  sizes, stack = {'fsdp': fsdp, 'expert': expert, 'tensor': 1}, model.blocks.moe.experts
+  gate, down = (param_spec(param_axes(p), p.shape, sizes) for p in (stack.gate, stack.down))
+  assert gate == P(None, experts, embed, ('tensor',))
+  assert down == P(None, experts, ('tensor',), embed)
+  assert param_spec(('expert', 'norm'), (4, 8), sizes) == P(('expert',), None)
 
 
 def test_shardings_of_a_tree_follow_its_parameters(model: Transformer) -> None:
@@ -83,7 +116,7 @@ def test_shardings_of_a_tree_follow_its_parameters(model: Transformer) -> None:
   assert jax.tree.structure(found) == jax.tree.structure(tree)
   assert found['count'] == found['load'] == NamedSharding(mesh, P())
   for p, where in zip(parameters(model), jax.tree.leaves(found['model']), strict=True):
-    assert where == NamedSharding(mesh, param_spec(p))
+    assert where == NamedSharding(mesh, param_spec(param_axes(p), p.shape, mesh.shape))
     where.shard_shape(p.shape)  # raises where the sizes do not divide
 
 

@@ -23,8 +23,8 @@ from jax.sharding import PartitionSpec
 
 from moejax.moe.dispatch.expert_rows import most_copies, sort_view
 from moejax.moe.dispatch.local_view import LocalView, RoutedTokens
-from moejax.moe.experts.weights import Biases, Weights
-from moejax.sharding.logical_axes import RULES
+from moejax.moe.experts.weights import NARROW_AXES, WIDE_AXES, Biases, Weights
+from moejax.sharding.logical_axes import RULES, param_spec
 from moejax.sharding.mesh import MESH_AXES
 
 # view -> y [T, D], copies dropped: a scalar f32
@@ -155,13 +155,15 @@ def ffn_at_experts(ffn: Callable[[Array], Array], buffers_ECD: Array, num_local:
 def expert_specs(experts: Weights) -> Weights:
   """Returns how the experts' arrays lie on the mesh.
 
-  Experts over `expert`, their hidden layer over `tensor`, what remains of matrices over `fsdp`.
+  Experts over `expert`, their hidden layer over `tensor`, and matrices over `fsdp` as `param_spec`
+  says. That is how the parameters themselves lie: nothing is moved.
 
   Args:
-    experts: only whether they have biases matters.
+    experts: global arrays, of which only the shapes matter.
   """
-  wide = PartitionSpec('expert', 'fsdp', 'tensor')
-  narrow = PartitionSpec('expert', 'tensor', 'fsdp')
+  sizes = jax.sharding.get_abstract_mesh().shape
+  wide = param_spec(WIDE_AXES, experts.gate.shape, sizes)
+  narrow = param_spec(NARROW_AXES, experts.down.shape, sizes)
   if experts.biases.down is None:
     return Weights(wide, wide, narrow)
   hidden = PartitionSpec('expert', 'tensor')
@@ -185,7 +187,7 @@ def expert_parallel(
 
   def run_on_device(tokens: RoutedTokens, experts: Weights) -> tuple[Array, Array]:
     tokens = jax.tree.map(lambda a: jax.lax.pcast(a, 'tensor', to='varying'), tokens)
-    y, dropped = run(tokens, gather_local_experts(experts))
+    y, dropped = run(tokens, gather_local_experts(experts, specs))
     y = jax.lax.psum(y, 'tensor')
     # All devices along `tensor` see the same tokens, and count the same drops.
     num_dropped = jax.lax.psum(dropped, MESH_AXES) / jax.lax.axis_size('tensor')
@@ -195,21 +197,32 @@ def expert_parallel(
   return jax.shard_map(run_on_device, in_specs=(rows, specs), out_specs=(rows, PartitionSpec()))
 
 
-def gather_local_experts(experts: Weights) -> Weights:
+def gather_local_experts(experts: Weights, specs: Weights) -> Weights:
   """Returns a device's own experts: gathered over `fsdp`, the hidden layer split over `tensor`.
 
   Token shards add to gradients: to vary over an axis makes the transpose a sum, and to be gathered,
   a split one.
+
+  Args:
+    experts: the device's part of them.
+    specs: how they lie.
   """
+
+  def gathered(w: Array, spec: PartitionSpec) -> Array:
+    (axis,) = (i for i, names in enumerate(spec) if names is not None and 'fsdp' in names)
+    return jax.lax.all_gather(w, 'fsdp', axis=axis, tiled=True)
+
   biases = jax.lax.pcast(experts.biases, 'fsdp', to='varying')
   # Outputs are summed over `tensor`: one of its devices adds the bias of the whole sum.
   down_bias = jax.tree.map(
     lambda b: jnp.where(jax.lax.axis_index('tensor') == 0, b, 0), biases.down
   )
-  gate = jax.lax.all_gather(experts.gate, 'fsdp', axis=1, tiled=True)
-  up = jax.lax.all_gather(experts.up, 'fsdp', axis=1, tiled=True)
-  down = jax.lax.all_gather(experts.down, 'fsdp', axis=2, tiled=True)
-  whole = Weights(gate, up, down, biases._replace(down=down_bias))
+  whole = Weights(
+    gate=gathered(experts.gate, specs.gate),
+    up=gathered(experts.up, specs.up),
+    down=gathered(experts.down, specs.down),
+    biases=biases._replace(down=down_bias),
+  )
   return jax.lax.pcast(whole, 'data', to='varying')
 
 

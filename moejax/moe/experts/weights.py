@@ -18,6 +18,11 @@ from moejax.sharding.params import constant_init, is_param, normal_init, param
 Activation = Callable[[Array, Array], Array]
 
 
+# The logical axes of gate and up, and of down.
+WIDE_AXES = ('expert', 'embed', 'mlp')
+NARROW_AXES = ('expert', 'mlp', 'embed')
+
+
 class Biases(NamedTuple):
   """The projections' biases in the compute dtype. All, or none of them: an empty tree."""
 
@@ -51,9 +56,9 @@ class Experts(nnx.Module):
   ) -> None:
     gate_key, up_key, down_key = jax.random.split(key, 3)
     wide, narrow = (num_experts, d_model, d_expert), (num_experts, d_expert, d_model)
-    self.gate = param(gate_key, wide, ('expert', 'embed', 'mlp'), normal_init(std))
-    self.up = param(up_key, wide, ('expert', 'embed', 'mlp'), normal_init(std))
-    self.down = param(down_key, narrow, ('expert', 'mlp', 'embed'), normal_init(out_std))
+    self.gate = param(gate_key, wide, WIDE_AXES, normal_init(std))
+    self.up = param(up_key, wide, WIDE_AXES, normal_init(std))
+    self.down = param(down_key, narrow, NARROW_AXES, normal_init(out_std))
 
     def bias_param(width: int) -> nnx.Param | None:
       # A constant needs no randomness: `key` is not drawn from. 'norm' keeps the width whole.

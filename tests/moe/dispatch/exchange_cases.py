@@ -73,8 +73,9 @@ def layer(
     y, _ = DISPATCHERS[cfg.dispatcher](x, routing, stack, ACTIVATIONS['swiglu'](0.0), cfg)
     return y
 
-  no_arrays = Weights(gate=None, up=None, down=None)
-  specs = expert_specs(no_arrays)
+  wide, narrow = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((8, 16, 22), (8, 22, 16)))
+  with jax.set_mesh(mesh):
+    specs = expert_specs(Weights(wide, wide, narrow))
   stack = Weights(
     gate=shape(specs.gate, 8, 16, 22),
     up=shape(specs.up, 8, 16, 22),

@@ -80,7 +80,9 @@ def test_weights_that_are_gathered_over_the_expert_axis_are_seen(
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
   def whole_specs(experts: Weights) -> Weights:
-    return jax.tree.map(lambda spec: P(None, *spec[1:]), expert_specs(experts))
+    # Experts over fsdp alone, if at all.
+    first = {'expert': None, ('expert', 'fsdp'): 'fsdp'}
+    return jax.tree.map(lambda spec: P(first[spec[0]], *spec[1:]), expert_specs(experts))
 
   monkeypatch.setattr(dispatchers, 'expert_specs', whole_specs)
   seen = axes_of_expert_weights(compiled_step(experiment(WAYS[0], FOUR)), make_mesh(FOUR).shape)

@@ -92,8 +92,8 @@ def output_bias_by_each_shard(patch: Patch) -> None:
   """Devices along `tensor`, whose outputs are summed, each add the experts' output bias."""
 
   def make(gather_local_experts: Callable) -> Callable:
-    def changed(experts: Weights) -> Weights:
-      found, down = gather_local_experts(experts), experts.biases.down
+    def changed(experts: Weights, specs: Weights) -> Weights:
+      found, down = gather_local_experts(experts, specs), experts.biases.down
       if down is None:
         return found
       down = jax.lax.pcast(down, ('data', 'fsdp', 'tensor'), to='varying')
