@@ -69,6 +69,24 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
   return jax.tree.map(node_shardings, tree, is_leaf=is_param)
 
 
+def constrain_params(tree: Tree) -> Tree:
+  """Returns a tree whose parameters are laid out as `shardings` says; without a mesh, the tree.
+
+  In a compiled program, where the compiler would lay them out in another way.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return tree
+
+  def constrain_node(node: object) -> object:
+    if not is_param(node):
+      return node
+    where = param_spec(param_axes(node), node.shape, mesh.shape)
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, where), node)
+
+  return jax.tree.map(constrain_node, tree, is_leaf=is_param)
+
+
 def bytes_on_device(tree: object, mesh: Mesh) -> int:
   """Returns the bytes of a tree's arrays on one device of a mesh, laid out as by `shardings`."""
   total = 0

@@ -7,6 +7,7 @@ Letters: B batch, S sequence, E experts, K experts per token, L MoE layers, R ta
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from moejax.moe.bias import BIAS_RULES, BiasState
 from moejax.moe.statistics import bias_statistics, layer_statistics, token_statistics
 from moejax.runtime.faults import inject
 from moejax.sharding.logical_axes import platform, replicated
+from moejax.sharding.params import constrain_params
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.optimizer import learning_rate, optimizer, updates_made
 from moejax.train.step.gradient_accumulation import gradients
@@ -84,7 +86,7 @@ def train_step(
 
   # A spike that is skipped moves the trend all the same: a level that stays is then let in.
   stability, stability_metrics = update_stability(state.stability, lm_loss, grad_norm, ~finite)
-  learned = jax.lax.cond(good, learn, skip)
+  learned = one_of(good, learn, skip)
   new = state._replace(step=state.step + 1, stability=stability, **learned._asdict())
 
   # 4. What is logged of the step, the same on every device.
@@ -102,6 +104,15 @@ def train_step(
   metrics |= task_losses(sums.nll, task_tokens(batch, cfg), cfg)
   # lm_loss is among the terms, too: the one above is what a fault may have made of it.
   return new, replicated(sums.terms | stability_metrics | metrics)
+
+
+def one_of(good: Array, learn: Callable[[], Learned], skip: Callable[[], Learned]) -> Learned:
+  """Returns what `learn` gives if good, else what `skip` gives, laid out as the state is.
+
+  Left to itself, XLA's partitioner may gather all parameters and moments on the way out of a
+  branch, as it does for GPUs.
+  """
+  return constrain_params(jax.lax.cond(good, learn, skip))
 
 
 def all_finite(tree: Learned) -> Array:
