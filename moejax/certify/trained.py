@@ -132,7 +132,7 @@ def check_decay(cfg: ExperimentConfig) -> Iterator[Check]:
   ones = jax.tree.map(lambda _: jnp.ones(1), shapes)
   zeros = jax.tree.map(lambda _: jnp.zeros(1), shapes)
   rule = optimizer(cfg.optim, cfg.steps)
-  updates, _ = rule.update(zeros, rule.init(ones), ones)
+  updates, _ = rule.update(zeros, rule.init(ones), ones, grad_norm=jnp.zeros(()))
   leaves = tiny.named_leaves(updates)
   wanted = rule_of(cfg.optim, leaves).decay
   for name, update in leaves.items():

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import Array
 
@@ -136,9 +137,36 @@ def decay_mask(params: object) -> object:
   return jax.tree.map(lambda p: p.get_metadata('axes')[-1] != 'norm', params, is_leaf=is_param)
 
 
-def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
-  """Clipping, then AdamW; `steps` is the length of the run, which the schedule needs."""
-  clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
+def clip_by_known_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+  """Returns optax.clip_by_global_norm, but that `update` is given the norm, as `grad_norm`.
+
+  A step measures the norm in any case: to compute it again would read the whole gradient again.
+  """
+
+  def update(
+    grads: optax.Updates,
+    state: optax.EmptyState,
+    params: optax.Params | None = None,
+    *,
+    grad_norm: Array,
+    **others: object,
+  ) -> tuple[optax.Updates, optax.EmptyState]:
+    del params, others
+    fits = grad_norm < max_norm
+    clipped = jax.tree.map(lambda g: jnp.where(fits, g, g / grad_norm * max_norm), grads)
+    return clipped, state
+
+  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+  """Clipping, then AdamW; its `update` also takes the `grad_norm` of the whole gradient.
+
+  Args:
+    cfg: rates, moments, decay and clipping.
+    steps: the length of the run, which the schedule needs.
+  """
+  clip = clip_by_known_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
   adamw = optax.adamw(
     learning_rate(cfg, steps),
     b1=cfg.beta1,
@@ -148,7 +176,7 @@ def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
     mask=decay_mask,
   )
   # Clipped before the moments take it in; the decay, which is decoupled, is not clipped.
-  return optax.chain(clip, adamw)
+  return optax.with_extra_args_support(optax.chain(clip, adamw))
 
 
 def updates_made(opt_state: optax.OptState) -> Array:

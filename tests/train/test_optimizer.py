@@ -85,7 +85,7 @@ def test_six_steps_are_the_oracles(model: Model, clip: float) -> None:
 
   @jax.jit
   def step(model: Model, state: optax.OptState, g: Model) -> tuple[Model, optax.OptState]:
-    updates, state = tx.update(g, state, model)
+    updates, state = tx.update(g, state, model, grad_norm=optax.tree.norm(g))
     return optax.apply_updates(model, updates), state
 
   after, state = model, jax.jit(tx.init)(model)

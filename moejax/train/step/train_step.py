@@ -60,10 +60,10 @@ def train_step(
   loss, lm_loss = inject('loss', (sums.loss, sums.terms['lm_loss']), state.step + 1)
 
   # 2. Parameters follow the optimiser, the router bias follows its rule: it has no gradient.
-  tx = optimizer(cfg.optim, cfg.steps)
+  tx, grad_norm = optimizer(cfg.optim, cfg.steps), optax.tree.norm(grads)
 
   def learn() -> Learned:
-    updates, opt_state = tx.update(grads, state.opt_state, state.model)
+    updates, opt_state = tx.update(grads, state.opt_state, state.model, grad_norm=grad_norm)
     return Learned(
       model=optax.apply_updates(state.model, updates),
       opt_state=opt_state,
@@ -76,7 +76,6 @@ def train_step(
 
   # 3. May this step be learned from? A finite gradient does not make a finite update: where it is
   # squared, divided or added to a parameter, numbers may overflow.
-  grad_norm = optax.tree.norm(grads)
   # `learn` is worked out here, of which one bool is kept, and again in the branch below: that takes
   # a few percent of a step, where both states at once would take the memory of a second one.
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & all_finite(learn())

@@ -53,12 +53,12 @@ def nothing_decayed(patch: Patch) -> None:
 
 def no_clipping(patch: Patch) -> None:
   """Gradients are not clipped."""
-  patch.setattr(optax, 'clip_by_global_norm', lambda norm: optax.identity())
+  patch.setattr(optimizer, 'clip_by_known_norm', lambda norm: optax.identity())
 
 
 def clipped_by_entry(patch: Patch) -> None:
   """Each entry of the gradient is clipped, not the norm of all."""
-  patch.setattr(optax, 'clip_by_global_norm', lambda norm: optax.clip(norm / 100))
+  patch.setattr(optimizer, 'clip_by_known_norm', lambda norm: optax.clip(norm / 100))
 
 
 def change_adamw(patch: Patch, change: Callable[[dict], dict]) -> None:

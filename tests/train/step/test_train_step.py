@@ -100,9 +100,9 @@ def test_a_step_whose_update_is_not_finite_changes_nothing(monkeypatch: pytest.M
 
   def run(state: TrainState, batch: Batch) -> tuple[TrainState, step.Metrics]:
     def update(
-      grads: Transformer, opt_state: optax.OptState, model: Transformer
+      grads: Transformer, opt_state: optax.OptState, model: Transformer, grad_norm: jax.Array
     ) -> tuple[Transformer, optax.OptState]:
-      updates, opt_state = tx.update(grads, opt_state, model)
+      updates, opt_state = tx.update(grads, opt_state, model, grad_norm=grad_norm)
       was = updates.embed.table[unused, 0]
       wrong = jnp.stack([was, jnp.nan, was, 3e38])[state.step]
       updates.embed.table[...] = updates.embed.table[...].at[unused, 0].set(wrong)
@@ -111,7 +111,7 @@ def test_a_step_whose_update_is_not_finite_changes_nothing(monkeypatch: pytest.M
       moments[last] += jnp.where(state.step == 2, jnp.inf, 0)
       return updates, jax.tree.unflatten(tree, moments)
 
-    of_step = optax.GradientTransformation(tx.init, update)
+    of_step = optax.GradientTransformationExtraArgs(tx.init, update)
     monkeypatch.setattr(step, 'optimizer', lambda cfg, steps: of_step)
     return train_step(state, batch, cfg)
 
