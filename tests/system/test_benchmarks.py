@@ -16,6 +16,7 @@ ROWS = {
   'compiled_step': r'operations run .*\d',
   'balance_rules': r'sign bias .*\d\.\d{3} ',
   'decode': r'guesses, always right .*\d+\.\d \(',
+  'gpu': r'layer +tiny +Zipf +moejax +forward \d',
   'import_checkpoint': r'all, as the command .*\d+\.\d',
   'metrics_cost': r'smallest .*\d+ .*\d\.\d{3} \(',
   'moe_layer': r'sparse_matmul: ratio .*\d\.\d\d \(',
