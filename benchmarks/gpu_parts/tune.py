@@ -69,7 +69,7 @@ def main(quick: bool) -> None:
             taken[tile] = seconds(lambda *a, run=run: run(*a), *arguments, quick=quick)
           except Exception as error:  # too much shared memory, or too many registers
             say(f'tune      {shape.name} {kernel} {tuple(tile)}: {str(error)[:80]!r}')
-      now = taken.get(HALF_TILES[kernel], float('nan'))
+      now = taken[HALF_TILES[kernel]]
       for tile in sorted(taken, key=taken.get)[:SHOWN]:
         gain = now / taken[tile]
         took = f'{1e3 * taken[tile]:.3f} ms'
