@@ -175,6 +175,7 @@ def test_a_plan_as_a_process(tmp_path: Path) -> None:
   ('plugin', 'slice_', 'links_'),
   [
     pytest.param('libtpu', 'v5p:2x2x4', 'ICI', marks=pytest.mark.tpu_aot),
+    pytest.param('jax_cuda13_plugin', 'h100:8', 'NVLink', marks=pytest.mark.cuda_aot),
     pytest.param('jax_cuda13_plugin', 'h200:16', 'NVLink', marks=pytest.mark.cuda_aot),
   ],
 )

@@ -33,14 +33,13 @@ from moejax.moe.dispatch.exchange import (
 from moejax.moe.dispatch.exchange_cost import Group, exchange_bytes, lacking_ragged
 from moejax.moe.dispatch.expert_rows import sort_view
 from moejax.moe.dispatch.local_view import LocalView, RoutedTokens, RowQuota
-from moejax.moe.experts.grouped_ffn import grouped_ffn
+from moejax.moe.experts.grouped_ffn import AUTO, IMPLEMENTATIONS, grouped_ffn
 from moejax.moe.experts.weights import Activation, Weights, dense_ffn
 from moejax.moe.routing import Routing
 from moejax.moe.selection import expert_quota
 from moejax.moe.token_sets import put_at_experts
 
 DROP_BY = ('position', 'probs')
-AUTO = 'auto'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +55,15 @@ class DispatchConfig:
   exchange: how tokens and experts come together over the `expert` mesh axis, see `exchanges`.
     'auto': the one that moves the fewest bytes, of those that the devices have; ragged, which needs
     more memory, if it saves a quarter.
+  implementation: of sparse_matmul's products, a row of IMPLEMENTATIONS in moe/experts/grouped_ffn.
+    'auto': the platform's best.
   """
 
   dispatcher: str = 'sparse_matmul'
   capacity_factor: float = 0.0
   drop_by: str = 'probs'
   exchange: str = AUTO
+  implementation: str = AUTO
 
   def __post_init__(self) -> None:
     check(*not_finite(self))
@@ -84,6 +86,12 @@ class DispatchConfig:
         self.exchange not in possible,
         f'exchange={self.exchange!r} with dispatcher={self.dispatcher!r}, '
         f'capacity_factor={self.capacity_factor}: use one of {sorted(possible)}',
+      ),
+      not_one_of('implementation', self.implementation, (AUTO, *IMPLEMENTATIONS)),
+      problem_if(
+        self.implementation != AUTO and self.dispatcher != 'sparse_matmul',
+        f'implementation={self.implementation!r} is of sparse_matmul: with '
+        f"dispatcher={self.dispatcher!r} use 'auto'",
       ),
     )
 
@@ -247,9 +255,15 @@ def exchange_on(
 
 def sparse_matmul(view: LocalView, cfg: DispatchConfig) -> tuple[Array, Array]:
   """Dropless: copies sorted by expert, then `grouped_ffn`. Returns y [T, D], and 0 dropped."""
-  del cfg
   copies, dropped = sort_view(view)
-  y_TD = grouped_ffn(view.tokens.x, copies, view.experts, view.activation, view.even_share)
+  y_TD = grouped_ffn(
+    view.tokens.x,
+    copies,
+    view.experts,
+    activation=view.activation,
+    even_share=view.even_share,
+    implementation=cfg.implementation,
+  )
   return y_TD, dropped
 
 

@@ -26,12 +26,14 @@ from jax import Array
 from moejax.moe.experts.blocked_ffn import blocked_backward, blocked_forward
 from moejax.moe.experts.gathered_ffn import gathered_backward, gathered_forward
 from moejax.moe.experts.ragged_dot_ffn import ragged_backward, ragged_forward
-from moejax.moe.experts.residuals import Backward, Forward, PreActivations, Residuals
+from moejax.moe.experts.residuals import Backward, Forward, Residuals
 from moejax.moe.experts.sorted_copies import Copies
 from moejax.moe.experts.triton.support import is_usable
 from moejax.moe.experts.triton_ffn import triton_backward, triton_forward
 from moejax.moe.experts.weights import Activation, Weights
 from moejax.sharding.logical_axes import platform
+
+AUTO = 'auto'
 
 
 class Implementation(NamedTuple):
@@ -41,10 +43,15 @@ class Implementation(NamedTuple):
   backward: Backward
 
 
-# The activation is a Python function and `even_share` a size: static for differentiation.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+# The activation is a Python function, `even_share` a size: static for differentiation.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def grouped_ffn(
-  x: Array, copies: Copies, weights: Weights, activation: Activation, even_share: int = 0
+  x: Array,
+  copies: Copies,
+  weights: Weights,
+  activation: Activation,
+  even_share: int = 0,
+  implementation: str = AUTO,
 ) -> Array:
   """Returns the weighted sum of its experts' outputs for every token.
 
@@ -55,41 +62,47 @@ def grouped_ffn(
     activation: of the gate and the up projection.
     even_share: copies that these experts get of an even routing, where there is room for more, in
       an expert-parallel group; 0: as many as there are.
+    implementation: a row of IMPLEMENTATIONS, or 'auto' for the best one here.
 
   Returns:
     [T, D] in the dtype of x. Sums over a token's copies and over blocks are in that dtype.
   """
-  return run_forward(x, copies, weights, activation, even_share)[0]
-
-
-def run_forward(
-  x: Array, copies: Copies, weights: Weights, activation: Activation, even_share: int
-) -> tuple[Array, PreActivations]:
-  """Returns y [T, D] and the pre-activations [N or more, F], by the best implementation."""
-  implementation = IMPLEMENTATIONS[best_implementation(copies)]
-  return implementation.forward(x, copies, weights, activation, even_share)
+  forward, _ = chosen(implementation, copies)
+  return forward(x, copies, weights, activation, even_share)[0]
 
 
 def grouped_ffn_fwd(
-  x: Array, copies: Copies, weights: Weights, activation: Activation, even_share: int
+  x: Array,
+  copies: Copies,
+  weights: Weights,
+  activation: Activation,
+  even_share: int,
+  implementation: str,
 ) -> tuple[Array, Residuals]:
   """Computes the forward pass for differentiation, which keeps the pre-activations."""
-  y, pre_activations = run_forward(x, copies, weights, activation, even_share)
+  forward, _ = chosen(implementation, copies)
+  y, pre_activations = forward(x, copies, weights, activation, even_share)
   return y, Residuals(x, copies, weights, pre_activations)
 
 
 def grouped_ffn_bwd(
-  activation: Activation, even_share: int, residuals: Residuals, dy: Array
+  activation: Activation, even_share: int, implementation: str, residuals: Residuals, dy: Array
 ) -> tuple[Array, Copies, Weights]:
   """Returns cotangents of x, of the copies' weights and of the experts' projections."""
-  implementation = IMPLEMENTATIONS[best_implementation(residuals.copies)]
-  gradients = implementation.backward(residuals, activation, dy, even_share)
+  _, backward = chosen(implementation, residuals.copies)
+  gradients = backward(residuals, activation, dy, even_share)
   # None is JAX's cotangent of integers: of the copies' tokens and of the load.
   d_copies = Copies(tokens=None, weights=gradients.copy_weights, load=None)
   return gradients.x, d_copies, gradients.weights
 
 
 grouped_ffn.defvjp(grouped_ffn_fwd, grouped_ffn_bwd)
+
+
+def chosen(implementation: str, copies: Copies) -> Implementation:
+  """Returns a row of IMPLEMENTATIONS; of 'auto' the best one for these copies."""
+  name = best_implementation(copies) if implementation == AUTO else implementation
+  return IMPLEMENTATIONS[name]
 
 
 def best_implementation(copies: Copies) -> str:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from moejax.config import ConfigError
 from moejax.moe.dispatch.dispatchers import DispatchConfig
 from moejax.moe.experts.ffn import ACTIVATIONS
+from moejax.moe.experts.grouped_ffn import IMPLEMENTATIONS, Implementation
 from moejax.moe.experts.weights import Biases, Weights
 from tests.support.dispatch_oracle import (
   DROPLESS,
@@ -132,6 +134,29 @@ def test_compute_dtype_is_that_of_x(cfg: DispatchConfig) -> None:
   assert 0 < np.abs(np.asarray(y, np.float32) - exact).max() < 0.03 * np.abs(exact).max()
 
 
+@pytest.mark.parametrize('implementation', [*IMPLEMENTATIONS])
+def test_both_passes_are_by_the_implementation_that_is_asked_for(
+  implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  taken = []
+
+  def recording(passed: str, pass_: Callable) -> Callable:
+    def run(*args: object) -> object:
+      taken.append(passed)
+      return pass_(*args)
+
+    return run
+
+  for name, row in IMPLEMENTATIONS.items():
+    both = Implementation(*(recording(f'{name} {i}', way) for i, way in enumerate(row)))
+    monkeypatch.setitem(IMPLEMENTATIONS, name, both)
+  cfg = DispatchConfig(implementation=implementation)
+  job, weights = jobs(4, 2)['plain'], experts(4)
+  # Not `run`, whose cache may hold a trace of another implementation.
+  jax.eval_shape(lambda *args: run.__wrapped__(cfg, *args), job, weights, DY)
+  assert taken == [f'{implementation} 0', f'{implementation} 1']
+
+
 @pytest.mark.parametrize(
   ('fields', 'named'),
   [
@@ -151,6 +176,14 @@ def test_compute_dtype_is_that_of_x(cfg: DispatchConfig) -> None:
     (
       {'dispatcher': 'dense_matmul', 'capacity_factor': 1.0, 'exchange': 'gather'},
       "exchange='gather' with dispatcher=",
+    ),
+    (
+      {'implementation': 'cutlass'},
+      "implementation='cutlass' is not one of ['auto', 'blocked', 'gathered', 'ragged_dot', 't",
+    ),
+    (
+      {'dispatcher': 'dense_matmul', 'implementation': 'blocked'},
+      "implementation='blocked' is of sparse_matmul: with dispatcher='dense_matmul' use 'auto'",
     ),
   ],
 )
