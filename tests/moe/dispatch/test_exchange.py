@@ -44,12 +44,16 @@ def compiled_step(cfg: ExperimentConfig) -> str:
 
 
 def axes_of_expert_weights(text: str, mesh: Mapping[str, int]) -> set[tuple[str, str]]:
-  """(kind, axis) of every collective whose result is as large as a part of experts' weights."""
+  """(kind, axis) of every collective whose result is as large as a part of experts' matrices.
+
+  Not their biases: these lie whole over `tensor`, and are brought together after an update.
+  """
+  part = 16 * PRIME * 4  # bytes of half of a matrix of one expert
   computations, entry = parse_program(text)
   seen: set[tuple[str, str]] = set()
   for _, instruction, _ in walk(computations, entry):
     for axis in axes_of(groups_of(instruction.rest, 8), mesh):
-      if any(size % PRIME == 0 for size in array_bytes(instruction.shape)):
+      if any(size and size % part == 0 for size in array_bytes(instruction.shape)):
         seen.add((instruction.op, axis))
   return seen
 
