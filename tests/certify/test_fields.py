@@ -21,6 +21,7 @@ ELSEWHERE = {
   'model.moe.router.selection': 'oracle, causality and decoding take every selection',
   'model.moe.router.renormalise': 'oracle has routers that do not',
   'model.moe.dispatch.exchange': 'make meshes takes every exchange',
+  'model.moe.dispatch.implementation': 'large, and tests/moe/experts, take every row',
   'model.attention.latent': 'tests/model and tests/families',
   'model.attention.rope': 'tests/model and tests/families',
   'model.attention.clip_qkv': 'tests/model and tests/families',
