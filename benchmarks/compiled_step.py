@@ -19,8 +19,6 @@ from rich.table import Table
 
 from moejax.plan.topology import parse_topology, set_environment
 
-COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
-
 
 def arguments() -> argparse.Namespace:
   """What the command line says."""
@@ -44,6 +42,7 @@ def arguments() -> argparse.Namespace:
 
 def contents(text: str) -> dict[str, str]:
   """What is in a compiled program, and how much memory it moves."""
+  from moejax.plan.hlo.collectives import COLLECTIVE_KINDS
   from moejax.plan.hlo.memory_traffic import FREE, executed, traffic
   from moejax.plan.hlo.program import TRIPS, parse_program
 
@@ -53,8 +52,8 @@ def contents(text: str) -> dict[str, str]:
     if instruction.op not in FREE and not instruction.op.endswith('-done'):
       counts[instruction.op] += times
   loops = [line for line in text.splitlines() if ' while(' in line]
-  synchronous = sum(counts[op] for op in COLLECTIVES)
-  asynchronous = sum(counts[f'{op}-start'] for op in COLLECTIVES)
+  synchronous = sum(counts[op] for op in COLLECTIVE_KINDS)
+  asynchronous = sum(counts[f'{op}-start'] for op in COLLECTIVE_KINDS)
   return {
     'operations run': str(counts.total()),
     'custom calls, kernels of our own among them': str(counts['custom-call']),

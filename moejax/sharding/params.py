@@ -1,7 +1,7 @@
 """Parameters that know their logical axes: how they are made and where they lie on a mesh."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import jax
@@ -81,7 +81,7 @@ def constrain_params(tree: Tree) -> Tree:
   def constrain_node(node: object) -> object:
     if not is_param(node):
       return node
-    where = param_spec(param_axes(node), node.shape, mesh.shape)
+    where = _spec(node, mesh.shape)
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, where), node)
 
   return jax.tree.map(constrain_node, tree, is_leaf=is_param)
@@ -99,6 +99,9 @@ def bytes_on_device(tree: object, mesh: Mesh) -> int:
 
 def _sharding(node: object, mesh: Mesh) -> NamedSharding:
   """Returns where a parameter, or any other node of a tree, lies."""
-  if not is_param(node):
-    return NamedSharding(mesh, PartitionSpec())
-  return NamedSharding(mesh, param_spec(param_axes(node), node.shape, mesh.shape))
+  return NamedSharding(mesh, _spec(node, mesh.shape) if is_param(node) else PartitionSpec())
+
+
+def _spec(param: nnx.Variable, sizes: Mapping[str, int]) -> PartitionSpec:
+  """Returns how a parameter lies on a mesh whose axes have these sizes."""
+  return param_spec(param_axes(param), param.shape, sizes)

@@ -1,7 +1,6 @@
 """The tiny training step compiled ahead of time for H200s, and what is in the program."""
 
 import functools
-import importlib.util
 import re
 
 import jax
@@ -17,15 +16,9 @@ from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.shapes import batch_shapes, make_run_mesh, sharded_state_shapes
 from moejax.train.step.train_state import TrainState
 from moejax.train.step.train_step import train_step
+from tests.support.absent_chips import needs_compiler
 
-pytestmark = [
-  pytest.mark.cuda_aot,
-  pytest.mark.slow,
-  pytest.mark.skipif(
-    importlib.util.find_spec('jax_cuda13_plugin') is None,
-    reason='the CUDA plug-in of JAX is not installed: pip install "moejax[cuda]"',
-  ),
-]
+pytestmark = needs_compiler('jax_cuda13_plugin')
 
 
 def config(exchange: str, mesh: MeshConfig) -> ExperimentConfig:

@@ -6,7 +6,6 @@ of a TPU are.
 
 import dataclasses
 import functools
-import importlib.util
 import math
 import os
 import re
@@ -27,15 +26,9 @@ from moejax.sharding.mesh import MeshConfig
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.shapes import batch_shapes, make_run_mesh, sharded_state_shapes
 from moejax.train.step.train_step import compile_step
+from tests.support.absent_chips import needs_compiler
 
-pytestmark = [
-  pytest.mark.tpu_aot,
-  pytest.mark.slow,
-  pytest.mark.skipif(
-    importlib.util.find_spec('libtpu') is None,
-    reason='libtpu is not installed: pip install "moejax[tpu]"',
-  ),
-]
+pytestmark = needs_compiler('libtpu')
 
 E, K, D, F = 8, 2, 256, 384
 MODEL = ModelConfig(

@@ -50,12 +50,13 @@ def triton_backward(
   del even_share
   x_TD, copies, weights, pre_activations = residuals
   back = hidden_gradient(dy_TD, copies, weights.down, pre_activations, activation)
-  d_gate = outer_products(x_TD, back.gate, copies, gather_a=True)
-  d_up = outer_products(x_TD, back.up, copies, gather_a=True)
+  has_bias = weights.biases.down is not None
+  d_gate = outer_products(x_TD, back.gate, copies, gather_a=True, with_sums=has_bias)
+  d_up = outer_products(x_TD, back.up, copies, gather_a=True, with_sums=has_bias)
   d_down = outer_products(back.weighted_hidden, dy_TD, copies, gather_b=True)
   d_weights = Weights(d_gate.products, d_up.products, d_down.products)
   d_scale_N = back.copy_weights
-  if weights.biases.down is not None:
+  if has_bias:
     d_biases = Biases(
       gate=d_gate.sums.astype(x_TD.dtype),
       up=d_up.sums.astype(x_TD.dtype),

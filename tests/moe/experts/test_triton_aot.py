@@ -22,15 +22,9 @@ from moejax.moe.experts.weights import Biases, Weights
 from moejax.plan.hlo.memory_traffic import FREE, executed
 from moejax.plan.hlo.program import parse_program
 from moejax.plan.topology import parse_topology
+from tests.support.absent_chips import needs_compiler
 
-pytestmark = [
-  pytest.mark.cuda_aot,
-  pytest.mark.slow,
-  pytest.mark.skipif(
-    importlib.util.find_spec('jax_cuda13_plugin') is None,
-    reason='the CUDA plug-in of JAX is not installed: pip install "moejax[cuda]"',
-  ),
-]
+pytestmark = needs_compiler('jax_cuda13_plugin')
 KERNELS = {
   'gate_up',
   'hidden_gradient',

@@ -23,19 +23,25 @@ class OuterProducts(NamedTuple):
   """Sums over the rows of each expert; zeros for one without rows."""
 
   products: Array  # [E, I, J] `a^T b`, in the dtype of b
-  sums: Array  # [E, J] f32, of the rows of b
+  sums: Array | None  # [E, J] f32, of the rows of b, where they were asked for
 
 
 def outer_products(
-  a: Array, b: Array, copies: Copies, gather_a: bool = False, gather_b: bool = False
+  a: Array,
+  b: Array,
+  copies: Copies,
+  gather_a: bool = False,
+  gather_b: bool = False,
+  with_sums: bool = False,
 ) -> OuterProducts:
-  """Returns `a_e^T b_e` and the sum of the rows of b, for each expert e.
+  """Returns `a_e^T b_e`, and the sum of the rows of b, for each expert e.
 
   Args:
     a: [N, I], or [T, I] to be gathered by the copies' tokens.
     b: [N, J], or [T, J] to be gathered.
     copies: sorted by expert. Unassigned rows are not read.
     gather_a, gather_b: see a and b.
+    with_sums: whether the sums are wanted, as for biases: a reduction at every turn.
   """
   num_experts, width_a, width_b = copies.load.size, a.shape[1], b.shape[1]
   sizes = tile_sizes('outer_products', a.dtype, copies, columns=width_b, depth=width_a)
@@ -45,16 +51,16 @@ def outer_products(
   )
   products = jax.ShapeDtypeStruct((num_experts, width_a, width_b), b.dtype)
   sums = jax.ShapeDtypeStruct((num_experts, width_b), jnp.float32)
-  results = call_kernel(
+  out_EIJ, *sums_EJ = call_kernel(
     kernel,
     name='outer_products',
     grid=(-(-width_b // sizes.columns), -(-width_a // sizes.depth), num_experts),
-    out_shapes=(products, sums),
+    out_shapes=(products, sums) if with_sums else (products,),
     arguments=(ends_E - copies.load, ends_E, copies.tokens, a, b),
     warps=sizes.warps,
     stages=sizes.stages,
   )
-  return OuterProducts(*results)
+  return OuterProducts(out_EIJ, *(sums_EJ or (None,)))
 
 
 def outer_products_kernel(
@@ -64,12 +70,20 @@ def outer_products_kernel(
   a: Array,
   b: Array,
   out: Array,
-  sums: Array,
+  *sums: Array,
   sizes: TileSizes,
   gather_a: bool,
   gather_b: bool,
 ) -> None:
-  """Computes one tile of one expert's matrix; the arrays are references to memory."""
+  """Computes one tile of one expert's matrix; the arrays are references to memory.
+
+  Args:
+    begins, ends, tokens, a, b: what is read.
+    out: what is stored to.
+    *sums: the same, of the rows of b; nothing where they are not wanted.
+    sizes: of the tile.
+    gather_a, gather_b: see `outer_products`.
+  """
   column, row, e = program_id(0), program_id(1), program_id(2)
   begin, end = load(begins, (e,)), load(ends, (e,))
   width_a, width_b = a.shape[1], b.shape[1]
@@ -90,7 +104,9 @@ def outer_products_kernel(
     a_RP = load(a, (a_rows_R[:, None], i_P[None, :]), a_mask)
     b_RQ = load(b, (b_rows_R[:, None], j_Q[None, :]), b_mask)
     product_PQ, sum_Q = totals
-    return multiply(a_RP.T, b_RQ, product_PQ), sum_Q + b_RQ.astype(jnp.float32).sum(0)
+    if sums:
+      sum_Q += b_RQ.astype(jnp.float32).sum(0)
+    return multiply(a_RP.T, b_RQ, product_PQ), sum_Q
 
   no_product_PQ = jnp.zeros((sizes.depth, sizes.columns), jnp.float32)
   no_sum_Q = jnp.zeros((sizes.columns,), jnp.float32)
@@ -99,4 +115,5 @@ def outer_products_kernel(
   is_there_PQ = (i_P < width_a)[:, None] & (j_Q < width_b)[None, :]
   store(out, (e, i_P[:, None], j_Q[None, :]), product_PQ, is_there_PQ)
   # All programs of a column have the same sums: the first one stores them.
-  store(sums, (e, j_Q), sum_Q, (j_Q < width_b) & (row == 0))
+  for sums_EJ in sums:
+    store(sums_EJ, (e, j_Q), sum_Q, (j_Q < width_b) & (row == 0))
