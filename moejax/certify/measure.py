@@ -22,6 +22,9 @@ from moejax.moe.token_sets import Scope
 CANONICAL = ('ep_group', 'global_batch', 'micro_batch', 'sequence')
 REALS = ('logits', 'scores', 'probs', 'weights', 'likely', 'router')  # fields of a Routing
 D = 6  # of the weights of the router that SimBal looks at
+# SimBal is a sum of absolute values: none may change its sign within a step of finite differences,
+# which moves it by some 3e-5.
+NEAREST_KINK = 2e-4
 
 
 class Loss(NamedTuple):
@@ -185,5 +188,19 @@ def inputs_of(plan: Plan, case: Case) -> Inputs:
   experts = case.logits.shape[-1]
   rng = plan.rng(2, experts)
   std = rng.uniform(0.5, 1.5, (B, S, experts)).astype(np.float32)
-  router = rng.normal(size=(D, experts)).astype(np.float32)
+  router = plan.once(('router', experts), lambda: draw_router(rng, experts))
   return Inputs(case.logits, std, router)
+
+
+def draw_router(rng: np.random.Generator, num_experts: int) -> np.ndarray:
+  """Weights of a router at which SimBal is smooth. [D, E] f32.
+
+  Raises:
+    ValueError: none of 1000 draws is far enough from where SimBal has a kink.
+  """
+  for _ in range(1000):
+    router = rng.normal(size=(D, num_experts)).astype(np.float32)
+    w = router.astype(np.float64)
+    if np.abs(w.T @ w - np.eye(num_experts)).min() > NEAREST_KINK:
+      return router
+  raise ValueError(f'none of 1000 routers of {num_experts} experts is {NEAREST_KINK} from a kink')

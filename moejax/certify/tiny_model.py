@@ -36,6 +36,7 @@ from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.step import train_state as state
 from moejax.train.step import train_step as step
 
+NUDGE = 1e-5  # of activations, as a part of them: ten times what another order of sums makes
 CLEAR = 1e-4  # the least margin of a choice, which sums in another order do not flip
 STD = 0.2  # of the matrices that a state starts with; routers have twice that
 
@@ -65,6 +66,40 @@ def batch_of(plan: Plan) -> Batch:
     raise ValueError(f'seed {plan.seed}: none of 100 batches has a margin of {CLEAR}')
 
   return plan.once(('batch', plan.seed), draw)
+
+
+def batch_of_router(plan: Plan, cfg: ExperimentConfig) -> Batch:
+  """The batch of the plan's seed for a config with a router of its own: no choice is a near tie.
+
+  Where experts choose tokens, two that open a document with the same word are one: a tie.
+  """
+
+  def draw() -> Batch:
+    before = start_state(plan, cfg)
+    for number in range(100):
+      rows = batch((plan.seed, number))
+      if choice_is_clear(plan, before, rows):
+        return rows
+    raise ValueError(f'seed {plan.seed}: each of 100 batches has a near tie for {cfg.model.moe}')
+
+  return plan.once(('batch', cfg, plan.seed), draw)
+
+
+def choice_is_clear(plan: Plan, before: state.TrainState, rows: Batch) -> bool:
+  """Whether every layer chooses the same experts when what its router sees is nudged a little.
+
+  This asks no selection how it ranks. Eight nudges: a tie stands all of them once in 256 times.
+  """
+  program, shape = plan.program(layer_routings), (*rows.tokens.shape, base_config().model.d_model)
+
+  def chosen(nudge: np.ndarray) -> np.ndarray:
+    routed = program(before.model, before.router.bias, rows, nudge.astype(np.float32))
+    return np.asarray(routed.expert_ids)
+
+  rng = plan.rng(21)
+  nudges = NUDGE * rng.normal(size=(8, *shape))
+  first = chosen(np.zeros(shape))
+  return all((chosen(nudge) == first).all() for nudge in nudges)
 
 
 def smallest_margin(plan: Plan, before: state.TrainState, rows: Batch) -> float:
@@ -214,8 +249,13 @@ def leaf_gradients(result: StepResult, cfg: ExperimentConfig) -> dict[str, np.nd
   return {name: factor * np.asarray(leaf) for name, leaf in named_leaves(moments).items()}
 
 
-def layer_routings(model: Transformer, bias: Array, rows: Batch) -> Routing:
-  """Each MoE layer's routing, by running one block after the other. [L, B, S, ...]."""
+def layer_routings(
+  model: Transformer, bias: Array, rows: Batch, nudge: Array | float = 0.0
+) -> Routing:
+  """Each MoE layer's routing, by running one block after the other. [L, B, S, ...].
+
+  nudge: [B, S, D], by how much of itself what each router sees is changed.
+  """
   x = model.embed(rows.tokens, jnp.float32)
   mask, row_numbers = rows.segment_ids > 0, jnp.arange(rows.tokens.shape[0])
   tokens = Tokens(rows.tokens, mask, rows.segment_ids, row_numbers)
@@ -223,7 +263,7 @@ def layer_routings(model: Transformer, bias: Array, rows: Batch) -> Routing:
   for i in range(bias.shape[0]):
     block = jax.tree.map(lambda a, i=i: a[i], model.blocks)
     x = x + block.attention(block.attention_norm(x), rows.segment_ids, rows.positions)[0]
-    h = block.moe_norm(x)
+    h = block.moe_norm(x) * (1 + nudge)
     routings.append(block.moe.route(h, bias[i], tokens))
     # As in training, where a full expert drops; but no losses, which may be of larger sets.
     block.moe.scopes = frozendict()
