@@ -50,6 +50,15 @@ def test_every_selection_has_a_variant_with_the_losses_that_can_train_it() -> No
   assert all('global_batch' in names for names in losses.values())
 
 
+def test_a_batch_in_which_experts_find_two_tokens_alike_is_not_taken() -> None:
+  """Of seed 1's first batch a sum in another order decides which of two tokens an expert takes."""
+  plan = Plan(quick=True, seed=1)
+  cfg = next(v.base for v in router_variants() if v.name == 'expert_choice')
+  before = tiny.start_state(plan, cfg)
+  assert not tiny.choice_is_clear(plan, before, tiny.batch((1, 0)))
+  assert tiny.choice_is_clear(plan, before, tiny.batch_of_router(plan, cfg))
+
+
 def test_a_router_is_named_by_its_selection_or_randomness_or_score() -> None:
   assert other_router_name(RouterConfig(4, 2, selection='hash')) == 'hash'
   assert other_router_name(RouterConfig(4, 2, jitter=0.1)) == 'random'
