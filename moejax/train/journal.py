@@ -8,7 +8,6 @@ Letters: E experts, K experts per token, L MoE layers, T tokens of the probe.
 
 import pathlib
 import threading
-import time
 from collections.abc import Mapping
 from types import TracebackType
 
@@ -23,7 +22,6 @@ from moejax.runtime.files import write_whole
 from moejax.runtime.multiprocess import is_first_process
 from moejax.runtime.terminal import plain_console
 from moejax.train.experiment.config import ExperimentConfig
-from moejax.train.experiment.cost import devices_at_work, mfu
 from moejax.train.step.train_step import Metrics
 from moejax.train.telemetry.collapse_alarms import Alarms, count_alarms
 from moejax.train.telemetry.compression import compress_held_out
@@ -46,6 +44,7 @@ from moejax.train.telemetry.metric_rows import (
 from moejax.train.telemetry.metrics_log import MetricsLog, as_json
 from moejax.train.telemetry.routing_probe import Probes
 from moejax.train.telemetry.tensorboard import TensorBoard
+from moejax.train.telemetry.throughput import Throughput
 
 
 class Journal:
@@ -55,7 +54,8 @@ class Journal:
   """
 
   def __init__(self, cfg: ExperimentConfig, data: Data, flops_per_token: int, step: int) -> None:
-    self.cfg, self.data, self.flops_per_token = cfg, data, flops_per_token
+    self.cfg, self.data = cfg, data
+    self.throughput = Throughput(cfg.batch_size * cfg.seq_len, flops_per_token)
     self.workdir = pathlib.Path(cfg.workdir)
     self.skips_in_a_row = 0
     self.metrics = MetricsLog(self.workdir / 'metrics.jsonl', step)
@@ -77,7 +77,6 @@ class Journal:
     self.usage, self.text = '', ''
     # Compressor -> bits per byte, filled by a thread of its own.
     self.compressed: dict[str, float] = {}
-    self.resume_clock()
 
   def __enter__(self) -> 'Journal':
     self.bar.start()
@@ -115,10 +114,6 @@ class Journal:
     for name, bits in compress_held_out(self.data, cache):
       self.compressed = self.compressed | {name: bits}  # not in place: it is being read
 
-  def resume_clock(self) -> None:
-    """Counts tokens per second from here on: validation and saving are not training."""
-    self.since, self.tokens = time.perf_counter(), 0
-
   def step(self, step: int, metrics: Metrics) -> None:
     """Reads a step's metrics, waiting for it if need be; writes them where they are due."""
     # Asking whether it was skipped is what waits for the step.
@@ -129,7 +124,7 @@ class Journal:
         f'gradient norm {metrics["grad_norm"]:.4g} ({self.skips_in_a_row} in a row)'
       )
     self.bar.update(self.task, completed=step, description=f'step {step}/{self.cfg.steps}')
-    self.tokens += self.cfg.batch_size * self.cfg.seq_len
+    self.throughput.count_step()
     if step > 1 and step % self.cfg.log_every and step != self.cfg.steps:
       # Every step of the last tenth counts in the report, and so has a row of its losses.
       if step > tail_start(self.cfg.steps):
@@ -138,9 +133,8 @@ class Journal:
     metrics = jax.device_get(metrics)
     load, dropped = metrics['load'], metrics['layers']['dropped']
     row, layers = training_row(metrics, self.data.bytes_per_token)
-    row['tokens_per_second'] = self.tokens / (time.perf_counter() - self.since)
+    row |= self.throughput.row()
     row['alarms'] = count_alarms(load, dropped, self.cfg.model.moe.router.top_k)
-    row['mfu'] = mfu(row['tokens_per_second'], self.flops_per_token, devices_at_work())
     self.metrics.write({'step': step} | row | {'layers': layers})
     self.loads.write({'step': step, 'load': load.astype(int).tolist()})
     self.board.scalars(step, row)
@@ -257,6 +251,7 @@ class NullJournal:
 
   def __init__(self, cfg: ExperimentConfig, data: Data) -> None:
     self.cfg, self.data, self.skips_in_a_row = cfg, data, 0
+    self.throughput = Throughput(cfg.batch_size * cfg.seq_len, flops_per_token=0)
 
   def __enter__(self) -> 'NullJournal':
     return self
@@ -271,9 +266,6 @@ class NullJournal:
 
   def save_failed(self, step: int, why: str) -> None:
     """Tells nothing: the first process does."""
-
-  def resume_clock(self) -> None:
-    """Does nothing: speed is not measured here."""
 
   def step(self, step: int, metrics: Metrics) -> None:
     """Waits for a step, as a Journal does, so that no process runs ahead."""

@@ -9,6 +9,7 @@ import json
 import math
 import pathlib
 import sys
+import time
 from collections.abc import Sequence
 
 import jax
@@ -19,6 +20,7 @@ from moejax.checkpoint.lock import RunInUse, hold_run_directory
 from moejax.checkpoint.manifest import digest
 from moejax.checkpoint.writer import SaveFailed
 from moejax.config import ConfigError, check, problem_if
+from moejax.data.batch import Batch
 from moejax.runtime.command import usage_error
 from moejax.runtime.faults import fault_point, parse_environment
 from moejax.runtime.files import is_disk_error, write_whole
@@ -184,7 +186,7 @@ def train_steps(run: Run, state: TrainState, vote: Vote) -> int:
   signal = vote.cast()
   while not signal and done < last_step(cfg):
     fault_point('step', done + 1)
-    state, metrics = programs.train(state, programs.put(run.data.batch(done, programs.rows)))
+    state, metrics = programs.train(state, next_batch(run, done, unread))
     # The step is only on its way; meanwhile, what the one before it measured.
     read_metrics(run, unread)
     done += 1
@@ -197,11 +199,25 @@ def train_steps(run: Run, state: TrainState, vote: Vote) -> int:
       score = validate(run, state, cfg.eval.batches) if validating else math.inf
       if at_checkpoint and done < cfg.steps and save_checkpoint(run, done, state, score):
         saved = done
-      run.journal.resume_clock()
+      run.journal.throughput.resume()
       beat()
     signal = vote.cast()
   read_metrics(run, unread)
   return finish(run, state, saved, signal)
+
+
+def next_batch(run: Run, step: int, running: list[tuple[int, Metrics]]) -> Batch:
+  """The batch of a step, on its way to the devices.
+
+  It is made while the step before it runs: where that has ended first, devices had to wait.
+
+  running: the step before it with its metrics, if one is on its way.
+  """
+  began = time.perf_counter()
+  batch = run.programs.put(run.data.batch(step, run.programs.rows))
+  if all(metrics['loss'].is_ready() for _, metrics in running):
+    run.journal.throughput.add_wait(time.perf_counter() - began)
+  return batch
 
 
 def last_step(cfg: ExperimentConfig) -> int:

@@ -18,7 +18,7 @@ from moejax.train.experiment.config import EvalConfig, ExperimentConfig
 from moejax.train.optimizer import OptimConfig
 
 ROOT = Path(__file__).parents[2]
-CLOCK = ('tokens_per_second', 'mfu')  # metrics that cannot be the same twice
+CLOCK = ('tokens_per_second', 'mfu', 'input_wait')  # metrics that cannot be the same twice
 
 CONFIG = ExperimentConfig(
   steps=12,

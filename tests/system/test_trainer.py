@@ -59,7 +59,7 @@ def test_a_run_leaves_what_it_promises(straight: Path) -> None:
   }
   assert names <= set(logged[0])
   first = json.loads((straight / 'metrics.jsonl').read_text().splitlines()[0])
-  assert first['tokens_per_second'] > 0
+  assert first['tokens_per_second'] > 0 and first['input_wait'] > 0
   summary = json.loads((straight / 'summary.json').read_text())
   assert (
     summary['parameters']['active'] < summary['parameters']['total']

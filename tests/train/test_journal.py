@@ -30,7 +30,7 @@ from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.journal import Journal
 
 L, E, K, STEPS = 2, 4, 2, 6
-CLOCK = ('tokens_per_second', 'mfu')
+CLOCK = ('tokens_per_second', 'mfu', 'input_wait')
 DATA = SimpleNamespace(
   tasks=('prose', 'code'),
   bytes_per_token=3.0,
