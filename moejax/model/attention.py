@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from moejax.model.attention_cores import attend, core
+from moejax.model.attention_cores import attend, attend_by
 from moejax.model.config import AttentionConfig
 from moejax.model.kv_cache import KVCache, append
 from moejax.model.layers import Linear, RMSNorm
@@ -213,8 +213,16 @@ def attend_at_once(
   q_BSHd, k_BSJd, v_BSJv = (
     constrain(a, 'batch', 'sequence', 'heads', '') for a in (q_BSHd, k_BSJd, v_BSJv)
   )
-  attend_by = core(cfg.implementation)
-  return attend_by(q_BSHd, k_BSJd, v_BSJv, segments_BS, window=window, scale=scale, sinks=sinks)
+  return attend_by(
+    cfg.implementation,
+    q_BSHd,
+    k_BSJd,
+    v_BSJv,
+    segments_BS,
+    window=window,
+    scale=scale,
+    sinks=sinks,
+  )
 
 
 def make_attention(

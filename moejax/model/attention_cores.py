@@ -1,5 +1,7 @@
 """Softmax attention within documents, from q, k and v on: its mask, and one core per platform.
 
+  name in a config -> row of ATTENTIONS -> what it comes to for these shapes: a row of CORES
+
 An array is named with the letters of its shape: q_BSHd is [B, S, H, d].
 
 Letters: B batch, S queries, T keys, H heads, J key-value heads, G query heads of a key-value head,
@@ -13,6 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from moejax.model.cudnn_attention import (
+  packed,
+  pad_channels,
+  padded_width,
+  supports_packed,
+  widest_head,
+)
 from moejax.model.splash_attention import splash, supports
 from moejax.sharding.logical_axes import platform
 
@@ -104,7 +113,7 @@ def attend(
 
 
 class Core(Protocol):
-  """An implementation of softmax attention: a row of ATTENTIONS."""
+  """An implementation of softmax attention: a row of CORES, or of ATTENTIONS."""
 
   def __call__(
     self,
@@ -128,7 +137,7 @@ def chunked(
   scale: float,
   sinks: Array | None,
 ) -> Array:
-  """Attends with each chunk of queries to the keys that it can see; a row of ATTENTIONS.
+  """Attends with each chunk of queries to the keys that it can see; a row of CORES.
 
   For CPU: 4 chunks do 5/8 of the square's work.
   """
@@ -160,34 +169,65 @@ def library(
   segments_BS: Array,
   window: int,
   scale: float,
-  sinks: Array | None,
+  sinks: None,
 ) -> Array:
-  """Calls `jax.nn.dot_product_attention`: 'xla' runs everywhere, 'cudnn' is a fused kernel.
+  """Calls `jax.nn.dot_product_attention` with a mask: 'xla' runs everywhere, 'cudnn' is a kernel.
 
-  It knows no sinks: `chunked` does these. It wants one width for q, k and v, cuDNN a multiple of 8:
-  the rest is filled with zeros. cuDNN also wants half precision, an even length, and before Hopper
-  heads of 128 at most.
+  The kernel computes the whole square, and reads the mask as a bias of each score. Both want one
+  width for q, k and v, cuDNN a multiple of 8: the rest is filled with zeros.
   """
-  if sinks is not None:
-    return chunked(q_BSHd, k_BSJd, v_BSJv, segments_BS, window, scale=scale, sinks=sinks)
-  if q_BSHd.dtype == jnp.float32 or q_BSHd.shape[1] % 2:
-    implementation = 'xla'
-  width = max(q_BSHd.shape[-1], v_BSJv.shape[-1])
-  if implementation == 'cudnn':
-    width += -width % 8
-
-  def widened(a: Array) -> Array:
-    # Channels of zeros add nothing to a product of q and k, and are cut from the result below.
-    return jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, width - a.shape[-1])))
-
-  q, k, v = widened(q_BSHd), widened(k_BSJd), widened(v_BSJv)
+  width = padded_width(q_BSHd, v_BSJv)
+  q, k, v = (pad_channels(a, width) for a in (q_BSHd, k_BSJd, v_BSJv))
   slots_S = jnp.arange(q_BSHd.shape[1])
   mask = visible(segments_BS, segments_BS, slots_S, slots_S, window)
   y = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation=implementation)
   return y[..., : v_BSJv.shape[-1]]
 
 
-def splash_or_xla(
+# name -> core
+CORES: dict[str, Core] = {
+  'chunked': chunked,
+  'cudnn of packed documents': packed,
+  'cudnn with a mask': functools.partial(library, 'cudnn'),
+  'splash': splash,
+  'xla': functools.partial(library, 'xla'),
+}
+
+
+def core_for(
+  implementation: str, q_BSHd: Array, k_BSJd: Array, v_BSJv: Array, has_sinks: bool
+) -> str:
+  """Returns the row of CORES that a row of ATTENTIONS comes to.
+
+  Args:
+    implementation: a row of ATTENTIONS, or 'auto' for the best of the platform.
+    q_BSHd, k_BSJd, v_BSJv: their shapes and dtype are looked at.
+  """
+  if implementation == 'auto':
+    implementation = BEST_CORES[platform()]
+  if implementation == 'splash':
+    implementation = 'splash' if supports(q_BSHd, k_BSJd) else 'xla'
+  if implementation in ('chunked', 'splash'):
+    return implementation
+  if has_sinks:  # which neither JAX's function nor its way to cuDNN's kernel knows
+    return 'chunked'
+  if implementation == 'cudnn':
+    return cudnn_or_xla(q_BSHd, k_BSJd, v_BSJv)
+  return implementation
+
+
+def cudnn_or_xla(q_BSHd: Array, k_BSJd: Array, v_BSJv: Array) -> str:
+  """Returns the row of CORES: cuDNN wants half precision, an even length and heads not too wide."""
+  is_half = q_BSHd.dtype.itemsize == 2
+  if not is_half or q_BSHd.shape[1] % 2 or padded_width(q_BSHd, v_BSJv) > widest_head():
+    return 'xla'
+  if supports_packed(q_BSHd, k_BSJd, v_BSJv):
+    return 'cudnn of packed documents'
+  return 'cudnn with a mask'
+
+
+def attend_by(
+  implementation: str,
   q_BSHd: Array,
   k_BSJd: Array,
   v_BSJv: Array,
@@ -196,24 +236,15 @@ def splash_or_xla(
   scale: float,
   sinks: Array | None,
 ) -> Array:
-  """Calls JAX's kernel for TPUs, or 'xla' where lengths or the mesh do not divide as it wants."""
-  attend_by = splash if supports(q_BSHd, k_BSJd) else ATTENTIONS['xla']
-  return attend_by(q_BSHd, k_BSJd, v_BSJv, segments_BS, window=window, scale=scale, sinks=sinks)
+  """Attends by what an implementation comes to for these shapes; see `core_for` and `Core`."""
+  name = core_for(implementation, q_BSHd, k_BSJd, v_BSJv, has_sinks=sinks is not None)
+  core = CORES[name]
+  return core(q_BSHd, k_BSJd, v_BSJv, segments_BS, window=window, scale=scale, sinks=sinks)
 
 
 # name -> core: what AttentionConfig.implementation may be
 ATTENTIONS: dict[str, Core] = {
-  'chunked': chunked,
-  'cudnn': functools.partial(library, 'cudnn'),
-  'splash': splash_or_xla,
-  'xla': functools.partial(library, 'xla'),
+  name: functools.partial(attend_by, name) for name in ('chunked', 'cudnn', 'splash', 'xla')
 }
 # platform -> its row, for implementation 'auto'
 BEST_CORES = {'cpu': 'chunked', 'gpu': 'cudnn', 'tpu': 'splash'}
-
-
-def core(implementation: str) -> Core:
-  """Returns the row of ATTENTIONS; of 'auto' the best of the platform."""
-  if implementation == 'auto':
-    implementation = BEST_CORES[platform()]
-  return ATTENTIONS[implementation]

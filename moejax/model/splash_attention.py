@@ -9,25 +9,20 @@ Letters: B batch, S sequence, H heads, J key-value heads, d width of q and k, v 
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec
 
-from moejax.sharding.logical_axes import RULES, platform, row_shards, spec
+from moejax.model.device_attention import attend_on_each_device, rows_and_heads_divide
+from moejax.sharding.logical_axes import platform
 
 BLOCKS = (512, 256, 128)  # queries, and keys, at a time
 
 
 def supports(q_BSHd: Array, k_BSJd: Array) -> bool:
   """Whether the kernel can do these: whole blocks, and rows and heads that divide over the mesh."""
-  sizes = jax.sharding.get_abstract_mesh().shape
-  head_shards = math.prod(sizes[axis] for axis in RULES['heads'] if axis in sizes)
-  rows, length = q_BSHd.shape[:2]
-  # H is a multiple of J, so key-value heads are the ones to ask for.
-  return not (length % BLOCKS[-1] or rows % row_shards() or k_BSJd.shape[2] % head_shards)
+  return q_BSHd.shape[1] % BLOCKS[-1] == 0 and rows_and_heads_divide(q_BSHd, k_BSJd)
 
 
 def splash(
@@ -43,19 +38,9 @@ def splash(
 
   The scale goes into q, which rounds it where q is in half precision.
   """
-  on_own = functools.partial(on_one_device, window=window)
+  kernel = functools.partial(on_one_device, window=window)
   q_BSHd = q_BSHd * jnp.asarray(scale, q_BSHd.dtype)
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
-    return on_own(q_BSHd, k_BSJd, v_BSJv, segments_BS, sinks)
-  heads, sinks_spec = spec('batch', '', 'heads', ''), PartitionSpec(spec('heads')[0])
-  # Kernels do not say over which axes their results vary, so it cannot be checked.
-  return jax.shard_map(
-    on_own,
-    in_specs=(heads, heads, heads, spec('batch', ''), sinks_spec),
-    out_specs=heads,
-    check_vma=False,
-  )(q_BSHd, k_BSJd, v_BSJv, segments_BS, sinks)
+  return attend_on_each_device(kernel, q_BSHd, k_BSJd, v_BSJv, segments_BS, sinks=sinks)
 
 
 def on_one_device(
