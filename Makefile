@@ -29,7 +29,8 @@ aot: $(VENV)/.tpu
 
 # The same for NVIDIA GPUs: the CUDA libraries take 5 GB of disk.
 aot-cuda: $(VENV)/.cuda
-	$(PYTEST) --durations=5 tests/plan/test_cuda_aot.py tests/moe/experts/test_triton_aot.py $(ARGS)
+	$(PYTEST) --durations=5 tests/plan/test_cuda_aot.py tests/model/test_cudnn_aot.py \
+	  tests/moe/experts/test_triton_aot.py $(ARGS)
 
 # What transformers reads and computes of the files that are written here, which `make test` skips.
 # Where pip would take torch for CUDA, of some GB, install its build for CPUs first.

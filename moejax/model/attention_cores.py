@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moejax.model.cudnn_attention import (
-  packed,
+  cudnn_packed,
   pad_channels,
   padded_width,
   supports_packed,
@@ -187,7 +187,7 @@ def library(
 # name -> core
 CORES: dict[str, Core] = {
   'chunked': chunked,
-  'cudnn of packed documents': packed,
+  'cudnn of packed documents': cudnn_packed,
   'cudnn with a mask': functools.partial(library, 'cudnn'),
   'splash': splash,
   'xla': functools.partial(library, 'xla'),

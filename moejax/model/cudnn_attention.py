@@ -31,6 +31,8 @@ from moejax.sharding.logical_axes import row_shards
 # Of a row, in the mean, in one call: rows of 4096 tokens then hold documents of 256. The gradient
 # needs B M H S float32 numbers of the forward pass: a quarter of a result of heads of 128.
 DOCUMENTS = 16
+# The name of what runs in few batches, in a compiled program's text: a plan counts no turn of it.
+SELDOM = 'more_documents_than_slots'
 
 
 class Slots(NamedTuple):
@@ -86,7 +88,7 @@ def supports_packed(q_BSHd: Array, k_BSJd: Array, v_BSJv: Array) -> bool:
   )
 
 
-def packed(
+def cudnn_packed(
   q_BSHd: Array,
   k_BSJd: Array,
   v_BSJv: Array,
@@ -210,7 +212,7 @@ def call_backward(
   """
   arrays, settings = fused_call(*operands[:2], slots, options)
   operation = private_module()._dot_product_attention_bwd_p
-  return operation.bind(*operands, *arrays, *results, **settings)
+  return operation.bind(*operands, *[*arrays, *results], **settings)
 
 
 def later_turns(
@@ -230,7 +232,8 @@ def later_turns(
       jnp.where(turns_BS11 == turn, new, old) for new, old in zip(call(turn), arrays, strict=True)
     )
 
-  return jax.lax.fori_loop(1, runs_BS[-1, -1] // slots + 1, body, tuple(arrays))
+  with jax.named_scope(SELDOM):
+    return jax.lax.fori_loop(1, runs_BS[-1, -1] // slots + 1, body, tuple(arrays))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -15,8 +15,8 @@ from moejax.model.attention_cores import ATTENTIONS
 from tests.support import oracle
 from tests.support.quick import QUICK
 
-# cuDNN is not here, and with float32 its row is the xla row. So is splash where blocks do not fit:
-# see test_splash_attention.py.
+# cuDNN is not here, and its row is the xla row: see test_cudnn_attention.py. So is splash where
+# blocks do not fit: see test_splash_attention.py.
 ROWS = sorted(set(ATTENTIONS) - {'cudnn', 'splash'})
 B, S, H, J, D = 2, 11, 4, 2, 4
 # Row 0: two documents and padding behind; row 1: padding in front, three documents, one of a token.
@@ -227,38 +227,6 @@ def test_rows_that_are_the_xla_row_here() -> None:
     )
     for y in others:
       np.testing.assert_array_equal(y, xla)
-
-
-def test_cudnn_gets_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
-  """It gets half precision, an even length, one width that 8 divides.
-
-  Anything else goes to XLA, and sinks to our own.
-  """
-  asked, real = [], jax.nn.dot_product_attention
-
-  def fake(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str, **rest: object
-  ) -> jax.Array:
-    asked.append((implementation, q.shape[-1], k.shape[-1], v.shape[-1]))
-    return real(q, k, v, implementation='xla', **rest)
-
-  monkeypatch.setattr(jax.nn, 'dot_product_attention', fake)
-  for variant, length, dtype, want in (
-    ('narrow values', 8, jnp.bfloat16, [('cudnn', 8, 8, 8)]),
-    ('wide values', 8, jnp.bfloat16, [('cudnn', 8, 8, 8)]),
-    ('window', 8, jnp.float32, [('xla', 4, 4, 4)]),
-    ('wide values', 3, jnp.bfloat16, [('xla', 6, 6, 6)]),
-    ('sinks', 8, jnp.bfloat16, []),
-  ):
-    this, segments = VARIANTS[variant], SEGMENTS[:, :length]
-    asked.clear()
-    y = jax.jit(functools.partial(forward, 'cudnn', this, segments), compiler_options=QUICK)(
-      *(jnp.asarray(a, dtype) for a in this.arrays(length))
-    )
-    assert asked == want and y.dtype == dtype
-    want_y = this.oracle(segments, *this.arrays(length))
-    got_y = y.astype(jnp.float32)
-    np.testing.assert_allclose(got_y[segments > 0], want_y[segments > 0], atol=0.03)
 
 
 def test_bfloat16_rounds_no_softmax() -> None:

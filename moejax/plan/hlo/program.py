@@ -4,6 +4,8 @@ import math
 import re
 from typing import NamedTuple
 
+from moejax.model.cudnn_attention import SELDOM
+
 # Type -> bits of a number, where the first number in the type's name does not say it.
 WIDTHS = {'pred': 8, 'bf16': 16, 'token': 0, 'opaque': 0}
 
@@ -57,10 +59,12 @@ def calls(instruction: Instruction) -> list[str]:
 
 
 def trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
-  """Returns how often a loop turns; 1 where the program does not tell.
+  """Returns how often a loop turns; 1 where the program does not tell, 0 where it seldom does.
 
   It is what the compiler noted, or the one constant that the loop's condition compares with.
   """
+  if SELDOM in loop.rest:
+    return 0
   if known := TRIPS.search(loop.rest):
     return int(known[1])
   condition = re.search(r'condition=%?([\w.\-]+)', loop.rest)[1]

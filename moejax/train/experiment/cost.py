@@ -10,6 +10,7 @@ import dataclasses
 import jax
 from jax.sharding import AbstractMesh
 
+from moejax.model.attention_cores import core_for
 from moejax.model.blocks import MoEBlock
 from moejax.model.transformer import Transformer
 from moejax.moe.dispatch.dispatchers import choose_exchange, exchange_group
@@ -98,6 +99,27 @@ def exchange_summary(cfg: ExperimentConfig, mesh: AbstractMesh) -> tuple[str, di
     dtype=model.dtype,
   )
   return choose_exchange(dispatch, group, lacking_ragged(mesh)), exchange_bytes(group)
+
+
+def attention_summary(cfg: ExperimentConfig) -> str:
+  """The row of CORES that a training step attends by, on the mesh that is set."""
+  attention, latent = cfg.model.attention, cfg.model.attention.latent
+  rows = cfg.batch_size // cfg.micro_batches
+  key_heads, width, v_width = attention.num_kv_heads, attention.d_head, attention.d_head
+  if latent.kv_rank:
+    # Each head then has its own keys, of channels without and with position.
+    key_heads, width, v_width = attention.num_heads, width + latent.d_rope, latent.d_value
+
+  def heads(number: int, width: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((rows, cfg.seq_len, number, width), cfg.model.dtype)
+
+  return core_for(
+    attention.implementation,
+    heads(attention.num_heads, width),
+    heads(key_heads, width),
+    heads(key_heads, v_width),
+    has_sinks=attention.sinks,
+  )
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, devices: list[jax.Device]) -> float:

@@ -13,7 +13,12 @@ from moejax.moe.layer import causality
 from moejax.runtime.units import human
 from moejax.sharding.params import bytes_on_device
 from moejax.train.experiment.config import ExperimentConfig
-from moejax.train.experiment.cost import count_parameters, exchange_summary, flops_per_token
+from moejax.train.experiment.cost import (
+  attention_summary,
+  count_parameters,
+  exchange_summary,
+  flops_per_token,
+)
 
 # What a run's numbers may depend on, beside moejax itself.
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tokenizers', 'numpy')
@@ -31,6 +36,7 @@ def summarise(
 
   Args:
     model, opt_state: may be of ShapeDtypeStructs.
+    mesh: also the one that is set.
     temporaries: bytes that the compiled step needs beside its arguments, as the compiler says.
   """
   parameters = count_parameters(model, cfg)
@@ -53,6 +59,7 @@ def summarise(
     'devices': f'{mesh.size} x {mesh.devices.flat[0].device_kind}',
     'exchange': {'by': exchange, 'forward_bytes_per_device_and_layer': exchanged_bytes},
     'data': data_summary(cfg, data, tokens),
+    'attention': attention_summary(cfg),
     'causality': causality(cfg.model.moe),
     'versions': package_versions(),
   }
@@ -95,7 +102,7 @@ def summary_lines(summary: dict[str, object], cfg: ExperimentConfig) -> list[str
     f'memory  {human(memory["all"], 1024)}B a device: '
     f'parameters {human(memory["parameters"], 1024)}B, '
     f'optimiser {human(memory["optimizer"], 1024)}B, step {human(memory["temporaries"], 1024)}B',
-    f'devices {summary["devices"]}, mesh {mesh}',
+    f'devices {summary["devices"]}, mesh {mesh}, attention {summary["attention"]}',
     data_line(summary['data']),
     *exchange_lines(summary),
     *(f'causal  {line}' for line in summary['causality']),

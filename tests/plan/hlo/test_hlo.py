@@ -9,6 +9,7 @@ import pytest
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
+from moejax.model.cudnn_attention import SELDOM
 from moejax.plan.hlo.collectives import Collective, collectives, sent_bytes, walk
 from moejax.plan.hlo.memory_traffic import traffic
 from moejax.plan.hlo.program import array_bytes, parse_program
@@ -138,6 +139,12 @@ def test_a_tpus_way_of_writing() -> None:
     op='collective-permute-start', shape='(f32[8]{0}, f32[8]{0}, u32[]{:S(2)}, u32[]{:S(2)})'
   )
   assert sent_bytes('collective-permute', permute, 2, []) == 32
+
+
+def test_a_loop_that_seldom_turns_does_nothing() -> None:
+  seldom = ASYNC.replace('body=%body', f'body=%body, metadata={{op_name="jit(f)/{SELDOM}/while"}}')
+  counts = [[c.count for c in collectives(text, SIZES)] for text in (ASYNC, seldom)]
+  assert counts == [[58] * 3, [0] * 3]
 
 
 def test_the_bytes_of_a_shape_are_those_of_each_array_in_it() -> None:
