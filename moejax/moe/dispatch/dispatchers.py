@@ -33,7 +33,7 @@ from moejax.moe.dispatch.exchange import (
 from moejax.moe.dispatch.exchange_cost import Group, exchange_bytes, lacking_ragged
 from moejax.moe.dispatch.expert_rows import sort_view
 from moejax.moe.dispatch.local_view import LocalView, RoutedTokens, RowQuota
-from moejax.moe.experts.grouped_ffn import AUTO, IMPLEMENTATIONS, grouped_ffn
+from moejax.moe.experts.grouped_ffn import AUTO, grouped_ffn, implementation_problem
 from moejax.moe.experts.weights import Activation, Weights, dense_ffn
 from moejax.moe.routing import Routing
 from moejax.moe.selection import expert_quota
@@ -87,7 +87,7 @@ class DispatchConfig:
         f'exchange={self.exchange!r} with dispatcher={self.dispatcher!r}, '
         f'capacity_factor={self.capacity_factor}: use one of {sorted(possible)}',
       ),
-      not_one_of('implementation', self.implementation, (AUTO, *IMPLEMENTATIONS)),
+      implementation_problem(self.implementation),
       problem_if(
         self.implementation != AUTO and self.dispatcher != 'sparse_matmul',
         f'implementation={self.implementation!r} is of sparse_matmul: with '

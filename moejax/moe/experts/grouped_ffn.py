@@ -9,6 +9,7 @@ One signature, one implementation a platform:
 - NVIDIA GPUs: `triton`, kernels of our own; where the GPU or this JAX lacks what they need,
   `blocked`, and a warning that says so.
 - TPU: `ragged_dot`, a real grouped-matmul kernel.
+- `tokamax`, where that package is installed and a config asks for it: its own kernels for both.
 - Instead of `blocked`, which reads every expert, `gathered` for half as many copies as experts, or
   fewer: decoding.
 
@@ -23,11 +24,13 @@ from typing import NamedTuple
 import jax
 from jax import Array
 
+from moejax.config import not_one_of
 from moejax.moe.experts.blocked_ffn import blocked_backward, blocked_forward
 from moejax.moe.experts.gathered_ffn import gathered_backward, gathered_forward
 from moejax.moe.experts.ragged_dot_ffn import ragged_backward, ragged_forward
 from moejax.moe.experts.residuals import Backward, Forward, Residuals
 from moejax.moe.experts.sorted_copies import Copies
+from moejax.moe.experts.tokamax_ffn import has_tokamax, tokamax_backward, tokamax_forward
 from moejax.moe.experts.triton.support import is_usable
 from moejax.moe.experts.triton_ffn import triton_backward, triton_forward
 from moejax.moe.experts.weights import Activation, Weights
@@ -124,5 +127,16 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
   'ragged_dot': Implementation(ragged_forward, ragged_backward),
   'triton': Implementation(triton_forward, triton_backward),
 }
+if has_tokamax():
+  IMPLEMENTATIONS['tokamax'] = Implementation(tokamax_forward, tokamax_backward)
+
+
+def implementation_problem(name: str) -> str:
+  """The problem of a name that is neither 'auto' nor a row of IMPLEMENTATIONS; '' if none."""
+  if name == 'tokamax' and not has_tokamax():
+    return "implementation='tokamax' needs the package: pip install tokamax"
+  return not_one_of('implementation', name, (AUTO, *IMPLEMENTATIONS))
+
+
 # A row of IMPLEMENTATIONS by platform; see the top of this file for why.
 BEST_BY_PLATFORM = {'cpu': 'blocked', 'gpu': 'triton', 'tpu': 'ragged_dot'}

@@ -31,6 +31,16 @@ RAGGED_OUTER = jax.lax.RaggedDotDimensionNumbers(
 TILE = 128  # a window is a multiple of this many rows
 
 
+class Products(NamedTuple):
+  """A library's grouped products, with the arguments of those of `jax.lax`."""
+
+  dot: Callable[..., Array]  # as jax.lax.ragged_dot
+  general: Callable[..., Array]  # as jax.lax.ragged_dot_general
+
+
+XLA = Products(jax.lax.ragged_dot, jax.lax.ragged_dot_general)
+
+
 class GradientSums(NamedTuple):
   """What the windows of the backward pass add up so far."""
 
@@ -99,25 +109,34 @@ def loop_over_windows(
   return jax.lax.fori_loop(int(peel_first), num_windows, run_window, carry)
 
 
-def grouped_product(a_ND: Array, w_EDF: Array, bias_EF: Array | None, copies: Copies) -> Array:
+def grouped_product(
+  a_ND: Array, w_EDF: Array, bias_EF: Array | None, copies: Copies, products: Products
+) -> Array:
   """Returns each row times its expert's matrix, plus its bias; 0 for unassigned copies. [N, F]."""
-  y_NF = jax.lax.ragged_dot(a_ND, w_EDF, copies.load)
+  y_NF = products.dot(a_ND, w_EDF, copies.load)
   is_assigned_N1 = assigned_mask(copies)
   if bias_EF is not None:
     y_NF = y_NF + bias_EF[expert_of_copies(copies)]
   return jnp.where(is_assigned_N1, y_NF, 0)
 
 
-def pre_activations(x_ND: Array, copies: Copies, weights: Weights) -> PreActivations:
+def pre_activations(
+  x_ND: Array, copies: Copies, weights: Weights, products: Products
+) -> PreActivations:
   """Returns gate x and up x of these copies. [N, D] -> [N, F] each."""
   return PreActivations(
-    gate=grouped_product(x_ND, weights.gate, weights.biases.gate, copies),
-    up=grouped_product(x_ND, weights.up, weights.biases.up, copies),
+    gate=grouped_product(x_ND, weights.gate, weights.biases.gate, copies, products),
+    up=grouped_product(x_ND, weights.up, weights.biases.up, copies, products),
   )
 
 
 def ragged_forward(
-  x_TD: Array, copies: Copies, weights: Weights, activation: Activation, even_share: int = 0
+  x_TD: Array,
+  copies: Copies,
+  weights: Weights,
+  activation: Activation,
+  even_share: int = 0,
+  products: Products = XLA,
 ) -> tuple[Array, PreActivations]:
   """Returns what `blocked_forward` does; of several windows, pre-activations of no rows [0, F]."""
   num_copies = copies.tokens.size
@@ -127,9 +146,10 @@ def ragged_forward(
   def body(window: Window, carry: tuple[Array, PreActivations]) -> tuple[Array, PreActivations]:
     y_TD, pre = carry
     tokens_W = window.copies.tokens
-    pre_WF = pre_activations(x_TD[tokens_W], window.copies, weights)
+    pre_WF = pre_activations(x_TD[tokens_W], window.copies, weights, products)
     hidden_WF = activation(*pre_WF)
-    out_WD = grouped_product(hidden_WF, weights.down, weights.biases.down, window.copies)
+    bias_ED = weights.biases.down
+    out_WD = grouped_product(hidden_WF, weights.down, bias_ED, window.copies, products)
     scaled_WD = out_WD * window.copies.weights[:, None].astype(x_TD.dtype)
     return y_TD.at[tokens_W].add(scaled_WD), pre_WF if is_single else pre
 
@@ -140,7 +160,11 @@ def ragged_forward(
 
 
 def ragged_backward(
-  residuals: Residuals, activation: Activation, dy_TD: Array, even_share: int = 0
+  residuals: Residuals,
+  activation: Activation,
+  dy_TD: Array,
+  even_share: int = 0,
+  products: Products = XLA,
 ) -> FfnGradients:
   """Returns what `blocked_backward` does, from what `ragged_forward` kept."""
   x_TD, copies, weights, kept = residuals
@@ -152,17 +176,17 @@ def ragged_backward(
     x_WD = x_TD[own.tokens]
     # What the kernel or the gather left in unassigned rows must not reach a sum over rows.
     dy_WD = jnp.where(assigned_mask(own), dy_TD[own.tokens], 0)
-    pre_WF = kept if size == num_copies else pre_activations(x_WD, own, weights)
+    pre_WF = kept if size == num_copies else pre_activations(x_WD, own, weights, products)
     scale_W1 = own.weights[:, None].astype(x_TD.dtype)
     hidden_WF, pull = jax.vjp(activation, *pre_WF)
-    d_hidden_WF = grouped_product(dy_WD, weights.down.swapaxes(1, 2), None, own)
+    d_hidden_WF = grouped_product(dy_WD, weights.down.swapaxes(1, 2), None, own, products)
     d_scale_W = (d_hidden_WF * hidden_WF).sum(-1)
     d_gate_WF, d_up_WF = pull(d_hidden_WF * scale_W1)
     scaled_hidden_WF = hidden_WF * scale_W1
     d_weights = Weights(
-      gate=ragged_outer(x_WD, d_gate_WF, own),
-      up=ragged_outer(x_WD, d_up_WF, own),
-      down=ragged_outer(scaled_hidden_WF, dy_WD, own),
+      gate=ragged_outer(x_WD, d_gate_WF, own, products),
+      up=ragged_outer(x_WD, d_up_WF, own, products),
+      down=ragged_outer(scaled_hidden_WF, dy_WD, own, products),
     )
     if weights.biases.down is not None:
       # A product with ones and zeros; as a sum of rows by their expert it would be a scatter.
@@ -171,8 +195,8 @@ def ragged_backward(
       d_out_WD = dy_WD * scale_W1
       d_biases = Biases(one_hot_WE.T @ d_gate_WF, one_hot_WE.T @ d_up_WF, one_hot_WE.T @ d_out_WD)
       d_weights = d_weights._replace(biases=d_biases)
-    dx_gate_WD = grouped_product(d_gate_WF, weights.gate.swapaxes(1, 2), None, own)
-    dx_up_WD = grouped_product(d_up_WF, weights.up.swapaxes(1, 2), None, own)
+    dx_gate_WD = grouped_product(d_gate_WF, weights.gate.swapaxes(1, 2), None, own, products)
+    dx_up_WD = grouped_product(d_up_WF, weights.up.swapaxes(1, 2), None, own, products)
     d_scale_P = jax.lax.dynamic_update_slice_in_dim(
       sums.copy_weights, d_scale_W.astype(jnp.float32), window.start, 0
     )
@@ -190,6 +214,6 @@ def ragged_backward(
   return FfnGradients(sums.x, sums.copy_weights[:num_copies], sums.weights)
 
 
-def ragged_outer(a_ND: Array, b_NF: Array, copies: Copies) -> Array:
+def ragged_outer(a_ND: Array, b_NF: Array, copies: Copies, products: Products) -> Array:
   """Returns `a_e^T b_e` over the rows of each expert e. [E, D, F]."""
-  return jax.lax.ragged_dot_general(a_ND, b_NF, copies.load, RAGGED_OUTER)
+  return products.general(a_ND, b_NF, copies.load, RAGGED_OUTER)
