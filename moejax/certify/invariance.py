@@ -118,7 +118,7 @@ class SameChecks:
     routed = [tiny.state_routing(plan, r.after, tiny.batch_of(plan)) for r in results]
     is_clear = np.minimum(*(np.abs(r.margin) for r in routed)) > NEAR_TIE
     elsewhere = (routed[0].expert_ids != routed[1].expert_ids).any(-1)
-    self.chosen.see(name, (elsewhere & is_clear).sum())
+    self.chosen.see(name, (elsewhere & is_clear & tiny.same_so_far(elsewhere)).sum())
 
   def checks(self) -> Iterator[Check]:
     """The checks over all variants that were seen."""
