@@ -1,7 +1,7 @@
 """What a layer keeps of its forward pass for its backward pass, and what it computes again.
 
-Kernels and grouped products are no dots to XLA, so that a policy which keeps dots runs attention
-and experts twice. These policies go by what is named where it is made, with `checkpoint_name`. What
+Kernels and grouped products are no dots, so that a policy which keeps dots runs attention and
+experts twice. The other policies go by what is named where it is made, with `checkpoint_name`. What
 has a name and is not read by the backward pass is not kept.
 """
 
@@ -38,6 +38,9 @@ REMAT_POLICIES: dict[str, Policy] = {
   'all_but_attention': named(EXPERTS, ROUTER, RESIDUAL),
   # Of every FFN, routed, shared or dense, the pre-activations gate x and up x.
   'experts': named(EXPERTS),
+  # Every product of tokens and a matrix that is none of grouped experts: the projections of
+  # attention, the router, shared experts and dense layers. Attention and experts are run twice.
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   # Of softmax attention what its kernel gives. The longer the rows, the more it is worth.
   'attention': jax.checkpoint_policies.save_from_both_policies(named(ATTENTION), is_cudnn_forward),
   'full': jax.checkpoint_policies.nothing_saveable,

@@ -185,6 +185,7 @@ def saved_activation_bytes(
     'full': 0.0,
     'attention': attention,
     'experts': experts,
+    'dots': dot_numbers(cfg) * itemsize,
     'all_but_attention': experts + router + residual,
     'none': everything_bytes(cfg, exchange, topology) - inputs,
   }
@@ -202,20 +203,26 @@ def ffn_numbers(cfg: ExperimentConfig, exchange: ExchangeSizes, topology: Topolo
   return FFN_ARRAYS * numbers / cfg.mesh.tensor
 
 
-def everything_bytes(cfg: ExperimentConfig, exchange: ExchangeSizes, topology: Topology) -> float:
-  """Returns the bytes that remat='none' keeps, the inputs of the layers among them."""
-  model, mesh, tokens = cfg.model, cfg.mesh, tokens_per_device(cfg, cfg.mesh)
-  attention, latent, moe = model.attention, model.attention.latent, model.moe
+def dot_numbers(cfg: ExperimentConfig) -> float:
+  """Returns how many numbers the products of tokens and matrices give, but of routed experts."""
+  model, attention, latent = cfg.model, cfg.model.attention, cfg.model.attention.latent
   layers, moe_layers = model.num_layers + model.mtp_depth, model.num_moe_layers
-  residual = tokens * model.d_model
   low_rank = d_rope = 0
   if latent.kv_rank:
     low_rank, d_rope = latent.kv_rank + latent.q_rank, latent.d_rope
   head_width = HEAD_ARRAYS * attention.d_head + ROTARY_ARRAYS * d_rope
-  heads = attention.num_heads * head_width / mesh.tensor
-  ffn_units = moe_layers * moe.shared_width + (layers - moe_layers) * model.d_ff
-  dots = tokens * layers * (heads + low_rank + model.d_model)
-  dots += tokens * FFN_ARRAYS * ffn_units / mesh.tensor
+  heads = attention.num_heads * head_width / cfg.mesh.tensor
+  ffn_units = moe_layers * model.moe.shared_width + (layers - moe_layers) * model.d_ff
+  width = layers * (heads + low_rank + model.d_model) + FFN_ARRAYS * ffn_units / cfg.mesh.tensor
+  return tokens_per_device(cfg, cfg.mesh) * width
+
+
+def everything_bytes(cfg: ExperimentConfig, exchange: ExchangeSizes, topology: Topology) -> float:
+  """Returns the bytes that remat='none' keeps, the inputs of the layers among them."""
+  model, mesh, tokens = cfg.model, cfg.mesh, tokens_per_device(cfg, cfg.mesh)
+  attention, moe = model.attention, model.moe
+  layers, moe_layers = model.num_layers + model.mtp_depth, model.num_moe_layers
+  residual = tokens * model.d_model
   scores = hidden = 0.0
   if topology.compiler == 'cpu':
     scores = ATTENTION_SCORES * tokens * cfg.seq_len * attention.num_heads / mesh.tensor
@@ -223,7 +230,7 @@ def everything_bytes(cfg: ExperimentConfig, exchange: ExchangeSizes, topology: T
     hidden = exchange.copies * FFN_ARRAYS * moe.d_expert / mesh.tensor
   layer = residual + scores + RESIDUAL_ARRAYS * residual
   experts = moe_layers * (exchange.room * model.d_model + hidden)
-  return (layers * layer + experts + DOT_COPIES * dots) * itemsize_of(cfg)
+  return (layers * layer + experts + DOT_COPIES * dot_numbers(cfg)) * itemsize_of(cfg)
 
 
 def peak_temporary_bytes(
@@ -254,8 +261,11 @@ def peak_temporary_bytes(
   head_weights = model.d_model * vocab * (itemsize * 2 + FLOAT32_BYTES)
   chunk_tokens = tokens / cfg.seq_len * math.ceil(cfg.seq_len / cfg.loss.chunks)
   head = chunk_tokens * vocab * LOGIT_BYTES + head_weights
-  # XLA casts the stacks of all layers at once, before the loop over them.
+  # XLA casts the stacks of all layers at once, before the loop over them. Where everything is kept
+  # of the forward pass, so are the weights that it gathered.
   cast = shapes.count(mesh) * itemsize if itemsize < FLOAT32_BYTES else 0.0
+  if model.remat == 'none' and mesh.fsdp > 1:
+    cast += shapes.count(mesh, 'fsdp') * itemsize
   return cast + max(block, head)
 
 

@@ -61,9 +61,7 @@ def recomputed_flops_per_token(
 ) -> float:
   """Returns the FLOP of one token's products that are run again for the backward pass.
 
-  They are those whose results it reads, and that the policy of model/remat does not keep. The last
-  product of a half of a block is among them where a norm reads it, or the other half: the output of
-  attention, for the FFN.
+  They are those whose results it reads, and that the policy of model/remat does not keep.
   """
   model = cfg.model
   layers, remat = model.num_layers + model.mtp_depth, model.remat
@@ -75,33 +73,53 @@ def recomputed_flops_per_token(
   core = forward - flops_per_token(parameters, one_token) / 3
   router = 2 * model.d_model * model.moe.router.num_experts * model.num_moe_layers
   mtp_projection = 2 * 2 * model.d_model**2 * model.mtp_depth
-  routed, other = ffn_flops_per_token(model)
-  projections = forward - core - embedding - router - mtp_projection - routed - other
+  ffn = ffn_flops_per_token(model)
+  projections = forward - core - embedding - router - mtp_projection - ffn.routed - ffn.other
   output = 2 * model.attention.output_width * model.d_model * layers
-  reads_output = model.sandwich_norm or model.moe.dispatch.capacity_factor > 0
-  # Of the three products of an FFN, the last one is read in these cases only.
-  ffn = (routed + other) * (1 if reads_output else 2 / 3)
-  full = projections + core + router + mtp_projection + ffn
+  full = projections + core + router + mtp_projection + ffn.routed_read + ffn.other_read
   again = {
     'none': 0.0,
     'all_but_attention': projections + core - (0 if model.sandwich_norm else output),
-    'experts': full - ffn,
+    'experts': full - ffn.routed_read - ffn.other_read,
+    'dots': core + ffn.routed_read,
     'attention': full - core,
     'full': full,
   }[remat]
-  keeps_ffn = remat in ('none', 'all_but_attention', 'experts')
+  keeps_routed = remat in ('none', 'all_but_attention', 'experts')
   # Their gate and up are run again whatever the policy says.
-  return again + (2 / 3 * routed if keeps_ffn and is_in_windows(cfg, topology) else 0)
+  return again + (2 / 3 * ffn.routed if keeps_routed and is_in_windows(cfg, topology) else 0)
 
 
-def ffn_flops_per_token(model: ModelConfig) -> tuple[float, float]:
-  """Returns the forward FLOP of one token's routed experts, and of all other FFNs."""
+class FfnFlops(NamedTuple):
+  """The forward FLOP of one token's FFNs: routed experts, and shared ones and dense layers."""
+
+  routed: float
+  other: float
+  # Of the products whose results the backward pass reads: gate and up, and down in some layers.
+  routed_read: float
+  other_read: float
+
+
+def ffn_flops_per_token(model: ModelConfig) -> FfnFlops:
+  """Returns what the FFNs of all layers compute for a token.
+
+  The product with `down` is read where a norm comes after it, as in blocks of multi-token
+  prediction, and with a capacity for the gradient of the experts' weights.
+  """
   moe, moe_layers = model.moe, model.num_moe_layers
   dense_layers = model.num_layers + model.mtp_depth - moe_layers
   # Three matrices multiply: gate, up and down.
   unit = 2 * 3 * model.d_model
-  routed = unit * moe.d_expert * moe.router.top_k * moe_layers
-  return routed, unit * (moe.shared_width * moe_layers + model.d_ff * dense_layers)
+  routed, shared = unit * moe.d_expert * moe.router.top_k, unit * moe.shared_width
+  dense = unit * model.d_ff * dense_layers
+  read = moe_layers if model.sandwich_norm else model.mtp_depth
+  routed_read = moe_layers if moe.dispatch.capacity_factor else read
+  return FfnFlops(
+    routed=routed * moe_layers,
+    other=shared * moe_layers + dense,
+    routed_read=routed * (2 * moe_layers + routed_read) / 3,
+    other_read=shared * (2 * moe_layers + read) / 3 + dense * (2 + model.sandwich_norm) / 3,
+  )
 
 
 def group_places(mesh: Mesh, axes: Sequence[str], topology: Topology) -> np.ndarray:

@@ -31,7 +31,7 @@ from moejax.train.shapes import divided_parts
 # which is surer.
 GUESS_MEMORY_FRACTION = 0.9
 # Least memory first.
-REMATS = ('full', 'attention', 'experts', 'all_but_attention', 'none')
+REMATS = ('full', 'attention', 'dots', 'experts', 'all_but_attention', 'none')
 
 
 class Guess(NamedTuple):
