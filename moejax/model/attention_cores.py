@@ -14,6 +14,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax.model.cudnn_attention import (
   cudnn_packed,
@@ -22,6 +23,7 @@ from moejax.model.cudnn_attention import (
   supports_packed,
   widest_head,
 )
+from moejax.model.remat import ATTENTION
 from moejax.model.splash_attention import splash, supports
 from moejax.sharding.logical_axes import platform
 
@@ -184,13 +186,26 @@ def library(
   return y[..., : v_BSJv.shape[-1]]
 
 
+def with_named_output(attend_by: Core) -> Core:
+  """Returns the core with its output named for remat policies: of one that is no kernel.
+
+  A kernel's output is among its residuals, where it must be named, and not here once more.
+  """
+
+  @functools.wraps(attend_by)
+  def named(*args: Array, **options: object) -> Array:
+    return checkpoint_name(attend_by(*args, **options), ATTENTION)
+
+  return named
+
+
 # name -> core
 CORES: dict[str, Core] = {
-  'chunked': chunked,
+  'chunked': with_named_output(chunked),
   'cudnn of packed documents': cudnn_packed,
   'cudnn with a mask': functools.partial(library, 'cudnn'),
   'splash': splash,
-  'xla': functools.partial(library, 'xla'),
+  'xla': with_named_output(functools.partial(library, 'xla')),
 }
 
 

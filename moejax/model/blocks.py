@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax.config import frozendict
 from moejax.data.batch import Batch
@@ -18,6 +19,7 @@ from moejax.model.attention import make_attention
 from moejax.model.config import ModelConfig
 from moejax.model.kv_cache import KVCache
 from moejax.model.layers import Linear, RMSNorm
+from moejax.model.remat import RESIDUAL
 from moejax.moe.experts.ffn import SwiGLU
 from moejax.moe.layer import MoE, MoEAux
 from moejax.moe.selection import Tokens
@@ -95,7 +97,8 @@ def add_attention(
   """Runs the attention half of a block. Returns the residual [B, S, D] and the cache."""
   normed = block.attention_norm(x)
   y, cache = block.attention(normed, batch.segment_ids, batch.positions, window, cache)
-  return add_branch(x, y, block.attention_post_norm), cache
+  x = add_branch(x, y, block.attention_post_norm)
+  return checkpoint_name(x, RESIDUAL), cache
 
 
 def add_branch(x: Array, y: Array, norm: RMSNorm | None) -> Array:
@@ -141,5 +144,6 @@ class MTP(nnx.Module):
     # The token before the state: so published weights have the rows of the projection.
     both = jnp.concatenate([self.token_norm(ahead), self.hidden_norm(hidden)], axis=-1)
     x = constrain(self.projection(both), 'batch', 'sequence', '')
+    x = checkpoint_name(x, RESIDUAL)
     x, cache, aux = self.block(x, batch, window, cache, route)
     return self.norm(x), cache, aux

@@ -8,11 +8,10 @@ Letters: D model, L layers.
 import dataclasses
 from collections.abc import Callable
 
-import jax
-
 from moejax.config import above_zero, at_least, check, not_finite, not_one_of, problem_if
 from moejax.model.attention_cores import ATTENTIONS
 from moejax.model.layer_pattern import layers_with_experts, pattern_problem
+from moejax.model.remat import REMAT_POLICIES
 from moejax.model.rope import RopeConfig, rotated_width
 from moejax.moe.layer import MoEConfig
 
@@ -133,6 +132,11 @@ class AttentionConfig:
   sinks: bool = False
   latent: LatentConfig = LatentConfig()
 
+  @property
+  def output_width(self) -> int:
+    """The channels of all heads together that the output projection reads."""
+    return self.num_heads * (self.latent.d_value if self.latent.kv_rank else self.d_head)
+
   def __post_init__(self) -> None:
     check(*not_finite(self))
     # 0 has a problem of its own, and would be an error to divide by.
@@ -194,15 +198,6 @@ class AttentionConfig:
 
 COMPUTE_DTYPES = ('bfloat16', 'float32')
 
-# name -> what a block keeps of its forward pass for its backward pass
-REMAT_POLICIES: dict[str, Callable[..., bool]] = {
-  'none': jax.checkpoint_policies.everything_saveable,
-  # Products of activations and weights are kept; scores of attention, which have batch dimensions,
-  # are made again.
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  'full': jax.checkpoint_policies.nothing_saveable,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -223,7 +218,7 @@ class ModelConfig:
     2504.07866).
   mtp_depth: tokens predicted beyond the next one; each depth is one more MoE block, last in all
     that is [L, ...].
-  remat: a row of REMAT_POLICIES.
+  remat: what a layer keeps of its forward pass, a row of REMAT_POLICIES in model/remat.
   unroll: layers in one iteration of the scan.
   """
 

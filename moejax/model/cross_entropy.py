@@ -20,6 +20,7 @@ from jax import Array
 from moejax.config import at_least, check, frozendict, not_finite
 from moejax.config.checks import LARGEST
 from moejax.config.schedule import schedule_problem
+from moejax.sharding.logical_axes import constrain, row_shards
 
 Tree = TypeVar('Tree')
 
@@ -67,20 +68,32 @@ def chunk_loss(
   """Computes `sum weight * (nll + z_coef * log_z^2)` of one chunk of s tokens a row.
 
   Args:
-    h, head: [B, s, D] and [D, V].
+    h: [B, s, D].
+    head: [n, D, V], see `head_by_rows`.
     targets, weights: [B, s].
   """
   # A flat list of tokens: see moe.experts.ffn.matmul, of which this is the float32-out form.
-  tokens = h.reshape(-1, h.shape[-1])
-  flat_logits = jnp.einsum(
-    'td,dv->tv', tokens, head.astype(h.dtype), preferred_element_type=jnp.float32
-  )
+  tokens = h.reshape(head.shape[0], -1, h.shape[-1])
+  flat_logits = jnp.einsum('ntd,ndv->ntv', tokens, head, preferred_element_type=jnp.float32)
   logits = flat_logits.reshape(*h.shape[:-1], -1)
   log_z = jax.nn.logsumexp(logits, axis=-1)
   # A comparison instead of a gather: its transpose is a `where`, not a scatter into [B, s, V].
-  is_target = jnp.arange(head.shape[1]) == targets[..., None]
+  is_target = jnp.arange(head.shape[-1]) == targets[..., None]
   nll = log_z - jnp.where(is_target, logits, 0.0).sum(-1)
   return (weights * (nll + z_coef * jnp.square(log_z))).sum(), PerToken(nll, log_z)
+
+
+def head_by_rows(h: Array, head: Array) -> Array:
+  """Returns the head in the dtype of h, [n, D, V]: one for each of the n parts that rows lie in.
+
+  So each device gathers the head once, and not for every chunk; and the gradient of what it was
+  given is its own sum over chunks, to be added to those of others once.
+  """
+  parts = row_shards()
+  if h.shape[0] % parts:
+    parts = 1
+  repeated = jnp.broadcast_to(head.astype(h.dtype), (parts, *head.shape))
+  return constrain(repeated, 'batch', '', 'vocab')
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -101,8 +114,10 @@ def cross_entropy(
     chunks: how many pieces the sequence is cut into, see `split_chunks`.
   """
 
+  by_rows = head_by_rows(h, head)
+
   def chunk(total: Array, xs: tuple[Array, Array, Array]) -> tuple[Array, PerToken]:
-    loss, parts = chunk_loss(xs[0], head, *xs[1:], z_coef)
+    loss, parts = chunk_loss(xs[0], by_rows, *xs[1:], z_coef)
     return total + loss, parts
 
   total, parts = jax.lax.scan(chunk, jnp.zeros(()), split_chunks((h, targets, weights), chunks))
@@ -117,17 +132,19 @@ def cross_entropy_fwd(
   They are for a cotangent of 1; `cross_entropy_bwd` scales them.
   """
   gradient = jax.value_and_grad(chunk_loss, argnums=(0, 1), has_aux=True)
+  by_rows = head_by_rows(h, head)
 
   def chunk(carry: tuple[Array, Array], xs: tuple[Array, Array, Array]) -> tuple[tuple, tuple]:
     total, d_head = carry
-    (loss, parts), (dh, d_head_chunk) = gradient(xs[0], head, *xs[1:], z_coef)
-    return (total + loss, d_head + d_head_chunk), (parts, dh)
+    (loss, parts), (dh, d_head_chunk) = gradient(xs[0], by_rows, *xs[1:], z_coef)
+    return (total + loss, d_head + d_head_chunk.astype(d_head.dtype)), (parts, dh)
 
   # The head's gradient is summed over chunks in place, in float32 as the head is; that of h is
   # each chunk's own.
-  start = jnp.zeros(()), jnp.zeros_like(head)
+  start = jnp.zeros(()), constrain(jnp.zeros_like(head, shape=by_rows.shape), 'batch', '', 'vocab')
   pieces = split_chunks((h, targets, weights), chunks)
   (total, d_head), (parts, dh) = jax.lax.scan(chunk, start, pieces)
+  d_head = constrain(d_head.sum(0), 'embed', 'vocab')
   length = h.shape[1]
   return (total, join_chunks(parts, length)), (join_chunks(dh, length), d_head)
 

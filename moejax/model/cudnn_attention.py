@@ -20,12 +20,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax.model.device_attention import (
   attend_on_each_device,
   head_shards,
   rows_and_heads_divide,
 )
+from moejax.model.remat import ATTENTION
 from moejax.sharding.logical_axes import row_shards
 
 # Of a row, in the mean, in one call: rows of 4096 tokens then hold documents of 256. The gradient
@@ -266,6 +268,8 @@ def attend_packed_forward(
     return call_forward(operands, document_slots(runs_BS, turn), options, is_training=False)
 
   (y_BSHd,) = later_turns(call, [y_BSHd], runs_BS)
+  # As of all kernels, named where the gradient takes it from: see remat.py.
+  log_sums, y_BSHd = checkpoint_name((log_sums, y_BSHd), ATTENTION)
   return y_BSHd, (operands, runs_BS, log_sums, y_BSHd)
 
 

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moejax.model.config import REMAT_POLICIES, ModelConfig
+from moejax.model.config import ModelConfig
 from moejax.model.kv_cache import KVCache
 from moejax.model.layer_runs import LayerRun, layer_runs
+from moejax.model.remat import checkpointed
 from moejax.moe.layer import MoEAux
 
 Tree = TypeVar('Tree')
@@ -118,15 +119,13 @@ def scan_run(
       ) -> tuple:
         return body(x, layer, window, cache)
 
-      if cfg.remat != 'none':
-        run_layer = jax.checkpoint(run_layer, policy=REMAT_POLICIES[cfg.remat])
       layer = turn_layers[stack]
       if per_turn[stack] > 1:
         layer = layer_of(layer, seen[stack])
       seen[stack] += 1
       # In turn n the layer of this place is the n-th that its cache holds.
       cache = None if turn_caches is None else turn_caches[i]._replace(layer=number)
-      x, cache, output = run_layer(x, layer, cache)
+      x, cache, output = checkpointed(run_layer, cfg.remat)(x, layer, cache)
       outputs += [] if output is None else [output]
       if turn_caches is not None:
         turn_caches = (*turn_caches[:i], cache, *turn_caches[i + 1 :])

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moejax.model.device_attention import attend_on_each_device, rows_and_heads_divide
+from moejax.model.remat import ATTENTION
 from moejax.sharding.logical_axes import platform
 
 BLOCKS = (512, 256, 128)  # queries, and keys, at a time
@@ -68,6 +69,7 @@ def on_one_device(
     block_sizes=kernels.BlockSizes(*[block] * 8),
     head_shards=1,
     q_seq_shards=1,
+    residual_checkpoint_name=ATTENTION,  # its output and logsumexp, see remat.py
     interpret=platform() != 'tpu',
   )
 

@@ -18,11 +18,12 @@ from jax import Array
 from moejax.config import frozendict
 from moejax.data.batch import Batch
 from moejax.model.blocks import MTP, DenseBlock, MoEBlock, Route
-from moejax.model.config import REMAT_POLICIES, ModelConfig
+from moejax.model.config import ModelConfig
 from moejax.model.kv_cache import KVCache, empty_cache
 from moejax.model.layer_runs import layer_runs, stack_layers
 from moejax.model.layer_stack import Caches, LayerStack, layer_of, mtp_window, run_layers
 from moejax.model.layers import Embed, Linear, RMSNorm
+from moejax.model.remat import checkpointed
 from moejax.moe.layer import MoEAux
 from moejax.moe.selection import Tokens
 from moejax.sharding.logical_axes import constrain
@@ -165,9 +166,7 @@ class Transformer(nnx.Module):
     def body(mtp: MTP, hidden: Array, ahead: Array) -> tuple[Array, KVCache | None, MoEAux]:
       return mtp(hidden, ahead, batch, mtp_window(depth, cfg), cache, route=route)
 
-    if cfg.remat != 'none':
-      body = jax.checkpoint(body, policy=REMAT_POLICIES[cfg.remat])
-    return body(layer_of(self.mtp, depth), hidden, ahead)
+    return checkpointed(body, cfg.remat)(layer_of(self.mtp, depth), hidden, ahead)
 
   def draft(
     self, depth: int, hidden: Array, tokens: Array, batch: Batch, router: Array, cache: KVCache

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax.config import at_least, check, frozendict, not_finite, not_one_of, problem_if
 from moejax.moe.balance.fit import asked_problems, untrainable
@@ -29,6 +30,7 @@ from moejax.moe.input_checks import (
   expect_whole,
 )
 from moejax.moe.routing import RouterConfig, Routing, route, router_logits
+from moejax.moe.saved_names import EXPERTS, ROUTER
 from moejax.moe.selection import SELECTIONS, Tokens, jittered, whole_rows
 from moejax.moe.statistics import Stats, observe
 from moejax.moe.token_sets import Scope, expert_load, masked_ids, zero_padding
@@ -184,7 +186,7 @@ class MoE(nnx.Module):
     noise_std_BSE = None
     if cfg.noisy:
       noise_std_BSE = jax.nn.softplus(router_logits(x_BSD, self.noise[...]))
-    logits_BSE = router_logits(x_BSD, w_DE)
+    logits_BSE = checkpoint_name(router_logits(x_BSD, w_DE), ROUTER)
     if cfg.logit_bias:
       logits_BSE = logits_BSE + self.router_logit_bias[...]
     # The rule moves the bias, and nothing else does: no gradient reaches it.
@@ -266,6 +268,7 @@ class MoE(nnx.Module):
       dispatch,
       expert_top_k=cfg.router.top_k * experts_choose,
     )
+    y_BSD = checkpoint_name(y_BSD, EXPERTS)
     if cfg.shared_gate:
       gate_BS1 = jax.nn.sigmoid(router_logits(x_BSD, self.shared_gate[...]))
       return y_BSD + gate_BS1.astype(x_BSD.dtype) * self.shared(x_BSD), dropped

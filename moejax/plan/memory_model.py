@@ -159,34 +159,78 @@ def no_ragged_on(topology: Topology) -> str:
   return lacking_ragged(AbstractMesh((topology.count,), ('expert',), abstract_device=device))
 
 
+def is_in_windows(cfg: ExperimentConfig, topology: Topology) -> bool:
+  """Whether copies are taken a window at a time: gate x and up x are then kept by no policy."""
+  return topology.compiler == 'tpu' and cfg.mesh.expert > 1
+
+
 def saved_activation_bytes(
   cfg: ExperimentConfig, exchange: ExchangeSizes, topology: Topology
 ) -> float:
   """Returns the bytes that the forward pass of one micro-batch keeps for the backward pass."""
-  model, mesh, tokens = cfg.model, cfg.mesh, tokens_per_device(cfg, cfg.mesh)
-  attention, latent, moe = model.attention, model.attention.latent, model.moe
+  model, tokens = cfg.model, tokens_per_device(cfg, cfg.mesh)
   layers, moe_layers = model.num_layers + model.mtp_depth, model.num_moe_layers
-  residual = tokens * model.d_model
-  if model.remat == 'full':  # the input of each layer, and nothing in it
-    return layers * residual * itemsize_of(cfg)
+  itemsize = itemsize_of(cfg)
+  # Every policy keeps the input of each layer; these are what a row of model/remat adds to it.
+  inputs = layers * tokens * model.d_model * itemsize
+  experts = ffn_numbers(cfg, exchange, topology) * itemsize
+  if model.sandwich_norm:  # the output of an FFN is kept only where it is read
+    experts += layers * tokens * model.d_model * itemsize
+  router = moe_layers * tokens * model.moe.router.num_experts * FLOAT32_BYTES
+  attention = layers * tokens * model.attention.output_width / cfg.mesh.tensor * itemsize
+  if topology.compiler != 'cpu':  # a kernel's logsumexp
+    attention += layers * tokens * model.attention.num_heads / cfg.mesh.tensor * FLOAT32_BYTES
+  residual = layers * tokens * model.d_model * itemsize
+  more = {
+    'full': 0.0,
+    'attention': attention,
+    'experts': experts,
+    'dots': dot_numbers(cfg) * itemsize,
+    'all_but_attention': experts + router + residual,
+    'none': everything_bytes(cfg, exchange, topology) - inputs,
+  }
+  return inputs + more[model.remat]
+
+
+def ffn_numbers(cfg: ExperimentConfig, exchange: ExchangeSizes, topology: Topology) -> float:
+  """Returns how many numbers gate x and up x of all FFNs are, on one device."""
+  model, moe_layers = cfg.model, cfg.model.num_moe_layers
+  dense_layers = model.num_layers + model.mtp_depth - moe_layers
+  width = moe_layers * model.moe.shared_width + dense_layers * model.d_ff
+  numbers = tokens_per_device(cfg, cfg.mesh) * width
+  if not is_in_windows(cfg, topology):
+    numbers += moe_layers * exchange.copies * model.moe.d_expert
+  return FFN_ARRAYS * numbers / cfg.mesh.tensor
+
+
+def dot_numbers(cfg: ExperimentConfig) -> float:
+  """Returns how many numbers the products of tokens and matrices give, but of routed experts."""
+  model, attention, latent = cfg.model, cfg.model.attention, cfg.model.attention.latent
+  layers, moe_layers = model.num_layers + model.mtp_depth, model.num_moe_layers
   low_rank = d_rope = 0
   if latent.kv_rank:
     low_rank, d_rope = latent.kv_rank + latent.q_rank, latent.d_rope
   head_width = HEAD_ARRAYS * attention.d_head + ROTARY_ARRAYS * d_rope
-  heads = attention.num_heads * head_width / mesh.tensor
-  ffn_units = moe_layers * moe.shared_width + (layers - moe_layers) * model.d_ff
-  dots = tokens * layers * (heads + low_rank + model.d_model)
-  dots += tokens * FFN_ARRAYS * ffn_units / mesh.tensor
-  if model.remat == 'dots':  # routed experts are ragged products, which this policy does not keep
-    return (layers * residual + dots) * itemsize_of(cfg)
+  heads = attention.num_heads * head_width / cfg.mesh.tensor
+  ffn_units = moe_layers * model.moe.shared_width + (layers - moe_layers) * model.d_ff
+  width = layers * (heads + low_rank + model.d_model) + FFN_ARRAYS * ffn_units / cfg.mesh.tensor
+  return tokens_per_device(cfg, cfg.mesh) * width
+
+
+def everything_bytes(cfg: ExperimentConfig, exchange: ExchangeSizes, topology: Topology) -> float:
+  """Returns the bytes that remat='none' keeps, the inputs of the layers among them."""
+  model, mesh, tokens = cfg.model, cfg.mesh, tokens_per_device(cfg, cfg.mesh)
+  attention, moe = model.attention, model.moe
+  layers, moe_layers = model.num_layers + model.mtp_depth, model.num_moe_layers
+  residual = tokens * model.d_model
   scores = hidden = 0.0
   if topology.compiler == 'cpu':
     scores = ATTENTION_SCORES * tokens * cfg.seq_len * attention.num_heads / mesh.tensor
-  if topology.compiler != 'tpu':  # the windows of TPUs are computed anew in the backward pass
+  if not is_in_windows(cfg, topology):
     hidden = exchange.copies * FFN_ARRAYS * moe.d_expert / mesh.tensor
   layer = residual + scores + RESIDUAL_ARRAYS * residual
   experts = moe_layers * (exchange.room * model.d_model + hidden)
-  return (layers * layer + experts + DOT_COPIES * dots) * itemsize_of(cfg)
+  return (layers * layer + experts + DOT_COPIES * dot_numbers(cfg)) * itemsize_of(cfg)
 
 
 def peak_temporary_bytes(
@@ -217,8 +261,11 @@ def peak_temporary_bytes(
   head_weights = model.d_model * vocab * (itemsize * 2 + FLOAT32_BYTES)
   chunk_tokens = tokens / cfg.seq_len * math.ceil(cfg.seq_len / cfg.loss.chunks)
   head = chunk_tokens * vocab * LOGIT_BYTES + head_weights
-  # XLA casts the stacks of all layers at once, before the loop over them.
+  # XLA casts the stacks of all layers at once, before the loop over them. Where everything is kept
+  # of the forward pass, so are the weights that it gathered.
   cast = shapes.count(mesh) * itemsize if itemsize < FLOAT32_BYTES else 0.0
+  if model.remat == 'none' and mesh.fsdp > 1:
+    cast += shapes.count(mesh, 'fsdp') * itemsize
   return cast + max(block, head)
 
 

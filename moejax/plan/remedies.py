@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 
 from moejax.config import ConfigError
+from moejax.plan.search import REMATS
 from moejax.sharding.mesh import MeshConfig
 from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.shapes import divided_parts
@@ -12,11 +13,13 @@ from moejax.train.shapes import divided_parts
 def remedy_configs(cfg: ExperimentConfig) -> dict[str, ExperimentConfig]:
   """Returns flags -> the config with them, for every change that the model and the batch allow.
 
-  The changes are remat='full', smaller micro-batches, and fsdp doubled at the cost of another axis.
+  The changes are a remat policy that keeps less, smaller micro-batches, and fsdp doubled at the
+  cost of another axis.
   """
-  changes: dict[str, dict[str, object]] = {
-    '--config.model.remat=full': {'model': dataclasses.replace(cfg.model, remat='full')}
-  }
+  changes: dict[str, dict[str, object]] = {}
+  for remat in REMATS[: REMATS.index(cfg.model.remat)]:
+    model = dataclasses.replace(cfg.model, remat=remat)
+    changes[f'--config.model.remat={remat}'] = {'model': model}
   for number in larger_micro_batch_counts(cfg):
     changes[f'--config.micro_batches={number}'] = {'micro_batches': number}
   for axis in ('data', 'tensor'):

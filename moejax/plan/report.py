@@ -52,7 +52,7 @@ def describe_layout(cfg: ExperimentConfig) -> str:
 
 def plan_lines(step: CompiledStep, topology: Topology) -> list[str]:
   """Returns the lines of a plan, for a person to read."""
-  flops = step_flops(step.cfg, step.parameters)
+  flops = step_flops(step.cfg, step.parameters, topology)
   lines = heading_lines(step, flops, topology) + memory_lines(step, topology)
   if step.text:
     sent = collectives(step.text, step.mesh.shape)
@@ -115,8 +115,8 @@ def collective_lines(sent: list[Collective]) -> list[str]:
 def time_lines(bounds: list[Bound], step: CompiledStep, topology: Topology) -> list[str]:
   """Returns each bound of a step's time, and the speed that follows from the one that rules."""
   least, apart = least_time(bounds), sum(bound.seconds for bound in bounds)
-  flops = step_flops(step.cfg, step.parameters).model
   tokens = step.cfg.batch_size * step.cfg.seq_len
+  flops = tokens * flops_per_token(step.parameters, step.cfg)
 
   def speed(seconds: float) -> str:
     mfu = mfu_ceiling(seconds, flops, step.mesh.size, topology.chip)

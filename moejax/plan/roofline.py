@@ -11,7 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from moejax.model.config import ModelConfig
 from moejax.plan.hlo.collectives import Collective
+from moejax.plan.memory_model import is_in_windows
 from moejax.plan.topology import Topology
 from moejax.runtime.chips import Chip
 from moejax.train.experiment.config import ExperimentConfig
@@ -47,25 +49,77 @@ class LeastTime(NamedTuple):
   rules: str  # the resource that is in use for so long
 
 
-def step_flops(cfg: ExperimentConfig, parameters: Parameters) -> StepFlops:
-  """Returns the arithmetic of a step.
+def step_flops(cfg: ExperimentConfig, parameters: Parameters, topology: Topology) -> StepFlops:
+  """Returns the arithmetic of a step, of which the topology decides what TPUs compute twice."""
+  tokens, useful = cfg.batch_size * cfg.seq_len, flops_per_token(parameters, cfg)
+  again = recomputed_flops_per_token(cfg, parameters, topology)
+  return StepFlops(tokens * useful, tokens * (useful + again))
 
-  remat='full' runs the forward pass of all blocks again, 'dots' that of routed experts and
-  attention's products.
+
+def recomputed_flops_per_token(
+  cfg: ExperimentConfig, parameters: Parameters, topology: Topology
+) -> float:
+  """Returns the FLOP of one token's products that are run again for the backward pass.
+
+  They are those whose results it reads, and that the policy of model/remat does not keep.
   """
-  model, tokens = cfg.model, cfg.batch_size * cfg.seq_len
-  router = model.moe.router
-  useful = flops_per_token(parameters, cfg)
-  # As in flops_per_token: 6 for each number that multiplies, 2 forward and 4 backward.
-  heads = 6 * parameters.embedding * (1 + model.mtp_depth)
-  # What depends on the length of a sequence is attention's two products.
+  model = cfg.model
+  layers, remat = model.num_layers + model.mtp_depth, model.remat
+  # As in flops_per_token: 2 for each number that multiplies, a third of forward and backward.
+  embedding = 2 * parameters.embedding * (1 + model.mtp_depth)
   one_token = dataclasses.replace(cfg, seq_len=1)
-  attention = useful - flops_per_token(parameters, one_token)
-  # Three matrices of a routed expert multiply: gate, up and down.
-  routed = 6 * 3 * model.d_model * model.moe.d_expert * router.top_k * model.num_moe_layers
-  again = {'none': 0.0, 'dots': attention + routed, 'full': useful - heads}[model.remat]
-  # A forward pass is a third of forward and backward.
-  return StepFlops(tokens * useful, tokens * (useful + again / 3))
+  # What depends on the length of a sequence is attention's two products.
+  forward = flops_per_token(parameters, cfg) / 3
+  core = forward - flops_per_token(parameters, one_token) / 3
+  router = 2 * model.d_model * model.moe.router.num_experts * model.num_moe_layers
+  mtp_projection = 2 * 2 * model.d_model**2 * model.mtp_depth
+  ffn = ffn_flops_per_token(model)
+  projections = forward - core - embedding - router - mtp_projection - ffn.routed - ffn.other
+  output = 2 * model.attention.output_width * model.d_model * layers
+  full = projections + core + router + mtp_projection + ffn.routed_read + ffn.other_read
+  again = {
+    'none': 0.0,
+    'all_but_attention': projections + core - (0 if model.sandwich_norm else output),
+    'experts': full - ffn.routed_read - ffn.other_read,
+    'dots': core + ffn.routed_read,
+    'attention': full - core,
+    'full': full,
+  }[remat]
+  keeps_routed = remat in ('none', 'all_but_attention', 'experts')
+  # Their gate and up are run again whatever the policy says.
+  return again + (2 / 3 * ffn.routed if keeps_routed and is_in_windows(cfg, topology) else 0)
+
+
+class FfnFlops(NamedTuple):
+  """The forward FLOP of one token's FFNs: routed experts, and shared ones and dense layers."""
+
+  routed: float
+  other: float
+  # Of the products whose results the backward pass reads: gate and up, and down in some layers.
+  routed_read: float
+  other_read: float
+
+
+def ffn_flops_per_token(model: ModelConfig) -> FfnFlops:
+  """Returns what the FFNs of all layers compute for a token.
+
+  The product with `down` is read where a norm comes after it, as in blocks of multi-token
+  prediction, and with a capacity for the gradient of the experts' weights.
+  """
+  moe, moe_layers = model.moe, model.num_moe_layers
+  dense_layers = model.num_layers + model.mtp_depth - moe_layers
+  # Three matrices multiply: gate, up and down.
+  unit = 2 * 3 * model.d_model
+  routed, shared = unit * moe.d_expert * moe.router.top_k, unit * moe.shared_width
+  dense = unit * model.d_ff * dense_layers
+  read = moe_layers if model.sandwich_norm else model.mtp_depth
+  routed_read = moe_layers if moe.dispatch.capacity_factor else read
+  return FfnFlops(
+    routed=routed * moe_layers,
+    other=shared * moe_layers + dense,
+    routed_read=routed * (2 * moe_layers + routed_read) / 3,
+    other_read=shared * (2 * moe_layers + read) / 3 + dense * (2 + model.sandwich_norm) / 3,
+  )
 
 
 def group_places(mesh: Mesh, axes: Sequence[str], topology: Topology) -> np.ndarray:

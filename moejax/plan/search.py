@@ -30,7 +30,8 @@ from moejax.train.shapes import divided_parts
 # Of a chip's memory, what a guess may fill; PLAN_MEMORY_FRACTION is of what the compiler says,
 # which is surer.
 GUESS_MEMORY_FRACTION = 0.9
-REMATS = ('full', 'dots', 'none')  # least memory first
+# Least memory first.
+REMATS = ('full', 'attention', 'dots', 'experts', 'all_but_attention', 'none')
 
 
 class Guess(NamedTuple):
@@ -47,7 +48,7 @@ def guess(
   """Returns what a config may take. The time is infinite where the chip is not known."""
   seconds = math.inf
   if topology.chip:
-    flops = step_flops(cfg, count_parameters(shapes.model, cfg))
+    flops = step_flops(cfg, count_parameters(shapes.model, cfg), topology)
     bounds = time_bounds(
       flops=flops.recomputing / len(devices),
       moved=memory_traffic(cfg, shapes, topology),

@@ -82,7 +82,8 @@ def test_a_model_config_that_cannot_be_is_one_clear_error() -> None:
     'mtp_depth=-1',
     "init.ffn_gain=0.4 is for the norm of a branch's output",
     "dtype='float16' is not one of ['bfloat16', 'float32']",
-    "remat='some' is not one of ['dots', 'full', 'none']",
+    "remat='some' is not one of "
+    "['all_but_attention', 'attention', 'dots', 'experts', 'full', 'none']",
   ]
 
 

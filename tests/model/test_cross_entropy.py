@@ -3,11 +3,13 @@
 import functools
 import math
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from moejax.config import ConfigError, frozendict
 from moejax.model.cross_entropy import (
@@ -17,6 +19,10 @@ from moejax.model.cross_entropy import (
   join_chunks,
   split_chunks,
 )
+from moejax.plan.hlo.memory_traffic import executed
+from moejax.plan.hlo.program import parse_program
+from moejax.sharding.logical_axes import spec
+from moejax.sharding.mesh import MeshConfig, make_mesh
 from tests.support import oracle
 
 B, S, D, V = 2, 12, 6, 10
@@ -230,3 +236,26 @@ def test_a_config_that_cannot_be_is_one_clear_error() -> None:
 def test_coefficients_are_numbers_or_schedules() -> None:
   for good in ('0', '1e-4', '1e-4, 0@50%', '0.1, 0.2@10%'):
     LossConfig(z_coef=good, mtp_coef=good)
+
+
+def test_the_head_is_gathered_once_and_its_gradient_reduced_once() -> None:
+  """Not for every chunk: by what a compiled program runs on eight devices, over `fsdp`."""
+  mesh = make_mesh(MeshConfig(1, fsdp=8))
+  by_rows, split = NamedSharding(mesh, spec('batch')), NamedSharding(mesh, spec('embed', 'vocab'))
+  rows, width, vocab = 8, 16, 24
+  per_token = (rows, S)
+  shapes = (
+    jax.ShapeDtypeStruct((*per_token, width), jnp.float32, sharding=by_rows),
+    jax.ShapeDtypeStruct((width, vocab), jnp.float32, sharding=split),
+    jax.ShapeDtypeStruct(per_token, jnp.int32, sharding=by_rows),
+    jax.ShapeDtypeStruct(per_token, jnp.float32, sharding=by_rows),
+    jax.ShapeDtypeStruct((), jnp.float32),
+  )
+  with jax.set_mesh(mesh):
+    program = parse_program(run.lower(*shapes, 4).compile().as_text())
+  times: Counter[str] = Counter()
+  for _, instruction, count in executed(program.computations, program.entry, 1):
+    is_large = instruction.op.startswith('all-gather') or 'reduce' in instruction.op
+    if is_large and f'[{width},{vocab}]' in instruction.shape.replace('[1,', '['):
+      times[instruction.op] += count
+  assert times['all-gather'] == 1 and times['all-reduce'] + times['reduce-scatter'] == 1, times

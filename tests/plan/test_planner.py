@@ -12,6 +12,7 @@ import pytest
 
 from moejax.config import ConfigError
 from moejax.data.sources import DataConfig
+from moejax.model.remat import REMAT_POLICIES
 from moejax.plan import planner
 from moejax.plan.memory_model import memory_by_kind, model_shapes
 from moejax.plan.report import CompiledStep, needed_bytes
@@ -64,8 +65,9 @@ def test_a_plan_is_what_a_run_takes(compiled_step: CompiledStep) -> None:
 
 
 @pytest.mark.slow
-def test_a_guess_is_near_what_the_compiler_says() -> None:
-  cfg = changed('dots', 2, data=2, fsdp=2, expert=2)
+@pytest.mark.parametrize('remat', sorted(set(REMAT_POLICIES) - {'full'}))
+def test_a_guess_is_near_what_the_compiler_says(remat: str) -> None:
+  cfg = changed(remat, 2, data=2, fsdp=2, expert=2)
   found = planner.compile_on(cfg, CPU_8.devices(), CPU_8)
   assert sum(memory_by_kind(cfg, model_shapes(cfg), CPU_8).values()) == pytest.approx(
     needed_bytes(found), rel=0.3

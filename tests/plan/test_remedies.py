@@ -8,6 +8,10 @@ from tests.plan.eight_devices import changed
 def test_remedies_are_what_the_model_and_the_batch_allow() -> None:
   assert list(remedy_configs(changed('none', data=4, fsdp=2))) == [
     '--config.model.remat=full',
+    '--config.model.remat=attention',
+    '--config.model.remat=dots',
+    '--config.model.remat=experts',
+    '--config.model.remat=all_but_attention',
     '--config.micro_batches=2',
     '--config.micro_batches=4',
     '--config.mesh.data=2 --config.mesh.fsdp=4',

@@ -1,10 +1,16 @@
 """The least time of a step: links of a group of devices, bounds, and what remat adds."""
 
+import dataclasses
+import functools
 import math
 
+import jax
 import numpy as np
 import pytest
 
+from moejax.model.config import ModelConfig
+from moejax.model.remat import REMAT_POLICIES
+from moejax.moe.dispatch.dispatchers import DispatchConfig
 from moejax.plan.hlo.collectives import Collective
 from moejax.plan.memory_model import model_shapes
 from moejax.plan.roofline import (
@@ -15,10 +21,15 @@ from moejax.plan.roofline import (
   step_flops,
   time_bounds,
 )
+from moejax.plan.topology import Topology
 from moejax.runtime.chips import CHIPS
 from moejax.sharding.mesh import MeshConfig, make_mesh
+from moejax.train.experiment.config import ExperimentConfig
 from moejax.train.experiment.cost import count_parameters, flops_per_token
-from tests.plan.eight_devices import CONFIG, changed, eight_chips
+from moejax.train.shapes import batch_shapes, make_run_mesh, sharded_state_shapes
+from moejax.train.step.train_step import train_step
+from tests.plan.eight_devices import CONFIG, CPU_8, changed, eight_chips
+from tests.support.traced_flops import traced_flops
 
 
 def test_links_of_a_group() -> None:
@@ -58,17 +69,56 @@ def test_the_slowest_bound_rules_and_what_shares_a_link_adds_up() -> None:
   ]
 
 
-def test_remat_runs_the_blocks_again() -> None:
-  parameters = count_parameters(model_shapes(CONFIG).model, CONFIG)
-  tokens, useful = CONFIG.batch_size * CONFIG.seq_len, flops_per_token(parameters, CONFIG)
-  assert step_flops(changed('none'), parameters) == (tokens * useful, tokens * useful)
-  blocks = useful - 6 * parameters.embedding
-  assert step_flops(changed('full'), parameters)[1] == pytest.approx(tokens * (useful + blocks / 3))
-  assert (
-    tokens * useful
-    < step_flops(changed('dots'), parameters)[1]
-    < step_flops(changed('full'), parameters)[1]
+def computed_again(cfg: ExperimentConfig, topology: Topology) -> float:
+  flops = step_flops(cfg, count_parameters(model_shapes(cfg).model, cfg), topology)
+  assert flops.model == cfg.batch_size * cfg.seq_len * flops_per_token(
+    count_parameters(model_shapes(cfg).model, cfg), cfg
   )
+  return flops.recomputing - flops.model
+
+
+MANIFOLD = dataclasses.replace(
+  CONFIG.model,
+  num_layers=2,
+  num_dense_layers=1,
+  d_ff=384,
+  mtp_depth=1,
+  sandwich_norm=True,
+  moe=dataclasses.replace(CONFIG.model.moe, num_shared=1),
+)
+
+
+@pytest.mark.parametrize('model', [dataclasses.replace(MANIFOLD, sandwich_norm=False), MANIFOLD])
+def test_what_remat_computes_again_is_what_the_traced_step_does(model: ModelConfig) -> None:
+  """By its products, which are counted but for norms: the plan takes their scales for matrices."""
+  model = dataclasses.replace(
+    model,
+    attention=dataclasses.replace(model.attention, implementation='xla'),
+    moe=dataclasses.replace(model.moe, dispatch=DispatchConfig(implementation='ragged_dot')),
+  )
+  # The traced core is the whole square, twice what the plan counts, and of the policy that keeps
+  # its output, the first of its two products: each time half of the square more.
+  layers, tokens = model.num_layers + model.mtp_depth, CONFIG.batch_size * CONFIG.seq_len
+  half = 2 * tokens * CONFIG.seq_len * model.attention.output_width * layers
+  traced = {}
+  for remat in REMAT_POLICIES:
+    cfg = dataclasses.replace(
+      CONFIG, model=dataclasses.replace(model, remat=remat), mesh=MeshConfig(1)
+    )
+    mesh = make_run_mesh(cfg, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+      step = jax.jit(functools.partial(train_step, cfg=cfg))
+      program = step.trace(sharded_state_shapes(cfg, mesh), batch_shapes(cfg, mesh))
+    traced[remat] = traced_flops(program.jaxpr)
+    expected = computed_again(cfg, CPU_8) + (half if remat != 'none' else 0)
+    assert traced[remat] - traced['none'] == pytest.approx(expected, rel=0.01), remat
+
+
+def test_windows_of_copies_are_computed_twice_in_any_case() -> None:
+  tpu, gpu = eight_chips('v5p', 'tpu'), eight_chips('h200')
+  one, group = changed('experts', fsdp=8), changed('experts', expert=8)
+  assert computed_again(one, tpu) == computed_again(group, gpu) < computed_again(group, tpu)
+  assert computed_again(changed('full', fsdp=8), tpu) == computed_again(group, tpu)
 
 
 def test_every_chip_has_its_figures() -> None:

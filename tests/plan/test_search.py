@@ -2,6 +2,7 @@
 
 import pytest
 
+from moejax.model.remat import REMAT_POLICIES
 from moejax.plan.memory_model import memory_by_kind, model_shapes
 from moejax.plan.search import candidates, layout_variants
 from moejax.train.shapes import make_run_mesh
@@ -11,7 +12,7 @@ from tests.plan.eight_devices import CONFIG, CPU_8, eight_chips
 @pytest.mark.slow
 def test_candidates_divide_the_run_and_should_fit() -> None:
   found = list(layout_variants(CONFIG, 8))
-  assert {cfg.model.remat for cfg in found} == {'full', 'dots', 'none'}
+  assert {cfg.model.remat for cfg in found} == {*REMAT_POLICIES}
   assert max(cfg.micro_batches for cfg in found) == 16, (
     'a row on each of the two shards of fsdp 2 x tensor 4'
   )

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax.config.decimals import decimal_of
 from moejax.moe.dispatch.exchange import ffn_at_experts
@@ -18,6 +19,7 @@ from moejax.moe.dispatch.expert_rows import expert_rows
 from moejax.moe.dispatch.local_view import LocalView, RoutedTokens, RowQuota
 from moejax.moe.experts.sorted_copies import clip_unassigned
 from moejax.moe.experts.weights import batched_ffn
+from moejax.moe.saved_names import EXPERTS
 
 
 def capacity(num_copies: int, num_experts: int, capacity_factor: float) -> int:
@@ -117,5 +119,7 @@ def buffers_matmul(view: LocalView, token_EC: Array, weight_EC: Array) -> Array:
   buffers_ECD = tokens.x.at[token_EC].get(mode='fill', fill_value=0)
   ffn = functools.partial(batched_ffn, weights=view.experts, activation=view.activation)
   out_ECD = ffn_at_experts(ffn, buffers_ECD, view.experts.gate.shape[0])
+  # Read backwards, too: for the gradient of the weights.
+  out_ECD = checkpoint_name(out_ECD, EXPERTS)
   scaled_ECD = out_ECD * weight_EC.reshape(*token_EC.shape, 1).astype(out_ECD.dtype)
   return jnp.zeros_like(tokens.x).at[token_EC].add(scaled_ECD, mode='drop')

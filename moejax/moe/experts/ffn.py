@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
+from moejax.moe.saved_names import EXPERTS
 from moejax.sharding.logical_axes import constrain
 from moejax.sharding.params import normal_init, param
 
@@ -58,7 +60,8 @@ class SwiGLU(nnx.Module):
   def __call__(self, x: Array) -> Array:
     """Returns the FFN of every token. [B, S, D] -> [B, S, D]."""
     gate, up, down = self.gate[...], self.up[...], self.down[...]
-    hidden_BSF = swiglu(matmul(x, gate), matmul(x, up))
+    pre_activations = checkpoint_name((matmul(x, gate), matmul(x, up)), EXPERTS)
+    hidden_BSF = swiglu(*pre_activations)
     # The hidden layer is split over `tensor`; the product with `down` sums over its parts.
     hidden_BSF = constrain(hidden_BSF, 'batch', 'sequence', 'mlp')
-    return matmul(hidden_BSF, down)
+    return checkpoint_name(matmul(hidden_BSF, down), EXPERTS)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import jax
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax.config import not_one_of
 from moejax.moe.experts.blocked_ffn import blocked_backward, blocked_forward
@@ -34,6 +35,7 @@ from moejax.moe.experts.tokamax_ffn import has_tokamax, tokamax_backward, tokama
 from moejax.moe.experts.triton.support import is_usable
 from moejax.moe.experts.triton_ffn import triton_backward, triton_forward
 from moejax.moe.experts.weights import Activation, Weights
+from moejax.moe.saved_names import EXPERTS
 from moejax.sharding.logical_axes import platform
 
 AUTO = 'auto'
@@ -85,7 +87,8 @@ def grouped_ffn_fwd(
   """Computes the forward pass for differentiation, which keeps the pre-activations."""
   forward, _ = chosen(implementation, copies)
   y, pre_activations = forward(x, copies, weights, activation, even_share)
-  return y, Residuals(x, copies, weights, pre_activations)
+  # Named here, where they are made: a remat policy that keeps them runs no product again.
+  return y, Residuals(x, copies, weights, checkpoint_name(pre_activations, EXPERTS))
 
 
 def grouped_ffn_bwd(

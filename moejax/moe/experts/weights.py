@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
+from moejax.moe.saved_names import EXPERTS
 from moejax.sharding.params import constant_init, is_param, normal_init, param
 
 # The pre-activations gate x and up x -> hidden, entry by entry.
@@ -100,6 +102,7 @@ def dense_ffn(x: Array, combine: Array, weights: Weights, activation: Activation
   biases_H = jax.tree.map(jnp.ravel, weights.biases)
   gate_TH = add_bias(x @ side_by_side(weights.gate), biases_H.gate)
   up_TH = add_bias(x @ side_by_side(weights.up), biases_H.up)
+  gate_TH, up_TH = checkpoint_name((gate_TH, up_TH), EXPERTS)
   combine_TE = combine.astype(x.dtype)
   # Weighing the hidden layer instead of the output lets one product sum over experts.
   hidden_TEF = activation(gate_TH, up_TH).reshape(-1, num_experts, d_ff) * combine_TE[..., None]
@@ -122,5 +125,6 @@ def batched_ffn(x: Array, weights: Weights, activation: Activation) -> Array:
   biases = jax.tree.map(lambda bias: bias[:, None], weights.biases)
   gate_ECF = add_bias(jnp.einsum('ecd,edf->ecf', x, weights.gate), biases.gate)
   up_ECF = add_bias(jnp.einsum('ecd,edf->ecf', x, weights.up), biases.up)
+  gate_ECF, up_ECF = checkpoint_name((gate_ECF, up_ECF), EXPERTS)
   hidden_ECF = activation(gate_ECF, up_ECF)
   return add_bias(jnp.einsum('ecf,efd->ecd', hidden_ECF, weights.down), biases.down)

@@ -47,9 +47,10 @@ def test_a_mesh_changes_nothing_for_latent_attention_and_depths() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('remat', ['full', 'dots'])
-def test_remat_changes_nothing(remat: str) -> None:
-  assert_same(result(CONFIG), result(replace(CONFIG, remat=remat)))
+@pytest.mark.parametrize(('remat', 'mesh'), [('full', None), ('experts', MIXED)])
+def test_remat_changes_nothing(remat: str, mesh: MeshConfig | None) -> None:
+  """The other policies are in tests/model/test_layer_stack.py."""
+  assert_same(result(CONFIG), result(replace(CONFIG, remat=remat), mesh))
 
 
 @pytest.mark.slow
