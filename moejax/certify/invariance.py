@@ -117,9 +117,9 @@ class SameChecks:
     # The next forward pass sees parameters and bias at once: a wrong update of either shows.
     routed = [tiny.state_routing(plan, r.after, tiny.batch_of(plan)) for r in results]
     is_clear = np.minimum(*(np.abs(r.margin) for r in routed)) > NEAR_TIE
-    # Which experts, and not in which order: with the bias, two that are chosen may be all but equal.
+    # Which, and not in which order: with the bias, two that are chosen may be all but equal.
     elsewhere = (np.sort(routed[0].expert_ids) != np.sort(routed[1].expert_ids)).any(-1)
-    self.chosen.see(name, (elsewhere & is_clear & tiny.same_so_far(elsewhere)).sum())
+    self.chosen.see(name, (elsewhere & is_clear).sum())
 
   def checks(self) -> Iterator[Check]:
     """The checks over all variants that were seen."""

@@ -285,12 +285,3 @@ def state_routing(plan: Plan, current: state.TrainState, rows: Batch) -> Routing
   bias = np.asarray(current.router.bias)[: len(base.router.bias)]
   program = plan.program(layer_routings)
   return jax.tree.map(np.asarray, program(model, bias, rows))
-
-
-def same_so_far(elsewhere: np.ndarray) -> np.ndarray:
-  """Whether no token of the row chose otherwise in an earlier layer. [L, B, S] -> [L, B, 1].
-
-  One that did, by a near tie, changes what all later layers see of its row.
-  """
-  changed = np.cumsum(elsewhere.any(-1, keepdims=True), axis=0) - elsewhere.any(-1, keepdims=True)
-  return changed == 0

@@ -59,13 +59,6 @@ def test_a_batch_in_which_experts_find_two_tokens_alike_is_not_taken() -> None:
   assert tiny.choice_is_clear(plan, before, tiny.batch_of_router(plan, cfg))
 
 
-def test_a_token_that_chose_otherwise_is_no_evidence_in_later_layers_of_its_row() -> None:
-  elsewhere = np.zeros((3, 2, 4), bool)
-  elsewhere[0, 1, 2] = elsewhere[2, 0, 0] = True
-  same = tiny.same_so_far(elsewhere)[..., 0]
-  assert same.tolist() == [[True, True], [True, False], [True, False]]
-
-
 def test_a_router_is_named_by_its_selection_or_randomness_or_score() -> None:
   assert other_router_name(RouterConfig(4, 2, selection='hash')) == 'hash'
   assert other_router_name(RouterConfig(4, 2, jitter=0.1)) == 'random'
