@@ -69,12 +69,12 @@ def chunk_loss(
 
   Args:
     h: [B, s, D].
-    head: [n, D, V], see `head_by_rows`.
+    head: [D, V] or [n, D, V], see `head_by_rows`.
     targets, weights: [B, s].
   """
   # A flat list of tokens: see moe.experts.ffn.matmul, of which this is the float32-out form.
-  tokens = h.reshape(head.shape[0], -1, h.shape[-1])
-  flat_logits = jnp.einsum('ntd,ndv->ntv', tokens, head, preferred_element_type=jnp.float32)
+  tokens = h.reshape(*head.shape[:-2], -1, h.shape[-1])
+  flat_logits = jnp.einsum('...td,...dv->...tv', tokens, head, preferred_element_type=jnp.float32)
   logits = flat_logits.reshape(*h.shape[:-1], -1)
   log_z = jax.nn.logsumexp(logits, axis=-1)
   # A comparison instead of a gather: its transpose is a `where`, not a scatter into [B, s, V].
@@ -87,13 +87,13 @@ def head_by_rows(h: Array, head: Array) -> Array:
   """Returns the head in the dtype of h, [n, D, V]: one for each of the n parts that rows lie in.
 
   So each device gathers the head once, and not for every chunk; and the gradient of what it was
-  given is its own sum over chunks, to be added to those of others once.
+  given is its own sum over chunks, to be added to those of others once. [D, V] where rows lie in
+  one part: XLA for CPUs makes the gradient of [1, D, V] by a product and a transpose.
   """
-  parts = row_shards()
-  if h.shape[0] % parts:
-    parts = 1
-  repeated = jnp.broadcast_to(head.astype(h.dtype), (parts, *head.shape))
-  return constrain(repeated, 'batch', '', 'vocab')
+  parts, head = row_shards(), head.astype(h.dtype)
+  if parts == 1 or h.shape[0] % parts:
+    return head
+  return constrain(jnp.broadcast_to(head, (parts, *head.shape)), 'batch', '', 'vocab')
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -141,10 +141,14 @@ def cross_entropy_fwd(
 
   # The head's gradient is summed over chunks in place, in float32 as the head is; that of h is
   # each chunk's own.
-  start = jnp.zeros(()), constrain(jnp.zeros_like(head, shape=by_rows.shape), 'batch', '', 'vocab')
+  is_in_parts = by_rows.ndim > head.ndim
+  no_gradient = jnp.zeros_like(by_rows, dtype=head.dtype)
+  if is_in_parts:
+    no_gradient = constrain(no_gradient, 'batch', '', 'vocab')
   pieces = split_chunks((h, targets, weights), chunks)
-  (total, d_head), (parts, dh) = jax.lax.scan(chunk, start, pieces)
-  d_head = constrain(d_head.sum(0), 'embed', 'vocab')
+  (total, d_head), (parts, dh) = jax.lax.scan(chunk, (jnp.zeros(()), no_gradient), pieces)
+  if is_in_parts:
+    d_head = constrain(d_head.sum(0), 'embed', 'vocab')
   length = h.shape[1]
   return (total, join_chunks(parts, length)), (join_chunks(dh, length), d_head)
 
