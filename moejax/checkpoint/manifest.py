@@ -98,6 +98,8 @@ def _sums(x: jax.Array, stacked: bool = True) -> jax.Array:  # [2] u32
   In integers no mesh and no order of summation shows. The plain sum sees any flipped bit; the
   weighted one what moved: a swapped block, a repeated one.
   """
+  if x.dtype.itemsize == 2:  # of a loop over bfloat16 XLA's CPU backend makes one over float32
+    x = jax.lax.bitcast_convert_type(x, jnp.uint16)
   if stacked and x.ndim > 2:  # a layer at a time: XLA's CPU backend copies all that it sums
     plain, weighted = jax.lax.map(lambda layer: _sums(layer, False), x).T
     words_of_layer = x[0].size * max(1, x.dtype.itemsize // 4)
