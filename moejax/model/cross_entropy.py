@@ -20,7 +20,7 @@ from jax import Array
 from moejax.config import at_least, check, frozendict, not_finite
 from moejax.config.checks import LARGEST
 from moejax.config.schedule import schedule_problem
-from moejax.sharding.logical_axes import constrain, row_shards
+from moejax.sharding.logical_axes import constrain, row_shards, sum_row_shards
 
 Tree = TypeVar('Tree')
 
@@ -148,7 +148,7 @@ def cross_entropy_fwd(
   pieces = split_chunks((h, targets, weights), chunks)
   (total, d_head), (parts, dh) = jax.lax.scan(chunk, (jnp.zeros(()), no_gradient), pieces)
   if is_in_parts:
-    d_head = constrain(d_head.sum(0), 'embed', 'vocab')
+    d_head = sum_row_shards(d_head, 'embed', 'vocab')
   length = h.shape[1]
   return (total, join_chunks(parts, length)), (join_chunks(dh, length), d_head)
 

@@ -102,6 +102,26 @@ def constrain(x: Array, *axes: str) -> Array:
   return jax.lax.with_sharding_constraint(x, spec(*divided))
 
 
+def sum_row_shards(parts: Array, *axes: str) -> Array:
+  """Returns the sum of what each piece of the rows has, laid out as `constrain` would.
+
+  In two sums: over `fsdp` first, which leaves each device its own piece of 'embed' (a
+  reduce-scatter), and then that piece over the other axes of rows. Of one sum, XLA makes an
+  all-reduce of whole arrays wherever those axes have more than one device.
+
+  Args:
+    parts: [n, ...], n = `row_shards()`, of which each device has its own.
+    *axes: the logical axis of each dimension of the sum, '' for none.
+  """
+  sizes = jax.sharding.get_abstract_mesh().shape
+  data, fsdp, expert = (sizes[axis] for axis in RULES['batch'])
+  if 'embed' not in axes or parts.shape[1 + axes.index('embed')] % fsdp:
+    return constrain(parts.sum(0), *axes)
+  over_fsdp = parts.reshape(data, fsdp, expert, *parts.shape[1:]).sum(1)
+  pieces = PartitionSpec('data', 'expert', *spec(*axes))
+  return constrain(jax.lax.with_sharding_constraint(over_fsdp, pieces).sum((0, 1)), *axes)
+
+
 def replicated(tree: Tree) -> Tree:
   """Returns a tree whose arrays are whole on every device, for every process to read.
 

@@ -1,6 +1,7 @@
 """The mesh and the one table of axes; without a mesh nothing is laid out."""
 
 import functools
+import re
 import types
 
 import jax
@@ -24,6 +25,7 @@ from moejax.sharding.logical_axes import (
   platform,
   row_shards,
   spec,
+  sum_row_shards,
 )
 from moejax.sharding.mesh import MESH_AXES, MeshConfig, make_mesh, product_problem
 from moejax.sharding.params import is_param, normal_init, param, param_axes, shardings
@@ -138,6 +140,28 @@ def test_data_takes_what_the_others_leave(cfg: MeshConfig, shape: tuple[int, ...
     assert row_shards() == shape[0] * shape[1] * shape[2]
     x = jax.device_put(np.zeros((8, 2)), NamedSharding(mesh, spec('batch')))
     assert len({str(shard.index) for shard in x.addressable_shards}) == row_shards()
+
+
+@pytest.mark.parametrize(
+  ('cfg', 'embed'),
+  [(MeshConfig(1, fsdp=4, expert=2), 8), (MIXED, 8), (MeshConfig(1, fsdp=8), 12)],
+  ids=['fsdp and expert', 'with tensor', 'embed is not divided'],
+)
+def test_row_shards_are_summed_piece_by_piece(cfg: MeshConfig, embed: int) -> None:
+  mesh = make_mesh(cfg)
+  with jax.set_mesh(mesh):
+    parts = np.random.default_rng(0).integers(0, 9, (row_shards(), embed, 6)).astype(np.float32)
+    in_parts = jax.device_put(parts, NamedSharding(mesh, spec('batch', '', 'vocab')))
+    compiled = jax.jit(lambda x: sum_row_shards(x, 'embed', 'vocab')).lower(in_parts).compile()
+    total = compiled(in_parts)
+  np.testing.assert_array_equal(total, parts.sum(0))
+  if embed % cfg.fsdp:
+    return
+  assert total.sharding.is_equivalent_to(NamedSharding(mesh, spec('embed', 'vocab')), 2)
+  # XLA for CPUs has no reduce-scatter: its first sum is an all-reduce of [1, 1, embed, 6].
+  reduced = re.findall(r'f32\[(\d+),\d+\]\S* all-reduce\(', compiled.as_text())
+  pieces = {int(rows) for rows in reduced}
+  assert pieces <= {embed // cfg.fsdp}, 'over the other axes, pieces are summed'
 
 
 def test_a_mesh_over_some_of_the_devices() -> None:
